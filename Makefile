@@ -1,0 +1,43 @@
+# On a machine with Python 3.11 or later, `make demo` and `make test` do all the set-up that they need, in .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := PYTHONSAFEPATH=1 $(VENV)/bin/
+INSTALLED := $(VENV)/.installed
+DEMO := build/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(INSTALLED)  ## annotate examples/support_tickets.jsonl with the built-in model and print the accuracy
+	$(RUN)batchmix generate data.path=examples/support_tickets.jsonl output.dir=$(DEMO) output.overwrite=true sampling.temperature=0 sampling.max_tokens=64
+	$(RUN)python examples/demo.py $(DEMO)
+
+test: $(INSTALLED)  ## the test suite without the slow tests
+	$(RUN)python -m pytest
+
+test-slow: $(INSTALLED)  ## the slow tests: packaging, kills, large inputs
+	$(RUN)python -m pytest -m slow
+
+lint: $(INSTALLED)  ## ruff (rules and format) and mypy --strict
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+format: $(INSTALLED)  ## let ruff mend what it can
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+bench: $(INSTALLED)  ## run every benchmark on this machine
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(RUN)python "$$file" || exit 1; done
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchmix needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,299 @@
+"""Every configuration key, its type, its default and its meaning. Nothing else in the project defines one.
+
+Hydra fills these dataclasses (see `register`), so a misspelt key or a value of the wrong type is refused
+before anything runs. Below `pipeline` and `jobs/` they are plain dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from batchmix.errors import BatchmixError
+
+
+class ModelFormat(Enum):
+    auto = "auto"
+    hf = "hf"
+    mistral = "mistral"
+
+
+class Dtype(Enum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Quantization(Enum):
+    fp8 = "fp8"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class KVCacheDtype(Enum):
+    auto = "auto"
+    fp8 = "fp8"
+
+
+class DataFormat(Enum):
+    auto = "auto"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    arrow = "arrow"
+    csv = "csv"
+    openai_batch = "openai_batch"
+
+
+OnError = Enum("OnError", ["record", "raise"])  # `raise` is a keyword: OnError["raise"]
+
+
+class Backend(Enum):
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
+class OutputFormat(Enum):
+    arrow = "arrow"
+    parquet = "parquet"
+    jsonl = "jsonl"
+
+
+class Order(Enum):
+    completion = "completion"
+    input = "input"
+
+
+class Redo(Enum):
+    length = "length"
+    error = "error"
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint runs, and in which precision."""
+
+    path: str = "tiny"  # folder, hub id, or `tiny` for the model that ships with batchmix
+    format: ModelFormat = ModelFormat.auto  # hf: config.json + safetensors; mistral: params.json + consolidated
+    dtype: Dtype = Dtype.auto  # auto: as the checkpoint was saved
+    quantization: Quantization | None = None
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
+    max_model_len: int | None = None  # prompt + completion tokens; null: what the checkpoint allows
+    tensor_parallel_size: int = 1
+    revision: str | None = None  # of a hub id
+
+
+@dataclass
+class DataConfig:
+    """Where the rows come from and how a row becomes a prompt."""
+
+    path: Any = MISSING  # one or many: file, folder, glob, fsspec URL, or the name of a hub data set
+    format: DataFormat = DataFormat.auto
+    split: str = "train"  # of a hub data set
+    messages_column: str = "messages"  # list of {role, content}
+    prompt_column: str = "prompt"  # plain text, sent as one user message
+    token_ids_column: str = "prompt_token_ids"  # token ids, used as they are
+    id_column: str | None = None  # null: the row's ordinal
+    columns: list[str] | None = None  # kept in the output; null: all
+    system_prompt: str | None = None
+    template: str | None = None  # Jinja over the row's columns; its result is sent as one user message
+    limit: int | None = None  # the first so many rows
+    on_error: OnError = OnError["record"]
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are chosen. A row's own `sampling` column overrides any of these for that row."""
+
+    max_tokens: int = 1024
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    allowed_token_ids: list[int] | None = None
+    stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    seed: int = 0
+    n: int = 1  # samples per row
+    logprobs: int | None = None  # this many alternatives per token beside the chosen one
+    ignore_eos: bool = False
+
+
+@dataclass
+class EngineConfig:
+    """How the work is laid out on the device."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    backend: Backend = Backend.auto
+    gpu_memory_utilization: float = 0.9  # share of the device's memory; on CPU, of the memory now free
+    max_num_seqs: int | None = None  # rows decoded together; null: as many as the KV cache holds, at most 256 on CPU
+    max_num_batched_tokens: int = 8192  # prompt tokens in one prefill step
+    sort_window: int = 16384  # rows held at once and sorted by length
+    share_prefix: bool = True  # triton backend only
+    cuda_graphs: bool = True  # triton backend only
+
+
+@dataclass
+class OutputConfig:
+    """Where the answers go."""
+
+    dir: str = MISSING
+    format: OutputFormat = OutputFormat.arrow
+    rows_per_shard: int = 10_000
+    flush_seconds: float = 60.0  # at most this much finished work is lost when the process is killed
+    compression: str | None = "zstd"  # zstd, lz4 or null
+    order: Order = Order.completion
+    overwrite: bool = False
+    redo: Redo | None = None  # rerun only the rows of this finish_reason and replace them
+    token_ids: bool = False  # add the column `generated_token_ids`
+
+
+@dataclass
+class ShardConfig:
+    """Which share of the rows this process runs: those with row % count == index."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass
+class PlanConfig:
+    """What `batchmix plan` estimates for."""
+
+    gpu: str = "h200"  # a name in batchmix/plan/gpus.py
+    histogram: str | None = None  # PNG file; null: lengths.png in output.dir where that is set, else none
+    expected_tokens: int | None = None  # answer length to assume; null: sampling.max_tokens
+
+
+@dataclass
+class Config:
+    """One job."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    # key: (low, high, low itself is allowed)
+    "max_tokens": (1, math.inf, True),
+    "min_tokens": (0, math.inf, True),
+    "temperature": (0, math.inf, True),
+    "top_p": (0, 1, False),
+    "top_k": (-1, math.inf, True),
+    "min_p": (0, 1, True),
+    "repetition_penalty": (0, math.inf, False),
+    "presence_penalty": (-2, 2, True),
+    "frequency_penalty": (-2, 2, True),
+    "n": (1, math.inf, True),
+    "logprobs": (0, math.inf, True),
+    "seed": (-(2**63), 2**63 - 1, True),
+}
+_BOOLS = {"include_stop_str_in_output", "skip_special_tokens", "ignore_eos"}
+_INTS = {"max_tokens", "min_tokens", "top_k", "n", "logprobs", "seed"}
+_SAMPLING_KEYS = {f.name: f for f in dataclasses.fields(SamplingConfig)}
+
+
+def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
+    """Return `sampling` if every value is in range; ValueError with one line naming the key otherwise."""
+    for key, (low, high, closed) in _RANGES.items():
+        value = getattr(sampling, key)
+        if value is None:
+            continue
+        if not (low <= value <= high and (closed or value > low)):
+            raise ValueError(f"sampling.{key}={value} must be {'at least' if closed else 'above'} {low:g}"
+                             + (f" and at most {high:g}" if high < 2**63 - 1 else ""))
+    if sampling.min_tokens > sampling.max_tokens:
+        raise ValueError(f"sampling.min_tokens={sampling.min_tokens} is above max_tokens={sampling.max_tokens}")
+    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
+        raise ValueError("sampling.allowed_token_ids is empty: no token could be chosen")
+    if any(not text for text in sampling.stop or ()):
+        raise ValueError("sampling.stop has an empty string, which would stop every row at once")
+    return sampling
+
+
+def override_sampling(base: SamplingConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
+    """`base` with a row's own values, which come from data and so may be anything.
+
+    None means "not given". ValueError with one line where a key is unknown or a value is of the wrong type.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    unknown = sorted(set(given) - set(_SAMPLING_KEYS))
+    if unknown:
+        raise ValueError(f"sampling has no key {unknown[0]!r}")
+    for key, value in given.items():
+        given[key] = _coerce(key, value)
+    return check_sampling(dataclasses.replace(base, **given))
+
+
+def _coerce(key: str, value: Any) -> Any:
+    wrong = ValueError(f"sampling.{key}={value!r} is of the wrong type")
+    if key in _BOOLS:
+        if not isinstance(value, bool):
+            raise wrong
+    elif key == "stop":
+        value = [value] if isinstance(value, str) else value
+        if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            raise wrong
+    elif key in ("stop_token_ids", "allowed_token_ids"):
+        if not (isinstance(value, list) and all(type(token) is int for token in value)):
+            raise wrong
+    elif key == "logit_bias":
+        if not isinstance(value, Mapping):
+            raise wrong
+        try:
+            value = {int(token): float(bias) for token, bias in value.items()}
+        except (TypeError, ValueError):
+            raise wrong from None
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong
+    elif key in _INTS:
+        if value != int(value):
+            raise wrong
+        value = int(value)
+    return value
+
+
+def check(config: Config) -> Config:
+    """Return `config` if its values make sense together; BatchmixError naming the key otherwise."""
+
+    def refuse(key: str, value: object, remedy: str) -> BatchmixError:
+        return BatchmixError(f"{key}={value}: {remedy}")
+
+    try:
+        check_sampling(config.sampling)
+    except ValueError as error:
+        raise BatchmixError(str(error)) from None
+    if not 0 <= config.shard.index < config.shard.count:
+        raise refuse("shard.index", config.shard.index, f"must be from 0 to shard.count - 1 = {config.shard.count - 1}")
+    for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
+                       ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
+                       ("data", "limit")):  # fmt: skip
+        value = getattr(getattr(config, group), key)
+        if value is not None and value < 1:
+            raise refuse(f"{group}.{key}", value, "must be at least 1")
+    if not 0 < config.engine.gpu_memory_utilization <= 1:
+        raise refuse("engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1")
+    if config.output.flush_seconds <= 0:
+        raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
+    if config.output.compression not in (None, "zstd", "lz4"):
+        raise refuse("output.compression", config.output.compression, "must be zstd, lz4 or null")
+    return config

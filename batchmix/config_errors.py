@@ -1,0 +1,171 @@
+"""Turns what Hydra, OmegaConf and PyYAML say about a wrong configuration into one line with the remedy.
+
+Their exceptions know the full key and the offending value; the names and types that would have been right come
+from the dataclasses in `config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    KeyValidationError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from batchmix.config import Config
+
+_EXAMPLES = {"data.path": "prompts.jsonl", "output.dir": "out"}
+_NEAR = 1.2  # of 2: likeness of the whole key plus likeness of its last name
+
+
+def explain(error: Exception) -> str:
+    """What is wrong with the configuration and how to mend it, in one line."""
+    if isinstance(error, OverrideParseException):
+        return _explain_syntax(error.override)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return _explain_choice(error.missing_cfg_file or "", error.options)
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
+        key, _, value = ambiguous[1].partition("=")
+        return f"{key}={value}: quote it if it is one text, \"{key}='{value}'\", write {key}=[{value}] if it is a list"
+    cause = next((link for link in _chain(error) if isinstance(link, OmegaConfBaseException) and link.full_key), None)
+    message = _explain_key(cause) if cause else _one_line(_without_footer(str(error)))
+    source = re.match(r"In '([^']*)': ", str(error))
+    return f"{message} (in {source[1]}.yaml)" if cause and source else message
+
+
+def explain_missing(keys: Iterable[str]) -> str:
+    """Which keys have to be given, with an example of each."""
+    keys = sorted(keys)
+    example = " ".join(f"{key}={_EXAMPLES.get(key, '...')}" for key in keys)
+    return f"{' and '.join(keys)} must be given, for example {example}"
+
+
+def known_keys() -> dict[str, Any]:
+    """Every key, groups included, with its type: `data` DataConfig, `data.path` Any, `data.format` DataFormat ..."""
+    return dict(_flatten(Config, ""))
+
+
+def _flatten(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
+    for name, hint in typing.get_type_hints(cls).items():
+        yield prefix + name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _flatten(typing.cast(type, hint), f"{prefix}{name}.")
+
+
+def _explain_key(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key)
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return _explain_unknown(key)
+    if isinstance(error, InterpolationToMissingValueError):
+        return f"{key}: refers to a key that has no value"
+    owner = _owner(key)
+    if isinstance(error, ValidationError | KeyValidationError) and owner is not None:
+        subject = "" if owner == key else f"{owner} "
+        return f"{key}={_as_yaml(error.value)}: {subject}must be {_describe(known_keys()[owner])}"
+    return f"{key}: {_one_line(str(error).partition('full_key:')[0])}"
+
+
+def _explain_unknown(key: str) -> str:
+    known = known_keys()
+    best = max(known, key=lambda candidate: _likeness(key, candidate))
+    if _likeness(key, best) >= _NEAR:
+        return f"{key}: no such key, did you mean {best}?"
+    group = key.partition(".")[0]
+    if group == "hydra":
+        return f"{key}: Hydra has no such key"
+    if dataclasses.is_dataclass(known.get(group)):
+        siblings = ", ".join(field.name for field in dataclasses.fields(known[group]))
+        return f"{key}: no such key; {group} has {siblings}"
+    return f"{key}: no such key; keys begin with {', '.join(field.name for field in dataclasses.fields(Config))}"
+
+
+def _explain_choice(missing: str, options: Iterable[str]) -> str:
+    options = sorted(options)
+    group, given = next(
+        ((group, missing.removeprefix(f"{group}/")) for group in known_keys() if missing.startswith(f"{group}/")),
+        (missing.rpartition("/")[0], missing.rpartition("/")[2]),
+    )
+    place = next((key for key in (f"{group}.path", f"{group}.dir") if key in known_keys()), None)
+    if place and re.search(r"[/.]", given):
+        return f"{group}={given}: no such choice; a file or folder is given as {place}={given}"
+    close = difflib.get_close_matches(given, options, n=1)
+    near = f", did you mean {close[0]}?" if close else ";"
+    return f"{group}={given}: no such choice{near} the choices are {', '.join(options) or 'none'}"
+
+
+def _explain_syntax(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: not of the form key=value, for example data.path=prompts.jsonl"
+    return f"{override}: the value cannot be read; a text with special characters needs quotes, \"{key}='{value}'\""
+
+
+def _likeness(key: str, candidate: str) -> float:
+    def ratio(left: str, right: str) -> float:
+        return difflib.SequenceMatcher(None, left, right).ratio()
+
+    return ratio(key, candidate) + ratio(key.rpartition(".")[2], candidate.rpartition(".")[2])
+
+
+def _owner(key: str) -> str | None:
+    """The configuration key that `key` lies in: `sampling.stop` for `sampling.stop[0]` or a bare `stop[0]`."""
+    known = known_keys()
+    while key:
+        if owner := next((name for name in known if name == key or name.endswith(f".{key}")), None):
+            return owner
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
+    return None
+
+
+def _describe(hint: Any, plural: bool = False) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join("null" if argument is type(None) else _describe(argument) for argument in arguments)
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(arguments[0], plural=True)}, written [a,b]"
+    if typing.get_origin(hint) is dict:
+        return f"a mapping from {' to '.join(_describe(a, plural=True) for a in arguments)}, written {{3:1.5}}"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(hint.__members__)}"
+    if dataclasses.is_dataclass(hint):
+        return "a group of keys"
+    names: Mapping[Any, tuple[str, str]] = {
+        int: ("an integer", "integers"),
+        float: ("a number", "numbers"),
+        bool: ("true or false", "booleans"),
+        str: ("text", "texts"),
+    }
+    return names[hint][plural]
+
+
+def _chain(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _as_yaml(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _without_footer(message: str) -> str:
+    return re.split(r"\n\s*(?:Config search path:|See https://)", message)[0]
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

@@ -1,0 +1,209 @@
+"""Rows to prompts: messages, a plain text, a template over the columns, or token ids as they are."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from batchmix.config import DataConfig, SamplingConfig, override_sampling
+from batchmix.data.messages import Message, PromptError, check_text, parse_messages
+from batchmix.data.read_ahead import read_ahead
+from batchmix.data.template import RowTemplate
+from batchmix.data.tokenizer import Tokenizer
+from batchmix.data.vocabulary import TokenIds
+from batchmix.errors import BatchmixError
+from batchmix.records import Prompt, Row
+
+_BATCH_ROWS = 512  # encoded in one call
+_BATCHES_AHEAD = 4
+_CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
+
+
+def build_prompts(
+    rows: Iterable[Row],
+    *,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    max_model_len: int,
+    vocab_size: int,
+    keep: Sequence[str],
+) -> Iterator[Prompt]:
+    """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
+
+    A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
+    its `data.messages_column`, its `data.prompt_column`. Texts of the template and the prompt column are sent as one
+    user message in the model's chat format; a model without one (a base model that is not Mistral's) gets the text
+    itself after its beginning-of-sequence token.
+
+    `vocab_size` and `max_model_len` are the model's. `keep` names the columns that the output keeps. Rows are read
+    and encoded by a thread, ahead of the consumer; closing the iterator ends it.
+
+    BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
+    """
+    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep), rows)
+
+
+def _unbatch(builder: _PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]:
+    batches = read_ahead(builder.batches(rows), _BATCHES_AHEAD)
+    try:
+        for batch in batches:
+            yield from batch
+    finally:
+        batches.close()
+
+
+class _PromptBuilder:
+    def __init__(
+        self,
+        data: DataConfig,
+        sampling: SamplingConfig,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        vocab_size: int,
+        keep: Sequence[str],
+    ) -> None:
+        self._data = data
+        self._sampling = sampling
+        self._samplings: dict[str, SamplingConfig] = {}
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._keep = tuple(keep)
+        self._more_tokens_than_model = tokenizer is not None and tokenizer.vocab_size > vocab_size
+        self._template = None if data.template is None else RowTemplate(data.template)
+        self._system = (
+            [Message("system", (data.system_prompt,), where="data.system_prompt")] if data.system_prompt else []
+        )
+        try:
+            self._check_sampling(sampling)
+        except PromptError as error:
+            raise BatchmixError(str(error)) from None
+        if self._system and tokenizer is not None and not tokenizer.has_chat_format:
+            raise BatchmixError(
+                "data.system_prompt: this model's tokenizer has no chat template, so there are no system messages;"
+                " put the text into data.template"
+            )
+
+    def batches(self, rows: Iterable[Row]) -> Generator[list[Prompt], None, None]:
+        rows = iter(rows)
+        while batch := list(islice(rows, _BATCH_ROWS)):
+            yield self._build(batch)
+
+    def _build(self, rows: list[Row]) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        waiting: list[Prompt] = []
+        chats: list[list[Message]] = []
+        texts: list[str] = []
+        for row in rows:
+            columns = {name: row.columns[name] for name in self._keep if name in row.columns}
+            prompt = Prompt(row.row, row.id, columns, array("i"), self._sampling, row.error)
+            prompts.append(prompt)
+            if row.error is not None:
+                continue
+            try:
+                prompt.sampling = self._sampling_of(row.sampling)
+                content = self._content(row.columns)
+                if isinstance(content, array):
+                    self._set_ids(prompt, content)
+                    continue
+            except PromptError as error:
+                prompt.error = str(error)
+                continue
+            waiting.append(prompt)
+            if isinstance(content, str):
+                texts.append(content)
+            else:
+                chats.append(content)
+        if self._tokenizer is not None and waiting:
+            # Only one of the two is not empty: which one is the tokenizer's property, not the row's.
+            encoded = self._tokenizer.encode_chats(chats) if chats else self._tokenizer.encode_texts(texts)
+            for prompt, ids in zip(waiting, encoded, strict=True):
+                try:
+                    self._set_ids(prompt, ids)
+                except PromptError as error:
+                    prompt.error = str(error)
+        return prompts
+
+    def _set_ids(self, prompt: Prompt, ids: TokenIds | PromptError) -> None:
+        if isinstance(ids, PromptError):
+            raise ids
+        longest, size = self._max_model_len - 1, self._vocab_size
+        if not ids:
+            raise PromptError("the model's chat template gives no tokens for this row")
+        if len(ids) > longest:
+            raise PromptError(
+                f"prompt has {len(ids)} tokens; at most {longest} fit model.max_model_len={self._max_model_len}"
+            )
+        if self._more_tokens_than_model and max(ids) >= size:
+            raise PromptError(f"prompt has token {max(ids)}, which the model's vocabulary of {size} does not have")
+        prompt.token_ids = ids
+
+    def _content(self, columns: Mapping[str, Any]) -> TokenIds | list[Message] | str:
+        data = self._data
+        if (ids := columns.get(data.token_ids_column)) is not None:
+            return self._check_ids(ids)
+        if self._tokenizer is None:
+            raise PromptError(
+                f"the model folder has no tokenizer, so a row needs token ids in its column {data.token_ids_column!r}"
+            )
+        if self._template is not None:
+            text = self._template.render(columns)
+        elif (messages := columns.get(data.messages_column)) is not None:
+            if not self._tokenizer.has_chat_format:
+                raise PromptError(f"{data.messages_column}: this model's tokenizer has no chat template")
+            return self._with_system(parse_messages(messages, data.messages_column))
+        elif (prompt := columns.get(data.prompt_column)) is not None:
+            text = check_text(prompt, data.prompt_column)
+            if not text:
+                raise PromptError(f"{data.prompt_column} is empty")
+        else:
+            names = f"{data.messages_column!r}, {data.prompt_column!r} and {data.token_ids_column!r}"
+            raise PromptError(f"no prompt: columns {names} are null or missing")
+        return self._with_system([Message("user", (text,))]) if self._tokenizer.has_chat_format else text
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        has_system = any(message.role == "system" for message in messages)
+        return messages if has_system else self._system + messages
+
+    def _check_ids(self, ids: object) -> TokenIds:
+        name = self._data.token_ids_column
+        if not isinstance(ids, list | tuple):
+            raise PromptError(f"{name} must be a list of token ids, not {type(ids).__name__}")
+        if not ids:
+            raise PromptError(f"{name} is empty")
+        if set(map(type, ids)) != {int}:
+            index = next(index for index, token in enumerate(ids) if type(token) is not int)
+            raise PromptError(f"{name}[{index}]={ids[index]!r} is not an integer")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            index = next(index for index, token in enumerate(ids) if not 0 <= token < self._vocab_size)
+            raise PromptError(f"{name}[{index}]={ids[index]} is outside the model's vocabulary of {self._vocab_size}")
+        return array("i", ids)
+
+    def _sampling_of(self, overrides: Mapping[str, Any] | None) -> SamplingConfig:
+        """The sampling of one row: the job's own instance, or one that all rows with these overrides share."""
+        if not overrides or all(value is None for value in overrides.values()):
+            return self._sampling
+        key = repr(overrides)
+        sampling = self._samplings.get(key)
+        if sampling is None:
+            try:
+                sampling = override_sampling(self._sampling, overrides)
+            except ValueError as error:
+                raise PromptError(str(error)) from None
+            self._check_sampling(sampling)
+            if len(self._samplings) >= _CACHED_SAMPLINGS:
+                self._samplings.clear()
+            self._samplings[key] = sampling
+        return sampling
+
+    def _check_sampling(self, sampling: SamplingConfig) -> None:
+        for key in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(sampling, key) or ():
+                if not 0 <= token < self._vocab_size:
+                    size = self._vocab_size
+                    raise PromptError(f"sampling.{key} has token {token}; the model's vocabulary has {size}")
+        if sampling.stop and self._tokenizer is None:
+            raise PromptError("sampling.stop needs a tokenizer, and the model folder has none; use stop_token_ids")

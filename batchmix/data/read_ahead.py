@@ -1,0 +1,55 @@
+"""A generator's items, computed by a thread ahead of the consumer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, Queue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None = None
+
+
+def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+    """`items` in order, at most `depth` + 1 of them ready before they are asked for.
+
+    The thread starts with the first item asked for. An exception of `items` is raised in its place. Closing this
+    generator waits for the item in work, ends the thread and closes `items`.
+    """
+    queue: Queue[T | _End] = Queue(depth)
+    closed = threading.Event()
+
+    def run() -> None:
+        end = _End()
+        try:
+            for item in items:
+                queue.put(item)
+                if closed.is_set():
+                    break
+        except BaseException as error:  # noqa: BLE001 (raised again in the consumer's thread)
+            end = _End(error)
+        queue.put(end)
+
+    thread = threading.Thread(target=run, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = queue.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+    finally:
+        closed.set()
+        while thread.is_alive():  # it may be waiting for room in the queue
+            with suppress(Empty):
+                queue.get(timeout=0.02)
+        items.close()

@@ -1,0 +1,46 @@
+"""`data.template`: Jinja over a row's columns, in a sandbox, since both the template and the data may be anyone's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from batchmix.data.messages import PromptError, check_text
+from batchmix.errors import BatchmixError
+
+
+class RowTemplate:
+    """A compiled `data.template`. `variables` are the columns that it names.
+
+    >>> RowTemplate("Translate: {{ text }}").render({"text": "bonjour"})
+    'Translate: bonjour'
+    """
+
+    def __init__(self, source: str) -> None:
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_not_null)
+        try:
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise BatchmixError(f"data.template, line {error.lineno}: {error.message}") from None
+
+    def render(self, columns: Mapping[str, Any]) -> str:
+        """The prompt of one row; PromptError where the template fails on it, prints a null or gives no text."""
+        try:
+            text = self._template.render(columns)
+        except Exception as error:  # noqa: BLE001 (whatever the template's own code raises on this row's values)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise PromptError(f"data.template fails on this row: {reason}") from None
+        if not text:
+            raise PromptError("data.template gives an empty text for this row")
+        return check_text(text, "the text of data.template")
+
+
+def _not_null(value: object) -> object:
+    if value is None:
+        raise ValueError("a printed value is null (|default('', true) prints nothing for it)")
+    return value

@@ -1,0 +1,178 @@
+"""Text to token ids and back, for whatever tokenizer the model folder has."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from batchmix.data.messages import Message, PromptError
+from batchmix.data.mistral_tokenizer import MistralTokenizer
+from batchmix.data.vocabulary import TokenIds
+from batchmix.errors import BatchmixError
+
+_BUILT_IN = {"mistral-v1": "tokenizer.model.v1"}  # config.json's batchmix_tokenizer -> file of mistral-common
+_SENTENCEPIECE_FILES = ("tokenizer.model.v3", "tokenizer.model", "tokenizer.model.v1")
+_MAX_THREADS = 8  # encoding beyond this outruns the reader
+
+
+class Tokenizer(Protocol):
+    """Text is always encoded as text: no string in it becomes a control token."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def has_chat_format(self) -> bool:
+        """False: a base model, whose prompts are plain texts."""
+
+    @property
+    def drops_leading_space(self) -> bool:
+        """Whether one space at the start of a text's bytes is not part of the text (SentencePiece)."""
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]]) -> list[TokenIds | PromptError]:
+        """The prompt of each conversation, ready for the answer, or why it has none."""
+
+    def encode_texts(self, texts: Sequence[str]) -> list[TokenIds | PromptError]:
+        """Each text as it is, after a beginning-of-sequence token where the model has one."""
+
+    def decode(self, batch: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """The text of each list of token ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def token_bytes(self, skip_special_tokens: bool = True) -> list[bytes]:
+        """The bytes that each token contributes to the text, [vocab_size]; b"" for control tokens if skipped."""
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model folder; None where it has none, and then only token ids can be prompts.
+
+    Mistral's SentencePiece file is used with Mistral's instruct format, unless the folder's own chat template is
+    another one or its vocabulary has more tokens than that file: then it is transformers' tokenizer and template.
+    """
+    name = _read_json(folder / "config.json").get("batchmix_tokenizer")
+    if name is not None:
+        if name not in _BUILT_IN:
+            raise BatchmixError(f"{folder / 'config.json'}: batchmix_tokenizer={name!r}: must be one of {[*_BUILT_IN]}")
+        file = importlib.resources.files("mistral_common") / "data" / _BUILT_IN[name]
+        with importlib.resources.as_file(file) as path:
+            return _load_mistral(path)
+    files = [folder / file for file in _SENTENCEPIECE_FILES if (folder / file).is_file()]
+    if files:
+        mistral = _load_mistral(files[0])
+        if _largest_added_id(folder) < mistral.vocab_size and _is_mistral_template(folder):
+            return mistral
+    elif not (folder / "tokenizer.json").is_file():
+        return None
+    return _load_transformers(folder)
+
+
+def _load_mistral(path: Path) -> MistralTokenizer:
+    try:
+        return MistralTokenizer(path, _num_threads())
+    except (OSError, RuntimeError) as error:
+        raise BatchmixError(f"{path}: not a SentencePiece model: {error}") from None
+
+
+def _load_transformers(folder: Path) -> Tokenizer:
+    # Imported here because transformers takes seconds to import and Mistral's own folders do not need it.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from batchmix.data.jinja_tokenizer import JinjaTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 (it reads several files of the user's and raises whatever they make it raise)
+        reason = (str(error).splitlines() or [""])[0]
+        raise BatchmixError(f"{folder}: transformers cannot load this tokenizer: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise BatchmixError(f"{folder}: no fast tokenizer; save it once with transformers to get a tokenizer.json")
+    return JinjaTokenizer(tokenizer)
+
+
+def _num_threads() -> int:
+    return min(os.cpu_count() or 1, _MAX_THREADS)
+
+
+def _largest_added_id(folder: Path) -> int:
+    added = [entry["id"] for entry in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
+    added += map(int, _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}))
+    added += _read_json(folder / "added_tokens.json").values()
+    return max(added, default=-1)
+
+
+def _is_mistral_template(folder: Path) -> bool:
+    """Whether the folder has no chat template, or one that writes Mistral's turns, whatever its spaces.
+
+    It is tried on conversations rather than compared: Mistral's template has been published in many wordings.
+    """
+    config = _read_json(folder / "tokenizer_config.json")
+    template = _read_chat_template(folder, config)
+    if template is None:
+        return True
+    variables = {name: _token_content(config.get(name), default) for name, default in _DEFAULT_TOKENS.items()}
+    user, answer, system = ({"role": role, "content": role} for role in ("user", "assistant", "system"))
+    turns = "[INST]user[/INST]assistant</s>[INST]user[/INST]"
+    with_system = {turns.replace("user", "systemuser", 1), "systemuser".join(turns.rsplit("user", 1))}
+    if _render_bare(template, [user, answer, user], variables) != turns:
+        return False
+    rendered = _render_bare(template, [system, user, answer, user], variables)
+    return rendered is None or rendered in with_system  # older ones refuse a system message
+
+
+_DEFAULT_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def _render_bare(template: str, messages: list[dict[str, str]], variables: Mapping[str, str]) -> str | None:
+    """What the template writes, without white space and the leading <s>; None where it fails."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    try:
+        text = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **variables)
+    except Exception:  # noqa: BLE001 (a template is a program of someone else's; this one does not run on these messages)
+        return None
+    return "".join(text.split()).removeprefix("<s>")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    return template
+
+
+def _token_content(token: Any, default: str) -> str:
+    return token["content"] if isinstance(token, dict) else token or default
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise BatchmixError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BatchmixError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value

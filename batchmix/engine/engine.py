@@ -1,0 +1,319 @@
+"""The engine: batches of prompts in, completions out.
+
+`Engine.generate` is the whole loop: admit prompts into free slots (one packed prefill), decode one token for every
+active slot, hand out the rows that ended. Rows never wait for each other: an ended row's slot is refilled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
+from batchmix.engine.sampling import choose
+from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
+from batchmix.engine.stats import EngineStats
+from batchmix.model.mixtral import Mixtral
+from batchmix.model.torch_attention import Chunk, DecodeAttention, PrefillAttention
+from batchmix.model.torch_ops import pad_rows
+from batchmix.records import Batch, Completion, FinishReason, Prompt
+
+PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
+_FINISH_REASON: dict[int, FinishReason] = {EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", LENGTH: "length"}
+
+
+@dataclass
+class _Row:
+    """One sample of a prompt that runs: what the host knows of a slot."""
+
+    prompt: Prompt
+    sample: int
+    order: int  # of admission; the youngest row gives way when blocks run out
+    blocks: list[int]
+
+
+@dataclass
+class _Waiting:
+    """A prompt with the samples of it that have not run yet."""
+
+    prompt: Prompt
+    samples: list[int]
+
+
+@dataclass
+class _Admission:
+    """A prompt on its way through prefill, with the slots' worth of samples that start from it."""
+
+    prompt: Prompt
+    samples: list[int]
+    blocks: list[int]
+    last_hidden: torch.Tensor | None = field(default=None, repr=False)  # [D]
+
+
+class Engine:
+    """Runs prompts through the model, `max_num_seqs` rows at a time."""
+
+    def __init__(
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+        token_bytes: Sequence[bytes] | None,
+        should_stop: Callable[[], bool] = lambda: False,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.pool = BlockPool(cache.num_blocks)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.should_stop = should_stop
+        self.prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
+        blocks_per_row = -(-max_model_len // cache.block_size)
+        if blocks_per_row > self.pool.num_blocks:
+            raise ValueError(f"{self.pool.num_blocks} KV blocks cannot hold one row of {max_model_len} tokens")
+        # Slots come in the row tiles that a decode step runs in.
+        self.slots = Slots(
+            max_num_seqs, model.config.vocab_size, blocks_per_row, eos_token_ids, token_bytes, cache.keys.device
+        )
+        self.rows: list[_Row] = []  # of slot 0, 1, ...
+        self.waiting: deque[_Waiting] = deque()
+        self.stats = EngineStats(kv_blocks_total=self.pool.num_blocks)
+        self._admitted = 0
+        self._mean_length = 0.0  # of the completions so far, to guess how far new rows will grow
+
+    @torch.inference_mode()
+    def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
+        """Run every prompt of every batch; completions come out as rows end. Stops early when `should_stop()`."""
+        batches = iter(batches)
+        more = True
+        while not self.should_stop():
+            while more and len(self.waiting) < self.slots.capacity:
+                batch = next(batches, None)
+                more = batch is not None
+                if batch is not None:
+                    yield from self._enqueue(batch)
+            if self._worth_refilling():
+                self._admit()
+                yield from self._collect()
+            elif self.rows:
+                self._decode()
+                yield from self._collect()
+            elif not more and not self.waiting:
+                return
+
+    def _enqueue(self, batch: Batch) -> Iterator[Completion]:
+        for prompt in batch.prompts:
+            if prompt.error is not None:
+                yield Completion.failed(prompt, prompt.error)
+            else:
+                self.waiting.append(_Waiting(prompt, list(range(prompt.sampling.n))))
+        self.stats.waiting = len(self.waiting)
+
+    def _worth_refilling(self) -> bool:
+        """Whether enough slots are free that a prefill step runs well: an eighth of them, or all that still run."""
+        free = self.slots.capacity - len(self.rows)
+        return bool(self.waiting) and (free >= max(1, self.slots.capacity // 8) or not self.rows) and self._fits(self.waiting[0])
+
+    def _fits(self, waiting: _Waiting) -> bool:
+        """Whether the next prompt finds a slot, and blocks for itself and for what the running rows will likely need."""
+        if len(self.rows) >= self.slots.capacity:
+            return False
+        if not self.rows:
+            return True
+        size = self.cache.block_size
+        expected = self._mean_length or 64.0
+        needed = len(waiting.prompt.token_ids) + min(expected, waiting.prompt.sampling.max_tokens)
+        generated = self.slots.generated[: len(self.rows)].numpy()
+        limit = np.minimum(np.maximum(expected, 2.0 * generated), self.slots.max_tokens[: len(self.rows)].numpy())
+        reserve = float(np.maximum(limit - generated, 0).sum())
+        return self.pool.num_free * size >= needed + reserve + size * (len(self.rows) + 1)
+
+    def _admit(self) -> None:
+        """Fill free slots with waiting prompts: take their blocks, prefill them packed, choose their first tokens."""
+        started = time.perf_counter()
+        self.stats.first_prefill_time = self.stats.first_prefill_time or time.time()
+        size = self.cache.block_size
+        admissions: list[_Admission] = []
+        slots_left = self.slots.capacity - len(self.rows)
+        blocks_left = self.pool.num_free
+        while self.waiting and slots_left and (not admissions or self._fits(self.waiting[0])):
+            waiting = self.waiting[0]
+            prompt, samples = waiting.prompt, waiting.samples[:slots_left]
+            num_blocks = -(-(len(prompt.token_ids) + 1) // size)
+            # Each further sample has a last block of its own.
+            samples = samples[: 1 + max(0, blocks_left - num_blocks)]
+            if num_blocks + len(samples) - 1 > blocks_left:
+                break
+            blocks_left -= num_blocks + len(samples) - 1
+            slots_left -= len(samples)
+            admissions.append(_Admission(prompt, samples, self.pool.take(num_blocks)))
+            del waiting.samples[: len(samples)]
+            if not waiting.samples:
+                self.waiting.popleft()
+        self._prefill(admissions)
+        self._start(admissions)
+        self.stats.waiting = len(self.waiting)
+        self.stats.prefill_seconds += time.perf_counter() - started
+
+    def _prefill(self, admissions: list[_Admission]) -> None:
+        """Run all prompts' chunks through the model, as many together as fit max_num_batched_tokens."""
+        pack: list[tuple[_Admission, int, int]] = []  # admission, start, length
+        room = self.max_num_batched_tokens
+        for admission in admissions:
+            total = len(admission.prompt.token_ids)
+            for start in range(0, total, self.prefill_chunk):
+                length = min(self.prefill_chunk, total - start)
+                # A later chunk reads what the earlier one of its row wrote, so they never share a step.
+                if pack and (length > room or start > 0):
+                    self._prefill_pack(pack)
+                    pack, room = [], self.max_num_batched_tokens
+                pack.append((admission, start, length))
+                room -= length
+        if pack:
+            self._prefill_pack(pack)
+
+    def _prefill_pack(self, pack: list[tuple[_Admission, int, int]]) -> None:
+        lengths = np.array([length for _, _, length in pack])
+        ends = lengths.cumsum()
+        total = pad_rows(int(ends[-1]))
+        tokens, positions = np.zeros(total, np.int64), np.zeros(total, np.int64)
+        chunks = []
+        for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
+            tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
+            positions[end - length : end] = np.arange(start, start + length)
+            chunks.append(Chunk(end - length, start, length, admission.blocks))
+        attend = PrefillAttention(self.cache, chunks, total)
+        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), attend)
+        for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
+            if start + length == len(admission.prompt.token_ids):
+                admission.last_hidden = hidden[end - 1].clone()
+        self.stats.prompt_tokens += int(ends[-1])
+
+    def _start(self, admissions: list[_Admission]) -> None:
+        """Give every sample its slot and its first token."""
+        first = len(self.rows)
+        size = self.cache.block_size
+        hidden = []
+        for admission in admissions:
+            prompt, blocks = admission.prompt, admission.blocks
+            num_full = len(prompt.token_ids) // size
+            limit = min(prompt.sampling.max_tokens, self.max_model_len - len(prompt.token_ids))
+            for i, sample in enumerate(admission.samples):
+                if i:  # full blocks are shared, the last one is the sample's own
+                    own = self.pool.take(1)
+                    self.cache.copy_block(admission.blocks[-1], own[0])
+                    self.pool.share(admission.blocks[:-1])
+                    blocks = admission.blocks[:-1] + own
+                assert num_full in (len(blocks), len(blocks) - 1)
+                slot = self.slots.add(prompt, sample, limit)
+                self.slots.block_table[slot, : len(blocks)] = blocks
+                self.rows.append(_Row(prompt, sample, self._admitted, list(blocks)))
+                self._admitted += 1
+                assert admission.last_hidden is not None
+                hidden.append(admission.last_hidden)
+        stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * (pad_rows(len(hidden)) - len(hidden)))
+        self._choose(first, self.model.logits(stacked)[: len(hidden)])
+
+    def _choose(self, first: int, logits: torch.Tensor) -> None:
+        tokens, logprobs = choose(logits, self.slots, first)
+        if logprobs is not None:
+            self.slots.log_logprobs(first + logprobs.rows, logprobs.chosen, logprobs.top_ids, logprobs.top)
+        self.slots.advance(first, tokens)
+        self.stats.completion_tokens += len(tokens)
+        self.stats.last_token_time = time.time()
+
+    def _decode(self) -> None:
+        """One token for every active row."""
+        started = time.perf_counter()
+        self._take_blocks()
+        active, size = len(self.rows), pad_rows(len(self.rows))
+        tokens, context = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        tokens[:active], context[:active] = self.slots.token[:active], self.slots.context[:active]
+        width = int(context.max()) // self.cache.block_size + 1
+        table = self.slots.block_table[:active, :width]
+        attend = DecodeAttention(self.cache, table, context[:active] + 1, self.pool.is_shared(table))
+        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(context), attend)
+        self.slots.context[:active] += 1
+        self._choose(0, self.model.logits(hidden)[:active])
+        self.stats.running = active
+        self.stats.kv_blocks_used = self.pool.num_used
+        self.stats.decode_seconds += time.perf_counter() - started
+
+    def _take_blocks(self) -> None:
+        """A block for every row whose next token begins one; the youngest rows give way where there are too few."""
+        while True:
+            active = len(self.rows)
+            context = self.slots.context[:active].numpy()
+            place, offset = np.divmod(context, self.cache.block_size)
+            held = np.array([len(row.blocks) for row in self.rows]) if (offset == 0).any() else place + 1
+            needing = np.flatnonzero(place >= held)
+            try:
+                blocks = self.pool.take(len(needing))
+            except OutOfBlocks:
+                self._put_back(max(range(active), key=lambda slot: self.rows[slot].order))
+                continue
+            self.slots.block_table[needing, place[needing]] = blocks
+            for slot, block in zip(needing.tolist(), blocks, strict=True):
+                self.rows[slot].blocks.append(block)
+            return
+
+    def _put_back(self, slot: int) -> None:
+        """Take a row out of the batch. It starts again later and, as its random numbers are keyed, ends the same."""
+        row = self.rows[slot]
+        self.stats.completion_tokens -= int(self.slots.generated[slot])
+        self._free(slot)
+        if self.waiting and self.waiting[0].prompt is row.prompt:
+            self.waiting[0].samples.insert(0, row.sample)
+        else:
+            self.waiting.appendleft(_Waiting(row.prompt, [row.sample]))
+
+    def _free(self, slot: int) -> None:
+        row = self.rows[slot]
+        self.pool.release(row.blocks)
+        self.slots.remove(slot, row.prompt.sampling)
+        last = self.rows.pop()
+        if last is not row:
+            self.rows[slot] = last
+
+    def _collect(self) -> Iterator[Completion]:
+        """Hand out the rows that have ended and free their slots, the highest first so that slots below keep theirs."""
+        ended = np.flatnonzero(self.slots.finish[: len(self.rows)].numpy())
+        completions = [self._completion(slot) for slot in ended.tolist()]
+        for slot in ended[::-1].tolist():
+            self._free(slot)
+        if completions:
+            mean = sum(completion.num_tokens for completion in completions) / len(completions)
+            self._mean_length = 0.9 * self._mean_length + 0.1 * mean if self._mean_length else mean
+        yield from completions
+
+    def _completion(self, slot: int) -> Completion:
+        row, slots = self.rows[slot], self.slots
+        sampling = row.prompt.sampling
+        finish, count = int(slots.finish[slot]), int(slots.generated[slot])
+        tokens = slots.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist()
+        stop_reason: str | int | None = None
+        if finish == STOP_TOKEN:
+            stop_reason = int(slots.stop_reason[slot])
+        elif finish == STOP_STRING:
+            stop_reason = (sampling.stop or [])[int(slots.stop_reason[slot])]
+        logprobs = slots.row_logprobs(slot) if sampling.logprobs is not None else None
+        return Completion(
+            row.prompt,
+            row.sample,
+            tokens,
+            _FINISH_REASON[finish],
+            stop_reason,
+            num_tokens=count,
+            cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
+            logprobs=logprobs,
+        )

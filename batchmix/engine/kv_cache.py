@@ -1,0 +1,89 @@
+"""The paged KV cache: blocks of tokens, handed out as rows grow, shared where rows have the same prompt."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import torch
+
+from batchmix.model.config import MixtralConfig
+
+SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
+
+
+class KVCache:
+    """Keys and values of every layer, [layers, blocks, G, block_size, C] each.
+
+    The layout puts one kv head's keys of a block next to each other, so that attention reads them as one dense
+    matrix without a copy.
+    """
+
+    def __init__(
+        self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # zeros: scores over stale memory stay finite
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+
+    @staticmethod
+    def block_bytes(config: MixtralConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return per_token * block_size
+
+    def write(self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store k and v [T, G, C] at (block, offset), int64 [T] each."""
+        self.keys[layer][blocks, :, offsets] = k
+        self.values[layer][blocks, :, offsets] = v
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy one block over all layers."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+
+class OutOfBlocks(Exception):
+    """Fewer blocks are free than were asked for."""
+
+
+class BlockPool:
+    """Which blocks are free. Blocks are counted references, and low numbers go first so that those in use stay dense."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK
+        self._references = np.zeros(num_blocks, np.int32)
+        self.num_blocks = num_blocks - 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks with one reference each; OutOfBlocks, and none taken, if fewer are free."""
+        if count > len(self._free):
+            raise OutOfBlocks
+        blocks = [heapq.heappop(self._free) for _ in range(count)]
+        self._references[blocks] = 1
+        return blocks
+
+    def share(self, blocks: list[int]) -> None:
+        """One more reference to each."""
+        self._references[blocks] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        """One reference less to each; those with none left are free again."""
+        self._references[blocks] -= 1
+        for block in blocks:
+            if self._references[block] == 0:
+                heapq.heappush(self._free, block)
+
+    def is_shared(self, blocks: np.ndarray) -> bool:
+        """Whether any of the blocks has more than one reference."""
+        return bool((self._references[blocks] > 1).any())

@@ -1,0 +1,163 @@
+"""From logits to tokens, for all rows at once.
+
+The order is vLLM's: logit bias and allowed tokens, minimum length, penalties, temperature, min-p, top-k, top-p. Rows
+that do not use a step are not touched by it, so what one row asks for never changes another's answer. Log-probabilities
+are those of the model, before any of this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchmix.engine.philox import uniform
+from batchmix.engine.slots import Slots
+
+_BUCKET = 128  # tokens whose probabilities are summed together before the running sum
+_CANDIDATES = 256  # most likely tokens looked at first; a row whose top-p needs more looks at 8 times as many
+
+
+@dataclass
+class Logprobs:
+    """Of the rows `rows` of a step (ordinals within the step)."""
+
+    rows: np.ndarray  # int64 [N]
+    chosen: Tensor  # float32 [N]
+    top_ids: Tensor  # int64 [N, k]
+    top: Tensor  # float32 [N, k]
+
+
+def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
+    """The next token of slots first..first+R-1.
+
+    logits float32 [R, V], changed in place -> int64 [R], and the log-probabilities of the rows that ask for them.
+    """
+    span = slice(first, first + len(logits))
+    wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
+    raw = logits[torch.from_numpy(wanted)].log_softmax(-1) if len(wanted) else None
+    _apply_bias(logits, slots, span)
+    _forbid_stopping(logits, slots, span)
+    _apply_penalties(logits, slots, span)
+    tokens = logits.argmax(-1)
+    random = torch.from_numpy(np.flatnonzero(slots.temperature[span].numpy() > 0))
+    if len(random):
+        scaled = logits[random] / slots.temperature[span][random, None]
+        tokens[random] = _draw(_filter(scaled, slots, span, random), _uniform(slots, span, random))
+    if raw is None:
+        return tokens, None
+    chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
+    top, top_ids = raw.topk(int(slots.num_logprobs[span].max()), dim=-1)
+    return tokens, Logprobs(wanted, chosen, top_ids, top)
+
+
+def _uniform(slots: Slots, span: slice, rows: Tensor) -> Tensor:
+    return uniform(slots.seed[span][rows], slots.row_key[span][rows], slots.sample[span][rows], slots.generated[span][rows])
+
+
+def _apply_bias(logits: Tensor, slots: Slots, span: slice) -> None:
+    bias_row = slots.bias_row[span]
+    rows = torch.from_numpy(np.flatnonzero(bias_row.numpy() >= 0))
+    if len(rows):
+        logits[rows] += slots.biases.data[bias_row[rows]]
+
+
+def _forbid_stopping(logits: Tensor, slots: Slots, span: slice) -> None:
+    """No end-of-sequence and no stop token before a row's min_tokens."""
+    rows = np.flatnonzero(slots.generated[span].numpy() < slots.min_tokens[span].numpy())
+    if not len(rows):
+        return
+    index = torch.from_numpy(rows)
+    logits[index[:, None], slots.eos_token_ids] = float("-inf")
+    row, column = np.nonzero(slots.stop_token_ids[span].numpy()[rows] >= 0)
+    token = slots.stop_token_ids[span].numpy()[rows[row], column]
+    logits[torch.from_numpy(rows[row]), torch.from_numpy(token)] = float("-inf")
+
+
+def _apply_penalties(logits: Tensor, slots: Slots, span: slice) -> None:
+    """Repetition (Keskar et al. 2019, over prompt and output), presence and frequency (OpenAI, over the output)."""
+    rows = torch.from_numpy(np.flatnonzero(slots.penalised[span].numpy()))
+    if not len(rows):
+        return
+    assert slots.output_counts is not None and slots.in_prompt is not None
+    x = logits[rows]
+    counts = slots.output_counts[span][rows]
+    repetition = slots.repetition_penalty[span][rows, None]
+    seen = slots.in_prompt[span][rows] | (counts > 0)
+    x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+    x -= slots.frequency_penalty[span][rows, None] * counts
+    x -= slots.presence_penalty[span][rows, None] * (counts > 0)
+    logits[rows] = x
+
+
+def _filter(scaled: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
+    """Unnormalised probabilities [R, V] of temperature-scaled logits, zero where min-p, top-k or top-p drops a token."""
+    weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
+    top_p, top_k, min_p = (values[span][rows] for values in (slots.top_p, slots.top_k, slots.min_p))
+    vocab = scaled.shape[1]
+    limited = torch.nonzero((top_p < 1) | ((top_k > 0) & (top_k < vocab)) | (min_p > 0))[:, 0]
+    candidates = max(_CANDIDATES, int(top_k[limited].clamp(max=vocab).max())) if len(limited) else 0
+    while len(limited):
+        candidates = min(candidates, vocab)
+        threshold, open_ended = _threshold(
+            weights[limited], top_p[limited, None], top_k[limited, None], min_p[limited, None], candidates
+        )
+        done = ~open_ended
+        kept = weights[limited[done]]
+        weights[limited[done]] = kept.masked_fill(kept < threshold[done], 0.0)
+        limited = limited[open_ended]
+        candidates *= 8
+    return weights
+
+
+def _threshold(weights: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """The weight below which tokens are dropped [R, 1], and which rows need more candidates to tell [R].
+
+    weights [R, V] with maximum 1. Tokens that tie with the last one kept are kept.
+    """
+    vocab = weights.shape[1]
+    best = weights.topk(candidates, dim=-1).values  # [R, candidates], descending
+    rank = torch.arange(candidates, device=weights.device)
+    limit = torch.where(top_k > 0, top_k, vocab)  # [R, 1]
+    kept = (best >= min_p) & (rank < limit)
+    # The mass that top-p refers to: of all tokens that min-p and top-k leave, seen among the candidates or not.
+    mass = (best * kept).sum(-1, keepdim=True)
+    unseen = kept[:, -1:] & (limit > candidates) & (candidates < vocab)
+    if bool(unseen.any()):
+        mass = torch.where(unseen, _sum(torch.where(weights >= min_p, weights, 0.0))[:, None], mass)
+    before = (best * kept).cumsum(-1) - best * kept
+    kept &= (before < top_p * mass) | (top_p >= 1)
+    open_ended = (kept[:, -1:] & (limit > candidates) & (candidates < vocab))[:, 0]
+    last = kept.sum(-1, keepdim=True) - 1
+    return best.gather(1, last), open_ended
+
+
+def _bucket_sums(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """weights [R, V] as buckets [R, V / 128, 128], and their sums, float64 [R, V / 128]."""
+    buckets = F.pad(weights, (0, -weights.shape[1] % _BUCKET)).view(len(weights), -1, _BUCKET)
+    return buckets, buckets.sum(-1).double()
+
+
+def _sum(weights: Tensor) -> Tensor:
+    """Row sums [R], in an order that does not depend on the number of rows."""
+    return _bucket_sums(weights)[1].cumsum(-1)[:, -1].float()
+
+
+def _draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the first token at which the running sum passes u times the total.
+
+    weights float32 [R, V], u float64 [R] in (0, 1) -> int64 [R].
+    """
+    buckets, sums = _bucket_sums(weights)
+    running = sums.cumsum(-1)
+    target = u[:, None] * running[:, -1:]
+    bucket = (running <= target).sum(-1, keepdim=True).clamp(max=sums.shape[1] - 1)  # [R, 1]
+    inside = buckets.gather(1, bucket[..., None].expand(-1, 1, _BUCKET))[:, 0].double()  # [R, 128]
+    passed = (running - sums).gather(1, bucket) + inside.cumsum(-1) <= target
+    place = passed.sum(-1)
+    # Rounding may leave the bucket's own sum a hair below the target: then its last possible token.
+    last = _BUCKET - 1 - (inside.flip(-1) > 0).int().argmax(-1)
+    return bucket[:, 0] * _BUCKET + torch.minimum(place, last)

@@ -1,0 +1,21 @@
+"""What the engine counts while it runs; read by progress and metrics from another thread, never locked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineStats:
+    """Totals since the start, and the state of the last step. Seconds, tokens, blocks; times are time.time()."""
+
+    prompt_tokens: int = 0  # prefilled
+    completion_tokens: int = 0
+    running: int = 0  # rows in the last decode step
+    waiting: int = 0  # prompts in the engine without a slot
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_prefill_time: float | None = None
+    last_token_time: float | None = None

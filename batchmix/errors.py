@@ -1,0 +1,9 @@
+"""Errors that a user can cause and mend."""
+
+
+class BatchmixError(Exception):
+    """One line that names the key, the value and the remedy; shown without a traceback, exit code 1."""
+
+
+class Interrupted(Exception):
+    """SIGTERM, SIGINT or SIGUSR1 arrived: what is finished has been committed, run the command again for the rest."""

@@ -1,0 +1,167 @@
+"""Where Hydra ends: it composes `conf/` and the command line into a `Config`, which a job takes as its one argument.
+
+`python jobs/JOB.py` and `batchmix JOB` both come through `job`, so both parse, check and report alike.
+Exit codes: 0 done, 1 error, 2 usage, 75 interrupted after committing what was finished (run again for the rest).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, cast
+
+import hydra.version
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from batchmix.config import Config, SamplingConfig, check
+from batchmix.config_errors import explain, explain_missing
+from batchmix.errors import BatchmixError, Interrupted
+
+EXIT_ERROR, EXIT_USAGE, EXIT_REQUEUE, EXIT_KEYBOARD = 1, 2, 75, 130
+
+
+def job(name: str) -> Callable[[Callable[[Config], None]], Callable[..., int]]:
+    """Makes a function of a `Config` the Hydra app with primary config `conf/<name>.yaml`.
+
+    The result takes the arguments (default: those of the process) and returns the exit code.
+    """
+
+    def decorate(function: Callable[[Config], None]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def main(argv: Sequence[str] | None = None) -> int:
+            return _run(name, function, sys.argv[1:] if argv is None else argv)
+
+        return main
+
+    return decorate
+
+
+def register() -> None:
+    """Put the schemas into Hydra's ConfigStore: `schema` for the whole, `default` in the groups of keys."""
+    store = ConfigStore.instance()
+    schema = _schema()
+    store.store(name="schema", node=schema)
+    for group in ("data", "sampling", "engine", "output"):
+        store.store(group=group, name="default", node=schema[group])
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The checked dataclasses of a composed configuration; BatchmixError where a key or value is wrong."""
+    try:
+        if missing := OmegaConf.missing_keys(composed):
+            raise BatchmixError(explain_missing(missing))
+        # Merged once more as plain values, which refuses what Hydra lets pass: keys added by `+key=value`.
+        values = OmegaConf.to_container(composed, resolve=True)
+        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), values)))
+        OmegaConf.structured(config)  # refuses what a merge lets pass: lists nested in a list of texts
+    except OmegaConfBaseException as error:
+        raise BatchmixError(explain(error)) from error
+    config.sampling.logit_bias = config.sampling.logit_bias or None
+    return check(config)
+
+
+def save_hydra_files(config: Config) -> None:
+    """Write `config.yaml` and `overrides.yaml` under `output.dir/.hydra`, in a folder of its own for each shard.
+
+    For the job to call once it has accepted the directory; does nothing where the job was not started by Hydra.
+    """
+    if not HydraConfig.initialized():
+        return
+    folder = Path(config.output.dir, ".hydra")
+    if config.shard.count > 1:
+        folder /= f"shard-{config.shard.index}-of-{config.shard.count}"
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
+
+
+def _schema() -> DictConfig:
+    # `sampling.logit_bias={3:1.5}` needs a mapping to merge into (OmegaConf cannot merge into null) that takes keys
+    # it does not have yet; `to_config` turns an empty one back into null.
+    schema = OmegaConf.structured(Config(sampling=SamplingConfig(logit_bias={})))
+    OmegaConf.set_struct(schema.sampling.logit_bias, False)
+    return cast(DictConfig, schema)
+
+
+def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> int:
+    args_parser = get_args_parser()
+    args_parser.prog = f"batchmix {name}"
+    args_parser.error = functools.partial(_usage_error, name)  # type: ignore[method-assign]
+    # Hydra's own parse_args refuses overrides on both sides of a flag: `a=1 --multirun b=2`.
+    args = args_parser.parse_intermixed_args(list(argv))
+    if args.experimental_rerun is not None:
+        _usage_error(name, "--experimental-rerun does not apply: the same command again finishes what is left")
+
+    started_in = os.getpid()
+    failed = False
+
+    @functools.wraps(function)  # Hydra names the job after the module of the function
+    def task(composed: DictConfig) -> None:
+        nonlocal failed
+        try:
+            function(to_config(composed))
+        except BatchmixError as error:
+            if os.getpid() != started_in:  # a launcher's worker: only the exception crosses to the process that waits
+                raise
+            # Not raised further, so that the other jobs of a multirun still run.
+            failed = True
+            _report(error)
+        except Interrupted as interrupted:
+            reason = f" by {interrupted}" if str(interrupted) else ""
+            print(f"batchmix: interrupted{reason}, run the same command again for the rest", file=sys.stderr)
+            sys.exit(EXIT_REQUEUE)
+
+    register()
+    hydra.version.setbase("1.3")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and cut to a few frames
+    with tempfile.TemporaryDirectory(prefix="batchmix-") as scratch:
+        if args.multirun:
+            # Hydra wants a folder for its multirun.yaml before any job has accepted its output.dir.
+            args.overrides.insert(0, f"hydra.sweep.dir={scratch}")
+        try:
+            _run_hydra(args, args_parser, task, config_path="pkg://batchmix.conf", config_name=name)
+        except BatchmixError as error:
+            _report(error)
+            failed = True
+        except KeyboardInterrupt:
+            print("batchmix: interrupted", file=sys.stderr)
+            return EXIT_KEYBOARD
+        except Exception as error:
+            if not _is_about_config(error):
+                raise
+            _report(BatchmixError(explain(error)))
+            failed = True
+    return EXIT_ERROR if failed else 0
+
+
+def _is_about_config(error: Exception) -> bool:
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+        return True
+    # For a few wrong overrides Hydra raises a plain ValueError. One that a worker's job raised comes through
+    # JobReturn.return_value and is a bug.
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    in_hydra = str(frame.f_globals.get("__name__")).startswith("hydra.") and frame.f_code.co_name != "return_value"
+    return isinstance(error, ValueError) and in_hydra
+
+
+def _report(error: BatchmixError) -> None:
+    hydra_config = HydraConfig.get() if HydraConfig.initialized() else None
+    label = f"job {hydra_config.job.num}: " if hydra_config and hydra_config.mode == RunMode.MULTIRUN else ""
+    print(f"batchmix: error: {label}{error}", file=sys.stderr)
+
+
+def _usage_error(name: str, message: str) -> NoReturn:
+    print(f"batchmix: error: {message} (see batchmix {name} --help)", file=sys.stderr)
+    sys.exit(EXIT_USAGE)

@@ -1,0 +1,74 @@
+"""Mixtral's operators in plain torch: the CPU backend, and what other backends are compared with.
+
+Every operator gives a token the same bits whatever the other tokens are. What that takes on a CPU: matrix
+products see their rows in multiples of `ROW_TILE` (a smaller or ragged number sends the library down kernels that
+sum in another order: with MKL on AVX2, rows 1-11 differ unless a multiple of 4), and no reduction runs over tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROW_TILE = 16  # callers pad T to a multiple of it; the expert segments below are padded to it too
+_EXPERT_CHUNK = 512  # rows per expert product, so that its activations stay in the cache
+
+
+def pad_rows(rows: int) -> int:
+    """`rows` rounded up to a multiple of ROW_TILE."""
+    return -(-rows // ROW_TILE) * ROW_TILE
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, D], weight [D] -> [T, D]; the mean in float32, as transformers' MixtralRMSNorm."""
+    return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] with T a multiple of ROW_TILE, weight [out, in] -> [T, out]."""
+    assert len(x) % ROW_TILE == 0, len(x)
+    return F.linear(x, weight)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on half-split pairs. x [T, heads, C], cos and sin float32 [T, C/2] -> [T, heads, C]."""
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
+    """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
+
+    x [T, D], router [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D]. (token, expert) pairs are
+    sorted by expert, each expert runs once over its tokens, and each token sums its k outputs in router order.
+    """
+    num_experts = len(router)
+    probabilities = linear(x, router).float().softmax(-1)  # [T, E]
+    weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K]
+    weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+
+    pair_expert, order = experts.flatten().sort(stable=True)  # [T*K]; order: pair -> its place before sorting
+    counts = torch.bincount(pair_expert, minlength=num_experts)
+    padded = (counts + ROW_TILE - 1) // ROW_TILE * ROW_TILE
+    starts = padded.cumsum(0) - padded  # [E] first row of each expert's segment
+    shift = starts - (counts.cumsum(0) - counts)
+    place = torch.arange(len(order), device=x.device) + shift[pair_expert]  # [T*K] row of each sorted pair
+    ends = padded.cumsum(0).tolist()
+    token = order.new_zeros(ends[-1])  # padding rows compute token 0 and are never read
+    token[place] = order // top_k
+    gathered = x[token]  # [P, D]
+    out = torch.empty_like(gathered)
+    for expert, (start, end) in enumerate(zip(starts.tolist(), ends, strict=True)):
+        for low in range(start, end, _EXPERT_CHUNK):
+            high = min(low + _EXPERT_CHUNK, end)
+            gate, up = F.linear(gathered[low:high], w13[expert]).chunk(2, dim=-1)  # [P_e, F] each
+            torch.matmul(F.silu(gate).mul_(up), w2[expert].T, out=out[low:high])
+    row_of_pair = torch.empty_like(place)
+    row_of_pair[order] = place
+    chosen = out[row_of_pair].view(len(x), top_k, -1)  # [T, K, D]
+    result = chosen[:, 0] * weights[:, 0, None]
+    for k in range(1, top_k):
+        result = torch.addcmul(result, chosen[:, k], weights[:, k, None])
+    return result

@@ -1,0 +1,60 @@
+"""The plan stage: which prompts run together.
+
+A window of prompts is sorted by length and cut into batches that fit the engine's slots and KV cache. Sorting puts
+prompts of like length side by side, so a prefill step packs them without waste and their decode steps read contexts
+of like length; longest first, so that the last and least full steps of a window are its cheapest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from batchmix.records import Batch, Prompt
+
+_FIRST_WINDOW = 256  # prompts before the first batch runs; each window is 4 times the last, up to sort_window
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine can hold."""
+
+    max_num_seqs: int  # rows that decode together
+    kv_blocks: int
+    block_size: int  # tokens of a KV block
+    sort_window: int  # prompts held and sorted at once
+
+
+def plan(prompts: Iterable[Prompt], limits: Limits) -> Iterator[Batch]:
+    """Cut prompts into batches, window by window. Prompts that carry an error come first in theirs and take no room."""
+    prompts = iter(prompts)
+    size = min(_FIRST_WINDOW, limits.sort_window)
+    while window := list(islice(prompts, size)):
+        yield from _cut(window, limits)
+        size = min(4 * size, limits.sort_window)
+
+
+def _cut(window: list[Prompt], limits: Limits) -> Iterator[Batch]:
+    failed = [prompt for prompt in window if prompt.error is not None]
+    if failed:
+        yield Batch(failed)
+    runnable = [prompt for prompt in window if prompt.error is None]
+    runnable.sort(key=lambda prompt: (-len(prompt.token_ids), prompt.row))
+    batch: list[Prompt] = []
+    seqs = blocks = 0
+    for prompt in runnable:
+        needed = prompt_blocks(prompt, limits.block_size)
+        if batch and (seqs + prompt.sampling.n > limits.max_num_seqs or blocks + needed > limits.kv_blocks):
+            yield Batch(batch)
+            batch, seqs, blocks = [], 0, 0
+        batch.append(prompt)
+        seqs += prompt.sampling.n
+        blocks += needed
+    if batch:
+        yield Batch(batch)
+
+
+def prompt_blocks(prompt: Prompt, block_size: int) -> int:
+    """KV blocks that a prompt takes at its start: its samples share all but the last, which each of them fills."""
+    return len(prompt.token_ids) // block_size + prompt.sampling.n

@@ -1,0 +1,73 @@
+"""The one record type that crosses each boundary: Row -> Prompt -> Batch -> Completion.
+
+    source --Row--> prompt --Prompt--> plan --Batch--> engine --Completion--> sink
+
+A record that cannot be run carries its reason in `error` and travels the same way as the others, so that
+every input row reaches the output exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from typing import Any, Literal
+
+from batchmix.config import SamplingConfig
+
+FinishReason = Literal["stop", "length", "error"]
+
+@dataclass(slots=True)
+class Row:
+    """One input row as it was read."""
+
+    row: int  # ordinal in the data set, stable over resume and sharding
+    id: str  # the row's `data.id_column` (`custom_id` in OpenAI batch files), else str(row)
+    columns: dict[str, Any]  # the input's columns; empty where the line could not be parsed
+    sampling: Mapping[str, Any] | None = None  # the row's own overrides of `sampling.*`, not yet validated
+    error: str | None = None  # one line: why this row cannot be run
+
+@dataclass(slots=True)
+class Prompt:
+    """One row as token ids, with the sampling parameters that hold for it."""
+
+    row: int
+    id: str
+    columns: dict[str, Any]  # only those that the output keeps
+    token_ids: Sequence[int]  # empty where `error` is set
+    sampling: SamplingConfig
+    error: str | None = None
+
+@dataclass(slots=True)
+class Batch:
+    """Prompts of one bucket, longest first, that the engine runs as one static batch of slots."""
+
+    prompts: list[Prompt]
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """The log-probability of one generated token, and those of the most likely alternatives."""
+
+    token_id: int
+    logprob: float
+    top: Sequence[tuple[int, float]] = ()  # (token id, logprob), most likely first
+
+@dataclass(slots=True)
+class Completion:
+    """One sample of one prompt. `text` is filled when the sink detokenises."""
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: Sequence[int]  # without the stop token; with the tokens that complete a stop string
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it; None for end of sequence
+    num_tokens: int = 0  # generated tokens, stop token included
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
+    error: str | None = None
+    text: str | None = None
+
+    @classmethod
+    def failed(cls, prompt: Prompt, error: str, sample_index: int = 0) -> Completion:
+        """The completion of a prompt that could not be run."""
+        return cls(prompt, sample_index, (), "error", error=error)

@@ -1,0 +1,37 @@
+"""Shared by all tests: no network, GPU tests only where there is a GPU, and `batchmix` as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
+os.environ["PYTHONSAFEPATH"] = "1"  # subprocesses: the repository's own folders are not importable by their bare names
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_items:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def batchmix(tmp_path: Path) -> Run:
+    """`batchmix("generate", "data.path=...")` runs the command in an empty folder, `tmp_path`."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "batchmix", *arguments]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+
+    return run

@@ -1,0 +1,262 @@
+"""The command line as a user meets it: real processes, and for every kind of wrong input one helpful line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from batchmix import __version__, cli
+
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+ROOT = Path(__file__).parents[1]
+GIVEN = ("data.path=prompts.jsonl", "output.dir=out")
+
+# Arguments after `batchmix generate data.path=prompts.jsonl output.dir=out`, and what the one line says.
+WRONG_OVERRIDES = {
+    "data.pth=x": "data.pth: no such key, did you mean data.path?",
+    "+data.pth=x": "data.pth: no such key, did you mean data.path?",
+    "max_tokens=4": "max_tokens: no such key, did you mean sampling.max_tokens?",
+    "sampling.max_token=4": "sampling.max_token: no such key, did you mean sampling.max_tokens?",
+    "modle=tiny": "modle: no such key, did you mean model?",
+    "data.xyz=1": "data.xyz: no such key; data has path, format, split,",
+    "zzz=1": "zzz: no such key; keys begin with model, data, sampling,",
+    "hydra.foo=1": "hydra.foo: Hydra has no such key",
+    "model=mistral_8x7b": "model=mistral_8x7b: no such choice, did you mean mixtral_8x7b?",
+    "model=/models/mixtral": "a file or folder is given as model.path=/models/mixtral",
+    "data=prompts.jsonl": "a file or folder is given as data.path=prompts.jsonl",
+    "hydra/launcher=nowhere": "hydra/launcher=nowhere: no such choice; the choices are basic",
+    "model.dtype=bf16": "model.dtype=bf16: must be one of auto, bfloat16, float16, float32",
+    "output.redo=all": "output.redo=all: must be one of length, error or null",
+    "data.on_error=stop": "data.on_error=stop: must be one of record, raise",
+    "sampling.max_tokens=many": "sampling.max_tokens=many: must be an integer",
+    "sampling.max_tokens=1.5": "sampling.max_tokens=1.5: must be an integer",
+    "sampling.max_tokens=null": "sampling.max_tokens=null: must be an integer",
+    "sampling.temperature=hot": "sampling.temperature=hot: must be a number",
+    "sampling.ignore_eos=maybe": "sampling.ignore_eos=maybe: must be true or false",
+    "sampling.stop=END": "sampling.stop=END: must be a list of texts, written [a,b] or null",
+    "sampling.stop=[[END]]": "sampling.stop must be a list of texts",
+    "sampling.stop_token_ids=[a]": "sampling.stop_token_ids must be a list of integers",
+    "sampling.logit_bias={a:1}": "sampling.logit_bias must be a mapping from integers to numbers, written {3:1.5}",
+    "sampling.logit_bias=3": "sampling.logit_bias=3: must be a mapping from integers to numbers",
+    "output.dir=null": "output.dir=null: must be text",
+    "output.dir=${nothing}": "output.dir: Interpolation key 'nothing' not found",
+    "sampling.top_p=2": "sampling.top_p=2.0 must be above 0 and at most 1",
+    "shard.index=3": "shard.index=3: must be from 0 to shard.count - 1 = 0",
+    "prompts.jsonl": "prompts.jsonl: not of the form key=value, for example data.path=prompts.jsonl",
+    "data.path=[a": "data.path=[a: the value cannot be read; a text with special characters needs quotes",
+    "data.path=s3://b/day=1/x": "a text with special characters needs quotes, \"data.path='s3://b/day=1/x'\"",
+    "data.path=a.jsonl,b.jsonl": "write data.path=[a.jsonl,b.jsonl] if it is a list",
+    "data.system_prompt=Hello, you": "quote it if it is one text, \"data.system_prompt='Hello, you'\"",
+}
+WRONG_LINES = {
+    ("generate",): (1, "data.path and output.dir must be given, for example data.path=prompts.jsonl output.dir=out"),
+    ("generate", "output.dir=out"): (1, "data.path must be given, for example data.path=prompts.jsonl"),
+    ("generate", "data.path=prompts.jsonl"): (1, "output.dir must be given, for example output.dir=out"),
+    ("plan",): (1, "data.path must be given, for example data.path=prompts.jsonl"),
+    ("generate", *GIVEN, "--config-dir", "nowhere"): (1, "nowhere' not found"),
+    ("generate", *GIVEN, "--config-name", "nowhere"): (1, "Cannot find primary config 'nowhere'"),
+    ("generate", *GIVEN, "--frobnicate"): (2, "unrecognized arguments: --frobnicate (see batchmix generate --help)"),
+    ("generate", *GIVEN, "--multirun", "shard.idx=0,1"): (1, "shard.idx: no such key, did you mean shard.index?"),
+    (): (2, "no job given; the jobs are generate, plan"),
+    ("genrate",): (2, "genrate: no such job, did you mean generate?"),
+    ("data.path=prompts.jsonl",): (2, "the job comes first, as in batchmix generate data.path=prompts.jsonl"),
+    **{("generate", *GIVEN, override): (1, line) for override, line in WRONG_OVERRIDES.items()},
+}
+
+# A job that does what its data.path says, so that the ways out of a real job can be tried without a model.
+JOB = """
+import sys
+from pathlib import Path
+from batchmix.errors import BatchmixError, Interrupted
+from batchmix.hydra_app import job, save_hydra_files
+
+@job("generate")
+def main(config):
+    save_hydra_files(config)
+    if config.data.path == "user_error":
+        raise BatchmixError("model.path=nowhere: no such folder")
+    if config.data.path == "bug":
+        raise ValueError("a bug")
+    if config.data.path == "interrupted" and config.shard.index == 1:
+        raise Interrupted("SIGTERM")
+    print("ran", config.shard.index, config.shard.count, config.data.path, flush=True)
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Done]:
+    """Every wrong line run once, two at a time, in one empty folder (stored under the key `cwd`)."""
+    folder = tmp_path_factory.mktemp("wrong")
+
+    def run(arguments: tuple[str, ...]) -> Done:
+        command = [sys.executable, "-m", "batchmix", *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(WRONG_LINES, pool.map(run, WRONG_LINES), strict=True))
+    assert list(folder.iterdir()) == [], "a refused command left files behind"
+    return done
+
+
+@pytest.mark.parametrize("arguments", WRONG_LINES, ids=lambda arguments: " ".join(arguments[-1:]) or "nothing")
+def test_wrong_input_prints_one_helpful_line(outcomes: dict[tuple[str, ...], Done], arguments: tuple[str, ...]) -> None:
+    exit_code, line = WRONG_LINES[arguments]
+    done = outcomes[arguments]
+    assert done.returncode == exit_code, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("batchmix: error: ")
+    assert done.stderr.count("\n") == 1
+    assert line in done.stderr
+
+
+def test_a_wrong_experiment_file_is_named(batchmix: Run, tmp_path: Path) -> None:
+    experiment = tmp_path / "mine" / "experiment"
+    experiment.mkdir(parents=True)
+    lines = {
+        "key": ("data: {pth: x}", "data.pth: no such key, did you mean data.path? (in experiment/key.yaml)"),
+        "value": ("sampling: {max_tokens: many}", "must be an integer (in experiment/value.yaml)"),
+        "syntax": ("sampling: {", "experiment/syntax.yaml"),
+    }
+    for name, (content, line) in lines.items():
+        (experiment / f"{name}.yaml").write_text(f"# @package _global_\n{content}\n")
+        done = batchmix("generate", *GIVEN, "--config-dir", "mine", f"experiment={name}")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert line in done.stderr
+
+
+def test_help_lists_the_jobs_at_once(batchmix: Run) -> None:
+    batchmix("--help")  # fills the file cache
+    start = time.perf_counter()
+    done = batchmix("--help")
+    assert time.perf_counter() - start < 1  # 0.08 s measured; torch or Hydra would take longer than that on any machine
+    assert done.returncode == 0
+    for path in (ROOT / "jobs").glob("*.py"):
+        assert any(line.split()[:1] == [path.stem] and len(line.split()) > 3 for line in done.stdout.splitlines())
+
+
+def test_help_imports_nothing_heavy(batchmix: Run) -> None:
+    code = "import sys; from batchmix.cli import main; main(['--help']); print(set(sys.modules) & {'torch', 'hydra', 'omegaconf'})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n"), done.stderr
+
+
+def test_version(batchmix: Run) -> None:
+    assert batchmix("--version").stdout == f"batchmix {__version__}\n"
+
+
+def test_help_of_a_job_shows_every_key(batchmix: Run) -> None:
+    done = batchmix("generate", "--help")
+    assert done.returncode == 0
+    for text in ("usage: batchmix generate", "mixtral_8x7b_instruct", "max_tokens: 1024", "path: ???"):
+        assert text in done.stdout
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "work.py"
+    path.write_text(JOB)
+    return path
+
+
+def run_job(job_file: Path, *arguments: str) -> Done:
+    command = [sys.executable, str(job_file), *arguments]
+    return subprocess.run(command, cwd=job_file.parent, capture_output=True, text=True, timeout=120)
+
+
+def test_a_job_that_ends_well(job_file: Path) -> None:
+    done = run_job(job_file, *GIVEN)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran 0 1 prompts.jsonl\n", "")
+    saved = {path.name: yaml.safe_load(path.read_text()) for path in (job_file.parent / "out/.hydra").iterdir()}
+    assert set(saved) == {"config.yaml", "overrides.yaml"}
+    assert saved["overrides.yaml"] == list(GIVEN)
+    assert saved["config.yaml"]["data"]["path"] == "prompts.jsonl"
+    assert {path.name for path in job_file.parent.iterdir()} == {"work.py", "out"}
+
+
+def test_a_users_error_is_one_line(job_file: Path) -> None:
+    done = run_job(job_file, "data.path=user_error", "output.dir=out")
+    assert (done.returncode, done.stderr) == (1, "batchmix: error: model.path=nowhere: no such folder\n")
+
+
+def test_a_bug_keeps_its_traceback(job_file: Path) -> None:
+    done = run_job(job_file, "data.path=bug", "output.dir=out")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert f'{job_file}", line ' in done.stderr
+    assert done.stderr.endswith("ValueError: a bug\n")
+
+
+def test_multirun_runs_every_job(job_file: Path) -> None:
+    done = run_job(job_file, *GIVEN, "--multirun", "shard.index=range(0,3)", "shard.count=3")
+    assert (done.returncode, done.stdout) == (0, "".join(f"ran {index} 3 prompts.jsonl\n" for index in range(3)))
+    assert {path.name for path in job_file.parent.iterdir()} == {"work.py", "out"}
+    assert len(list((job_file.parent / "out/.hydra").glob("shard-*-of-3/config.yaml"))) == 3
+
+
+def test_multirun_over_folders_leaves_nothing_elsewhere(job_file: Path) -> None:
+    done = run_job(job_file, "data.path=prompts.jsonl", "output.dir=a,b", "--multirun")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in job_file.parent.iterdir()} == {"work.py", "a", "b"}
+
+
+def test_multirun_goes_on_after_a_users_error(job_file: Path) -> None:
+    done = run_job(job_file, "output.dir=out", "--multirun", "data.path=one,user_error,two")
+    assert (done.returncode, done.stdout) == (1, "ran 0 1 one\nran 0 1 two\n")
+    assert "batchmix: error: job 1: model.path=nowhere: no such folder\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path) -> None:
+    done = run_job(
+        job_file, "data.path=interrupted", "output.dir=out", "--multirun", "shard.index=0,1,2", "shard.count=3"
+    )
+    assert (done.returncode, done.stdout) == (75, "ran 0 3 interrupted\n")
+    assert done.stderr.endswith("batchmix: interrupted by SIGTERM, run the same command again for the rest\n")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("job", ["generate", "plan"])
+def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -> None:
+    overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
+    by_file = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert by_file.returncode == 0, by_file.stderr
+    assert by_file.stdout == batchmix(job, *overrides).stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("batchmix ", {"generate", "plan"}),
+        ("batchmix gen", {"generate"}),
+        ("batchmix generate sampling=", {"sampling=default", "sampling=greedy"}),
+        ("batchmix generate data.path=x out", {"output=", "output."}),
+        ("batchmix plan shard.", {"shard.index=", "shard.count="}),
+    ],
+)
+def test_the_shell_completes(line: str, expected: set[str], batchmix: Run) -> None:
+    done = batchmix("-sc", "query=bash", env={**os.environ, "COMP_LINE": line})
+    assert (done.returncode, set(done.stdout.split())) == (0, expected), done.stderr
+
+
+def test_completion_installs(batchmix: Run) -> None:
+    assert "hydra_bash_completion" in batchmix("-sc", "install=bash").stdout
+
+
+def test_help_is_there_for_a_job_without_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bare.py").write_text("x = 1\n")
+    monkeypatch.setattr(cli, "JOBS", tmp_path)
+    assert "  bare  \n" in cli.help_text(["bare"])

@@ -1,0 +1,117 @@
+"""Every file of the Hydra tree composes into a checked `Config`, and says nothing that a dataclass does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from batchmix.config import Config, SamplingConfig
+from batchmix.config_errors import known_keys
+from batchmix.errors import BatchmixError
+from batchmix.hydra_app import register, to_config
+
+CONF = Path(__file__).parents[1] / "conf"
+PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+GIVEN = ["data.path=prompts.jsonl", "output.dir=out"]
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register()
+    with initialize_config_module("batchmix.conf", version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str, primary: str = "generate") -> DictConfig:
+    return compose(primary, overrides=[*GIVEN, *overrides])
+
+
+def test_there_is_a_primary_config_for_each_job() -> None:
+    assert sorted(path.stem for path in (CONF.parent / "jobs").glob("*.py")) == PRIMARY
+
+
+@pytest.mark.parametrize("primary", PRIMARY)
+def test_defaults_are_those_of_the_dataclasses(primary: str) -> None:
+    config = to_config(composed(primary=primary))
+    expected = Config()
+    expected.data.path, expected.output.dir = "prompts.jsonl", "out"
+    assert config == expected
+
+
+def test_plan_needs_no_output_folder() -> None:
+    assert to_config(compose("plan", overrides=["data.path=prompts.jsonl"])).output.dir == ""
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choice_composes(choice: str) -> None:
+    assert isinstance(to_config(composed(choice)), Config)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_keys_exist(path: Path) -> None:
+    group = path.parent.relative_to(CONF).as_posix()
+    if group.startswith("hydra"):
+        pytest.skip("Hydra's own keys, which it checks itself")
+    content = yaml.safe_load(path.read_text())
+    content.pop("defaults", None)
+    prefix = "" if group in (".", "experiment") else f"{group}."
+    assert {prefix + key for key in leaves(content)} <= set(known_keys())
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+
+def test_choices_change_what_they_say() -> None:
+    config = to_config(composed("sampling=greedy", "engine=cpu", "data=openai_batch", "model=mixtral_8x7b_instruct"))
+    assert config.sampling.temperature == 0
+    assert (config.engine.device, config.engine.backend.name) == ("cpu", "torch")
+    assert config.data.format.name == "openai_batch"
+    assert config.model.path == "mistralai/Mixtral-8x7B-Instruct-v0.1"
+
+
+def test_an_override_beats_an_experiment() -> None:
+    config = to_config(composed("experiment=support_tickets", "sampling.max_tokens=7"))
+    assert (config.sampling.temperature, config.sampling.max_tokens) == (0, 7)
+    assert config.data.path == "prompts.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("sampling.logit_bias={3:1.5,10:-2}", "logit_bias", {3: 1.5, 10: -2.0}),
+        ("sampling.logit_bias=null", "logit_bias", None),
+        ("sampling.stop=[a,'b c']", "stop", ["a", "b c"]),
+        ("sampling.stop_token_ids=[2,3]", "stop_token_ids", [2, 3]),
+        ("sampling.logprobs=5", "logprobs", 5),
+        ("sampling.temperature=1e-3", "temperature", 0.001),
+    ],
+)
+@pytest.mark.parametrize("sampling", ["default", "greedy"])
+def test_values_arrive_as_plain_python(override: str, key: str, value: object, sampling: str) -> None:
+    arrived = getattr(to_config(composed(f"sampling={sampling}", override)).sampling, key)
+    assert arrived == value
+    assert type(arrived) is type(value)
+
+
+def test_paths_arrive_as_a_list() -> None:
+    assert to_config(composed("data.path=[a.jsonl,s3://b/*.parquet]")).data.path == ["a.jsonl", "s3://b/*.parquet"]
+
+
+def test_a_config_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(BatchmixError, match=r"shard\.index=4"):
+        to_config(composed("shard.index=4", "shard.count=4"))
+
+
+def test_every_field_is_a_known_key() -> None:
+    for field in dataclasses.fields(SamplingConfig):
+        assert f"sampling.{field.name}" in known_keys()
