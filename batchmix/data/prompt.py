@@ -15,6 +15,7 @@ from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import TokenIds
 from batchmix.errors import BatchmixError
 from batchmix.records import Prompt, Row
+from batchmix.report.clock import StageClock
 
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
@@ -30,6 +31,7 @@ def build_prompts(
     max_model_len: int,
     vocab_size: int,
     keep: Sequence[str],
+    clock: StageClock,
 ) -> Iterator[Prompt]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
 
@@ -39,15 +41,16 @@ def build_prompts(
     itself after its beginning-of-sequence token.
 
     `vocab_size` and `max_model_len` are the model's. `keep` names the columns that the output keeps. Rows are read
-    and encoded by a thread, ahead of the consumer; closing the iterator ends it.
+    and encoded by a thread, ahead of the consumer; closing the iterator ends it. `clock` counts its stages read and
+    tokenise.
 
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
-    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep), rows)
+    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep), rows, clock)
 
 
-def _unbatch(builder: _PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]:
-    batches = read_ahead(builder.batches(rows), _BATCHES_AHEAD)
+def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Iterator[Prompt]:
+    batches = read_ahead(builder.batches(rows, clock), _BATCHES_AHEAD)
     try:
         for batch in batches:
             yield from batch
@@ -87,10 +90,16 @@ class _PromptBuilder:
                 " put the text into data.template"
             )
 
-    def batches(self, rows: Iterable[Row]) -> Generator[list[Prompt], None, None]:
+    def batches(self, rows: Iterable[Row], clock: StageClock) -> Generator[list[Prompt], None, None]:
         rows = iter(rows)
-        while batch := list(islice(rows, _BATCH_ROWS)):
-            yield self._build(batch)
+        while True:
+            with clock.stage("read"):
+                batch = list(islice(rows, _BATCH_ROWS))
+            if not batch:
+                return
+            with clock.stage("tokenise"):
+                prompts = self._build(batch)
+            yield prompts
 
     def _build(self, rows: list[Row]) -> list[Prompt]:
         prompts: list[Prompt] = []

@@ -48,3 +48,15 @@ class RowSet:
 
     def __iter__(self) -> Iterator[int]:
         return iter(np.flatnonzero(np.unpackbits(self._bits, bitorder="little")).tolist())
+
+
+class AllBut:
+    """Every row but those that are `wanted` and not yet `done`: what a run that redoes rows skips."""
+
+    def __init__(self, wanted: RowSet, done: RowSet) -> None:
+        self._wanted, self._done = wanted, done
+
+    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Which of the ordinals start..stop-1 are skipped, bool [stop - start]."""
+        mask: npt.NDArray[np.bool_] = ~self._wanted.mask(start, stop) | self._done.mask(start, stop)
+        return mask

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from batchmix.config import SamplingConfig
+from batchmix.data.stop_strings import StopTable
 from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
 from batchmix.engine.sampling import choose
 from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
@@ -67,7 +69,7 @@ class Engine:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Sequence[int],
-        token_bytes: Sequence[bytes] | None,
+        stop_table: Callable[[SamplingConfig], StopTable] | None,
         should_stop: Callable[[], bool] = lambda: False,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
@@ -83,7 +85,7 @@ class Engine:
             raise ValueError(f"{self.pool.num_blocks} KV blocks cannot hold one row of {max_model_len} tokens")
         # Slots come in the row tiles that a decode step runs in.
         self.slots = Slots(
-            max_num_seqs, model.config.vocab_size, blocks_per_row, eos_token_ids, token_bytes, cache.keys.device
+            max_num_seqs, model.config.vocab_size, blocks_per_row, eos_token_ids, stop_table, cache.keys.device
         )
         self.rows: list[_Row] = []  # of slot 0, 1, ...
         self.waiting: deque[_Waiting] = deque()

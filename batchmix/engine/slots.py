@@ -6,14 +6,14 @@ step works on a leading slice. The order of rows in the batch does not matter to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
-from batchmix.data.stop_strings import build_stop_table
+from batchmix.data.stop_strings import INSIDE, START, StopTable
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
 from batchmix.engine.philox import row_key
 from batchmix.engine.shared_rows import SharedTables
@@ -31,7 +31,7 @@ class Slots:
         vocab_size: int,
         blocks_per_row: int,
         eos_token_ids: Sequence[int],
-        token_bytes: Sequence[bytes] | None,
+        stop_table: Callable[[SamplingConfig], StopTable] | None,
         device: torch.device,
     ) -> None:
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -39,7 +39,7 @@ class Slots:
 
         self.capacity = capacity
         self.vocab_size = vocab_size
-        self.token_bytes = token_bytes
+        self.build_stop_table = stop_table
         self.num_active = 0
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         # Where the row is.
@@ -79,7 +79,7 @@ class Slots:
         self.num_active += 1
         sampling = prompt.sampling
         self.context[slot] = len(prompt.token_ids)
-        for counter in (self.generated, self.finish, self.stop_reason, self.stop_state):
+        for counter in (self.generated, self.finish, self.stop_reason):
             counter[slot] = 0
         self.max_tokens[slot] = max_tokens
         self.sample[slot] = sample
@@ -94,7 +94,8 @@ class Slots:
             self.bias_row[slot] = self.biases.acquire(_bias_key(sampling), lambda: self._bias(sampling))
         self.stop_base[slot] = -1
         if sampling.stop:
-            self.stop_base[slot] = self.automata.acquire(tuple(sampling.stop), lambda: self._automaton(sampling))
+            self.stop_base[slot] = self.automata.acquire(_stop_key(sampling), lambda: self._automaton(sampling))
+            self.stop_state[slot] = INSIDE if sampling.min_tokens else START
         self._set_penalties(slot, prompt)
         return slot
 
@@ -103,7 +104,7 @@ class Slots:
         if self.bias_row[slot] >= 0:
             self.biases.release(_bias_key(sampling))
         if self.stop_base[slot] >= 0:
-            self.automata.release(tuple(sampling.stop or ()))
+            self.automata.release(_stop_key(sampling))
         self.num_active -= 1
         last = self.num_active
         for field in vars(self).values():
@@ -144,8 +145,8 @@ class Slots:
         return bias
 
     def _automaton(self, sampling: SamplingConfig) -> Tensor:
-        assert self.token_bytes is not None, "rows with stop strings are refused where there is no tokenizer"
-        table = build_stop_table(sampling.stop or [], self.token_bytes)
+        assert self.build_stop_table is not None, "rows with stop strings are refused where there is no tokenizer"
+        table = self.build_stop_table(sampling)
         return torch.from_numpy(np.concatenate((table.next_state, table.matched[:, None]), 1).astype(np.int64))
 
     def advance(self, first: int, tokens: Tensor) -> None:
@@ -163,11 +164,13 @@ class Slots:
         may_stop = generated >= self.min_tokens[span]
         base = self.stop_base[span]
         if bool((base >= 0).any()):
-            # Rows without stop strings walk through row 0 of the tables and are masked out.
-            state = self.automata.data[base.clamp(min=0) + self.stop_state[span], tokens]
-            matched = self.automata.data[base.clamp(min=0) + state, -1]
-            self.stop_state[span] = torch.where(base >= 0, state, 0)
-            hit = (base >= 0) & (matched >= 0) & may_stop
+            # Rows that search no stop string here, those below min_tokens too, walk from row 0 and are masked out.
+            searched = (base >= 0) & (generated > self.min_tokens[span])
+            base, old = torch.where(searched, base, 0), self.stop_state[span]
+            state = self.automata.data[base + torch.where(searched, old, 0), tokens]
+            matched = self.automata.data[base + state, -1]
+            self.stop_state[span] = torch.where(searched, state, old)
+            hit = searched & (matched >= 0)
             finish, reason = finish.masked_fill(hit, STOP_STRING), torch.where(hit, matched, reason)
         hit = (tokens[:, None] == self.stop_token_ids[span]).any(1) & may_stop
         finish, reason = finish.masked_fill(hit, STOP_TOKEN), torch.where(hit, tokens, reason)
@@ -210,6 +213,11 @@ def _bias_key(sampling: SamplingConfig) -> tuple[object, ...]:
         return ()
     allowed = None if sampling.allowed_token_ids is None else tuple(sampling.allowed_token_ids)
     return tuple(sorted((sampling.logit_bias or {}).items())), allowed
+
+
+def _stop_key(sampling: SamplingConfig) -> tuple[object, ...]:
+    """What makes two rows share an automaton."""
+    return tuple(sampling.stop or ()), sampling.skip_special_tokens
 
 
 def _grow(log: np.ndarray, length: int) -> np.ndarray:

@@ -1,0 +1,247 @@
+"""Committed part files: how each output format is written, and what of it can be read back.
+
+What is in a part file is called its records: a table, or a list of JSON lines.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchmix.config import OutputFormat
+from batchmix.data.columns import OutputColumns
+from batchmix.data.openai_response import response_line
+from batchmix.errors import BatchmixError
+from batchmix.records import Completion
+
+_BATCH_ROWS = 1024  # rows of a record batch or row group: what a reader decompresses at once
+_ROW_IN_ID = re.compile(r"batch_req_(\d+)$")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What identifies the records of one part file, in their order."""
+
+    row: npt.NDArray[np.int64]
+    sample: npt.NDArray[np.int32]
+    finish_reason: pa.Array  # string
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+class PartFormat(Protocol):
+    """One output format."""
+
+    extension: str
+
+    def records(self, completions: Sequence[Completion]) -> Any:
+        """Completions as records. Those of one row stand side by side, in the order of their samples."""
+
+    def write(self, file: IO[bytes], records: Any) -> None: ...
+
+    def keys(self, path: Path) -> Keys: ...
+
+    def batches(self, path: Path) -> Iterator[Any]:
+        """The file's records, a batch at a time."""
+
+    def take(self, records: Any, places: npt.NDArray[np.int64]) -> Any:
+        """The records at these places, in this order."""
+
+    def join(self, pieces: Sequence[Any]) -> Any: ...
+
+
+class _Tables:
+    """Formats whose records are an Arrow table."""
+
+    def __init__(self, columns: OutputColumns, compression: str | None) -> None:
+        self._columns = columns
+        self._compression = compression
+
+    def records(self, completions: Sequence[Completion]) -> pa.Table:
+        return self._columns.table(completions)
+
+    def take(self, records: pa.Table, places: npt.NDArray[np.int64]) -> pa.Table:
+        return records.take(pa.array(places))
+
+    def join(self, pieces: Sequence[pa.Table]) -> pa.Table:
+        return pa.concat_tables(pieces)
+
+
+_KEY_COLUMNS = ["row", "sample_index", "finish_reason"]
+
+
+class ArrowParts(_Tables):
+    """Arrow IPC file format."""
+
+    extension = "arrow"
+
+    def write(self, file: IO[bytes], records: pa.Table) -> None:
+        options = pa.ipc.IpcWriteOptions(compression=self._compression)
+        with pa.ipc.new_file(file, records.schema, options=options) as writer:
+            writer.write_table(records, max_chunksize=_BATCH_ROWS)
+
+    def keys(self, path: Path) -> Keys:
+        with pa.memory_map(str(path)) as source:
+            names = pa.ipc.open_file(source).schema.names
+            options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in _KEY_COLUMNS])
+            return _keys(pa.ipc.open_file(source, options=options).read_all())
+
+    def batches(self, path: Path) -> Iterator[pa.Table]:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            for index in range(reader.num_record_batches):
+                yield pa.Table.from_batches([reader.get_batch(index)])
+
+
+class ParquetParts(_Tables):
+    """Parquet."""
+
+    extension = "parquet"
+
+    def write(self, file: IO[bytes], records: pa.Table) -> None:
+        pq.write_table(records, file, compression=self._compression or "none", row_group_size=_BATCH_ROWS)
+
+    def keys(self, path: Path) -> Keys:
+        return _keys(pq.ParquetFile(path).read(columns=_KEY_COLUMNS))
+
+    def batches(self, path: Path) -> Iterator[pa.Table]:
+        for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS):
+            yield pa.Table.from_batches([batch])
+
+
+class _Lines:
+    """Formats whose records are lines of JSON, as bytes without their ends."""
+
+    extension = "jsonl"
+
+    def write(self, file: IO[bytes], records: list[bytes]) -> None:
+        file.writelines(line + b"\n" for line in records)
+
+    def batches(self, path: Path) -> Iterator[list[bytes]]:
+        with path.open("rb") as file:
+            while lines := file.readlines(1 << 20):
+                yield [line.rstrip(b"\n") for line in lines]
+
+    def take(self, records: list[bytes], places: npt.NDArray[np.int64]) -> list[bytes]:
+        return [records[place] for place in places.tolist()]
+
+    def join(self, pieces: Sequence[list[bytes]]) -> list[bytes]:
+        return [line for piece in pieces for line in piece]
+
+
+class JsonParts(_Lines):
+    """One JSON object a line, with the columns that the other formats have."""
+
+    def __init__(self, columns: OutputColumns) -> None:
+        self._columns = columns
+
+    def records(self, completions: Sequence[Completion]) -> list[bytes]:
+        rows = self._columns.table(completions).to_pylist()
+        return [json.dumps(row, ensure_ascii=False, default=_as_json).encode() for row in rows]
+
+    def keys(self, path: Path) -> Keys:
+        found = [json.loads(line) for lines in self.batches(path) for line in lines]
+        return Keys(
+            np.array([line["row"] for line in found], np.int64),
+            np.array([line["sample_index"] for line in found], np.int32),
+            pa.array([line["finish_reason"] for line in found], pa.string()),
+        )
+
+
+class OpenAIParts(_Lines):
+    """Responses of the OpenAI batch API: one line a row, whose samples are its choices."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    def records(self, completions: Sequence[Completion]) -> list[bytes]:
+        rows: dict[int, list[Completion]] = {}
+        for completion in completions:
+            rows.setdefault(completion.prompt.row, []).append(completion)
+        return [
+            json.dumps(response_line(samples, self._model), ensure_ascii=False).encode() for samples in rows.values()
+        ]
+
+    def keys(self, path: Path) -> Keys:
+        rows, reasons = [], []
+        for lines in self.batches(path):
+            for line in lines:
+                response = json.loads(line)
+                match = _ROW_IN_ID.match(response["id"])
+                if match is None:
+                    raise ValueError(f"a response has the id {response['id']!r}")
+                rows.append(int(match[1]))
+                choices = [] if response["error"] else response["response"]["body"]["choices"]
+                cut = any(choice["finish_reason"] == "length" for choice in choices)
+                reasons.append("length" if cut else "stop" if choices else "error")
+        return Keys(np.array(rows, np.int64), np.zeros(len(rows), np.int32), pa.array(reasons, pa.string()))
+
+
+class Parts:
+    """The part files of one output folder, in one format. `part-<shard>-<number>.<extension>`."""
+
+    def __init__(self, folder: Path, form: PartFormat) -> None:
+        self.folder = folder
+        self.format = form
+
+    def paths(self, folder: Path | None = None) -> list[Path]:
+        """The committed parts, sorted by name."""
+        return sorted((folder or self.folder).glob(f"part-*.{self.format.extension}"))
+
+    def keys(self, path: Path) -> Keys:
+        """BatchmixError where the file is not what we wrote."""
+        try:
+            return self.format.keys(path)
+        except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BatchmixError(
+                f"{path}: cannot be read back ({reason}); delete it and run the command again, which does its rows anew"
+            ) from None
+
+    def next_number(self, shard: int, *others: Path) -> int:
+        """One above the highest number among the shard's parts, in the output folder and in others."""
+        paths = [path for folder in (self.folder, *others) for path in folder.glob(f"part-{shard:05}-*")]
+        return max((int(path.stem.rsplit("-", 1)[1]) for path in paths), default=-1) + 1
+
+    def name(self, shard: int, number: int) -> str:
+        return f"part-{shard:05}-{number:06}.{self.format.extension}"
+
+
+def part_format(
+    form: OutputFormat, columns: OutputColumns, compression: str | None, openai_model: str | None
+) -> PartFormat:
+    """The format that `output.format` names; JSON lines are OpenAI responses where `openai_model` is given."""
+    if form is OutputFormat.arrow:
+        return ArrowParts(columns, compression)
+    if form is OutputFormat.parquet:
+        return ParquetParts(columns, compression)
+    return JsonParts(columns) if openai_model is None else OpenAIParts(openai_model)
+
+
+def _keys(table: pa.Table) -> Keys:
+    return Keys(
+        table["row"].to_numpy(),
+        table["sample_index"].to_numpy(),
+        pc.cast(table["finish_reason"], pa.string()).combine_chunks(),
+    )
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value)

@@ -1,0 +1,166 @@
+"""The sink stage: completions become committed part files, in a thread of its own.
+
+A row is committed with all its samples in one part, and a part appears whole or not at all; so the `row` columns of
+the parts there are say which rows are done.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from queue import Empty, Queue
+
+from batchmix.data.detokenize import detokenize
+from batchmix.data.files import atomic_file
+from batchmix.data.parts import Parts
+from batchmix.data.rowset import RowSet
+from batchmix.data.tokenizer import Tokenizer
+from batchmix.errors import BatchmixError
+from batchmix.records import Completion
+from batchmix.report.clock import StageClock
+
+_QUEUE_DEPTH = 64  # lists of completions; with the row being built, all that waits for the disk
+_CHUNK = 256  # completions handed over at once
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Sink:
+    """Writes completions into `folder` as parts of shard `shard`. A context manager: leaving it commits what is whole.
+
+    `write` raises what went wrong in the thread; a full disk is a BatchmixError.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        folder: Path,
+        shard: int,
+        *,
+        tokenizer: Tokenizer | None,
+        rows_per_shard: int,
+        flush_seconds: float,
+        clock: StageClock,
+    ) -> None:
+        self._parts = parts
+        self._folder = folder
+        self._shard = shard
+        self._number = parts.next_number(shard, folder)
+        self._tokenizer = tokenizer
+        self._rows_per_shard = rows_per_shard
+        self._flush_seconds = flush_seconds
+        self._clock = clock
+        self._queue: Queue[list[Completion] | None] = Queue(_QUEUE_DEPTH)
+        self._outgoing: list[Completion] = []
+        self._handed_over = time.monotonic()
+        self._incomplete: dict[int, list[Completion]] = {}  # rows that miss samples
+        self._pending: list[Completion] = []  # whole rows, not committed yet
+        self._pending_rows = 0
+        self._pending_since = 0.0
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
+        self._thread.start()
+
+    def write(self, completion: Completion) -> None:
+        """Hand over one sample of one row; a row that could not be run comes once for all its samples."""
+        self._outgoing.append(completion)
+        if len(self._outgoing) >= _CHUNK or time.monotonic() - self._handed_over > 1.0:
+            self._hand_over()
+
+    def close(self) -> None:
+        """Commit every whole row and end the thread. Rows that miss samples are not committed."""
+        self._hand_over()
+        self._queue.put(None)
+        self._thread.join()
+        self._raise()
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _hand_over(self) -> None:
+        self._raise()
+        if self._outgoing:
+            self._queue.put(self._outgoing)
+            self._outgoing = []
+        self._handed_over = time.monotonic()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self) -> None:
+        try:
+            while (completions := self._next()) is not None:
+                self._add(completions)
+                if self._pending and time.monotonic() - self._pending_since >= self._flush_seconds:
+                    self._commit()
+            self._commit()
+        except BaseException as error:  # noqa: BLE001 (raised again in the thread that writes)
+            self._error = _explain(error, self._folder)
+            while self._queue.get() is not None:  # so that nobody waits for room in the queue
+                pass
+
+    def _next(self) -> list[Completion] | None:
+        """The next completions; none of them where pending rows must be committed before any came; None at the end."""
+        wait = max(0.0, self._pending_since + self._flush_seconds - time.monotonic()) if self._pending else None
+        try:
+            return self._queue.get(timeout=wait)
+        except Empty:
+            return []
+
+    def _add(self, completions: list[Completion]) -> None:
+        with self._clock.stage("write"):
+            detokenize(completions, self._tokenizer)
+            whole: list[Completion] = []
+            for completion in completions:
+                prompt = completion.prompt
+                if completion.error is not None:
+                    whole += [Completion.failed(prompt, completion.error, i) for i in range(prompt.sampling.n)]
+                elif prompt.sampling.n == 1:
+                    whole.append(completion)
+                else:
+                    samples = self._incomplete.setdefault(prompt.row, [])
+                    samples.append(completion)
+                    if len(samples) < prompt.sampling.n:
+                        continue
+                    whole += sorted(self._incomplete.pop(prompt.row), key=lambda sample: sample.sample_index)
+                self._pending_rows += 1
+        if whole and not self._pending:
+            self._pending_since = time.monotonic()
+        self._pending += whole
+        if self._pending_rows >= self._rows_per_shard:
+            self._commit()
+
+    def _commit(self) -> None:
+        if not self._pending:
+            return
+        with self._clock.stage("write"):
+            path = self._folder / self._parts.name(self._shard, self._number)
+            records = self._parts.format.records(self._pending)
+            with atomic_file(path) as file:
+                self._parts.format.write(file, records)
+        self._number += 1
+        self._pending, self._pending_rows = [], 0
+
+
+def _explain(error: BaseException, folder: Path) -> BaseException:
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        reason = error.strerror or "no space left"
+        return BatchmixError(
+            f"output.dir={folder}: {reason}; what was committed is safe, make room and run the command again"
+        )
+    return error
+
+
+def done_rows(parts: Parts, paths: Iterable[Path]) -> RowSet:
+    """The rows that committed parts hold."""
+    done = RowSet()
+    for path in paths:
+        done.add_many(parts.keys(path).row)
+    return done

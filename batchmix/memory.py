@@ -1,0 +1,55 @@
+"""How much memory there is, and how much of it the KV cache takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from batchmix.errors import BatchmixError
+from batchmix.model.config import MixtralConfig
+
+_CGROUPS = (  # limit, use: of control groups version 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+LOGITS_COPIES = 4  # float32 copies of a step's logits that sampling works on
+PREFILL_COPIES = 8  # activations of a prefill step, in units of tokens x hidden size x 4 bytes, beside the expert rows
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take: what the machine has available, or its control group leaves."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in _CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or its limit is "max"
+            continue
+    return free
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """An estimate of what the largest prefill step and a decode step take beside weights and KV cache."""
+    activations = max_num_batched_tokens * 4 * config.hidden_size * PREFILL_COPIES
+    experts = max_num_batched_tokens * config.num_experts_per_tok * 4 * (3 * config.intermediate_size + config.hidden_size)
+    return activations + experts + max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
+
+
+def kv_blocks(free: int, block_bytes: int, blocks_per_row: int, max_num_seqs: int) -> int:
+    """Blocks for the KV cache: as many as `free` bytes hold, at most what max_num_seqs rows of full length use.
+
+    BatchmixError where not even one row of full length fits.
+    """
+    affordable = free // block_bytes
+    if affordable < blocks_per_row:
+        needed, there = blocks_per_row * block_bytes / 2**30, max(0, free) / 2**30
+        raise BatchmixError(
+            f"the KV cache of one row needs {needed:.2f} GiB and {there:.2f} GiB are left;"
+            " lower model.max_model_len or engine.max_num_batched_tokens"
+        )
+    return int(min(affordable, blocks_per_row * max_num_seqs))

@@ -1,0 +1,97 @@
+"""The whole program: source -> prompt -> plan -> engine -> sink."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from batchmix.config import Config, OnError, OutputFormat
+from batchmix.data.columns import OutputColumns
+from batchmix.data.output_folder import OutputFolder
+from batchmix.data.parts import Parts, part_format
+from batchmix.data.prompt import build_prompts
+from batchmix.data.sink import NO_SPACE, Sink
+from batchmix.data.source import Source, open_source
+from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from batchmix.engine.engine import Engine
+from batchmix.engine.start import check_engine, start_engine
+from batchmix.errors import BatchmixError
+from batchmix.hydra_app import save_hydra_files
+from batchmix.model.checkpoint import Checkpoint, open_checkpoint
+from batchmix.plan.planner import Limits, plan
+from batchmix.records import Completion, Row
+from batchmix.report.clock import StageClock
+from batchmix.report.metrics import Metrics
+from batchmix.report.progress import Progress
+from batchmix.report.summary import Summary, summarize
+from batchmix.run_info import describe_run, text_hash
+from batchmix.signals import StopSignals
+
+_log = logging.getLogger(__name__)
+
+
+def generate(config: Config) -> None:
+    """Run every row that is not done yet, and commit its completions to `output.dir`.
+
+    BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
+    """
+    with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
+        check_engine(config.engine)
+        source = open_source(config.data, config.shard)
+        checkpoint = open_checkpoint(config.model)
+        tokenizer = load_tokenizer(checkpoint.folder)
+        with closing(_open_output(config, source, checkpoint, tokenizer)) as output:
+            if output.complete:
+                _log.info("%s is complete, nothing to do", config.output.dir)
+                return
+            save_hydra_files(config)
+            rows = source.rows(output.skip)
+            first = next(rows, None)  # before the model is loaded: there may be nothing left to do
+            if first is not None:
+                output.begin()
+                engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping)
+                signals.defer()
+                summary = _run(config, source, tokenizer, output, engine, chain([first], rows))
+                signals.raise_if_received()
+            if output.finish() and first is not None:
+                _log.info("%s", summary.text())
+
+
+def _run(
+    config: Config,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    output: OutputFolder,
+    engine: Engine,
+    rows: Iterator[Row],
+) -> Summary:
+    """The chain of stages; every stage but the engine works in a thread of its own."""
+    clock, stats, started = StageClock(), engine.stats, time.time()
+    prompts = build_prompts(
+        rows,
+        data=config.data,
+        sampling=config.sampling,
+        tokenizer=tokenizer,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.model.config.vocab_size,
+        keep=source.schema.names,
+        clock=clock,
+    )
+    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window)
+    batches = plan(prompts, limits)
+    with (
+        closing(prompts),
+        output.sink(tokenizer, clock) as sink,
+        Progress(source.shard_rows, output.num_done, stats) as progress,
+        Metrics(output.root / "_metrics.jsonl", stats, progress),
+    ):
+        for completion in engine.generate(batches):
+            if completion.error is not None and config.data.on_error is OnError["raise"]:
+                raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
+            sink.write(completion)
+            progress.count(completion)

@@ -1,0 +1,74 @@
+"""`_metrics.jsonl`: the engine's counters over time, a line every few seconds."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from batchmix.engine.stats import EngineStats
+from batchmix.memory import resident_bytes
+from batchmix.report.totals import Totals
+
+_EVERY = 10.0  # seconds
+
+
+class Metrics:
+    """Appends to `path` from a thread until the end of the block, where a last line is written. Runs that resume append."""
+
+    def __init__(self, path: Path, stats: EngineStats, totals: Totals, shard: int) -> None:
+        self._path = path
+        self._stats = stats
+        self._totals = totals
+        self._shard = shard
+        self._last = (time.time(), 0, 0)  # time, prompt tokens, completion tokens
+        self._closed = threading.Event()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def __enter__(self) -> Metrics:
+        self._append()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._append()
+
+    def _run(self) -> None:
+        try:
+            while not self._closed.wait(_EVERY):
+                self._append()
+        except OSError as error:
+            self._error = error
+
+    def _append(self) -> None:
+        # One write of one line: several shards append to the same file.
+        with self._path.open("ab", buffering=0) as file:
+            file.write(json.dumps(self._line()).encode() + b"\n")
+
+    def _line(self) -> dict[str, Any]:
+        stats, (then, prompt, completion) = self._stats, self._last
+        now = time.time()
+        seconds = max(now - then, 1e-3)
+        self._last = (now, stats.prompt_tokens, stats.completion_tokens)
+        return {
+            "time": round(now, 3),
+            "shard": self._shard,
+            "rows": self._totals.rows,
+            "error_rows": self._totals.error_rows,
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.completion_tokens,
+            "prompt_tokens_per_second": round((stats.prompt_tokens - prompt) / seconds, 1),
+            "output_tokens_per_second": round((stats.completion_tokens - completion) / seconds, 1),
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "kv_blocks_used": stats.kv_blocks_used,
+            "kv_blocks_total": stats.kv_blocks_total,
+            "resident_bytes": resident_bytes(),
+        }

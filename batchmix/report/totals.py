@@ -1,0 +1,31 @@
+"""What a set of completions adds up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from batchmix.records import Completion
+
+
+@dataclass
+class Totals:
+    """Counts of rows, samples and tokens. Prompt tokens are counted once a row, whatever its number of samples."""
+
+    rows: int = 0
+    error_rows: int = 0
+    samples: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reasons: dict[str, int] = field(default_factory=dict)  # by sample
+
+    def count(self, completion: Completion) -> None:
+        """Add one sample. A row counts with its first sample; one that failed comes once for all of them."""
+        failed = completion.error is not None
+        samples = completion.prompt.sampling.n if failed else 1
+        self.samples += samples
+        self.finish_reasons[completion.finish_reason] = self.finish_reasons.get(completion.finish_reason, 0) + samples
+        self.completion_tokens += completion.num_tokens
+        if completion.sample_index == 0:
+            self.rows += 1
+            self.error_rows += failed
+            self.prompt_tokens += len(completion.prompt.token_ids)

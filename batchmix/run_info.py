@@ -1,0 +1,146 @@
+"""`_run.json`: what an output folder holds the results of, so that a rerun with other settings is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import batchmix
+from batchmix.config import Config
+from batchmix.data.files import create_json, write_json
+from batchmix.errors import BatchmixError
+
+NAME = "_run.json"
+_LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers")
+# Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
+# data.limit by the rows that are there already.
+_FREE = {"model.path", "model.revision", "model.format", "data.path", "data.format", "data.split", "data.limit",
+         "data.on_error"}  # fmt: skip
+_FIXED_OUTPUT = {"output.format", "output.token_ids"}
+
+
+def describe_run(config: Config, model: str, tokenizer: str | None, data: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """All that goes into `_run.json`. `identity` is what a rerun must share."""
+    resolved = to_plain(config)
+    identity = {
+        key: value
+        for key, value in flatten(resolved)
+        if (key.startswith(("model.", "data.", "sampling.")) and key not in _FREE) or key in _FIXED_OUTPUT
+    }
+    identity |= {"model.dtype": dtype, "model": model, "tokenizer": tokenizer, "data": dict(data)}
+    versions = {name: _version(name) for name in _LIBRARIES}
+    return {
+        "identity": identity,
+        "config": resolved,
+        "versions": {"batchmix": batchmix.__version__, "python": platform.python_version(), **versions},
+        "git_revision": git_revision(),
+        "redone": [],
+    }
+
+
+def accept_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Write `_run.json`, or compare with the one there: BatchmixError naming the keys that differ. Returns the file's."""
+    path = folder / NAME
+    if create_json(path, run):
+        return run
+    old = read_run(folder)
+    differing = differences(old["identity"], run["identity"])
+    if differing:
+        raise BatchmixError(
+            f"output.dir={folder} holds rows made with other settings ({'; '.join(differing)}); choose another output.dir,"
+            " or set output.overwrite=true to delete them and start afresh"
+        )
+    return old
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `_run.json` says."""
+    try:
+        run: dict[str, Any] = json.loads((folder / NAME).read_text())
+        run["identity"], run["redone"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BatchmixError(f"{folder / NAME}: cannot be read ({error}); it is not a file of batchmix") from None
+    return run
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key was old, is now new` for every key of the two identities that differs."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if key in ("model", "tokenizer", "data"):
+            found.append(f"{key} is another" if key != "data" else f"data: {_first_difference(before, now)}")
+        else:
+            found.append(f"{key} was {json.dumps(before)}, is now {json.dumps(now)}")
+    return found
+
+
+def record_redo(folder: Path, redo: dict[str, Any]) -> None:
+    """Note in `_run.json` that rows were replaced, and with which settings."""
+    run = read_run(folder)
+    run["redone"].append(redo)
+    write_json(folder / NAME, run)
+
+
+def to_plain(value: Any) -> Any:
+    """A configuration as JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def flatten(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """`group.key`, value for every key."""
+    for group, keys in config.items():
+        for key, value in keys.items():
+            yield f"{group}.{key}", value
+
+
+def text_hash(text: str) -> str:
+    """A short hash for provenance."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that batchmix runs from; None for an installed package."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        top = subprocess.run([*command[:-2], "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=5)
+        if top.returncode or Path(top.stdout.strip()).resolve() != folder.parent:
+            return None
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_difference(before: Any, now: Any) -> str:
+    old, new = (value.get("files", value) if isinstance(value, Mapping) else value for value in (before, now))
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{len(old)} files then, {len(new)} now"
+        return next(f"{b['name']} has changed" for a, b in zip(old, new, strict=True) if a != b)
+    return "is another data set"
