@@ -219,8 +219,10 @@ def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
         if value is None:
             continue
         if not (low <= value <= high and (closed or value > low)):
-            raise ValueError(f"sampling.{key}={value} must be {'at least' if closed else 'above'} {low:g}"
-                             + (f" and at most {high:g}" if high < 2**63 - 1 else ""))
+            raise ValueError(
+                f"sampling.{key}={value} must be {'at least' if closed else 'above'} {low:g}"
+                + (f" and at most {high:g}" if high < 2**63 - 1 else "")
+            )
     if sampling.min_tokens > sampling.max_tokens:
         raise ValueError(f"sampling.min_tokens={sampling.min_tokens} is above max_tokens={sampling.max_tokens}")
     if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
@@ -291,7 +293,9 @@ def check(config: Config) -> Config:
         if value is not None and value < 1:
             raise refuse(f"{group}.{key}", value, "must be at least 1")
     if not 0 < config.engine.gpu_memory_utilization <= 1:
-        raise refuse("engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1")
+        raise refuse(
+            "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"
+        )
     if config.output.flush_seconds <= 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

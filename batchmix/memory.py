@@ -36,7 +36,9 @@ def resident_bytes() -> int:
 def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """An estimate of what the largest prefill step and a decode step take beside weights and KV cache."""
     activations = max_num_batched_tokens * 4 * config.hidden_size * PREFILL_COPIES
-    experts = max_num_batched_tokens * config.num_experts_per_tok * 4 * (3 * config.intermediate_size + config.hidden_size)
+    experts = (
+        max_num_batched_tokens * config.num_experts_per_tok * 4 * (3 * config.intermediate_size + config.hidden_size)
+    )
     return activations + experts + max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
 
 

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from batchmix.config import Config, OnError, OutputFormat
+from batchmix.config import Config, OnError
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder
 from batchmix.data.parts import Parts, part_format
 from batchmix.data.prompt import build_prompts
-from batchmix.data.sink import NO_SPACE, Sink
+from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, open_source
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.engine import Engine
@@ -24,12 +23,12 @@ from batchmix.errors import BatchmixError
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.plan.planner import Limits, plan
-from batchmix.records import Completion, Row
+from batchmix.records import Row
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
-from batchmix.report.summary import Summary, summarize
-from batchmix.run_info import describe_run, text_hash
+from batchmix.report.summary import RunStatistics
+from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
 
 _log = logging.getLogger(__name__)
@@ -56,10 +55,12 @@ def generate(config: Config) -> None:
                 output.begin()
                 engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping)
                 signals.defer()
-                summary = _run(config, source, tokenizer, output, engine, chain([first], rows))
+                statistics = _run(config, source, tokenizer, output, engine, chain([first], rows))
                 signals.raise_if_received()
-            if output.finish() and first is not None:
-                _log.info("%s", summary.text())
+                output.write_statistics(statistics)
+            summary = output.finish()
+            print(summary.text() if summary else "this shard is done, others are not")
+            print(f"the answers are in {config.output.dir}")
 
 
 def _run(
@@ -69,9 +70,9 @@ def _run(
     output: OutputFolder,
     engine: Engine,
     rows: Iterator[Row],
-) -> Summary:
+) -> RunStatistics:
     """The chain of stages; every stage but the engine works in a thread of its own."""
-    clock, stats, started = StageClock(), engine.stats, time.time()
+    clock, stats, started = StageClock(), engine.stats, time.monotonic()
     prompts = build_prompts(
         rows,
         data=config.data,
@@ -83,15 +84,50 @@ def _run(
         clock=clock,
     )
     limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window)
-    batches = plan(prompts, limits)
     with (
         closing(prompts),
-        output.sink(tokenizer, clock) as sink,
         Progress(source.shard_rows, output.num_done, stats) as progress,
-        Metrics(output.root / "_metrics.jsonl", stats, progress),
+        Metrics(output.root / "_metrics.jsonl", stats, progress.totals, config.shard.index),
+        output.sink(tokenizer, clock) as sink,
     ):
-        for completion in engine.generate(batches):
+        for completion in engine.generate(plan(prompts, limits)):
             if completion.error is not None and config.data.on_error is OnError["raise"]:
                 raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
             sink.write(completion)
             progress.count(completion)
+    return RunStatistics(progress.totals, stats, clock, time.monotonic() - started)
+
+
+def _open_output(config: Config, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> OutputFolder:
+    """Lock the folder and see what it holds already; BatchmixError where it holds something else."""
+    folder = Path(config.output.dir)
+    source.check_apart_from(folder)
+    run = describe_run(
+        config,
+        model=checkpoint.fingerprint(),
+        tokenizer=tokenizer_fingerprint(checkpoint.folder),
+        data=source.fingerprint(),
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        max_model_len=checkpoint.max_model_len,
+    )
+    columns = OutputColumns(
+        source.schema,
+        token_ids=config.output.token_ids or tokenizer is None,
+        logprobs=config.sampling.logprobs is not None,
+        provenance=provenance(run),
+    )
+    model = checkpoint.folder.name if source.openai_batch else None
+    form = part_format(config.output.format, columns, config.output.compression, model)
+    return OutputFolder(config.output, config.shard, Parts(folder, form), run, config.data.limit)
+
+
+@contextmanager
+def _full_disk_in_one_line(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise BatchmixError(
+            f"output.dir={folder}: {error.strerror}; what was committed is safe, make room and run the command again"
+        ) from None

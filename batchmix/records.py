@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
 from typing import Any, Literal
 
 from batchmix.config import SamplingConfig
 
 FinishReason = Literal["stop", "length", "error"]
+
 
 @dataclass(slots=True)
 class Row:
@@ -26,6 +26,7 @@ class Row:
     columns: dict[str, Any]  # the input's columns; empty where the line could not be parsed
     sampling: Mapping[str, Any] | None = None  # the row's own overrides of `sampling.*`, not yet validated
     error: str | None = None  # one line: why this row cannot be run
+
 
 @dataclass(slots=True)
 class Prompt:
@@ -38,11 +39,13 @@ class Prompt:
     sampling: SamplingConfig
     error: str | None = None
 
+
 @dataclass(slots=True)
 class Batch:
     """Prompts of one bucket, longest first, that the engine runs as one static batch of slots."""
 
     prompts: list[Prompt]
+
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
@@ -51,6 +54,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: Sequence[tuple[int, float]] = ()  # (token id, logprob), most likely first
+
 
 @dataclass(slots=True)
 class Completion:

@@ -27,7 +27,9 @@ _FREE = {"model.path", "model.revision", "model.format", "data.path", "data.form
 _FIXED_OUTPUT = {"output.format", "output.token_ids"}
 
 
-def describe_run(config: Config, model: str, tokenizer: str | None, data: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def describe_run(
+    config: Config, *, model: str, tokenizer: str | None, data: Mapping[str, Any], dtype: str, max_model_len: int
+) -> dict[str, Any]:
     """All that goes into `_run.json`. `identity` is what a rerun must share."""
     resolved = to_plain(config)
     identity = {
@@ -35,7 +37,13 @@ def describe_run(config: Config, model: str, tokenizer: str | None, data: Mappin
         for key, value in flatten(resolved)
         if (key.startswith(("model.", "data.", "sampling.")) and key not in _FREE) or key in _FIXED_OUTPUT
     }
-    identity |= {"model.dtype": dtype, "model": model, "tokenizer": tokenizer, "data": dict(data)}
+    identity |= {
+        "model.dtype": dtype,
+        "model.max_model_len": max_model_len,
+        "model": model,
+        "tokenizer": tokenizer,
+        "data": dict(data),
+    }
     versions = {name: _version(name) for name in _LIBRARIES}
     return {
         "identity": identity,
@@ -112,9 +120,22 @@ def flatten(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]
             yield f"{group}.{key}", value
 
 
-def text_hash(text: str) -> str:
-    """A short hash for provenance."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def provenance(run: Mapping[str, Any]) -> dict[str, str]:
+    """What the Arrow schema's metadata says of where the rows come from."""
+    identity = run["identity"]
+    sampling = {key: value for key, value in identity.items() if key.startswith("sampling.")}
+    return {
+        "version": run["versions"]["batchmix"],
+        "git_revision": run["git_revision"] or "",
+        "model": run["config"]["model"]["path"],
+        "model_sha256": identity["model"],
+        "dtype": identity["model.dtype"],
+        "tokenizer_sha256": identity["tokenizer"] or "",
+        "template_sha256": hashlib.sha256((run["config"]["data"]["template"] or "").encode()).hexdigest(),
+        "sampling": json.dumps(sampling),
+        "versions": json.dumps(run["versions"]),
+        "device": run["config"]["engine"]["device"],
+    }
 
 
 def git_revision() -> str | None:

@@ -201,7 +201,19 @@ def _compose(rng: random.Random, core: str, mood: str, urgency: str) -> str:
         clauses = [core, *rest]
     else:
         rng.shuffle(clauses)
-    asks = rng.random() < 0.5 and core.split()[0] in ("could", "does", "is", "how", "what", "where", "why", "can", "have", "which", "when")
+    asks = rng.random() < 0.5 and core.split()[0] in (
+        "could",
+        "does",
+        "is",
+        "how",
+        "what",
+        "where",
+        "why",
+        "can",
+        "have",
+        "which",
+        "when",
+    )
     sentences = [_sentence(rng, clause, "?" if clause is core and asks else None) for clause in clauses]
     if (context := rng.choice(CONTEXT)) and rng.random() < 0.8:
         sentences.insert(rng.randrange(len(sentences) + 1), context)

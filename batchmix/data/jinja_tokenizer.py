@@ -111,7 +111,7 @@ class JinjaTokenizer:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=not prefix, continue_final_message=prefix
             )
-        except Exception as error:  # noqa: BLE001 (whatever the template's own code raises)
+        except Exception as error:
             raise PromptError(f"the model's chat template refuses this row: {_one_line(error)}") from None
         assert isinstance(text, str)
         return text

@@ -50,7 +50,9 @@ def _choice(sample: Completion) -> dict[str, Any]:
                 {
                     "token": f"token_id:{entry.token_id}",
                     "logprob": entry.logprob,
-                    "top_logprobs": [{"token": f"token_id:{token}", "logprob": logprob} for token, logprob in entry.top],
+                    "top_logprobs": [
+                        {"token": f"token_id:{token}", "logprob": logprob} for token, logprob in entry.top
+                    ],
                 }
                 for entry in sample.logprobs
             ]

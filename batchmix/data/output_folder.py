@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchmix.config import OutputConfig, Order, ShardConfig
+from batchmix.config import Order, OutputConfig, ShardConfig
 from batchmix.data.files import finish_exchange, write_json
 from batchmix.data.lock import FolderLock
 from batchmix.data.merge import STAGING as MERGE_STAGING
@@ -20,8 +20,11 @@ from batchmix.data.parts import Parts
 from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.redo import replace_rows, rows_to_redo
 from batchmix.data.rowset import AllBut, RowSet
-from batchmix.data.sink import done_rows
+from batchmix.data.sink import Sink, done_rows
+from batchmix.data.tokenizer import Tokenizer
 from batchmix.errors import BatchmixError
+from batchmix.report.clock import StageClock
+from batchmix.report.summary import RunStatistics, Summary
 from batchmix.run_info import NAME as RUN_INFO
 from batchmix.run_info import accept_run, differences, read_run, record_redo
 
@@ -118,8 +121,24 @@ class OutputFolder:
         (self.root / SUCCESS).unlink(missing_ok=True)
         self._marker(self._shard.index).unlink(missing_ok=True)
 
-    def finish(self) -> bool:
-        """All rows of this shard are committed. The last shard to get here puts the whole in order; True for that one."""
+    def sink(self, tokenizer: Tokenizer | None, clock: StageClock) -> Sink:
+        """The sink that commits this run's rows here."""
+        return Sink(
+            self._parts,
+            self.folder,
+            self._shard.index,
+            tokenizer=tokenizer,
+            rows_per_shard=self._output.rows_per_shard,
+            flush_seconds=self._output.flush_seconds,
+            clock=clock,
+        )
+
+    def write_statistics(self, run: RunStatistics) -> None:
+        """Keep what this run did for the summary of all shards."""
+        write_json(self._statistics(self._shard.index), run.as_json())
+
+    def finish(self) -> Summary | None:
+        """All rows of this shard are committed. The last shard to get here puts the whole in order and sums it up."""
         if self._output.redo is not None:
             if self.folder.exists():
                 with self._finalizing():
@@ -129,11 +148,15 @@ class OutputFolder:
             write_json(self._marker(self._shard.index), self._state)
         with self._finalizing():
             if not all(self._is_done(index) for index in range(self._shard.count)):
-                return False
+                return None
             if self._output.order is Order.input and self._parts.paths():
                 merge_in_order(self._parts, self._output.rows_per_shard)
+            paths = [self._statistics(index) for index in range(self._shard.count)]
+            runs = [json.loads(path.read_text()) for path in paths if path.is_file()]
+            summary = Summary(self._parts.totals(), runs)
+            summary.write(self.root / "_summary.json")
             write_json(self.root / SUCCESS, self._state | {"parts": len(self._parts.paths())})
-        return True
+        return summary
 
     def close(self) -> None:
         """Let the next writer in."""
@@ -173,6 +196,9 @@ class OutputFolder:
 
     def _marker(self, index: int) -> Path:
         return self.root / f"_done-{index:05}-of-{self._shard.count:05}"
+
+    def _statistics(self, index: int) -> Path:
+        return self.root / f"_summary-{index:05}-of-{self._shard.count:05}.json"
 
     def _is_done(self, index: int) -> bool:
         if self._output.redo is not None:

@@ -25,6 +25,7 @@ from batchmix.data.columns import OutputColumns
 from batchmix.data.openai_response import response_line
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion
+from batchmix.report.totals import Totals
 
 _BATCH_ROWS = 1024  # rows of a record batch or row group: what a reader decompresses at once
 _ROW_IN_ID = re.compile(r"batch_req_(\d+)$")
@@ -32,11 +33,14 @@ _ROW_IN_ID = re.compile(r"batch_req_(\d+)$")
 
 @dataclass(frozen=True)
 class Keys:
-    """What identifies the records of one part file, in their order."""
+    """What identifies and measures the records of one part file, in their order."""
 
     row: npt.NDArray[np.int64]
     sample: npt.NDArray[np.int32]
     finish_reason: pa.Array  # string
+    prompt_tokens: npt.NDArray[np.int32]
+    completion_tokens: npt.NDArray[np.int32]
+    samples: npt.NDArray[np.int32]  # in this record: 1, but for OpenAI responses
 
     def __len__(self) -> int:
         return len(self.row)
@@ -80,7 +84,7 @@ class _Tables:
         return pa.concat_tables(pieces)
 
 
-_KEY_COLUMNS = ["row", "sample_index", "finish_reason"]
+_KEY_COLUMNS = ["row", "sample_index", "finish_reason", "prompt_tokens", "completion_tokens"]
 
 
 class ArrowParts(_Tables):
@@ -154,11 +158,7 @@ class JsonParts(_Lines):
 
     def keys(self, path: Path) -> Keys:
         found = [json.loads(line) for lines in self.batches(path) for line in lines]
-        return Keys(
-            np.array([line["row"] for line in found], np.int64),
-            np.array([line["sample_index"] for line in found], np.int32),
-            pa.array([line["finish_reason"] for line in found], pa.string()),
-        )
+        return _keys(pa.table({name: pa.array([line[name] for line in found]) for name in _KEY_COLUMNS}))
 
 
 class OpenAIParts(_Lines):
@@ -176,18 +176,35 @@ class OpenAIParts(_Lines):
         ]
 
     def keys(self, path: Path) -> Keys:
-        rows, reasons = [], []
-        for lines in self.batches(path):
-            for line in lines:
-                response = json.loads(line)
-                match = _ROW_IN_ID.match(response["id"])
-                if match is None:
-                    raise ValueError(f"a response has the id {response['id']!r}")
-                rows.append(int(match[1]))
-                choices = [] if response["error"] else response["response"]["body"]["choices"]
-                cut = any(choice["finish_reason"] == "length" for choice in choices)
-                reasons.append("length" if cut else "stop" if choices else "error")
-        return Keys(np.array(rows, np.int64), np.zeros(len(rows), np.int32), pa.array(reasons, pa.string()))
+        found = [_response_keys(json.loads(line)) for lines in self.batches(path) for line in lines]
+        columns = zip(*found, strict=True) if found else [[]] * 5
+        row, reason, prompt, completion, samples = columns
+        return Keys(
+            np.array(row, np.int64),
+            np.zeros(len(row), np.int32),
+            pa.array(reason, pa.string()),
+            np.array(prompt, np.int32),
+            np.array(completion, np.int32),
+            np.array(samples, np.int32),
+        )
+
+
+def _response_keys(response: dict[str, Any]) -> tuple[int, str, int, int, int]:
+    match = _ROW_IN_ID.match(response["id"])
+    if match is None:
+        raise ValueError(f"a response has the id {response['id']!r}")
+    if response["error"]:
+        return int(match[1]), "error", 0, 0, 1
+    body = response["response"]["body"]
+    cut = any(choice["finish_reason"] == "length" for choice in body["choices"])
+    usage = body["usage"]
+    return (
+        int(match[1]),
+        "length" if cut else "stop",
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+        len(body["choices"]),
+    )
 
 
 class Parts:
@@ -210,6 +227,23 @@ class Parts:
             raise BatchmixError(
                 f"{path}: cannot be read back ({reason}); delete it and run the command again, which does its rows anew"
             ) from None
+
+    def totals(self) -> Totals:
+        """What all committed parts add up to."""
+        totals = Totals()
+        for path in self.paths():
+            keys = self.keys(path)
+            first = keys.sample == 0
+            failed = pc.equal(keys.finish_reason, "error").to_numpy(zero_copy_only=False)
+            totals.rows += int(first.sum())
+            totals.error_rows += int((first & failed).sum())
+            totals.samples += int(keys.samples.sum())
+            totals.prompt_tokens += int(keys.prompt_tokens[first].sum())
+            totals.completion_tokens += int(keys.completion_tokens.sum())
+            for entry in pc.value_counts(keys.finish_reason).to_pylist():
+                reason = entry["values"]
+                totals.finish_reasons[reason] = totals.finish_reasons.get(reason, 0) + entry["counts"]
+        return totals
 
     def next_number(self, shard: int, *others: Path) -> int:
         """One above the highest number among the shard's parts, in the output folder and in others."""
@@ -236,6 +270,9 @@ def _keys(table: pa.Table) -> Keys:
         table["row"].to_numpy(),
         table["sample_index"].to_numpy(),
         pc.cast(table["finish_reason"], pa.string()).combine_chunks(),
+        table["prompt_tokens"].to_numpy(),
+        table["completion_tokens"].to_numpy(),
+        np.ones(len(table), np.int32),
     )
 
 

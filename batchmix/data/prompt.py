@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -32,7 +32,7 @@ def build_prompts(
     vocab_size: int,
     keep: Sequence[str],
     clock: StageClock,
-) -> Iterator[Prompt]:
+) -> Generator[Prompt, None, None]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
 
     A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
@@ -49,7 +49,7 @@ def build_prompts(
     return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep), rows, clock)
 
 
-def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Iterator[Prompt]:
+def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Generator[Prompt, None, None]:
     batches = read_ahead(builder.batches(rows, clock), _BATCHES_AHEAD)
     try:
         for batch in batches:

@@ -33,7 +33,7 @@ def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None
                 queue.put(item)
                 if closed.is_set():
                     break
-        except BaseException as error:  # noqa: BLE001 (raised again in the consumer's thread)
+        except BaseException as error:
             end = _End(error)
         queue.put(end)
 

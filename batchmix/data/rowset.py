@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+class Skip(Protocol):
+    """Rows to leave out."""
+
+    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Which of the ordinals start..stop-1 to leave out, bool [stop - start]."""
 
 
 class RowSet:

@@ -13,7 +13,14 @@ from batchmix.records import Row
 
 _log = logging.getLogger(__name__)
 # What pyarrow raises for a value that is not of the type asked for; lone surrogates cannot be encoded.
-_MISFIT = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError, TypeError)
+_MISFIT = (
+    pa.ArrowInvalid,
+    pa.ArrowTypeError,
+    pa.ArrowNotImplementedError,
+    OverflowError,
+    UnicodeEncodeError,
+    TypeError,
+)
 LOOSE = {b"batchmix": b"json"}  # metadata of a string column whose values may be anything, kept as JSON text
 
 
@@ -71,7 +78,9 @@ class Conformer:
                     self._check_text(row, name, value)
         unknown = {name for row in rows for name in row.columns.keys() - self._known}
         if unknown:
-            _log.warning("columns first seen after the sample are left out of the output: %s", ", ".join(sorted(unknown)))
+            _log.warning(
+                "columns first seen after the sample are left out of the output: %s", ", ".join(sorted(unknown))
+            )
             self._known |= unknown
 
     @staticmethod

@@ -18,19 +18,18 @@ from batchmix.data.files import atomic_file
 from batchmix.data.parts import Parts
 from batchmix.data.rowset import RowSet
 from batchmix.data.tokenizer import Tokenizer
-from batchmix.errors import BatchmixError
 from batchmix.records import Completion
 from batchmix.report.clock import StageClock
 
 _QUEUE_DEPTH = 64  # lists of completions; with the row being built, all that waits for the disk
 _CHUNK = 256  # completions handed over at once
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk, the quota, the file size limit
 
 
 class Sink:
     """Writes completions into `folder` as parts of shard `shard`. A context manager: leaving it commits what is whole.
 
-    `write` raises what went wrong in the thread; a full disk is a BatchmixError.
+    `write` and `close` raise what went wrong in the thread.
     """
 
     def __init__(
@@ -101,8 +100,8 @@ class Sink:
                 if self._pending and time.monotonic() - self._pending_since >= self._flush_seconds:
                     self._commit()
             self._commit()
-        except BaseException as error:  # noqa: BLE001 (raised again in the thread that writes)
-            self._error = _explain(error, self._folder)
+        except BaseException as error:
+            self._error = error
             while self._queue.get() is not None:  # so that nobody waits for room in the queue
                 pass
 
@@ -147,15 +146,6 @@ class Sink:
                 self._parts.format.write(file, records)
         self._number += 1
         self._pending, self._pending_rows = [], 0
-
-
-def _explain(error: BaseException, folder: Path) -> BaseException:
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        reason = error.strerror or "no space left"
-        return BatchmixError(
-            f"output.dir={folder}: {reason}; what was committed is safe, make room and run the command again"
-        )
-    return error
 
 
 def done_rows(parts: Parts, paths: Iterable[Path]) -> RowSet:

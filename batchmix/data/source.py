@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -20,7 +22,7 @@ import pyarrow as pa
 from batchmix.config import DataConfig, DataFormat, ShardConfig
 from batchmix.data.formats import BadRecord, DataFile, Record, Wanted, check_magic, guess_format
 from batchmix.data.openai_batch import OPENAI_SCHEMA, is_request, read_request
-from batchmix.data.rowset import RowSet
+from batchmix.data.rowset import Skip
 from batchmix.data.schema import Conformer, infer_schema
 from batchmix.errors import BatchmixError
 from batchmix.records import Row
@@ -70,7 +72,9 @@ class FileInput:
 
     def _sample(self) -> Iterator[dict[str, Any]]:
         size = 0
-        for _, record in islice(self.files[0].read(lambda start, stop: np.ones(stop - start, bool), None), _SAMPLE_ROWS):
+        for _, record in islice(
+            self.files[0].read(lambda start, stop: np.ones(stop - start, bool), None), _SAMPLE_ROWS
+        ):
             if isinstance(record, dict):
                 yield record
                 size += len(str(record))
@@ -113,7 +117,9 @@ class HubInput:
             self.stream = datasets.load_dataset(name, split=split, streaming=True)
         except Exception as error:  # datasets raises a different class for each of a dozen causes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BatchmixError(f"data.path={name}: no file or folder here, and the hub's data set cannot be opened ({reason})") from None
+            raise BatchmixError(
+                f"data.path={name}: no file or folder here, and the hub's data set cannot be opened ({reason})"
+            ) from None
 
     def schema(self) -> pa.Schema:
         features = self.stream.features
@@ -149,11 +155,25 @@ class Source:
         self.num_rows = total if total is None or data.limit is None else min(total, data.limit)
         self._conformer = Conformer(self.schema, known=full.names)
 
+    @property
+    def shard_rows(self) -> int | None:
+        """Rows of this shard, where metadata tells."""
+        if self.num_rows is None:
+            return None
+        return len(range(self.shard.index, self.num_rows, self.shard.count))
+
+    def check_apart_from(self, folder: Path) -> None:
+        """BatchmixError where `folder` (the output's) lies in a folder that is read: the next run would read it too."""
+        paths = [self.data.path] if isinstance(self.data.path, str) else self.data.path
+        for path in paths:
+            if "://" not in path and Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
+                raise BatchmixError(f"output.dir={folder} lies in data.path={path}, where it would be read as data")
+
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data: names, sizes and a hash of each file's ends."""
         return self.input.fingerprint()
 
-    def rows(self, done: RowSet) -> Iterator[Row]:
+    def rows(self, done: Skip) -> Iterator[Row]:
         """This shard's rows that are not done, in order.
 
         A row's ordinal counts all rows of all files in order; blank lines of JSONL and CSV files are not rows. Rows of
@@ -190,10 +210,8 @@ class Source:
                 row.id = str(value)
         sampling = record.get("sampling")
         if isinstance(sampling, str):
-            try:
+            with suppress(ValueError):  # refused below as what it is, a string
                 sampling = json.loads(sampling)
-            except ValueError:
-                pass  # refused below as what it is, a string
         if isinstance(sampling, dict):
             row.sampling = sampling
         elif sampling is not None:

@@ -32,7 +32,7 @@ class RowTemplate:
         """The prompt of one row; PromptError where the template fails on it, prints a null or gives no text."""
         try:
             text = self._template.render(columns)
-        except Exception as error:  # noqa: BLE001 (whatever the template's own code raises on this row's values)
+        except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise PromptError(f"data.template fails on this row: {reason}") from None
         if not text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import os
@@ -78,6 +79,14 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     return _load_transformers(folder)
 
 
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Sha256 over the files that the tokenizer and the chat format of a model folder come from."""
+    digest = hashlib.sha256(str(_read_json(folder / "config.json").get("batchmix_tokenizer")).encode())
+    for path in sorted([*folder.glob("tokenizer*"), *folder.glob("*.jinja"), *folder.glob("special_tokens_map.json")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _load_mistral(path: Path) -> MistralTokenizer:
     try:
         return MistralTokenizer(path, _num_threads())
@@ -93,7 +102,7 @@ def _load_transformers(folder: Path) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 (it reads several files of the user's and raises whatever they make it raise)
+    except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise BatchmixError(f"{folder}: transformers cannot load this tokenizer: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -142,7 +151,7 @@ def _render_bare(template: str, messages: list[dict[str, str]], variables: Mappi
     environment.globals["raise_exception"] = _raise_exception
     try:
         text = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **variables)
-    except Exception:  # noqa: BLE001 (a template is a program of someone else's; this one does not run on these messages)
+    except Exception:
         return None
     return "".join(text.split()).removeprefix("<s>")
 

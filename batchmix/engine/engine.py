@@ -124,7 +124,11 @@ class Engine:
     def _worth_refilling(self) -> bool:
         """Whether enough slots are free that a prefill step runs well: an eighth of them, or all that still run."""
         free = self.slots.capacity - len(self.rows)
-        return bool(self.waiting) and (free >= max(1, self.slots.capacity // 8) or not self.rows) and self._fits(self.waiting[0])
+        return (
+            bool(self.waiting)
+            and (free >= max(1, self.slots.capacity // 8) or not self.rows)
+            and self._fits(self.waiting[0])
+        )
 
     def _fits(self, waiting: _Waiting) -> bool:
         """Whether the next prompt finds a slot, and blocks for itself and for what the running rows will likely need."""

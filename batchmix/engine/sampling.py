@@ -55,7 +55,9 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
 
 
 def _uniform(slots: Slots, span: slice, rows: Tensor) -> Tensor:
-    return uniform(slots.seed[span][rows], slots.row_key[span][rows], slots.sample[span][rows], slots.generated[span][rows])
+    return uniform(
+        slots.seed[span][rows], slots.row_key[span][rows], slots.sample[span][rows], slots.generated[span][rows]
+    )
 
 
 def _apply_bias(logits: Tensor, slots: Slots, span: slice) -> None:
@@ -82,7 +84,8 @@ def _apply_penalties(logits: Tensor, slots: Slots, span: slice) -> None:
     rows = torch.from_numpy(np.flatnonzero(slots.penalised[span].numpy()))
     if not len(rows):
         return
-    assert slots.output_counts is not None and slots.in_prompt is not None
+    assert slots.output_counts is not None
+    assert slots.in_prompt is not None
     x = logits[rows]
     counts = slots.output_counts[span][rows]
     repetition = slots.repetition_penalty[span][rows, None]

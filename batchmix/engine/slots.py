@@ -53,7 +53,9 @@ class Slots:
         self.max_tokens, self.min_tokens = zeros(torch.int64), zeros(torch.int64)
         self.temperature, self.top_p, self.min_p = (zeros(torch.float32) for _ in range(3))
         self.top_k = zeros(torch.int64)
-        self.repetition_penalty, self.presence_penalty, self.frequency_penalty = (zeros(torch.float32) for _ in range(3))
+        self.repetition_penalty, self.presence_penalty, self.frequency_penalty = (
+            zeros(torch.float32) for _ in range(3)
+        )
         self.penalised = zeros(torch.bool)
         self.ignore_eos = zeros(torch.bool)
         self.seed, self.row_key, self.sample = (zeros(torch.int64) for _ in range(3))
@@ -108,7 +110,11 @@ class Slots:
         self.num_active -= 1
         last = self.num_active
         for field in vars(self).values():
-            if isinstance(field, Tensor | np.ndarray) and len(field) == self.capacity and field is not self.eos_token_ids:
+            if (
+                isinstance(field, Tensor | np.ndarray)
+                and len(field) == self.capacity
+                and field is not self.eos_token_ids
+            ):
                 field[slot] = field[last]
         self.block_table[last] = SCRATCH_BLOCK
         self.context[last] = self.token[last] = 0

@@ -74,9 +74,13 @@ def _find_folder(model: ModelConfig) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise BatchmixError(f"model.path={model.path}: is a file; give the folder that holds config.json or params.json")
+        raise BatchmixError(
+            f"model.path={model.path}: is a file; give the folder that holds config.json or params.json"
+        )
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1:
-        raise BatchmixError(f"model.path={model.path}: no such folder (or give a hub id such as mistralai/Mixtral-8x7B-Instruct-v0.1)")
+        raise BatchmixError(
+            f"model.path={model.path}: no such folder (or give a hub id such as mistralai/Mixtral-8x7B-Instruct-v0.1)"
+        )
     return _download(model)
 
 
@@ -89,7 +93,9 @@ def _download(model: ModelConfig) -> Path:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BatchmixError(f"model.path={model.path}: neither a folder here nor to be had from the hub ({reason})") from None
+        raise BatchmixError(
+            f"model.path={model.path}: neither a folder here nor to be had from the hub ({reason})"
+        ) from None
 
 
 def _find_format(folder: Path, wanted: ModelFormat) -> ModelFormat:
@@ -97,8 +103,10 @@ def _find_format(folder: Path, wanted: ModelFormat) -> ModelFormat:
     for form, name in marks.items():
         if wanted in (form, ModelFormat.auto) and (folder / name).is_file():
             return form
-    names = marks[wanted] if wanted in marks else "neither config.json (hf) nor params.json (mistral)"
-    raise BatchmixError(f"model.path={folder}: has {'no ' if wanted in marks else ''}{names}, so it is no Mixtral checkpoint")
+    names = marks.get(wanted, "neither config.json (hf) nor params.json (mistral)")
+    raise BatchmixError(
+        f"model.path={folder}: has {'no ' if wanted in marks else ''}{names}, so it is no Mixtral checkpoint"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -128,7 +136,9 @@ def _hf_files(folder: Path) -> tuple[Path, ...]:
         raise BatchmixError(f"{folder}: holds .bin weights, which can run code when loaded; save it again as safetensors "
                             "(transformers: model.save_pretrained(folder))")  # fmt: skip
     if missing:
-        raise BatchmixError(f"{folder}: {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+        raise BatchmixError(
+            f"{folder}: {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
+        )
     return files
 
 

@@ -39,7 +39,9 @@ class MixtralConfig:
         positions = config.get("max_position_embeddings", 32768)
         window = config.get("sliding_window")
         if window is not None and window < positions:
-            raise BatchmixError(f"config.json: sliding_window={window} is not supported (Mixtral attends to all tokens)")
+            raise BatchmixError(
+                f"config.json: sliding_window={window} is not supported (Mixtral attends to all tokens)"
+            )
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return cls(
             vocab_size=config["vocab_size"],

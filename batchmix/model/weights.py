@@ -76,8 +76,7 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
 def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
     """Read every tensor into its place, rounded to the checkpoint's run dtype and stored as `dtype`."""
     weights = empty_weights(checkpoint.config, dtype, device)
-    layouts = _mistral_places, _hub_places, _fused_places
-    layouts = layouts[:1] if checkpoint.format is ModelFormat.mistral else layouts[1:]
+    layouts = [_mistral_places] if checkpoint.format is ModelFormat.mistral else [_hub_places, _fused_places]
     names = {name for name, _ in _tensors(checkpoint.files, names_only=True)}
     # The layout whose names are there; where some are missing, the closest, so that the message names what lacks.
     places = max((layout(checkpoint.config, weights) for layout in layouts), key=lambda p: len(names & p.keys()))
@@ -123,12 +122,12 @@ def _to_half_split(weight: Tensor, head_dim: int) -> Tensor:
 
 def _attention_places(config: MixtralConfig, layer: LayerWeights, q: str, k: str, v: str) -> dict[str, Tensor]:
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    wq, wk, wv = layer.wqkv.split((queries, keys, keys))
+    wq, wk, wv = torch.split(layer.wqkv, [queries, keys, keys])
     return {q: wq, k: wk, v: wv}
 
 
 def _expert_places(layer: LayerWeights, prefix: str) -> dict[str, Tensor]:
-    places = {}
+    places: dict[str, Tensor] = {}
     for e, (w13, w2) in enumerate(zip(layer.w13, layer.w2, strict=True)):
         w1, w3 = w13.chunk(2)
         places |= {f"{prefix}.{e}.w1.weight": w1, f"{prefix}.{e}.w3.weight": w3, f"{prefix}.{e}.w2.weight": w2}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from batchmix.data.files import write_json
 from batchmix.engine.stats import EngineStats
@@ -11,62 +13,68 @@ from batchmix.report.clock import StageClock
 from batchmix.report.progress import duration
 from batchmix.report.totals import Totals
 
-_ORDER = ("read", "tokenise", "prefill", "decode", "write")
+_STAGES = ("read", "tokenise", "prefill", "decode", "write")
+
+
+@dataclass(frozen=True)
+class RunStatistics:
+    """What one run of one shard did."""
+
+    totals: Totals
+    stats: EngineStats
+    clock: StageClock
+    total_seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Its part of `_summary.json`; read, tokenise and write run beside prefill and decode."""
+        generate = (self.stats.last_token_time or 0.0) - (self.stats.first_prefill_time or 0.0)
+        seconds = self.clock.seconds | {"prefill": self.stats.prefill_seconds, "decode": self.stats.decode_seconds}
+        return {
+            "rows": self.totals.rows,
+            "error_rows": self.totals.error_rows,
+            "prompt_tokens": self.totals.prompt_tokens,
+            "completion_tokens": self.totals.completion_tokens,
+            "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in _STAGES},
+            "total_seconds": round(self.total_seconds, 3),
+            "generate_seconds": round(generate, 3),
+            "output_tokens_per_second": round(self.totals.completion_tokens / generate, 1) if generate > 0 else 0.0,
+        }
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is in the output, and how the run that completed it went. Rates are of that run alone."""
+    """What the output holds, and the last run of each shard that wrote it."""
 
-    rows: int
-    error_rows: int
-    samples: int
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reasons: dict[str, int]
-    run_rows: int
-    run_prompt_tokens: int
-    run_completion_tokens: int
-    seconds: dict[str, float]  # by stage; read, tokenise and write run beside prefill and decode
-    total_seconds: float
-    generate_seconds: float  # from the first prefill to the last token
-    output_tokens_per_second: float
-    prompt_tokens_per_second: float
+    output: Totals
+    runs: Sequence[dict[str, Any]]  # RunStatistics.as_json of each shard
+
+    def as_json(self) -> dict[str, Any]:
+        """Counts are those of the output. Of several shards, stage seconds add up and `generate_seconds` is the longest."""
+        return asdict(self.output) | {
+            "seconds": {stage: round(sum(run["seconds"][stage] for run in self.runs), 3) for stage in _STAGES},
+            "total_seconds": max((run["total_seconds"] for run in self.runs), default=0.0),
+            "generate_seconds": max((run["generate_seconds"] for run in self.runs), default=0.0),
+            "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
+            "runs": list(self.runs),
+        }
 
     def write(self, path: Path) -> None:
         """As JSON, atomically."""
-        write_json(path, asdict(self))
+        write_json(path, self.as_json())
 
     def text(self) -> str:
         """What a person wants to know at the end."""
-        stages = ", ".join(f"{stage} {self.seconds[stage]:.1f} s" for stage in _ORDER)
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.finish_reasons.items()))
-        earlier = f", {self.rows - self.run_rows:,} of them in earlier runs" if self.rows != self.run_rows else ""
+        output, whole = self.output, self.as_json()
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(output.finish_reasons.items()))
+        now = sum(run["rows"] for run in self.runs)
+        earlier = f", {output.rows - now:,} of them from earlier runs" if now < output.rows else ""
+        stages = ", ".join(f"{stage} {whole['seconds'][stage]:.1f} s" for stage in _STAGES)
         return "\n".join(
             [
-                f"{self.rows:,} rows{earlier}; {self.error_rows:,} with errors; finish reasons: {reasons or 'none'}",
-                f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens",
-                f"this run took {duration(self.total_seconds)}, generating {self.generate_seconds:.1f} s of it: "
-                f"{self.prompt_tokens_per_second:,.0f} prompt and {self.output_tokens_per_second:,.0f} output tokens/s",
+                f"{output.rows:,} rows{earlier} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
+                f" {output.completion_tokens:,} completion tokens",
+                f"took {duration(whole['total_seconds'])}; generating {whole['generate_seconds']:.1f} s,"
+                f" {whole['output_tokens_per_second']:,.0f} output tokens/s",
                 f"{stages} (read, tokenise and write run beside the others)",
             ]
         )
-
-
-def summarize(
-    output: Totals, run: Totals, stats: EngineStats, clock: StageClock, total_seconds: float
-) -> Summary:
-    """`output`: what the folder holds; the others: of this run."""
-    generate = (stats.last_token_time or 0.0) - (stats.first_prefill_time or 0.0)
-    measured = clock.seconds | {"prefill": stats.prefill_seconds, "decode": stats.decode_seconds}
-    return Summary(
-        **asdict(output),
-        run_rows=run.rows,
-        run_prompt_tokens=run.prompt_tokens,
-        run_completion_tokens=run.completion_tokens,
-        seconds={stage: round(measured.get(stage, 0.0), 3) for stage in _ORDER},
-        total_seconds=round(total_seconds, 3),
-        generate_seconds=round(generate, 3),
-        output_tokens_per_second=round(run.completion_tokens / generate, 1) if generate > 0 else 0.0,
-        prompt_tokens_per_second=round(run.prompt_tokens / generate, 1) if generate > 0 else 0.0,
-    )
