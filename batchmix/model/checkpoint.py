@@ -43,21 +43,24 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(model: ModelConfig) -> Checkpoint:
-    """Find and describe the checkpoint; BatchmixError where it is not a Mixtral that we can run."""
-    folder = _find_folder(model)
+def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
+    """Find and describe the checkpoint; BatchmixError where it is not a Mixtral that we can run.
+
+    Without `weights` they are neither downloaded nor missed: `files` is empty.
+    """
+    folder = _find_folder(model, weights)
     form = _find_format(folder, model.format)
     if form is ModelFormat.hf:
         raw = _read_json(folder / "config.json")
         config = MixtralConfig.from_hf(raw)
         saved = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         eos = _hf_eos(folder, raw)
-        files = _hf_files(folder)
+        files = _hf_files(folder) if weights else ()
     else:
         raw = _read_json(folder / "params.json")
         config = MixtralConfig.from_mistral(raw)
         saved, eos = "bfloat16", (2,)
-        files = _mistral_files(folder)
+        files = _mistral_files(folder) if weights else ()
     name = saved if model.dtype is Dtype.auto else model.dtype.value
     if name not in _DTYPES:
         raise BatchmixError(f"{folder}: dtype {name!r} is not one of {', '.join(_DTYPES)}; set model.dtype")
@@ -67,7 +70,7 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
     return Checkpoint(folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files)
 
 
-def _find_folder(model: ModelConfig) -> Path:
+def _find_folder(model: ModelConfig, weights: bool) -> Path:
     if model.path == "tiny":
         return TINY
     folder = Path(model.path).expanduser()
@@ -81,14 +84,14 @@ def _find_folder(model: ModelConfig) -> Path:
         raise BatchmixError(
             f"model.path={model.path}: no such folder (or give a hub id such as mistralai/Mixtral-8x7B-Instruct-v0.1)"
         )
-    return _download(model)
+    return _download(model, weights)
 
 
-def _download(model: ModelConfig) -> Path:
+def _download(model: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+    patterns = ["*.json", "tokenizer*", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
