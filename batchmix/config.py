@@ -141,7 +141,7 @@ class EngineConfig:
     backend: Backend = Backend.auto
     gpu_memory_utilization: float = 0.9  # share of the device's memory; on CPU, of the memory now free
     max_num_seqs: int | None = None  # rows decoded together; null: as many as the KV cache holds, at most 256 on CPU
-    max_num_batched_tokens: int = 8192  # prompt tokens in one prefill step
+    max_num_batched_tokens: int = 8192  # prompt tokens in one prefill step; a chunk of a long prompt may have 2,048
     sort_window: int = 16384  # rows held at once and sorted by length
     share_prefix: bool = True  # triton backend only
     cuda_graphs: bool = True  # triton backend only

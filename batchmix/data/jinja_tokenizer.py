@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
@@ -111,6 +112,8 @@ class JinjaTokenizer:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=not prefix, continue_final_message=prefix
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise BatchmixError(f"the model's chat template is broken, line {error.lineno}: {error.message}") from None
         except Exception as error:
             raise PromptError(f"the model's chat template refuses this row: {_one_line(error)}") from None
         assert isinstance(text, str)

@@ -79,7 +79,7 @@ class Engine:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.should_stop = should_stop
-        self.prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
+        self.prefill_chunk = prefill_chunk
         blocks_per_row = -(-max_model_len // cache.block_size)
         if blocks_per_row > self.pool.num_blocks:
             raise ValueError(f"{self.pool.num_blocks} KV blocks cannot hold one row of {max_model_len} tokens")
@@ -172,7 +172,10 @@ class Engine:
         self.stats.prefill_seconds += time.perf_counter() - started
 
     def _prefill(self, admissions: list[_Admission]) -> None:
-        """Run all prompts' chunks through the model, as many together as fit max_num_batched_tokens."""
+        """Run all prompts' chunks through the model, as many together as fit max_num_batched_tokens.
+
+        A chunk that alone is longer runs alone: cutting it would change how its sums are rounded.
+        """
         pack: list[tuple[_Admission, int, int]] = []  # admission, start, length
         room = self.max_num_batched_tokens
         for admission in admissions:

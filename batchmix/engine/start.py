@@ -12,7 +12,7 @@ import torch
 from batchmix.config import Backend, EngineConfig, SamplingConfig
 from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
-from batchmix.engine.engine import Engine
+from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.errors import BatchmixError
 from batchmix.memory import free_bytes, kv_blocks, workspace_bytes
@@ -86,7 +86,7 @@ def start_engine(
 def choose_sizes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> Sizes:
     """Rows and KV blocks that fit into the memory that is free now."""
     rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
-    workspace = workspace_bytes(checkpoint.config, rows, config.max_num_batched_tokens)
+    workspace = workspace_bytes(checkpoint.config, rows, max(PREFILL_CHUNK, config.max_num_batched_tokens))
     free = int(free_bytes() * config.gpu_memory_utilization) - workspace
     block_bytes = KVCache.block_bytes(checkpoint.config, BLOCK_SIZE, dtype)
     blocks = kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows)

@@ -227,7 +227,11 @@ def train_byte_level():
 def save(folder, backend, template):
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>"}
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+    }
     write_json(folder / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
     return folder
 
@@ -401,7 +405,11 @@ def test_built_in_model_has_the_v1_tokenizer(tmp_path):
 def test_mistral_unless_the_template_says_otherwise(tmp_path, folders, template, is_mistral, in_file):
     shutil.copy(V1, tmp_path / "tokenizer.model")
     shutil.copy(folders["base"] / "tokenizer.json", tmp_path)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
+        "eos_token": "</s>",
+    }
     if template is not None and in_file:
         (tmp_path / "chat_template.jinja").write_text(template)
     elif template is not None:
@@ -436,7 +444,10 @@ def test_added_tokens_beyond_the_sentencepiece_file_need_transformers(tmp_path, 
             write_json(folder / where, {"<|im_end|>": 32_000})
         else:
             entry = {"content": "<|im_end|>", "special": True}
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"32000": entry}}
+            config: dict[str, object] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "added_tokens_decoder": {"32000": entry},
+            }
             write_json(folder / where, config)
     assert isinstance(load_tokenizer(folder), JinjaTokenizer)
 

@@ -1,0 +1,76 @@
+"""Engines on small random checkpoints, and rows to run through them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchmix.config import Dtype, ModelConfig, SamplingConfig
+from batchmix.engine.engine import Engine
+from batchmix.engine.kv_cache import KVCache
+from batchmix.model import torch_ops
+from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.mixtral import Mixtral
+from batchmix.model.weights import load_weights
+from batchmix.plan.planner import Limits, plan
+from batchmix.records import Completion, Prompt
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 512) -> Mixtral:
+    checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[str(dtype).removeprefix("torch.")]))
+    return Mixtral(checkpoint.config, load_weights(checkpoint, dtype, torch.device("cpu")), torch_ops, max_model_len)
+
+
+def make_engine(model: Mixtral, **options: Any) -> Engine:
+    """An engine of 16-token blocks; `kv_blocks` of them."""
+    blocks = options.pop("kv_blocks", 2000)
+    block_size = options.pop("block_size", 16)
+    dtype = model.weights.embedding.dtype
+    cache = KVCache(model.config, blocks + 1, block_size, dtype, torch.device("cpu"))
+    defaults: dict[str, Any] = {
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 512,
+        "max_model_len": 512,
+        "eos_token_ids": (2,),
+        "stop_table": None,
+    }
+    return Engine(model, cache, **{**defaults, **options})
+
+
+def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sampling: Any) -> list[Prompt]:
+    """Rows of random ids and ragged lengths."""
+    source = random.Random(seed)
+    settings = SamplingConfig(**{"max_tokens": 12, "temperature": 0.0, **sampling})
+    return [
+        Prompt(
+            row,
+            f"row-{row}",
+            {},
+            [source.randrange(3, vocab_size) for _ in range(source.randint(1, longest))],
+            settings,
+        )
+        for row in range(count)
+    ]
+
+
+def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict[tuple[str, int], Completion]:
+    """All completions by (row id, sample)."""
+    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, sort_window)
+    found = list(engine.generate(plan(rows, limits)))
+    by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
+    assert len(by_key) == len(found), "a sample came out twice"
+    assert engine.pool.num_used == 0, "blocks were not returned"
+    assert engine.slots.num_active == 0
+    return by_key
+
+
+def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """What must not depend on company: tokens, the reason they ended and their log-probabilities, bit by bit."""
+    return {
+        key: (list(c.token_ids), c.finish_reason, c.stop_reason, c.num_tokens, c.cumulative_logprob)
+        for key, c in completions.items()
+    }
