@@ -1,4 +1,4 @@
-"""OpenAI batch files: a line of requests in, as a row; a line of responses out, from a row's completions."""
+"""The request lines of OpenAI batch files, as rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchmix.data.formats import BadRecord
-from batchmix.data.schema import LOOSE
+from batchmix.data.schema import LOOSE, is_unicode, short
 from batchmix.records import Row
 
 OPENAI_SCHEMA = pa.schema(
@@ -24,49 +23,59 @@ _SAMPLING = {"max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", 
              "frequency_penalty": "frequency_penalty", "logit_bias": "logit_bias", "top_k": "top_k", "min_p": "min_p",
              "repetition_penalty": "repetition_penalty", "min_tokens": "min_tokens",
              "stop_token_ids": "stop_token_ids", "ignore_eos": "ignore_eos"}  # fmt: skip
-_PROMPT = {"messages", "prompt", "model", "logprobs", "top_logprobs"}
 _NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+_KNOWN = {"messages", "prompt", "model", "logprobs", "top_logprobs", *_NO_EFFECT, *_SAMPLING}
 _HARMLESS = {"stream": (False, None), "response_format": ({"type": "text"}, None), "tools": ([], None),
              "tool_choice": ("none", "auto", None), "echo": (False, None), "suffix": (None,), "best_of": (1, None)}  # fmt: skip
 
 
-def is_request(record: dict[str, Any] | BadRecord) -> bool:
+def is_request(record: Mapping[str, Any]) -> bool:
     """Whether a JSON line is a request of an OpenAI batch file."""
-    return isinstance(record, dict) and "custom_id" in record and "body" in record
+    return "custom_id" in record and "body" in record
 
 
 def read_request(number: int, record: Mapping[str, Any]) -> Row:
     """One request as a row: columns custom_id, model, messages, and its sampling overrides under our names."""
-    body = record.get("body")
-    custom_id = record.get("custom_id")
     row = Row(number, str(number), {"custom_id": None, "model": None, "messages": None})
+    row.error = _read(row, record)
+    return row
+
+
+def _read(row: Row, record: Mapping[str, Any]) -> str | None:
+    """Fill the row; what is wrong with the request, or None."""
+    custom_id, body = record.get("custom_id"), record.get("body")
     if not isinstance(custom_id, str) or not custom_id:
-        row.error = "the request has no custom_id"
-        return row
+        return f"custom_id must be a text, not {short(custom_id)}"
+    if not is_unicode(custom_id):
+        return f"custom_id {short(custom_id)} is no text: it has half a surrogate pair"
     row.id = row.columns["custom_id"] = custom_id
     if not isinstance(body, dict):
-        row.error = "the request has no body"
-        return row
+        return f"body must be an object, not {short(body)}"
     row.columns["model"] = body.get("model")
     row.columns["messages"] = body.get("messages")
-    if body.get("messages") is None and isinstance(body.get("prompt"), str):
-        row.columns["messages"] = [{"role": "user", "content": body["prompt"]}]
+    prompt = body.get("prompt")
+    if body.get("messages") is None:
+        if not isinstance(prompt, str):
+            return "body.messages is missing" if prompt is None else f"body.prompt must be a text, not {short(prompt)}"
+        row.columns["messages"] = [{"role": "user", "content": prompt}]
     if record.get("url", _URLS[0]) not in _URLS:
-        row.error = f"url {record['url']!r} is not one of {', '.join(_URLS)}"
-        return row
-    sampling: dict[str, Any] = {}
+        return f"url {short(record['url'])} is not one of {', '.join(_URLS)}"
     for key, value in body.items():
-        if key in _SAMPLING:
-            sampling[_SAMPLING[key]] = value if value is not None else sampling.get(_SAMPLING[key])
-        elif key in _HARMLESS:
-            if value not in _HARMLESS[key]:
-                row.error = f"body.{key} is not supported"
-        elif key not in _PROMPT | _NO_EFFECT:
-            row.error = f"body.{key} is not supported"
+        if value not in _HARMLESS[key] if key in _HARMLESS else key not in _KNOWN:
+            return f"body key {short(key)} with the value {short(value)} is not supported"
+    row.sampling = _sampling(body)
+    return None
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The request's sampling under our names, None where it is not given."""
+    sampling: dict[str, Any] = {}
+    for key, name in _SAMPLING.items():
+        if body.get(key) is not None:
+            sampling[name] = body[key]
     logprobs = body.get("logprobs")
     if logprobs is True:
         sampling["logprobs"] = body.get("top_logprobs") or 0
-    elif type(logprobs) is int:  # /v1/completions: the number of alternatives itself
+    elif logprobs not in (False, None) or type(logprobs) is int:  # /v1/completions: the number of alternatives itself
         sampling["logprobs"] = logprobs
-    row.sampling = sampling
-    return row
+    return sampling

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -22,31 +23,60 @@ _MISFIT = (
     TypeError,
 )
 LOOSE = {b"batchmix": b"json"}  # metadata of a string column whose values may be anything, kept as JSON text
+_MAX_TYPE_DEPTH = 32  # Arrow's IPC reader refuses more than 64 levels
+_MAX_FIELDS = 256  # an object with more keys than this, over all rows, is a mapping rather than a record
+_MAX_JSON_DEPTH = 200  # well below where Python's json gives up, which depends on who calls it
+_MAX_WARNINGS = 20
+
+Fits = Callable[[Any], bool]
 
 
 def infer_schema(records: Iterable[dict[str, Any]]) -> pa.Schema:
-    """The type of each column over a sample, columns in order of appearance.
+    """The type of each column over a sample of JSON objects, columns in order of appearance.
 
-    A column that is null throughout, or whose values have no common type, becomes a string column of JSON text.
+    null where a column is null throughout; a string column of JSON text (LOOSE) where its values have no common type.
     """
     columns: dict[str, list[Any]] = {}
     for record in records:
         for name, value in record.items():
             columns.setdefault(name, []).append(value)
-    return pa.schema([_infer_field(name, values) for name, values in columns.items()])
+    return pa.schema([_infer_field(name, values) for name, values in columns.items() if is_unicode(name)])
 
 
 def _infer_field(name: str, values: list[Any]) -> pa.Field:
     try:
         found = pa.infer_type(values)
-        pa.array(values, found)
     except _MISFIT:
-        return pa.field(name, pa.string(), metadata=LOOSE)
-    return pa.field(name, pa.string(), metadata=LOOSE) if _has_null(found) else pa.field(name, found)
+        return loose(name)
+    try:
+        pa.array(values, found)
+    except UnicodeEncodeError:
+        pass  # the type is right; `Conformer` finds the rows whose text is not
+    except _MISFIT:
+        return loose(name)
+    fits = _make_fits(found, name, set())
+    return pa.field(name, found) if _is_sane(found) and all(map(fits, values)) else loose(name)
+
+
+def loose(name: str) -> pa.Field:
+    """A string column whose values may be anything, kept as JSON text."""
+    return pa.field(name, pa.string(), metadata=LOOSE)
+
+
+def settle(schema: pa.Schema) -> pa.Schema:
+    """The schema with its columns of unknown type (null, or with null inside) as JSON text, and all nullable."""
+    return pa.schema([loose(field.name) if _has_null(field.type) else field.with_nullable(True) for field in schema])
 
 
 def _has_null(kind: pa.DataType) -> bool:
     return pa.types.is_null(kind) or any(_has_null(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _is_sane(kind: pa.DataType, depth: int = 0) -> bool:
+    """Whether every reader of Arrow and Parquet can be expected to read it: neither deep nor wide nor empty."""
+    if depth > _MAX_TYPE_DEPTH or kind.num_fields > _MAX_FIELDS or (pa.types.is_struct(kind) and not kind.num_fields):
+        return False
+    return all(_is_sane(kind.field(index).type, depth + 1) for index in range(kind.num_fields))
 
 
 def as_json_text(value: Any) -> str | None:
@@ -55,52 +85,138 @@ def as_json_text(value: Any) -> str | None:
 
 
 class Conformer:
-    """Checks rows against a schema, a chunk at a time."""
+    """Checks rows against a schema, a chunk at a time. `known`: all the columns that the input is known to have."""
 
-    def __init__(self, schema: pa.Schema, known: list[str]) -> None:
-        self.schema = schema
+    def __init__(self, schema: pa.Schema, known: Iterable[str]) -> None:
         self._known = set(known)
-        self._strict = [field for field in schema if field.metadata != LOOSE]
+        self._warned: set[str] = set()
+        self._new_keys: set[str] = set()
+        self._strict = [
+            (field, _SCALARS.get(field.type), _make_fits(field.type, field.name, self._new_keys))
+            for field in schema
+            if field.metadata != LOOSE
+        ]
         self._loose = [field.name for field in schema if field.metadata == LOOSE]
 
     def check(self, rows: list[Row]) -> None:
         """Rows with a value that does not fit its column become error rows, and the value becomes None."""
-        for field in self._strict:
-            try:
-                pa.array([row.columns.get(field.name) for row in rows], field.type)
-            except _MISFIT:
+        for field, allowed, fits in self._strict:
+            values = [row.columns.get(field.name) for row in rows]
+            if not self._all_fit(values, field.type, allowed, fits):
                 for row in rows:
-                    self._check_value(row, field)
+                    self._check_value(row, field, fits)
         for name in self._loose:
             for row in rows:
                 value = row.columns.get(name)
                 if value is not None:
                     self._check_text(row, name, value)
-        unknown = {name for row in rows for name in row.columns.keys() - self._known}
-        if unknown:
-            _log.warning(
-                "columns first seen after the sample are left out of the output: %s", ", ".join(sorted(unknown))
-            )
-            self._known |= unknown
+        for row in rows:
+            if not row.columns.keys() <= self._known:
+                self._new_keys |= row.columns.keys() - self._known
+        if self._new_keys:
+            self._warn()
+
+    def _warn(self) -> None:
+        new = sorted(self._new_keys - self._warned)
+        if new and len(self._warned) < _MAX_WARNINGS:
+            names = ", ".join(map(ascii, new[:_MAX_WARNINGS]))
+            _log.warning("columns or keys first seen after the sample are left out of the output: %s", names)
+            self._warned.update(new)
+        self._new_keys.clear()
 
     @staticmethod
-    def _check_value(row: Row, field: pa.Field) -> None:
+    def _all_fit(values: list[Any], kind: pa.DataType, allowed: set[type] | None, fits: Fits) -> bool:
+        if not (allowed.issuperset(map(type, values)) if allowed is not None else all(map(fits, values))):
+            return False
+        try:
+            pa.array(values, kind)
+        except _MISFIT:
+            return False
+        return True
+
+    @staticmethod
+    def _check_value(row: Row, field: pa.Field, fits: Fits) -> None:
         value = row.columns.get(field.name)
         try:
             pa.array([value], field.type)
+            fitting = fits(value)
         except _MISFIT:
+            fitting = False
+        if not fitting:
             row.columns[field.name] = None
-            row.error = row.error or f"column {field.name!r} holds {_short(value)}, which is no {field.type}"
+            kind = str(field.type) if field.type.num_fields == 0 else f"value of the column's type {field.type}"
+            row.error = row.error or f"column {field.name!a} holds {short(value)}, which is no {_clip(kind)}"
 
     @staticmethod
     def _check_text(row: Row, name: str, value: Any) -> None:
         try:
+            if isinstance(value, list | dict) and _is_deep(value):
+                raise ValueError
             (as_json_text(value) or "").encode()
-        except (UnicodeEncodeError, TypeError, ValueError):
+        except (TypeError, ValueError):
             row.columns[name] = None
-            row.error = row.error or f"column {name!r} holds {_short(value)}, which is no text"
+            row.error = row.error or f"column {name!a} holds {short(value)}, which is no text"
 
 
-def _short(value: Any) -> str:
-    text = repr(value).encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= 60 else text[:57] + "..."
+_SCALARS: dict[pa.DataType, set[type]] = {
+    pa.int64(): {int, type(None)},
+    pa.float64(): {float, int, type(None)},
+    pa.bool_(): {bool, type(None)},
+    pa.string(): {str, type(None)},
+}
+"""Python types whose values pyarrow takes as they are, or refuses. Of others it makes something that fits: 2 of 2.5."""
+
+
+def _make_fits(kind: pa.DataType, path: str, new_keys: set[str]) -> Fits:
+    """A check that pyarrow would keep all of a value. Keys of an object that the type does not have go to `new_keys`."""
+    if pa.types.is_integer(kind):
+        return lambda value: type(value) is not float or value.is_integer()
+    if pa.types.is_floating(kind):
+        return lambda value: type(value) is not bool
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        fits_item = _make_fits(kind.value_type, path, new_keys)
+        return lambda value: value is None or (type(value) is list and all(map(fits_item, value)))
+    if pa.types.is_struct(kind):
+        fits_field = {field.name: _make_fits(field.type, f"{path}.{field.name}", new_keys) for field in kind}
+
+        def fits_struct(value: Any) -> bool:
+            if type(value) is not dict:
+                return value is None
+            if not value.keys() <= fits_field.keys():
+                new_keys.update(f"{path}.{key}" for key in value.keys() - fits_field.keys())
+            return all(check(value.get(name)) for name, check in fits_field.items())
+
+        return fits_struct
+    return lambda value: True
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be encoded: JSON can state half of a surrogate pair, and undecodable bytes become one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(item, list | dict)]  # fmt: skip
+        if not level:
+            return False
+    return True
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+
+
+def short(value: Any) -> str:
+    """The value in ASCII on one line of at most 80 characters, for messages."""
+    return _clip(_repr.repr(value).encode("ascii", "backslashreplace").decode())
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

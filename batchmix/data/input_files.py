@@ -1,0 +1,215 @@
+"""A list of files as one data set: their columns merged, and their rows one file after another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from batchmix.config import DataFormat
+from batchmix.data.arrow_readers import plain
+from batchmix.data.chunk import BadRecord, Chunk, Record, Wanted, everything
+from batchmix.data.csv_types import infer_csv_schema, parse_field
+from batchmix.data.data_file import DataFile
+from batchmix.data.formats import count_rows, read_chunks, stated_schema
+from batchmix.data.openai_batch import OPENAI_SCHEMA
+from batchmix.data.schema import LOOSE, infer_schema, loose, settle
+from batchmix.data.text_readers import csv_header
+from batchmix.errors import BatchmixError
+
+_SAMPLE_ROWS = 10_000  # of the JSON-lines files and of the CSV files, from which their columns' types are inferred
+_SAMPLE_CHARS = 8 << 20
+_END_BYTES = 64 << 10  # of each end of a file, hashed
+
+
+@dataclass(frozen=True, slots=True)
+class InputChunk:
+    """Some rows of a data set."""
+
+    name: str  # of the file
+    offset: int  # ordinal of the file's first row
+    chunk: Chunk
+    typed: bool  # whether all values are known to be of the schema's types
+
+
+class Input(Protocol):
+    """What `Source` reads."""
+
+    name: str
+    openai_batch: bool
+    schema: pa.Schema
+    columns: list[tuple[str, list[str]]]
+    """The columns of each file that states them, and of what was sampled of the others."""
+
+    def num_rows(self) -> int | None:
+        """Rows, where metadata tells without reading them."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What changes when the data does."""
+
+    def read(self, wanted: Wanted, columns: list[str] | None, limit: int) -> Iterator[InputChunk]:
+        """The wanted ones of the first `limit` rows, in order; at least the given columns of them."""
+
+
+class FileInput:
+    """Files, read one after another. CSV columns named in `as_text` are strings whatever they look like."""
+
+    def __init__(self, files: Sequence[DataFile], as_text: Collection[str] = ()) -> None:
+        self._files = files
+        self.name = files[0].name
+        self.openai_batch = files[0].format is DataFormat.openai_batch
+        for file in files:
+            if (file.format is DataFormat.openai_batch) is not self.openai_batch:
+                raise BatchmixError(f"{file.name}: OpenAI batch files cannot be mixed with others ({self.name})")
+        self._stated: dict[DataFile, pa.Schema] = {}
+        self.columns: list[tuple[str, list[str]]] = []
+        if self.openai_batch:
+            self.schema = OPENAI_SCHEMA
+            self.columns.append((self.name, OPENAI_SCHEMA.names))
+            return
+        merged = _Merged()
+        pools = {form: [file for file in files if file.format is form] for form in (DataFormat.jsonl, DataFormat.csv)}
+        for file in files:
+            if (stated := stated_schema(file)) is not None:
+                stated = pa.schema([field.with_type(plain(field.type)).remove_metadata() for field in stated])
+                self._stated[file] = stated
+                self.columns.append((file.name, stated.names))
+                merged.add(file.name, stated, stated=True)
+            elif file is pools[file.format][0]:
+                infer = self._infer_csv if file.format is DataFormat.csv else self._infer_json
+                merged.add(file.name, infer(pools[file.format], as_text), stated=False)
+        self.schema = settle(merged.schema())
+
+    def _infer_json(self, files: Sequence[DataFile], as_text: Collection[str]) -> pa.Schema:
+        inferred = infer_schema(_sample(files))
+        self.columns.append((files[0].name, inferred.names))
+        return inferred
+
+    def _infer_csv(self, files: Sequence[DataFile], as_text: Collection[str]) -> pa.Schema:
+        headers = [(file.name, csv_header(file)) for file in files]
+        self.columns += headers
+        return infer_csv_schema(chain((dict.fromkeys(header) for _, header in headers), _sample(files)), as_text)
+
+    def num_rows(self) -> int | None:
+        counts = [count_rows(file) for file in self._files]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"files": [_fingerprint(file) for file in self._files]}
+
+    def read(self, wanted: Wanted, columns: list[str] | None, limit: int) -> Iterator[InputChunk]:
+        offset = 0
+        for file in self._files:
+            if offset >= limit:
+                return
+            last = 0
+
+            def of_file(start: int, stop: int, offset: int = offset) -> npt.NDArray[np.bool_]:
+                nonlocal last
+                last = max(last, stop)
+                return wanted(offset + start, offset + stop)
+
+            stated = self._stated.get(file)
+            typed = stated is not None and all(self.schema.field(field.name).type == field.type for field in stated)
+            for chunk in read_chunks(file, of_file, columns, limit - offset):
+                if file.format is DataFormat.csv:
+                    self._parse_fields(chunk)
+                yield InputChunk(file.name, offset, chunk, typed)
+            offset += last  # readers ask about every row, wanted or not
+
+    def _parse_fields(self, chunk: Chunk) -> None:
+        """CSV fields as values of the columns' types, in place."""
+        kinds = {field.name: field.type for field in self.schema if field.type != pa.string()}
+        for record in chunk.records:
+            if isinstance(record, dict):
+                for name in kinds.keys() & record.keys():
+                    if (text := record[name]) is not None:
+                        record[name] = parse_field(text, kinds[name])
+
+
+class _Merged:
+    """The columns of several files, in order of appearance."""
+
+    def __init__(self) -> None:
+        self._fields: dict[str, pa.Field] = {}
+        self._origins: dict[str, tuple[str, bool]] = {}
+
+    def add(self, file: str, schema: pa.Schema, *, stated: bool) -> None:
+        """BatchmixError for a name that stands twice, or a column of which two files state types that do not go
+        together; what is only inferred from text becomes JSON text instead.
+        """
+        for field in schema:
+            if schema.names.count(field.name) > 1:
+                raise BatchmixError(f"{file}: has two columns {field.name!r}")
+            if field.name not in self._fields:
+                self._fields[field.name], self._origins[field.name] = field, (file, stated)
+                continue
+            old, (origin, origin_stated) = self._fields[field.name], self._origins[field.name]
+            united = _unite(old, field)
+            if united is None:
+                if stated or origin_stated:
+                    raise BatchmixError(f"{file}: column {field.name!r} is {_type_name(field)}, but {_type_name(old)} "
+                                        f"in {origin}")  # fmt: skip
+                united = loose(field.name)
+            self._fields[field.name] = united
+            self._origins[field.name] = (origin, stated or origin_stated)
+
+    def schema(self) -> pa.Schema:
+        return pa.schema(list(self._fields.values()))
+
+
+def _unite(one: pa.Field, other: pa.Field) -> pa.Field | None:
+    """The column that holds the values of both, or None."""
+    if one.type == other.type and one.metadata == other.metadata:
+        return one
+    if LOOSE in (one.metadata, other.metadata):
+        return None
+    try:
+        return pa.unify_schemas([pa.schema([one]), pa.schema([other])], promote_options="permissive").field(0)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
+
+
+def _type_name(field: pa.Field) -> str:
+    return "of several types" if field.metadata == LOOSE else str(field.type)
+
+
+def _sample(files: Iterable[DataFile]) -> Iterator[dict[str, Any]]:
+    """The first records; BatchmixError where there are rows and none of them can be read."""
+    rows = good = size = 0
+    first_bad = ""
+    for file, number, record in islice(_all_records(files), _SAMPLE_ROWS):
+        rows += 1
+        if isinstance(record, BadRecord):
+            first_bad = first_bad or f"{file.name}, row {number + 1}: {record.reason}"
+            continue
+        good += 1
+        yield record
+        size += len(str(record))
+        if size > _SAMPLE_CHARS:
+            return
+    if first_bad and not good:
+        others = f"; nor can another of the first {rows} rows be read" if rows > 1 else ""
+        raise BatchmixError(first_bad + others)
+
+
+def _all_records(files: Iterable[DataFile]) -> Iterator[tuple[DataFile, int, Record]]:
+    for file in files:
+        for chunk in read_chunks(file, everything):
+            for number, record in zip(chunk.numbers, chunk.records, strict=True):
+                yield file, number, record
+
+
+def _fingerprint(file: DataFile) -> dict[str, Any]:
+    with file.open(raw=True) as opened, file.reading():
+        head = opened.read(_END_BYTES)
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - _END_BYTES))
+        digest = hashlib.sha256(head + opened.read(_END_BYTES)).hexdigest()
+    return {"name": file.name.rsplit("/", 1)[-1], "bytes": size, "sha256_ends": digest[:32]}
