@@ -16,7 +16,7 @@ from batchmix.data.parts import Parts, part_format
 from batchmix.data.prompt import build_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.sink import NO_SPACE
-from batchmix.data.source import Source, open_source
+from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import BLOCK_SIZE, check_engine, start_engine
@@ -47,6 +47,7 @@ def generate(config: Config) -> None:
     """
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
         check_engine(config.engine)
+        check_apart(config.data, Path(config.output.dir))
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -150,7 +151,6 @@ def _run(
 def _open_output(config: Config, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> OutputFolder:
     """Lock the folder and see what it holds already; BatchmixError where it holds something else."""
     folder = Path(config.output.dir)
-    source.check_apart_from(folder)
     run = describe_run(
         config,
         model=checkpoint.fingerprint(),

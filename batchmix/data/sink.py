@@ -116,25 +116,29 @@ class Sink:
     def _add(self, completions: list[Completion]) -> None:
         with self._clock.stage("write"):
             detokenize(completions, self._tokenizer)
-            whole: list[Completion] = []
-            for completion in completions:
-                prompt = completion.prompt
-                if completion.error is not None:
-                    whole += [Completion.failed(prompt, completion.error, i) for i in range(prompt.sampling.n)]
-                elif prompt.sampling.n == 1:
-                    whole.append(completion)
-                else:
-                    samples = self._incomplete.setdefault(prompt.row, [])
-                    samples.append(completion)
-                    if len(samples) < prompt.sampling.n:
-                        continue
-                    whole += sorted(self._incomplete.pop(prompt.row), key=lambda sample: sample.sample_index)
-                self._pending_rows += 1
-        if whole and not self._pending:
-            self._pending_since = time.monotonic()
-        self._pending += whole
-        if self._pending_rows >= self._rows_per_shard:
-            self._commit()
+        for completion in completions:
+            samples = self._whole_row(completion)
+            if not samples:
+                continue
+            if not self._pending:
+                self._pending_since = time.monotonic()
+            self._pending += samples
+            self._pending_rows += 1
+            if self._pending_rows == self._rows_per_shard:
+                self._commit()
+
+    def _whole_row(self, completion: Completion) -> list[Completion]:
+        """All samples of the row if this was the last that was missing, else none."""
+        prompt = completion.prompt
+        if completion.error is not None:
+            return [Completion.failed(prompt, completion.error, i) for i in range(prompt.sampling.n)]
+        if prompt.sampling.n == 1:
+            return [completion]
+        samples = self._incomplete.setdefault(prompt.row, [])
+        samples.append(completion)
+        if len(samples) < prompt.sampling.n:
+            return []
+        return sorted(self._incomplete.pop(prompt.row), key=lambda sample: sample.sample_index)
 
     def _commit(self) -> None:
         if not self._pending:

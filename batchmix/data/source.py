@@ -33,6 +33,13 @@ from batchmix.records import Row
 _LISTED = 30  # columns that an error message names
 
 
+def check_apart(data: DataConfig, folder: Path) -> None:
+    """BatchmixError where `folder` (the output's) lies in a folder that is read: the next run would read it too."""
+    for path in [data.path] if isinstance(data.path, str) else data.path:
+        if "://" not in path and Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
+            raise BatchmixError(f"output.dir={folder} lies in data.path={path}, where it would be read as data")
+
+
 def open_source(data: DataConfig, shard: ShardConfig) -> Source:
     """Find the data set, check that it can be read as configured, and infer its columns; reads no more than a sample."""
     paths = _paths(data.path)
@@ -85,13 +92,6 @@ class Source:
         if self.num_rows is None:
             return None
         return len(range(self._shard.index, self.num_rows, self._shard.count))
-
-    def check_apart_from(self, folder: Path) -> None:
-        """BatchmixError where `folder` (the output's) lies in a folder that is read: the next run would read it too."""
-        for path in _paths(self._data.path):
-            read = Path(path.removeprefix("file://")).expanduser()
-            if "://" not in str(read) and read.is_dir() and folder.resolve().is_relative_to(read.resolve()):
-                raise BatchmixError(f"output.dir={folder} lies in data.path={path}, where it would be read as data")
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data: names, sizes and a hash of each file's ends."""

@@ -104,12 +104,12 @@ def test_what_is_no_mixtral_is_refused(tmp_path):
         with pytest.raises(BatchmixError, match=match):
             open_checkpoint(ModelConfig(path=str(tmp_path)))
 
-    with pytest.raises(BatchmixError, match="neither config.json"):
+    with pytest.raises(BatchmixError, match=r"neither config\.json"):
         open_checkpoint(ModelConfig(path=str(tmp_path)))
     with pytest.raises(BatchmixError, match="no such folder"):
         open_checkpoint(ModelConfig(path=str(tmp_path / "none")))
     refused("model_type is 'llama'", model_type="llama")
     refused("sliding_window=128", sliding_window=128)
+    folder = save_hub(random_mixtral(), tmp_path / "model")
     with pytest.raises(BatchmixError, match="allows at most 1024"):
-        folder = save_hub(random_mixtral(), tmp_path / "model")
         open_checkpoint(ModelConfig(path=str(folder), max_model_len=2000))
