@@ -35,8 +35,9 @@ _LISTED = 30  # columns that an error message names
 
 def check_apart(data: DataConfig, folder: Path) -> None:
     """BatchmixError where `folder` (the output's) lies in a folder that is read: the next run would read it too."""
-    for path in [data.path] if isinstance(data.path, str) else data.path:
-        if "://" not in path and Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
+    for path in _paths(data.path):
+        read = Path(path.removeprefix("file://")).expanduser()
+        if "://" not in str(read) and read.is_dir() and folder.resolve().is_relative_to(read.resolve()):
             raise BatchmixError(f"output.dir={folder} lies in data.path={path}, where it would be read as data")
 
 

@@ -58,16 +58,16 @@ def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tenso
     ends = padded.cumsum(0).tolist()
     token = order.new_zeros(ends[-1])  # padding rows compute token 0 and are never read
     token[place] = order // top_k
-    gathered = x[token]  # [P, D]
-    out = torch.empty_like(gathered)
+    out = x.new_empty(len(token), x.shape[1])  # [P, D]
     for expert, (start, end) in enumerate(zip(starts.tolist(), ends, strict=True)):
         for low in range(start, end, _EXPERT_CHUNK):
             high = min(low + _EXPERT_CHUNK, end)
-            gate, up = F.linear(gathered[low:high], w13[expert]).chunk(2, dim=-1)  # [P_e, F] each
+            rows = x.index_select(0, token[low:high])  # [P_e, D]
+            gate, up = F.linear(rows, w13[expert]).chunk(2, dim=-1)  # [P_e, F] each
             torch.matmul(F.silu(gate).mul_(up), w2[expert].T, out=out[low:high])
     row_of_pair = torch.empty_like(place)
     row_of_pair[order] = place
-    chosen = out[row_of_pair].view(len(x), top_k, -1)  # [T, K, D]
+    chosen = out.index_select(0, row_of_pair).view(len(x), top_k, -1)  # [T, K, D]
     result = chosen[:, 0] * weights[:, 0, None]
     for k in range(1, top_k):
         result = torch.addcmul(result, chosen[:, k], weights[:, k, None])

@@ -1,0 +1,144 @@
+"""The engine beside transformers.generate (and vLLM, where it is installed) on the same work, in one run.
+
+    python benchmarks/bench_engine.py [--save] [--vllm-python PATH]
+
+A random Mixtral of 39 M parameters, 256 prompts of 16 to 512 tokens, 64 greedy tokens each, end of sequence ignored,
+float32, 2 threads. transformers gets length-sorted batches of 32 and its eager experts, its fastest setting on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import random_prompts, save, save_tiny_random
+
+from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig
+from batchmix.engine.start import start_engine
+from batchmix.model.checkpoint import open_checkpoint
+from batchmix.plan.planner import Limits, plan
+from batchmix.records import Prompt
+
+NEW_TOKENS = 64
+_VLLM = """
+import json, sys, time
+from vllm import LLM, SamplingParams
+folder, file, new, dtype = sys.argv[1:]
+prompts = [{"prompt_token_ids": ids} for ids in json.load(open(file))]
+llm = LLM(folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=256,
+          max_num_batched_tokens=4096, enable_prefix_caching=False, disable_log_stats=True)
+params = SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True, detokenize=False)
+llm.generate(prompts[:4], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False))
+started = time.perf_counter()
+out = llm.generate(prompts, params)
+seconds = time.perf_counter() - started
+print("RESULT " + json.dumps({"seconds": seconds, "ids": [list(o.outputs[0].token_ids) for o in out]}))
+"""
+
+
+def run_batchmix(folder: Path, prompts: list[list[int]], dtype: str) -> tuple[float, list[list[int]], dict[str, float]]:
+    """Seconds for all prompts, their new tokens, and where the time went."""
+    checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[dtype], max_model_len=1024))
+    engine = start_engine(checkpoint, None, EngineConfig(max_num_seqs=256), lambda: False)
+    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, 16384)
+
+    def run(ids: list[list[int]], new: int) -> list[list[int]]:
+        sampling = SamplingConfig(temperature=0.0, max_tokens=new, ignore_eos=True)
+        rows = [Prompt(row, str(row), {}, tokens, sampling) for row, tokens in enumerate(ids)]
+        found = sorted(engine.generate(plan(rows, limits)), key=lambda completion: completion.prompt.row)
+        return [list(completion.token_ids) for completion in found]
+
+    run(prompts[:4], 4)
+    before = engine.stats.prefill_seconds, engine.stats.decode_seconds
+    started = time.perf_counter()
+    out = run(prompts, NEW_TOKENS)
+    seconds = time.perf_counter() - started
+    stages = {"prefill": engine.stats.prefill_seconds - before[0], "decode": engine.stats.decode_seconds - before[1]}
+    return seconds, out, stages
+
+
+def run_transformers(folder: Path, prompts: list[list[int]], dtype: str) -> tuple[float, list[list[int]]]:
+    """The same with transformers.generate."""
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), experts_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+
+    def run(ids: list[list[int]], new: int) -> list[list[int]]:
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        out: list[list[int]] = [[] for _ in ids]
+        for low in range(0, len(order), 32):
+            chosen = order[low : low + 32]
+            longest = max(len(ids[i]) for i in chosen)
+            tokens = torch.zeros(len(chosen), longest, dtype=torch.long)
+            mask = torch.zeros_like(tokens)
+            for place, i in enumerate(chosen):
+                tokens[place, longest - len(ids[i]) :] = torch.tensor(ids[i])
+                mask[place, longest - len(ids[i]) :] = 1
+            answer = model.generate(
+                input_ids=tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+            )
+            for place, i in enumerate(chosen):
+                out[i] = answer[place, longest:].tolist()
+        return out
+
+    run(prompts[:4], 4)
+    started = time.perf_counter()
+    out = run(prompts, NEW_TOKENS)
+    return time.perf_counter() - started, out
+
+
+def run_vllm(python: str, folder: Path, prompts: list[list[int]], dtype: str) -> tuple[float, list[list[int]]]:
+    """The same with vLLM, in its own environment."""
+    file = folder / "prompts.json"
+    file.write_text(json.dumps(prompts))
+    command = [python, "-c", _VLLM, str(folder), str(file), str(NEW_TOKENS), dtype]
+    threads = str(torch.get_num_threads())
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": threads,
+                "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(f"vLLM failed:\n{done.stderr[-3000:]}")
+    result = json.loads(line.removeprefix("RESULT "))
+    return result["seconds"], result["ids"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-engine.json")
+    parser.add_argument("--vllm-python", help="python of an environment with vLLM's CPU wheel")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    prompts = random_prompts(256)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_tiny_random(Path(temporary))
+        seconds, ours, stages = run_batchmix(folder, prompts, args.dtype)
+        results = {"batchmix": seconds}
+        results["transformers"], theirs = run_transformers(folder, prompts, args.dtype)
+        peers = {"transformers": theirs}
+        if args.vllm_python:
+            results["vllm"], peers["vllm"] = run_vllm(args.vllm_python, folder, prompts, args.dtype)
+    tokens = len(prompts) * NEW_TOKENS
+    rates = {name: round(tokens / seconds, 1) for name, seconds in results.items()}
+    print(f"prefill {stages['prefill']:.1f} s, decode {stages['decode']:.1f} s of batchmix's {results['batchmix']:.1f} s")
+    for name, rate in rates.items():
+        same = "" if name == "batchmix" else f", the same tokens for {sum(a == b for a, b in zip(ours, peers[name], strict=True))} of 256 prompts"
+        print(f"{name:<12} {rate:8,.0f} output tokens/s, batchmix is {rates['batchmix'] / rate:.2f} x{same}")
+    if args.save:
+        save("engine", {"dtype": args.dtype, "work": __doc__.splitlines()[-3], "output_tokens_per_second": rates,
+                        "seconds": {name: round(seconds, 2) for name, seconds in results.items()},
+                        "batchmix_stages": {name: round(seconds, 2) for name, seconds in stages.items()}})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
