@@ -296,6 +296,14 @@ def check(config: Config) -> Config:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"
         )
+    for key, value, default in (
+        ("model.quantization", config.model.quantization, None),
+        ("model.kv_cache_dtype", config.model.kv_cache_dtype, KVCacheDtype.auto),
+        ("model.tensor_parallel_size", config.model.tensor_parallel_size, 1),
+    ):
+        if value != default:
+            shown = value.value if isinstance(value, Enum) else value
+            raise refuse(key, shown, "not available in this version; leave it out")
     if config.output.flush_seconds <= 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

@@ -14,6 +14,7 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,21 +30,26 @@ NEW_TOKENS = 64
 _VLLM = """
 import json, sys, time
 from vllm import LLM, SamplingParams
-folder, file, new, dtype = sys.argv[1:]
+folder, file, new, dtype, repeats = sys.argv[1:]
 prompts = [{"prompt_token_ids": ids} for ids in json.load(open(file))]
 llm = LLM(folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=256,
           max_num_batched_tokens=4096, enable_prefix_caching=False, disable_log_stats=True)
 params = SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True, detokenize=False)
 llm.generate(prompts[:4], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False))
-started = time.perf_counter()
-out = llm.generate(prompts, params)
-seconds = time.perf_counter() - started
+seconds = []
+for _ in range(int(repeats)):
+    started = time.perf_counter()
+    out = llm.generate(prompts, params)
+    seconds.append(time.perf_counter() - started)
 print("RESULT " + json.dumps({"seconds": seconds, "ids": [list(o.outputs[0].token_ids) for o in out]}))
 """
 
 
-def run_batchmix(folder: Path, prompts: list[list[int]], dtype: str) -> tuple[float, list[list[int]], dict[str, float]]:
-    """Seconds for all prompts, their new tokens, and where the time went."""
+Generate = Callable[[list[list[int]], int], list[list[int]]]  # prompts and number of new tokens -> new tokens
+
+
+def open_batchmix(folder: Path, dtype: str) -> Generate:
+    """Ours: planned batches through the engine."""
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[dtype], max_model_len=1024))
     engine = start_engine(checkpoint, None, EngineConfig(max_num_seqs=256), lambda: False)
     limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, 16384)
@@ -54,20 +60,16 @@ def run_batchmix(folder: Path, prompts: list[list[int]], dtype: str) -> tuple[fl
         found = sorted(engine.generate(plan(rows, limits)), key=lambda completion: completion.prompt.row)
         return [list(completion.token_ids) for completion in found]
 
-    run(prompts[:4], 4)
-    before = engine.stats.prefill_seconds, engine.stats.decode_seconds
-    started = time.perf_counter()
-    out = run(prompts, NEW_TOKENS)
-    seconds = time.perf_counter() - started
-    stages = {"prefill": engine.stats.prefill_seconds - before[0], "decode": engine.stats.decode_seconds - before[1]}
-    return seconds, out, stages
+    return run
 
 
-def run_transformers(folder: Path, prompts: list[list[int]], dtype: str) -> tuple[float, list[list[int]]]:
-    """The same with transformers.generate."""
+def open_transformers(folder: Path, dtype: str) -> Generate:
+    """transformers.generate."""
     from transformers import MixtralForCausalLM
 
-    model = MixtralForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), experts_implementation="eager").eval()
+    model = MixtralForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), experts_implementation="eager"
+    ).eval()
     model.generation_config.eos_token_id = None
 
     def run(ids: list[list[int]], new: int) -> list[list[int]]:
@@ -82,23 +84,27 @@ def run_transformers(folder: Path, prompts: list[list[int]], dtype: str) -> tupl
                 tokens[place, longest - len(ids[i]) :] = torch.tensor(ids[i])
                 mask[place, longest - len(ids[i]) :] = 1
             answer = model.generate(
-                input_ids=tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
             )
             for place, i in enumerate(chosen):
                 out[i] = answer[place, longest:].tolist()
         return out
 
-    run(prompts[:4], 4)
-    started = time.perf_counter()
-    out = run(prompts, NEW_TOKENS)
-    return time.perf_counter() - started, out
+    return run
 
 
-def run_vllm(python: str, folder: Path, prompts: list[list[int]], dtype: str) -> tuple[float, list[list[int]]]:
-    """The same with vLLM, in its own environment."""
+def run_vllm(
+    python: str, folder: Path, prompts: list[list[int]], dtype: str, repeats: int
+) -> tuple[list[float], list[list[int]]]:
+    """Seconds of each repeat and the new tokens with vLLM, in its own environment."""
     file = folder / "prompts.json"
     file.write_text(json.dumps(prompts))
-    command = [python, "-c", _VLLM, str(folder), str(file), str(NEW_TOKENS), dtype]
+    command = [python, "-c", _VLLM, str(folder), str(file), str(NEW_TOKENS), dtype, str(repeats)]
     threads = str(torch.get_num_threads())
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": threads,
@@ -116,28 +122,34 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-engine.json")
     parser.add_argument("--vllm-python", help="python of an environment with vLLM's CPU wheel")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prompts = random_prompts(256)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_tiny_random(Path(temporary))
-        seconds, ours, stages = run_batchmix(folder, prompts, args.dtype)
-        results = {"batchmix": seconds}
-        results["transformers"], theirs = run_transformers(folder, prompts, args.dtype)
-        peers = {"transformers": theirs}
+        engines = {"batchmix": open_batchmix(folder, args.dtype), "transformers": open_transformers(folder, args.dtype)}
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
+        out = {name: generate(prompts[:4], 4) for name, generate in engines.items()}
+        for _ in range(args.repeats):  # in turns, since other users of a machine come and go
+            for name, generate in engines.items():
+                started = time.perf_counter()
+                out[name] = generate(prompts, NEW_TOKENS)
+                seconds[name].append(time.perf_counter() - started)
         if args.vllm_python:
-            results["vllm"], peers["vllm"] = run_vllm(args.vllm_python, folder, prompts, args.dtype)
+            seconds["vllm"], out["vllm"] = run_vllm(args.vllm_python, folder, prompts, args.dtype, args.repeats)
     tokens = len(prompts) * NEW_TOKENS
-    rates = {name: round(tokens / seconds, 1) for name, seconds in results.items()}
-    print(f"prefill {stages['prefill']:.1f} s, decode {stages['decode']:.1f} s of batchmix's {results['batchmix']:.1f} s")
+    rates = {name: round(tokens / min(times), 1) for name, times in seconds.items()}
+    same = {name: sum(a == b for a, b in zip(out["batchmix"], ids, strict=True)) for name, ids in out.items()}
+    print(f"the best of {args.repeats} runs each:")
     for name, rate in rates.items():
-        same = "" if name == "batchmix" else f", the same tokens for {sum(a == b for a, b in zip(ours, peers[name], strict=True))} of 256 prompts"
-        print(f"{name:<12} {rate:8,.0f} output tokens/s, batchmix is {rates['batchmix'] / rate:.2f} x{same}")
+        print(f"{name:<12} {rate:8,.0f} output tokens/s, batchmix is {rates['batchmix'] / rate:.2f} x;"
+              f" the same tokens for {same[name]} of {len(prompts)} prompts")  # fmt: skip
     if args.save:
         save("engine", {"dtype": args.dtype, "work": __doc__.splitlines()[-3], "output_tokens_per_second": rates,
-                        "seconds": {name: round(seconds, 2) for name, seconds in results.items()},
-                        "batchmix_stages": {name: round(seconds, 2) for name, seconds in stages.items()}})  # fmt: skip
+                        "seconds": {name: [round(s, 2) for s in times] for name, times in seconds.items()},
+                        "prompts_with_the_same_tokens": same})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -27,8 +28,6 @@ _MAX_TYPE_DEPTH = 32  # Arrow's IPC reader refuses more than 64 levels
 _MAX_FIELDS = 256  # an object with more keys than this, over all rows, is a mapping rather than a record
 _MAX_JSON_DEPTH = 200  # well below where Python's json gives up, which depends on who calls it
 _MAX_WARNINGS = 20
-
-Fits = Callable[[Any], bool]
 
 
 def infer_schema(records: Iterable[dict[str, Any]]) -> pa.Schema:
@@ -54,8 +53,7 @@ def _infer_field(name: str, values: list[Any]) -> pa.Field:
         pass  # the type is right; `Conformer` finds the rows whose text is not
     except _MISFIT:
         return loose(name)
-    fits = _make_fits(found, name, set())
-    return pa.field(name, found) if _is_sane(found) and all(map(fits, values)) else loose(name)
+    return pa.field(name, found) if _is_sane(found) and _fits(values, found, name, set()) else loose(name)
 
 
 def loose(name: str) -> pa.Field:
@@ -91,20 +89,15 @@ class Conformer:
         self._known = set(known)
         self._warned: set[str] = set()
         self._new_keys: set[str] = set()
-        self._strict = [
-            (field, _SCALARS.get(field.type), _make_fits(field.type, field.name, self._new_keys))
-            for field in schema
-            if field.metadata != LOOSE
-        ]
+        self._strict = [field for field in schema if field.metadata != LOOSE]
         self._loose = [field.name for field in schema if field.metadata == LOOSE]
 
     def check(self, rows: list[Row]) -> None:
         """Rows with a value that does not fit its column become error rows, and the value becomes None."""
-        for field, allowed, fits in self._strict:
-            values = [row.columns.get(field.name) for row in rows]
-            if not self._all_fit(values, field.type, allowed, fits):
+        for field in self._strict:
+            if not self._all_fit([row.columns.get(field.name) for row in rows], field):
                 for row in rows:
-                    self._check_value(row, field, fits)
+                    self._check_value(row, field)
         for name in self._loose:
             for row in rows:
                 value = row.columns.get(name)
@@ -124,25 +117,18 @@ class Conformer:
             self._warned.update(new)
         self._new_keys.clear()
 
-    @staticmethod
-    def _all_fit(values: list[Any], kind: pa.DataType, allowed: set[type] | None, fits: Fits) -> bool:
-        if not (allowed.issuperset(map(type, values)) if allowed is not None else all(map(fits, values))):
+    def _all_fit(self, values: list[Any], field: pa.Field) -> bool:
+        if not _fits(values, field.type, field.name, self._new_keys):
             return False
         try:
-            pa.array(values, kind)
+            pa.array(values, field.type)
         except _MISFIT:
             return False
         return True
 
-    @staticmethod
-    def _check_value(row: Row, field: pa.Field, fits: Fits) -> None:
+    def _check_value(self, row: Row, field: pa.Field) -> None:
         value = row.columns.get(field.name)
-        try:
-            pa.array([value], field.type)
-            fitting = fits(value)
-        except _MISFIT:
-            fitting = False
-        if not fitting:
+        if not self._all_fit([value], field):
             row.columns[field.name] = None
             kind = str(field.type) if field.type.num_fields == 0 else f"value of the column's type {field.type}"
             row.error = row.error or f"column {field.name!a} holds {short(value)}, which is no {_clip(kind)}"
@@ -158,40 +144,49 @@ class Conformer:
             row.error = row.error or f"column {name!a} holds {short(value)}, which is no text"
 
 
-_SCALARS: dict[pa.DataType, set[type]] = {
+_EXACT: dict[pa.DataType, set[type]] = {
     pa.int64(): {int, type(None)},
     pa.float64(): {float, int, type(None)},
     pa.bool_(): {bool, type(None)},
     pa.string(): {str, type(None)},
 }
-"""Python types whose values pyarrow takes as they are, or refuses. Of others it makes something that fits: 2 of 2.5."""
+"""Python types whose values pyarrow takes as they are, or refuses."""
 
 
-def _make_fits(kind: pa.DataType, path: str, new_keys: set[str]) -> Fits:
-    """A check that pyarrow would keep all of a value. Keys of an object that the type does not have go to `new_keys`."""
+def _fits(values: list[Any], kind: pa.DataType, path: str, new_keys: set[str]) -> bool:
+    """Whether pyarrow keeps all of each value or refuses it: of others it makes something that fits, such as 2 of 2.5.
+
+    A level of nesting is checked at once over all values. Keys that an object type does not have go to `new_keys`.
+    """
+    if kind in _EXACT and _EXACT[kind].issuperset(map(type, values)):
+        return True
     if pa.types.is_integer(kind):
-        return lambda value: type(value) is not float or value.is_integer()
+        return all(type(value) is not float or value.is_integer() for value in values)
     if pa.types.is_floating(kind):
-        return lambda value: type(value) is not bool
+        return bool not in map(type, values)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        fits_item = _make_fits(kind.value_type, path, new_keys)
-        return lambda value: value is None or (type(value) is list and all(map(fits_item, value)))
+        lists = [value for value in values if value is not None]
+        if not {list}.issuperset(map(type, lists)):
+            return False
+        return _fits(list(chain.from_iterable(lists)), kind.value_type, path, new_keys)
     if pa.types.is_struct(kind):
-        fits_field = {field.name: _make_fits(field.type, f"{path}.{field.name}", new_keys) for field in kind}
-
-        def fits_struct(value: Any) -> bool:
-            if type(value) is not dict:
-                return value is None
-            if not value.keys() <= fits_field.keys():
-                new_keys.update(f"{path}.{key}" for key in value.keys() - fits_field.keys())
-            return all(check(value.get(name)) for name, check in fits_field.items())
-
-        return fits_struct
-    return lambda value: True
+        objects = [value for value in values if value is not None]
+        if not {dict}.issuperset(map(type, objects)):
+            return False
+        names = {field.name for field in kind}
+        if not names.issuperset(chain.from_iterable(objects)):
+            new_keys.update(f"{path}.{key}" for key in set(chain.from_iterable(objects)) - names)
+        return all(
+            _fits([value.get(field.name) for value in objects], field.type, f"{path}.{field.name}", new_keys)
+            for field in kind
+        )
+    return True
 
 
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded: JSON can state half of a surrogate pair, and undecodable bytes become one."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

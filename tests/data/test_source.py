@@ -23,7 +23,7 @@ from batchmix.config import DataConfig, DataFormat, ShardConfig
 from batchmix.data import input_files, text_readers
 from batchmix.data.hub import HubInput
 from batchmix.data.rowset import AllBut, RowSet
-from batchmix.data.source import Source, open_source
+from batchmix.data.source import Source, check_apart, open_source
 from batchmix.errors import BatchmixError
 from batchmix.records import Row
 
@@ -421,9 +421,9 @@ def test_the_output_may_not_lie_in_the_input(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     for data in (tmp_path, f"file://{tmp_path}", [str(path), str(tmp_path)]):
         with pytest.raises(BatchmixError, match=r"output.dir=.* lies in data.path="):
-            source(data).check_apart_from(tmp_path / "out")
-    source(path).check_apart_from(tmp_path / "out")
-    source(tmp_path).check_apart_from(tmp_path.parent)
+            check_apart(DataConfig(data), tmp_path / "out")
+    check_apart(DataConfig(str(path)), tmp_path / "out")
+    check_apart(DataConfig(str(tmp_path)), tmp_path.parent)
 
 
 # What a user gets wrong

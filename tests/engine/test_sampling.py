@@ -1,0 +1,209 @@
+"""From logits to tokens, against plain-Python references."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchmix.config import SamplingConfig
+from batchmix.data.stop_strings import build_stop_table
+from batchmix.engine.sampling import _filter, choose
+from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, Slots
+from batchmix.records import Prompt
+
+V = 300
+PIECES = [b"", b"", b""] + [bytes([97 + i % 26]) * (1 + i // 26 % 3) for i in range(V - 3)]
+
+
+def slots_for(*samplings: SamplingConfig, vocab: int = V) -> Slots:
+    slots = Slots(
+        len(samplings), vocab, 4, (2,), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False),
+        torch.device("cpu"),
+    )  # fmt: skip
+    for row, sampling in enumerate(samplings):
+        slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
+    return slots
+
+
+def kept_tokens(logits: list[float], top_p: float, top_k: int, min_p: float) -> set[int]:
+    """The tokens that may be drawn, one rule after the other over all of the vocabulary."""
+    top = max(logits)
+    weights = {token: math.exp(np.float32(x) - np.float32(top)) for token, x in enumerate(logits)}
+    left = {token for token, weight in weights.items() if weight >= min_p}
+    if top_k > 0:
+        least = sorted((weights[token] for token in left), reverse=True)[:top_k][-1]
+        left = {token for token in left if weights[token] >= least}
+    if top_p < 1:
+        order = sorted(left, key=lambda token: -weights[token])
+        mass, total, before = 0.0, sum(weights[token] for token in left), []
+        for token in order:
+            if mass >= top_p * total:
+                break
+            before.append(token)
+            mass += weights[token]
+        left = {token for token in left if weights[token] >= weights[before[-1]]}
+    return left
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1.0, 0.9, 0.5, 0.1]),
+    st.sampled_from([0, -1, 1, 2, 50, 299, 1000]),
+    st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    st.sampled_from([0.1, 1.0, 5.0]),
+)
+def test_top_p_top_k_min_p_keep_what_the_definition_keeps(seed, top_p, top_k, min_p, spread):
+    logits = (torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) * spread).double().float()
+    sampling = SamplingConfig(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)
+    weights = _filter(logits.clone(), slots_for(sampling), slice(0, 1), torch.tensor([0]))
+    kept = set(torch.nonzero(weights[0])[:, 0].tolist())
+    expected = kept_tokens(logits[0].tolist(), top_p, top_k, min_p)
+    ranked = logits[0].sort(descending=True).values
+    # Where the running mass meets top_p within rounding, one token more or less is right too.
+    assert len(kept ^ expected) <= 1 if top_p < 1 else kept == expected, ranked[:5]
+
+
+def test_a_flat_distribution_over_a_large_vocabulary_is_cut_right():
+    vocab = 5000
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 0.01
+    slots = slots_for(SamplingConfig(top_p=0.9), vocab=vocab)
+    weights = _filter(logits.clone(), slots, slice(0, 1), torch.tensor([0]))
+    probabilities = logits[0].double().softmax(0)
+    kept = probabilities[weights[0] > 0]
+    assert 0.9 <= kept.sum() < 0.9 + 2 * probabilities.max()
+
+
+def test_draws_follow_the_softmax():
+    rows = 4000
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]).repeat(1, 1)
+    slots = slots_for(*[SamplingConfig(temperature=0.7, seed=9)] * rows, vocab=5)
+    tokens, _ = choose(logits.expand(rows, 5).clone(), slots, 0)
+    expected = (logits[0] / 0.7).softmax(0) * rows
+    counts = torch.bincount(tokens, minlength=5)
+    assert ((counts - expected) ** 2 / expected).sum() < 18.5  # 99.9th percentile for 4 degrees of freedom
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 2000))
+def test_greedy_is_the_first_largest(seed, vocab):
+    logits = torch.randint(0, 5, (3, vocab), generator=torch.Generator().manual_seed(seed)).float()
+    slots = slots_for(*[SamplingConfig(temperature=0.0)] * 3, vocab=vocab)
+    slots.eos_token_ids = slots.eos_token_ids[:0]
+    tokens, _ = choose(logits.clone(), slots, 0)
+    assert tokens.tolist() == [int(np.argmax(row.numpy())) for row in logits]
+
+
+def test_penalties():
+    sampling = SamplingConfig(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=0.5)
+    slots = slots_for(sampling, SamplingConfig(temperature=0.0))
+    for token in (10, 10, 11):
+        slots.advance(0, torch.tensor([token, token]))
+    before = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
+    after = before.clone()
+    choose(after, slots, 0)
+    expected = before[0].clone()
+    for token in (5, 6, 7, 10, 11):  # the prompt's and the output's
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    for token, count in Counter([10, 10, 11]).items():
+        expected[token] -= 0.5 * count + 0.25
+    assert torch.allclose(after[0], expected)
+    assert torch.equal(after[1], before[1])
+
+
+def test_bias_allowed_tokens_and_min_tokens():
+    logits = torch.zeros(4, V)
+    logits[:, 2] = 9  # end of sequence
+    logits[:, 50] = 5
+    slots = slots_for(
+        SamplingConfig(temperature=0.0, logit_bias={7: 100.0}),
+        SamplingConfig(temperature=0.0, allowed_token_ids=[30, 31]),
+        SamplingConfig(temperature=0.0, min_tokens=1, stop_token_ids=[50]),
+        SamplingConfig(temperature=0.0),
+    )
+    tokens, _ = choose(logits, slots, 0)
+    assert tokens[0] == 7
+    assert tokens[1] in (30, 31)
+    assert tokens[2] not in (2, 50)
+    assert tokens[3] == 2
+
+
+def test_logprobs_are_the_models_own():
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    slots = slots_for(
+        SamplingConfig(temperature=0.0, logprobs=3, logit_bias={9: 50.0}),
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(temperature=0.0, logprobs=0),
+    )
+    tokens, found = choose(logits.clone(), slots, 0)
+    expected = logits.log_softmax(-1)
+    assert found is not None
+    assert found.rows.tolist() == [0, 2]
+    assert tokens[0] == 9
+    assert torch.allclose(found.chosen, expected[[0, 2], tokens[[0, 2]]])
+    assert torch.allclose(found.top[0], expected[0].topk(3).values)
+
+
+def run_tokens(sampling: SamplingConfig, tokens: list[int]) -> tuple[int, int, int]:
+    """(why, reason, number of tokens) when these tokens are chosen one after the other."""
+    slots = slots_for(sampling)
+    for count, token in enumerate(tokens, 1):
+        slots.advance(0, torch.tensor([token]))
+        if slots.finish[0] != RUNNING:
+            return int(slots.finish[0]), int(slots.stop_reason[0]), count
+    return RUNNING, 0, len(tokens)
+
+
+def test_why_rows_end():
+    base = SamplingConfig(max_tokens=4)
+    assert run_tokens(base, [9, 9, 2]) == (EOS, 0, 3)
+    assert run_tokens(replace(base, ignore_eos=True), [2, 2, 2, 2])[::2] == (LENGTH, 4)
+    assert run_tokens(replace(base, stop_token_ids=[8, 9]), [7, 9]) == (STOP_TOKEN, 9, 2)
+    assert run_tokens(base, [7, 7, 7, 7])[::2] == (LENGTH, 4)
+    assert run_tokens(base, [7, 7, 7, 2])[0] == EOS  # both at once: it ended of itself
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(3, 90), min_size=1, max_size=12),
+    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3, unique=True),
+    st.integers(0, 5),
+)
+def test_stop_strings_end_a_row_where_its_text_contains_one(tokens, stop, min_tokens):
+    sampling = SamplingConfig(max_tokens=100, stop=stop, min_tokens=min_tokens)
+    text, expected = b"", (RUNNING, len(tokens))
+    for count, token in enumerate(tokens, 1):
+        if count > min_tokens:
+            text += PIECES[token]
+        if any(string.encode() in text for string in stop):
+            expected = (STOP_STRING, count)
+            break
+    assert run_tokens(sampling, tokens)[::2] == expected
+
+
+def test_a_freed_slot_takes_everything_of_the_last_row():
+    samplings = [SamplingConfig(temperature=0.1 * i, stop=["a" * (i + 1)], stop_token_ids=list(range(60, 61 + i)),
+                                logit_bias={i: 1.0}, presence_penalty=0.1, logprobs=i) for i in range(3)]  # fmt: skip
+    slots = slots_for(*samplings)
+    slots.advance(0, torch.tensor([10, 11, 12]))
+    last = {name: field[2].clone() if isinstance(field, torch.Tensor) else field[2].copy()
+            for name, field in vars(slots).items() if isinstance(field, torch.Tensor | np.ndarray)
+            and len(field) == 3 and name != "eos_token_ids"}  # fmt: skip
+    assert len(last) > 20
+    slots.remove(0, samplings[0])
+    assert slots.num_active == 2
+    for name, value in last.items():
+        assert np.array_equal(getattr(slots, name)[0], value), name
+
+
+def test_stop_strings_need_a_tokenizer():
+    slots = Slots(1, V, 4, (2,), None, torch.device("cpu"))
+    with pytest.raises(AssertionError, match="no tokenizer"):
+        slots.add(Prompt(0, "0", {}, [5], SamplingConfig(stop=["x"])), 0, 5)

@@ -1,0 +1,179 @@
+"""Real processes, real signals, a really full disk: promises 2 and 3."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+
+TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
+# Small parts and flushes, so that kills fall between commits, and few rows at once, so that a run takes seconds.
+SETTINGS = ["sampling.max_tokens=24", "engine.max_num_seqs=16", "output.rows_per_shard=10", "output.flush_seconds=0.2"]
+
+pytestmark = pytest.mark.slow  # every run starts a process and loads torch, three seconds or more
+
+
+def start(data: Path, out: Path, *more: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "batchmix", "generate", f"data.path={data}", f"output.dir={out}", *SETTINGS, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def read(out: Path) -> dict[int, tuple[Any, ...]]:
+    rows = ds.dataset(out, format="arrow").to_table().to_pylist()
+    found = {row["row"]: (row["id"], row["generated_text"], row["finish_reason"]) for row in rows}
+    assert len(found) == len(rows), "a row is there twice"
+    return found
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("\n".join(TICKETS.read_text(encoding="utf-8").splitlines()[:300]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, ...]]:
+    """The answers of a run that nobody disturbs, sampled at temperature 1."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    code, output = finish(start(data, out))
+    assert code == 0, output
+    return read(out)
+
+
+def test_twenty_kills(data, tmp_path, expected):
+    moments, code, kills = random.Random(0), -1, 0
+    while kills < 20:
+        # Killed before its first row, between commits, or while it writes; late ones need rows to be left.
+        process = start(data, tmp_path / "out", f"data.limit={15 * (kills + 1)}")
+        time.sleep(moments.uniform(1.0, 4.5))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    while code != 0:
+        code, output = finish(start(data, tmp_path / "out"))
+        assert code == 0, output
+    assert read(tmp_path / "out") == expected
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert not list((tmp_path / "out").glob(".part*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_commits_and_exits_75(data, tmp_path, expected, number):
+    out = tmp_path / "out"
+    process = start(data, out, "output.flush_seconds=1000", "output.rows_per_shard=100000")
+    wait_for(lambda: (out / "_metrics.jsonl").exists(), process)
+    time.sleep(0.8)
+    process.send_signal(number)
+    code, output = finish(process)
+    assert code == 75, output
+    assert f"interrupted by {number.name}, run the same command again" in output
+    assert "Traceback" not in output
+    kept = read(out)
+    assert 0 < len(kept) < 300, "what was finished must be there, and the run must not be over"
+    code, output = finish(start(data, out))
+    assert code == 0, output
+    assert read(out) == expected
+
+
+def test_a_signal_while_starting(data, tmp_path):
+    process = start(data, tmp_path / "out")
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code in (75, -signal.SIGTERM), output  # the latter: Python was still importing
+    assert "Traceback" not in output
+
+
+def test_a_full_disk(data, tmp_path, expected):
+    """RLIMIT_FSIZE makes writes beyond the limit fail as a full disk does, with EFBIG in the place of ENOSPC."""
+    out = tmp_path / "out"
+    code, output = finish(start(data, out, preexec_fn=lambda: limit_file_size(8_000)))
+    last = output.strip().splitlines()[-1]
+    assert code == 1, output
+    assert last.startswith(f"batchmix: error: output.dir={out}: File too large; what was committed is safe"), output
+    assert "Traceback" not in output
+    code, output = finish(start(data, out))
+    assert code == 0, output
+    assert read(out) == expected
+
+
+def limit_file_size(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_file_system(data, tmp_path, expected):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        out = small / "out"
+        code, output = finish(start(data, out))
+        assert code == 1, output
+        last = output.strip().splitlines()[-1]
+        assert last.startswith(f"batchmix: error: output.dir={out}: No space left on device"), output
+        assert "Traceback" not in output
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        code, output = finish(start(data, out))
+        assert code == 0, output
+        assert read(out) == expected
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_two_writers(data, tmp_path, expected):
+    out = tmp_path / "out"
+    first = start(data, out)
+    wait_for(lambda: (out / "_metrics.jsonl").exists(), first)
+    code, output = finish(start(data, out))
+    assert code == 1, output
+    assert f"another process (process {first.pid} on {os.uname().nodename}) is writing shard 0 of 1 there" in output
+    code, output = finish(start(data, out, "shard.count=2"))
+    assert code == 1, output
+    assert "a run with shard.count=1 is writing there" in output
+    assert finish(first)[0] == 0
+    assert read(out) == expected
+
+
+def test_shards_at_the_same_time(data, tmp_path, expected):
+    out = tmp_path / "out"
+    processes = [start(data, out, "shard.count=3", f"shard.index={index}", "output.order=input") for index in range(3)]
+    for process in processes:
+        code, output = finish(process)
+        assert code == 0, output
+    assert read(out) == expected
+    assert json.loads((out / "_summary.json").read_text())["rows"] == 300
+    files = sorted(str(path) for path in out.glob("part-*"))
+    assert ds.dataset(files, format="arrow").to_table()["row"].to_pylist() == list(range(300))
