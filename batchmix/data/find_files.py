@@ -37,9 +37,8 @@ def find_files(path: str, wanted: DataFormat) -> list[DataFile]:
     remote = "://" in path
     files = []
     for match in sorted(places):
-        name = (
-            str(filesystem.unstrip_protocol(match)).split("?")[0] if remote else match
-        )  # a query can hold credentials
+        # In messages and fingerprints without the query, which can hold credentials.
+        name = str(filesystem.unstrip_protocol(match)).split("?")[0] if remote else match
         name = name.encode("utf-8", "backslashreplace").decode()  # names that are not Unicode, too, go into messages
         form = guess_format(match) if wanted is DataFormat.auto else wanted
         if form is None:
