@@ -12,6 +12,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["PYTHONSAFEPATH"] = "1"  # subprocesses: the repository's own folders are not importable by their bare names
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin at barriers take minutes where tests share two cores
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -41,6 +41,8 @@ def parse_messages(value: object, column: str) -> list[Message]:
             value = json.loads(value)
         except ValueError as error:
             raise PromptError(f"{column} is text but not JSON: {error}") from None
+        except RecursionError:
+            raise PromptError(f"{column} is text that is nested too deeply to be JSON") from None
     if not isinstance(value, list | tuple):
         raise PromptError(f"{column} must be a list of {{role, content}}, not {type(value).__name__}")
     if not value:
