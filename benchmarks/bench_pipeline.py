@@ -38,12 +38,12 @@ ANSWER_TOKENS = 16
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Messages of 1 to 12 customer texts, so about 50 to 600 tokens, shorter ones more often."""
+    """Messages of 1 to 8 customer texts, so about 30 to 450 tokens, shorter ones more often."""
     texts = [json.loads(line)["messages"][0]["content"] for line in EXAMPLES.read_text(encoding="utf-8").splitlines()]
     source = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for row in range(count):
-            content = "\n".join(source.choices(texts, k=min(source.randint(1, 12), source.randint(1, 12))))
+            content = "\n".join(source.choices(texts, k=min(source.randint(1, 8), source.randint(1, 8))))
             line = {"id": f"row-{row}", "messages": [{"role": "user", "content": content}], "language": "en"}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from batchmix.model.mixtral import Mixtral
 from batchmix.model.weights import load_weights
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Completion, Prompt
+
+torch.set_num_threads(1)  # products this small are slower on two threads, many times so on a busy machine
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 512) -> Mixtral:
@@ -71,6 +84,6 @@ def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict
 def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tuple[Any, ...]]:
     """What must not depend on company: tokens, the reason they ended and their log-probabilities, bit by bit."""
     return {
-        key: (list(c.token_ids), c.finish_reason, c.stop_reason, c.num_tokens, c.cumulative_logprob)
+        key: (list(c.token_ids), c.finish_reason, c.stop_reason, c.num_tokens, c.cumulative_logprob, c.logprobs)
         for key, c in completions.items()
     }

@@ -18,7 +18,7 @@ from batchmix.engine.philox import uniform
 from batchmix.engine.slots import Slots
 
 _BUCKET = 128  # tokens whose probabilities are summed together before the running sum
-_CANDIDATES = 256  # most likely tokens looked at first; a row whose top-p needs more looks at 8 times as many
+_CANDIDATES = 256  # most likely tokens looked at first; a row that needs more looks at 8 times as many
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Logprobs:
 
     rows: np.ndarray  # int64 [N]
     chosen: Tensor  # float32 [N]
-    top_ids: Tensor  # int64 [N, k]
+    top_ids: Tensor  # int64 [N, k], k the most that a row asks for
     top: Tensor  # float32 [N, k]
 
 
@@ -45,13 +45,28 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     tokens = _most_likely(logits)
     random = torch.from_numpy(np.flatnonzero(slots.temperature[span].numpy() > 0))
     if len(random):
-        scaled = logits[random] / slots.temperature[span][random, None]
+        scaled = logits[random]
+        scaled -= scaled.amax(-1, keepdim=True)  # before the division, which a tiny temperature would make overflow
+        scaled /= slots.temperature[span][random, None]
         tokens[random] = _draw(_filter(scaled, slots, span, random), _uniform(slots, span, random))
     if raw is None:
         return tokens, None
     chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
-    top, top_ids = raw.topk(int(slots.num_logprobs[span].max()), dim=-1)
+    top_ids, top = _largest(raw, slots.num_logprobs[span][wanted])
     return tokens, Logprobs(wanted, chosen, top_ids, top)
+
+
+def _largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each.
+
+    Rows of one count at a time, because which ones of tied tokens topk takes depends on how many it is asked for.
+    """
+    values = logprobs.new_zeros(len(logprobs), int(counts.max()))
+    ids = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
+    for count in np.unique(counts).tolist():
+        rows = torch.from_numpy(np.flatnonzero(counts == count))
+        values[rows, :count], ids[rows, :count] = logprobs[rows].topk(count, dim=-1)
+    return ids, values
 
 
 def _most_likely(logits: Tensor) -> Tensor:
@@ -108,21 +123,23 @@ def _apply_penalties(logits: Tensor, slots: Slots, span: slice) -> None:
 
 
 def _filter(scaled: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
-    """Unnormalised probabilities [R, V] of temperature-scaled logits, zero where min-p, top-k or top-p drops a token."""
-    weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
+    """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token. [R, V], changed in place -> [R, V].
+
+    `scaled` are logits over the temperature, each row's largest 0.
+    """
+    weights = scaled.exp_()
     top_p, top_k, min_p = (values[span][rows] for values in (slots.top_p, slots.top_k, slots.min_p))
     vocab = scaled.shape[1]
     limited = torch.nonzero((top_p < 1) | ((top_k > 0) & (top_k < vocab)) | (min_p > 0))[:, 0]
-    candidates = max(_CANDIDATES, int(top_k[limited].clamp(max=vocab).max())) if len(limited) else 0
+    candidates = _CANDIDATES
     while len(limited):
-        candidates = min(candidates, vocab)
-        threshold, open_ended = _threshold(
-            weights[limited], top_p[limited, None], top_k[limited, None], min_p[limited, None], candidates
+        threshold, undecided = _threshold(
+            weights[limited], top_p[limited, None], top_k[limited, None], min_p[limited, None], min(candidates, vocab)
         )
-        done = ~open_ended
+        done = ~undecided
         kept = weights[limited[done]]
         weights[limited[done]] = kept.masked_fill(kept < threshold[done], 0.0)
-        limited = limited[open_ended]
+        limited = limited[undecided]
         candidates *= 8
     return weights
 
@@ -130,23 +147,24 @@ def _filter(scaled: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
 def _threshold(weights: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """The weight below which tokens are dropped [R, 1], and which rows need more candidates to tell [R].
 
-    weights [R, V] with maximum 1. Tokens that tie with the last one kept are kept.
+    weights [R, V] with maximum 1. Tokens that tie with the last one kept are kept. With how many candidates a row is
+    decided, and so how its sums are rounded, depends on that row alone.
     """
     vocab = weights.shape[1]
     best = weights.topk(candidates, dim=-1).values  # [R, candidates], descending
     rank = torch.arange(candidates, device=weights.device)
-    limit = torch.where(top_k > 0, top_k, vocab)  # [R, 1]
+    limit = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab)  # [R, 1]
     kept = (best >= min_p) & (rank < limit)
     # The mass that top-p refers to: of all tokens that min-p and top-k leave, seen among the candidates or not.
-    mass = (best * kept).sum(-1, keepdim=True)
-    unseen = kept[:, -1:] & (limit > candidates) & (candidates < vocab)
+    running = (best * kept).cumsum(-1)
+    mass = running[:, -1:]
+    unseen = kept[:, -1:] & (limit > candidates)
     if bool(unseen.any()):
         mass = torch.where(unseen, _sum(torch.where(weights >= min_p, weights, 0.0))[:, None], mass)
-    before = (best * kept).cumsum(-1) - best * kept
-    kept &= (before < top_p * mass) | (top_p >= 1)
-    open_ended = (kept[:, -1:] & (limit > candidates) & (candidates < vocab))[:, 0]
+    kept &= (running - best * kept < top_p * mass) | (top_p >= 1)
+    undecided = unseen & (kept[:, -1:] | (limit < vocab))  # the mass of a top-k shows only among the candidates
     last = kept.sum(-1, keepdim=True) - 1
-    return best.gather(1, last), open_ended
+    return best.gather(1, last), undecided[:, 0]
 
 
 def _bucket_sums(weights: Tensor) -> tuple[Tensor, Tensor]:

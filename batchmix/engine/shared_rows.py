@@ -35,7 +35,7 @@ class SharedTables:
         """One user less. Tables without users are dropped, oldest first, once there are more than a few."""
         self._users[key] -= 1
         self._spans[key] = self._spans.pop(key)
-        unused = [key for key, users in self._users.items() if users == 0]
+        unused = [key for key in self._spans if self._users[key] == 0]
         for old in unused[: max(0, len(unused) - _KEEP_UNUSED)]:
             del self._spans[old], self._users[old]
 

@@ -38,6 +38,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, in float32 up to the product with `up`. [P, 2F] -> [P, F].
+
+    Not F.silu: its scalar code, which runs where a thread's share ends, rounds otherwise than its vector code, so an
+    element's bits would depend on how many threads share how many rows.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    scale = gate.float().neg().exp_().add_(1)
+    return torch.div(gate, scale, out=scale).to(up.dtype).mul_(up)
+
+
 def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
@@ -63,8 +74,7 @@ def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tenso
         for low in range(start, end, _EXPERT_CHUNK):
             high = min(low + _EXPERT_CHUNK, end)
             rows = x.index_select(0, token[low:high])  # [P_e, D]
-            gate, up = F.linear(rows, w13[expert]).chunk(2, dim=-1)  # [P_e, F] each
-            torch.matmul(F.silu(gate).mul_(up), w2[expert].T, out=out[low:high])
+            torch.matmul(swiglu(F.linear(rows, w13[expert])), w2[expert].T, out=out[low:high])
     row_of_pair = torch.empty_like(place)
     row_of_pair[order] = place
     chosen = out.index_select(0, row_of_pair).view(len(x), top_k, -1)  # [T, K, D]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
-from engines import answers, load, make_engine, prompts, run
+from engines import answers, load, make_engine, prompts, run, threads
 
 from batchmix.config import SamplingConfig
+from batchmix.data.stop_strings import build_stop_table, find_stop
+from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
 
 SAMPLED = {"temperature": 1.0, "logprobs": 2, "max_tokens": 20}
@@ -34,19 +37,18 @@ def greedy(reference, token_ids, max_tokens):
     return [token for token in out[0, ids.shape[1] :].tolist() if token != 2]
 
 
-@pytest.mark.parametrize("save", [save_hub, save_fused, save_mistral])
-def test_greedy_tokens_equal_transformers_on_200_ragged_prompts(reference, tmp_path, save):
-    model = load(save(reference, tmp_path))
+@pytest.fixture(scope="module")
+def ragged(reference):
+    """200 prompts and transformers' greedy answers."""
     rows = prompts(200, 512, seed=1, longest=60, max_tokens=8)
-    found = run(make_engine(model), rows)
-    if save is save_hub:
-        expected = [greedy(reference, row.token_ids, 8) for row in rows]
-        greedy_cache.update({row.id: tokens for row, tokens in zip(rows, expected, strict=True)})
-    for row in rows:
-        assert list(found[row.id, 0].token_ids) == greedy_cache[row.id]
+    return rows, [greedy(reference, row.token_ids, 8) for row in rows]
 
 
-greedy_cache: dict[str, list[int]] = {}  # transformers' answers, the same for every layout
+@pytest.mark.parametrize("save", [save_hub, save_fused, save_mistral])
+def test_greedy_tokens_equal_transformers_on_200_ragged_prompts(reference, ragged, tmp_path, save):
+    rows, expected = ragged
+    found = run(make_engine(load(save(reference, tmp_path))), rows)
+    assert [list(found[row.id, 0].token_ids) for row in rows] == expected
 
 
 @pytest.mark.parametrize("sampling", [{"logprobs": 0}, SAMPLED], ids=["greedy", "sampled"])
@@ -68,6 +70,108 @@ def test_answers_do_not_depend_on_company(model, sampling):
         assert answers(run(engine, order, window)) == expected
     alone = run(make_engine(model, prefill_chunk=64), rows[7:8])
     assert answers(alone) == {key: expected[key] for key in alone}
+
+
+MIXED = [
+    {},
+    {"temperature": 1.0, "top_p": 0.8, "logprobs": 5},
+    {"temperature": 1.3, "top_k": 300, "min_p": 0.001, "seed": 3},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 0, "max_tokens": 25},
+    {"presence_penalty": 1.5, "logit_bias": {9: 4.0, 10: 3.0}, "logprobs": 1},
+    {"temperature": 1.0, "allowed_token_ids": [2, 5, 6, 7, 8], "min_tokens": 4, "n": 3},
+    {"temperature": 1.0, "stop": ["ab", "cc"], "max_tokens": 40, "logprobs": 2},
+    {"stop_token_ids": list(range(100, 160)), "ignore_eos": True, "max_tokens": 30},
+]
+PIECES = [b"", b"", b""] + [bytes([97 + i % 7]) * (1 + i // 7 % 3) for i in range(509)]
+
+
+def toy_stop_table(sampling):
+    return build_stop_table(sampling.stop or [], PIECES, drops_leading_space=False)
+
+
+def test_rows_that_ask_for_different_things_do_not_meet(model):
+    """Every kind of sampling side by side, slots freed and refilled: nothing of one row is left to another."""
+    rows = []
+    for settings in MIXED:
+        rows += [
+            Prompt(len(rows) + i, f"row-{len(rows) + i}", {}, row.token_ids, row.sampling)
+            for i, row in enumerate(prompts(6, 512, seed=len(rows), longest=40, **settings))
+        ]
+    expected = {}
+    for row in rows:
+        expected |= answers(run(make_engine(model, stop_table=toy_stop_table), [row]))
+    for seqs, blocks in [(64, 2000), (5, 2000), (24, 35)]:
+        random.Random(seqs).shuffle(rows)
+        engine = make_engine(model, stop_table=toy_stop_table, max_num_seqs=seqs, kv_blocks=blocks)
+        assert answers(run(engine, rows, sort_window=17)) == expected
+
+
+def test_stop_strings_end_a_row_where_its_text_first_contains_one(model):
+    stop = ["abc", "dd", "gfa", "ee"]
+    rows = prompts(40, 512, seed=12, longest=20, temperature=1.5, max_tokens=60, stop=stop)
+    free = run(make_engine(model), [replace(row, sampling=replace(row.sampling, stop=None)) for row in rows])
+    found = run(make_engine(model, stop_table=toy_stop_table), rows)
+    stopped = 0
+    for key, completion in found.items():
+        unstopped = free[key]
+        ids = list(unstopped.token_ids)
+        for count in range(1, len(ids) + 1):
+            text = b"".join(PIECES[token] for token in ids[:count])
+            if hit := find_stop(text, [string.encode() for string in stop]):
+                assert list(completion.token_ids) == ids[:count]
+                assert (completion.finish_reason, completion.stop_reason) == ("stop", stop[hit[2]])
+                assert completion.num_tokens == count
+                stopped += 1
+                break
+        else:
+            assert list(completion.token_ids) == ids
+            assert completion.finish_reason == unstopped.finish_reason
+    assert 10 < stopped < 40
+
+
+def test_logprobs_are_those_of_transformers(model, reference):
+    rows = prompts(12, 512, seed=13, longest=40, temperature=0.8, top_p=0.9, logprobs=4, logit_bias={11: 2.0})
+    for (row_id, _), completion in run(make_engine(model), rows).items():
+        prompt = next(row for row in rows if row.id == row_id)
+        entries = completion.logprobs
+        chosen = [entry.token_id for entry in entries]
+        assert chosen[: len(completion.token_ids)] == list(completion.token_ids)
+        assert len(entries) == completion.num_tokens
+        with torch.inference_mode():
+            logits = reference(torch.tensor([list(prompt.token_ids) + chosen])).logits[0].log_softmax(-1)
+        expected = logits[len(prompt.token_ids) - 1 : -1]
+        for entry, scores in zip(entries, expected, strict=True):
+            assert entry.logprob == pytest.approx(scores[entry.token_id].item(), abs=1e-4)
+            assert [value for _, value in entry.top] == pytest.approx(scores.topk(4).values.tolist(), abs=1e-4)
+            assert all(value == pytest.approx(scores[token].item(), abs=1e-4) for token, value in entry.top)
+        assert completion.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in entries))
+
+
+def test_min_tokens_stop_tokens_and_ignored_end_of_sequence(model):
+    base = {"temperature": 1.0, "max_tokens": 10, "logit_bias": {2: 12.0, 30: 11.0}}  # ends soon, one way or another
+    kinds = {
+        "plain": run(make_engine(model), prompts(20, 512, seed=14, **base)),
+        "stop": run(make_engine(model), prompts(20, 512, seed=14, stop_token_ids=[30], **base)),
+        "late": run(make_engine(model), prompts(20, 512, seed=14, stop_token_ids=[30], min_tokens=6, **base)),
+        "never": run(make_engine(model), prompts(20, 512, seed=14, ignore_eos=True, **base)),
+    }
+    assert {c.finish_reason for c in kinds["plain"].values()} == {"stop"}
+    assert {c.stop_reason for c in kinds["plain"].values()} == {None}
+    assert {c.stop_reason for c in kinds["stop"].values()} == {None, 30}
+    for completion in [*kinds["plain"].values(), *kinds["stop"].values()]:
+        assert completion.num_tokens == len(completion.token_ids) + 1, "the stop token is counted and left out"
+        assert 2 not in completion.token_ids
+    assert all(7 <= c.num_tokens <= 10 for c in kinds["late"].values())
+    assert all(c.finish_reason == "length" and len(c.token_ids) == 10 for c in kinds["never"].values())
+    assert any(2 in c.token_ids for c in kinds["never"].values())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_answers_on_several_threads_do_not_depend_on_company(model, count):
+    rows = prompts(20, 512, seed=15, **SAMPLED)
+    with threads(count):
+        expected = answers(run(make_engine(model), rows))
+        assert answers(run(make_engine(model, max_num_seqs=6), rows[::-1])) == expected
 
 
 def test_too_few_blocks_put_rows_back(model):
@@ -127,8 +231,6 @@ def test_error_prompts_come_through(model):
 def test_should_stop_ends_early(model):
     steps = iter(range(1000))
     engine = make_engine(model, should_stop=lambda: next(steps) > 20, max_num_seqs=2)
-    from batchmix.plan.planner import Limits, plan
-
     found = list(engine.generate(plan(prompts(50, 512), Limits(2, 100, 16, 100))))
     assert 0 < len(found) < 50
 

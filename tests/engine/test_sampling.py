@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine.sampling import _filter, choose
+from batchmix.engine.philox import row_key
+from batchmix.engine.sampling import _draw, _filter, choose
 from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, Slots
 from batchmix.records import Prompt
 
@@ -63,7 +64,7 @@ def kept_tokens(logits: list[float], top_p: float, top_k: int, min_p: float) -> 
 def test_top_p_top_k_min_p_keep_what_the_definition_keeps(seed, top_p, top_k, min_p, spread):
     logits = (torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) * spread).double().float()
     sampling = SamplingConfig(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)
-    weights = _filter(logits.clone(), slots_for(sampling), slice(0, 1), torch.tensor([0]))
+    weights = _filter(logits - logits.amax(-1, keepdim=True), slots_for(sampling), slice(0, 1), torch.tensor([0]))
     kept = set(torch.nonzero(weights[0])[:, 0].tolist())
     expected = kept_tokens(logits[0].tolist(), top_p, top_k, min_p)
     ranked = logits[0].sort(descending=True).values
@@ -75,7 +76,7 @@ def test_a_flat_distribution_over_a_large_vocabulary_is_cut_right():
     vocab = 5000
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 0.01
     slots = slots_for(SamplingConfig(top_p=0.9), vocab=vocab)
-    weights = _filter(logits.clone(), slots, slice(0, 1), torch.tensor([0]))
+    weights = _filter(logits - logits.amax(-1, keepdim=True), slots, slice(0, 1), torch.tensor([0]))
     probabilities = logits[0].double().softmax(0)
     kept = probabilities[weights[0] > 0]
     assert 0.9 <= kept.sum() < 0.9 + 2 * probabilities.max()
@@ -149,6 +150,109 @@ def test_logprobs_are_the_models_own():
     assert tokens[0] == 9
     assert torch.allclose(found.chosen, expected[[0, 2], tokens[[0, 2]]])
     assert torch.allclose(found.top[0], expected[0].topk(3).values)
+
+
+def test_tied_logprobs_do_not_depend_on_company():
+    logits = torch.randint(0, 8, (1, V), generator=torch.Generator().manual_seed(0)).float()
+    few, many = SamplingConfig(temperature=0.0, logprobs=3), SamplingConfig(temperature=0.0, logprobs=60)
+    _, alone = choose(logits.clone(), slots_for(few), 0)
+    _, together = choose(logits.repeat(3, 1), slots_for(few, many, SamplingConfig(temperature=0.0)), 0)
+    assert alone is not None
+    assert together is not None
+    assert torch.equal(alone.top_ids[0], together.top_ids[0, :3])
+    assert torch.equal(alone.top[0], together.top[0, :3])
+    assert together.top.shape == (2, 60)
+
+
+def test_a_top_p_on_the_edge_of_a_token_does_not_depend_on_company():
+    vocab, generator = 3000, torch.Generator().manual_seed(0)
+    for _ in range(60):
+        logits = torch.randn(1, vocab, generator=generator) * 0.3
+        logits -= logits.amax()
+        best = logits[0].exp().sort(descending=True).values.double()
+        kept, edge = 900, int(torch.randint(50, 500, (1,), generator=generator))
+        row = SamplingConfig(
+            min_p=float(best[kept].float()), top_p=float(best[: edge + 1].sum() / best[: kept + 1].sum())
+        )
+        alone = _filter(logits.clone(), slots_for(row, vocab=vocab), slice(0, 1), torch.tensor([0]))
+        slots = slots_for(row, SamplingConfig(top_k=2999), vocab=vocab)
+        together = _filter(logits.repeat(2, 1), slots, slice(0, 2), torch.tensor([0, 1]))
+        assert torch.equal(alone[0], together[0])
+        assert abs(int((alone > 0).sum()) - edge - 1) <= 1
+
+
+@pytest.mark.parametrize("top_k", [255, 256, 257, 2047, 2500, 2999])
+def test_a_top_k_beyond_the_first_candidates(top_k):
+    vocab = 3000
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(3))
+    logits -= logits.amax()
+    for top_p in (1.0, 0.95):
+        slots = slots_for(SamplingConfig(top_k=top_k, top_p=top_p), vocab=vocab)
+        weights = _filter(logits.clone(), slots, slice(0, 1), torch.tensor([0]))
+        expected = kept_tokens(logits[0].tolist(), top_p, top_k, 0.0)
+        assert set(torch.nonzero(weights[0])[:, 0].tolist()) == expected
+
+
+SAMPLINGS = st.builds(
+    SamplingConfig,
+    temperature=st.sampled_from([0.0, 1e-38, 0.3, 1.0, 5.0]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    top_k=st.sampled_from([0, 1, 40, 270, 1000]),
+    min_p=st.sampled_from([0.0, 0.02]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.4]),
+    logit_bias=st.sampled_from([None, {7: 3.0, 8: -100.0}]),
+    allowed_token_ids=st.sampled_from([None, [2, 3, 7, 8, 200]]),
+    min_tokens=st.sampled_from([0, 3]),
+    logprobs=st.sampled_from([None, 0, 2, 7]),
+    seed=st.integers(0, 3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(SAMPLINGS, min_size=2, max_size=6), st.integers(0, 2**31), st.booleans())
+def test_what_others_ask_for_never_changes_a_row(samplings, seed, ties):
+    logits = torch.randn(len(samplings), V, generator=torch.Generator().manual_seed(seed)) * 2
+    if ties:
+        logits = logits.round()
+    tokens, found = choose(logits.clone(), slots_for(*samplings), 0)
+    places = [] if found is None else found.rows.tolist()
+    for row, sampling in enumerate(samplings):
+        slots = slots_for(sampling)
+        slots.row_key[0] = row_key(str(row))
+        token, alone = choose(logits[row : row + 1].clone(), slots, 0)
+        assert token[0] == tokens[row]
+        assert (alone is not None) == (row in places)
+        if alone is not None and found is not None:
+            place, k = places.index(row), sampling.logprobs
+            assert torch.equal(alone.chosen[0], found.chosen[place])
+            assert torch.equal(alone.top_ids[0], found.top_ids[place, :k])
+            assert torch.equal(alone.top[0], found.top[place, :k])
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(0)) * 10
+    samplings = [SamplingConfig(temperature=t) for t in (1e-45, 1e-38, 1e-20, 1e-4)]
+    tokens, _ = choose(logits.clone(), slots_for(*samplings), 0)
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 700), st.floats(0, 1, exclude_min=True, exclude_max=True))
+def test_draws_invert_the_running_sum(seed, vocab, u):
+    weights = torch.randint(0, 4, (1, vocab), generator=torch.Generator().manual_seed(seed)).float()  # sums are exact
+    weights[0, seed % vocab] = 1.0
+    token = int(_draw(weights, torch.tensor([u], dtype=torch.float64))[0])
+    running = weights[0].double().cumsum(0)
+    assert token == int((running <= u * running[-1]).sum())
+    assert weights[0, token] > 0
+
+
+def test_draws_at_the_very_ends_are_possible_tokens():
+    weights = torch.zeros(1, 1000)
+    weights[0, [300, 301, 700]] = torch.tensor([0.3, 1e-30, 0.7])
+    ends = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+    assert _draw(weights.repeat(2, 1), ends).tolist() == [300, 700]
 
 
 def run_tokens(sampling: SamplingConfig, tokens: list[int]) -> tuple[int, int, int]:
