@@ -2,14 +2,20 @@
 
 Every operator gives a token the same bits whatever the other tokens are. What that takes on a CPU: matrix
 products see their rows in multiples of `ROW_TILE` (a smaller or ragged number sends the library down kernels that
-sum in another order: with MKL on AVX2, rows 1-11 differ unless a multiple of 4), and no reduction runs over tokens.
+sum in another order: with MKL on AVX2, rows 1-11 differ unless a multiple of 4), MKL is asked not to cut a sum over
+several threads, as it otherwise does when it has more of them than rows to share, and no reduction runs over tokens.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# MKL's strict reproducibility, which it reads at its first product: as fast as without, faster for few rows.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 ROW_TILE = 16  # callers pad T to a multiple of it; the expert segments below are padded to it too
 _EXPERT_CHUNK = 2048  # rows per expert product: 12 % faster than 512, and activations stay a few MB
