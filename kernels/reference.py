@@ -28,10 +28,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
-    """x [T, D], router [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D]."""
+    """x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D]."""
     out = torch.zeros_like(x)
     for t, row in enumerate(x):
-        probabilities = (router @ row).float().softmax(-1)  # [E]
+        probabilities = (router @ row.float()).softmax(-1)  # [E]
         weights, experts = probabilities.topk(top_k)
         for weight, expert in zip(weights / weights.sum(), experts.tolist(), strict=True):
             gate, up = (w13[expert] @ row).chunk(2)  # [F] each

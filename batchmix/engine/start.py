@@ -19,7 +19,7 @@ from batchmix.memory import free_bytes, kv_blocks, workspace_bytes
 from batchmix.model import torch_ops
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.mixtral import Mixtral
-from batchmix.model.weights import load_weights
+from batchmix.model.weights import Weights, load_weights
 
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
@@ -63,6 +63,7 @@ def start_engine(
     dtype, device = compute_dtype(checkpoint.dtype), torch.device("cpu")
     weights = load_weights(checkpoint, dtype, device)
     model = Mixtral(checkpoint.config, weights, torch_ops, checkpoint.max_model_len)
+    _check_products(weights, max(PREFILL_CHUNK, config.max_num_batched_tokens))
     sizes = choose_sizes(checkpoint, config, dtype)
     cache = KVCache(checkpoint.config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)
     rounded = "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})"
@@ -81,6 +82,19 @@ def start_engine(
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
     )
+
+
+def _check_products(weights: Weights, max_rows: int) -> None:
+    """Warn where this machine's matrix library gives a row other bits in other company, which we cannot mend."""
+    layer = weights.layers[0]
+    products = {"wqkv": layer.wqkv, "wo": layer.wo, "router": layer.router, "w13": layer.w13[0], "w2": layer.w2[0],
+                "lm_head": weights.lm_head}  # fmt: skip
+    unsteady = [name for name, weight in products.items() if not torch_ops.products_keep_their_bits(weight, max_rows)]
+    if unsteady:
+        _log.warning(
+            "this machine's matrix products with %s round a row differently in other company: answers may depend on the"
+            " batch size; with fewer threads (OMP_NUM_THREADS) they may not", ", ".join(unsteady),
+        )  # fmt: skip
 
 
 def choose_sizes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> Sizes:

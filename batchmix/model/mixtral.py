@@ -36,7 +36,7 @@ class Operators(Protocol):
         """x [T, heads, C], cos and sin [T, C/2] -> [T, heads, C]."""
 
     def moe(self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
-        """x [T, D], router [E, D], w13 [E, 2F, D], w2 [E, D, F] -> [T, D]."""
+        """x [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> [T, D]."""
 
 
 class Mixtral:

@@ -2,8 +2,9 @@
 
 Every operator gives a token the same bits whatever the other tokens are. What that takes on a CPU: matrix
 products see their rows in multiples of `ROW_TILE` (a smaller or ragged number sends the library down kernels that
-sum in another order: with MKL on AVX2, rows 1-11 differ unless a multiple of 4), MKL is asked not to cut a sum over
-several threads, as it otherwise does when it has more of them than rows to share, and no reduction runs over tokens.
+sum in another order: with MKL on AVX2, rows 1-11 differ unless a multiple of 4), MKL must not cut a sum over several
+threads when it has more of them than rows to share, and no reduction runs over tokens. Libraries differ and change, so
+an engine asks `products_keep_their_bits` about its own weights when it starts.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# MKL's strict reproducibility, which it reads at its first product: as fast as without, faster for few rows.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# MKL's strict reproducibility, which it reads at its first product, keeps it from cutting sums over threads on AVX2.
+# With AVX-512 it does the opposite: there the default kept every bit of 45 shapes on 2 to 64 threads, strict of 15.
+if not torch.cpu.get_capabilities().get("avx512_f"):
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 ROW_TILE = 16  # callers pad T to a multiple of it; the expert segments below are padded to it too
 _EXPERT_CHUNK = 2048  # rows per expert product: 12 % faster than 512, and activations stay a few MB
@@ -35,6 +38,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] with T a multiple of ROW_TILE, weight [out, in] -> [T, out]."""
     assert len(x) % ROW_TILE == 0, len(x)
     return F.linear(x, weight)
+
+
+def products_keep_their_bits(weight: Tensor, max_rows: int) -> bool:
+    """Whether a row's product with weight [out, in] has the same bits alone in its tile and among up to `max_rows`."""
+    source = torch.Generator().manual_seed(0)
+    tile = torch.randn(ROW_TILE, weight.shape[1], generator=source).to(weight)
+    alone = linear(tile, weight)
+    counts = {pad_rows(min(rows, max_rows)) for rows in (2 * ROW_TILE, 5 * ROW_TILE, 32 * ROW_TILE)}
+    return all(
+        torch.equal(linear(tile.repeat(rows // ROW_TILE, 1), weight), alone.repeat(rows // ROW_TILE, 1))
+        for rows in counts
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -58,11 +73,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
-    x [T, D], router [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D]. (token, expert) pairs are
+    x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D]. (token, expert) pairs are
     sorted by expert, each expert runs once over its tokens, and each token sums its k outputs in router order.
     """
     num_experts = len(router)
-    probabilities = linear(x, router).float().softmax(-1)  # [T, E]
+    probabilities = linear(x.float(), router).softmax(-1)  # [T, E]
     weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K]
     weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
 

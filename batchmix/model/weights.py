@@ -25,7 +25,7 @@ class LayerWeights:
     wqkv: Tensor  # [(H + 2G) C, D]: queries, then keys, then values
     wo: Tensor  # [D, H C]
     ffn_norm: Tensor  # [D]
-    router: Tensor  # [E, D]
+    router: Tensor  # float32 [E, D], whatever the others are: a near-tie rounded away sends a token elsewhere
     w13: Tensor  # [E, 2F, D]: gate (w1), then up (w3)
     w2: Tensor  # [E, D, F]
 
@@ -62,7 +62,7 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
                 wqkv=empty(queries + 2 * keys, hidden),
                 wo=empty(hidden, queries),
                 ffn_norm=empty(hidden),
-                router=empty(experts, hidden),
+                router=torch.empty(experts, hidden, dtype=torch.float32, device=device),
                 w13=empty(experts, 2 * width, hidden),
                 w2=empty(experts, hidden, width),
             )

@@ -72,8 +72,8 @@ def test_swiglu_bits_do_not_depend_on_rows_and_threads():
                 assert torch.equal(torch_ops.swiglu(x[:rows]), expected[:rows]), (count, rows)
 
 
-@pytest.mark.parametrize(("width", "out"), [(64, 128), (96, 40), (512, 8), (4096, 96)])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("width", "out"), [(64, 128), (96, 40), (600, 32), (512, 8), (4096, 96)])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_product_bits_do_not_depend_on_company(width, out, count):
     x, weight = random(528, width), random(out, width, seed=1)
     with threads(count):
@@ -82,6 +82,22 @@ def test_product_bits_do_not_depend_on_company(width, out, count):
             moved = torch.cat((x[16:rows], x[:16]))
             assert torch.equal(torch_ops.linear(x[:rows], weight)[:16], expected), rows
             assert torch.equal(torch_ops.linear(moved, weight)[-16:], expected), rows
+
+
+def test_products_keep_their_bits_is_false_where_the_sum_depends_on_the_number_of_rows(monkeypatch):
+    weight = random(40, 96)
+    assert torch_ops.products_keep_their_bits(weight, 4096)
+    assert torch_ops.products_keep_their_bits(weight.bfloat16(), 4096)
+
+    def by_halves(x, weight):
+        if len(x) <= 32:
+            return F.linear(x, weight)
+        half = x.shape[1] // 2
+        return F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:])
+
+    monkeypatch.setattr(torch_ops, "linear", by_halves)
+    assert not torch_ops.products_keep_their_bits(weight, 4096)
+    assert torch_ops.products_keep_their_bits(weight, 32)
 
 
 def test_moe_bits_do_not_depend_on_company_and_threads():
