@@ -132,12 +132,17 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             args.overrides.insert(0, f"hydra.sweep.dir={scratch}")
         try:
             _run_hydra(args, args_parser, task, config_path="pkg://batchmix.conf", config_name=name)
+            sys.stdout.flush()
         except BatchmixError as error:
             _report(error)
             failed = True
         except KeyboardInterrupt:
             print("batchmix: interrupted", file=sys.stderr)
             return EXIT_KEYBOARD
+        except BrokenPipeError:
+            if not (args.help or args.hydra_help or args.cfg or args.info):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
         except Exception as error:
             if not _is_about_config(error):
                 raise

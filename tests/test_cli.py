@@ -164,6 +164,15 @@ def test_help_of_a_job_shows_every_key(batchmix: Run) -> None:
         assert text in done.stdout
 
 
+def test_help_into_a_pipe_that_closes_early() -> None:
+    command = [sys.executable, "-m", "batchmix", "generate", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+
+
 @pytest.fixture
 def job_file(tmp_path: Path) -> Path:
     path = tmp_path / "work.py"
