@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,8 @@ _CGROUPS = (  # limit, use: of control groups version 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_KEPT_BYTES = 1 << 30
 LOGITS_COPIES = 4  # float32 copies of a step's logits that sampling works on
 PREFILL_COPIES = 8  # activations of a prefill step, in units of tokens x hidden size x 4 bytes, beside the expert rows
 
@@ -55,3 +59,17 @@ def kv_blocks(free: int, block_bytes: int, blocks_per_row: int, max_num_seqs: in
             " lower model.max_model_len or engine.max_num_batched_tokens"
         )
     return int(min(affordable, blocks_per_row * max_num_seqs))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep the memory of freed tensors for the next ones instead of giving it back to the kernel.
+
+    A step's activations are tens of MB; returned and taken again they cost a page fault for every 4 KiB, 20 % of the
+    time of a small model on a CPU. Does nothing where the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -15,7 +15,7 @@ from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.errors import BatchmixError
-from batchmix.memory import free_bytes, kv_blocks, workspace_bytes
+from batchmix.memory import free_bytes, keep_freed_memory, kv_blocks, workspace_bytes
 from batchmix.model import torch_ops
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.mixtral import Mixtral
@@ -60,6 +60,7 @@ def start_engine(
 ) -> Engine:
     """Load the weights, give the memory that is left to the KV cache, and say so in one line."""
     started = time.perf_counter()
+    keep_freed_memory()
     dtype, device = compute_dtype(checkpoint.dtype), torch.device("cpu")
     weights = load_weights(checkpoint, dtype, device)
     model = Mixtral(checkpoint.config, weights, torch_ops, checkpoint.max_model_len)

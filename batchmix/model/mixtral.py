@@ -61,8 +61,8 @@ class Mixtral:
         for index, layer in enumerate(self.weights.layers):
             normed = ops.rms_norm(x, layer.attention_norm, config.rms_norm_eps)
             qkv = ops.linear(normed, layer.wqkv).view(len(x), heads + 2 * kv_heads, dim)
-            q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-            attended = attend(index, ops.rotate(q, cos, sin), ops.rotate(k, cos, sin), v)  # [T, H, C]
+            q, k = ops.rotate(qkv[:, : heads + kv_heads], cos, sin).split([heads, kv_heads], dim=1)
+            attended = attend(index, q, k, qkv[:, heads + kv_heads :])  # [T, H, C]
             x = x + ops.linear(attended.reshape(len(x), heads * dim), layer.wo)
             normed = ops.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
             x = x + ops.moe(normed, layer.router, layer.w13, layer.w2, config.num_experts_per_tok)

@@ -72,12 +72,18 @@ class PrefillAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.write(layer, self.block, self.block_offset, k, v)
         repeat = q.shape[1] // k.shape[1]
-        out = torch.zeros_like(q)
+        out = q.new_zeros(q.shape)
         for gather, real, packed in self.groups:
             queries = q[gather].transpose(1, 2)  # [B, H, padded, C]
-            keys = k[gather].repeat_interleave(repeat, 2).transpose(1, 2)
-            values = v[gather].repeat_interleave(repeat, 2).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+            keys, values = k[gather].transpose(1, 2), v[gather].transpose(1, 2)  # [B, G, padded, C]
+            # One call for each head of the groups: no copy of a group's keys for each of its heads.
+            attended = torch.stack(
+                [
+                    F.scaled_dot_product_attention(queries[:, head::repeat], keys, values, is_causal=True)
+                    for head in range(repeat)
+                ],
+                dim=2,
+            ).flatten(1, 2)  # [B, H, padded, C]
             out[packed] = attended.transpose(1, 2).flatten(0, 1)[real]
         for chunk in self.later:
             span = slice(chunk.offset, chunk.offset + chunk.length)
