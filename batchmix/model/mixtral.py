@@ -61,7 +61,7 @@ class Mixtral:
         for index, layer in enumerate(self.weights.layers):
             normed = ops.rms_norm(x, layer.attention_norm, config.rms_norm_eps)
             qkv = ops.linear(normed, layer.wqkv).view(len(x), heads + 2 * kv_heads, dim)
-            q, k = ops.rotate(qkv[:, : heads + kv_heads], cos, sin).split([heads, kv_heads], dim=1)
+            q, k = torch.split(ops.rotate(qkv[:, : heads + kv_heads], cos, sin), [heads, kv_heads], dim=1)
             attended = attend(index, q, k, qkv[:, heads + kv_heads :])  # [T, H, C]
             x = x + ops.linear(attended.reshape(len(x), heads * dim), layer.wo)
             normed = ops.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
