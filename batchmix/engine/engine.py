@@ -226,6 +226,7 @@ class Engine:
                 assert num_full in (len(blocks), len(blocks) - 1)
                 slot = self.slots.add(prompt, sample, limit)
                 self.slots.block_table[slot, : len(blocks)] = blocks
+                self.slots.num_blocks[slot] = len(blocks)
                 self.rows.append(_Row(prompt, sample, self._admitted, list(blocks)))
                 self._admitted += 1
                 assert admission.last_hidden is not None
@@ -263,15 +264,15 @@ class Engine:
         while True:
             active = len(self.rows)
             context = self.slots.context[:active].numpy()
-            place, offset = np.divmod(context, self.cache.block_size)
-            held = np.array([len(row.blocks) for row in self.rows]) if (offset == 0).any() else place + 1
-            needing = np.flatnonzero(place >= held)
+            place = context // self.cache.block_size
+            needing = np.flatnonzero(place >= self.slots.num_blocks[:active])
             try:
                 blocks = self.pool.take(len(needing))
             except OutOfBlocks:
                 self._put_back(max(range(active), key=lambda slot: self.rows[slot].order))
                 continue
             self.slots.block_table[needing, place[needing]] = blocks
+            self.slots.num_blocks[needing] += 1
             for slot, block in zip(needing.tolist(), blocks, strict=True):
                 self.rows[slot].blocks.append(block)
             return

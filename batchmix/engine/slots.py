@@ -49,6 +49,7 @@ class Slots:
         self.finish = zeros(torch.int64)
         self.stop_reason = zeros(torch.int64)  # stop token id, or ordinal of the stop string
         self.block_table = np.full((capacity, blocks_per_row), SCRATCH_BLOCK, np.int64)
+        self.num_blocks = np.zeros(capacity, np.int64)  # of the row's in block_table
         # What the row asked for.
         self.max_tokens, self.min_tokens = zeros(torch.int64), zeros(torch.int64)
         self.temperature, self.top_p, self.min_p = (zeros(torch.float32) for _ in range(3))
