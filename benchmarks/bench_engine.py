@@ -119,7 +119,7 @@ def run_vllm(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-engine.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-engine-<dtype>.json")
     parser.add_argument("--vllm-python", help="python of an environment with vLLM's CPU wheel")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
@@ -147,7 +147,7 @@ def main() -> None:
         print(f"{name:<12} {rate:8,.0f} output tokens/s, batchmix is {rates['batchmix'] / rate:.2f} x;"
               f" the same tokens for {same[name]} of {len(prompts)} prompts")  # fmt: skip
     if args.save:
-        save("engine", {"dtype": args.dtype, "work": "256 prompts of 16 to 512 tokens, 64 new tokens each", "output_tokens_per_second": rates,
+        save(f"engine-{args.dtype}", {"dtype": args.dtype, "work": "256 prompts of 16 to 512 tokens, 64 new tokens each", "output_tokens_per_second": rates,
                         "seconds": {name: [round(s, 2) for s in times] for name, times in seconds.items()},
                         "prompts_with_the_same_tokens": same})  # fmt: skip
 
