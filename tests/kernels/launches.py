@@ -1,0 +1,240 @@
+"""The launches that are compiled ahead of time: each launcher as the engine calls it, on Mixtral-8x7B's shapes.
+
+A new kernel is one more function here. Its tensors are `empty(...)`: memory that nothing reads, so gigabytes cost
+nothing. One function may call its launcher many times (every number of tokens at which a table changes tiles): a
+kernel with the same arguments compiles once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from ahead_of_time import ARCHES
+from torch import Tensor
+
+D, F, E, H, G, C, V = 4096, 14336, 8, 32, 8, 128, 32000  # Mixtral-8x7B
+FP8 = torch.float8_e4m3fn
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FP8_ARCHES = ["sm_90", "sm_100", "gfx942"]  # triton has no e4m3 below sm_89
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call a launcher."""
+
+    run: Callable[[], None]
+    arches: list[str]
+    wgmma: tuple[str, ...]  # kernels that have to use wgmma on sm_90
+    quick: bool  # whether the default test run compiles it for sm_90
+
+
+CALLS: dict[str, Call] = {}
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def launch(
+    *,
+    arches: list[str] | None = None,
+    wgmma: tuple[str, ...] = (),
+    quick: str | None = None,
+    **variants: dict[str, Any],
+) -> Callable[[Callable[..., None]], None]:
+    """Register a function that calls a launcher, once for each combination of its arguments' `variants`.
+
+    A variant is known by its label, and a call by its function and labels ("moe-bf16"). `quick` is the name of the
+    call that the default test run compiles for sm_90.
+    """
+
+    def register(function: Callable[..., None]) -> None:
+        for labels in itertools.product(*variants.values()):
+            name = "-".join((function.__name__, *labels))
+            arguments = {key: variants[key][label] for key, label in zip(variants, labels, strict=True)}
+            CALLS[name] = Call(partial(function, **arguments), arches or ARCHES, wgmma, name == quick)
+
+    return register
+
+
+@launch(tile={"small": 64, "spills": 512}, wgmma=("matmul_kernel",))
+def toy(tile: int) -> None:
+    """Tests of the checks themselves: an accumulator of 512x128 over 4 warps cannot be held in registers."""
+    from toy_matmul import matmul
+
+    matmul(empty(512, 256, dtype=torch.float16), empty(128, 256, dtype=torch.float16), tile)
+
+
+@launch(dtype=DTYPES, arches=FP8_ARCHES, quick="quantize_fp8-bf16")
+def quantize_fp8(dtype: torch.dtype) -> None:
+    from batchmix.kernels.quantize import dequantize_blocks, dequantize_rows, quantize_blocks, quantize_rows
+
+    for size in (D, F):  # tokens, before w13 and before w2
+        quantize_rows(empty(16384, size, dtype=dtype), FP8)
+    w13, rows, blocks = empty(E, 2 * F, D, dtype=FP8), empty(E, 2 * F, dtype=torch.float32), [E, 2 * F // 128, D // 128]
+    dequantize_rows(w13, rows, dtype)
+    quantize_blocks(empty(E, 2 * F, D, dtype=dtype))
+    dequantize_blocks(w13, empty(*blocks, dtype=torch.float32), dtype)
+
+
+@launch(dtype=DTYPES, quick="quantize_int-bf16")
+def quantize_int(dtype: torch.dtype) -> None:
+    from batchmix.kernels.quantize import dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
+
+    w2 = empty(E, D, F, dtype=dtype)
+    quantize_rows(w2, torch.int8)
+    dequantize_rows(empty(E, D, F, dtype=torch.int8), empty(E, D, dtype=torch.float32), dtype)
+    quantize_groups(w2)
+    packed, scales = empty(E, D, F // 2, dtype=torch.uint8), empty(E, D, F // 128, dtype=torch.float32)
+    dequantize_groups(packed, scales, dtype)
+
+
+def moe(format: str, rows: int) -> None:
+    from batchmix.kernels.moe import moe
+
+    dtype = MOE_DTYPES.get(format, torch.bfloat16)
+    stored, pack = {"fp8": (FP8, 1), "fp8_block": (FP8, 1), "int8": (torch.int8, 1), "int4": (torch.uint8, 2)}.get(
+        format, (dtype, 1)
+    )
+    scales = {"fp8_block": (128, 128), "int4": (1, 128), "fp8": (1, 0), "int8": (1, 0)}.get(format)
+    w13, w13_scale = quantized(2 * F, D, stored, pack, scales)
+    w2, w2_scale = quantized(D, F, stored, pack, scales)
+    x, router = empty(rows * E // 2, D, dtype=dtype), empty(E, D, dtype=torch.float32)
+    moe(x, router, w13, w2, 2, w13_scale=w13_scale, w2_scale=w2_scale, residual=x)
+
+
+def quantized(
+    n: int, k: int, dtype: torch.dtype, pack: int, scales: tuple[int, int] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Stacked weights with a scale for each `scales[0]` rows of `scales[1]` columns, 0 for the whole row."""
+    weight = empty(E, n, k // pack, dtype=dtype)
+    if scales is None:
+        return weight, None
+    shape = (E, n // scales[0], k // scales[1]) if scales[1] else (E, n)
+    return weight, empty(*shape, dtype=torch.float32)
+
+
+MOE_DTYPES = {**DTYPES, "fp32": torch.float32}
+EXPERT_ROWS = {"16": 16, "64": 64, "128": 128, "1024": 1024}  # one for each tile of a format
+WGMMA = ("_experts_kernel",)
+launch(wgmma=WGMMA, quick="moe-bf16-1024", format={key: key for key in DTYPES}, rows=EXPERT_ROWS)(moe)
+launch(wgmma=WGMMA, arches=FP8_ARCHES, format={key: key for key in ("fp8", "fp8_block")}, rows=EXPERT_ROWS)(moe)
+launch(wgmma=WGMMA, format={key: key for key in ("int8", "int4")}, rows=EXPERT_ROWS)(moe)
+launch(format={"fp32": "fp32"}, rows={"64": 64})(moe)
+
+
+@launch(
+    dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "bf16-fp8": FP8},
+    wgmma=("prefill_attention_kernel",),
+    quick="attention_prefill-bf16",
+)
+def attention_prefill(dtype: torch.dtype) -> None:
+    from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
+
+    query = torch.bfloat16 if dtype == FP8 else dtype
+    scale = empty(G, dtype=torch.float32) if dtype == FP8 else None
+    for heads, dim, size in ((H, C, 64), (48, C, 16), (H, 64, 128)):  # 48: 8x22B
+        cache = empty(8, G, size, dim, dtype=dtype)
+        plan = plan_prefill([(0, 0, 1000)], torch.zeros(1, 64, dtype=torch.int32), 1000, heads // G, query)
+        q = empty(1000, heads, dim, dtype=query)
+        prefill_attention(q, cache, cache, *plan, scale, scale)
+
+
+@launch(dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "bf16-fp8": FP8}, quick="attention_decode-bf16")
+def attention_decode(dtype: torch.dtype) -> None:
+    from batchmix.kernels.attention_decode import decode_attention, find_shared_splits, plan_decode
+
+    query = torch.bfloat16 if dtype == FP8 else dtype
+    scale = empty(G, dtype=torch.float32) if dtype == FP8 else None
+    for heads, dim, size in ((H, C, 64), (48, C, 16), (H, 64, 128)):  # 48: 8x22B
+        cache = empty(8, G, size, dim, dtype=dtype)
+        table, context = torch.zeros(64, 1024 // size, dtype=torch.int32), torch.full((64,), 700, dtype=torch.int32)
+        shared = find_shared_splits(table, context, size, heads // G)
+        plan = plan_decode(table, context, size, heads // G, shared)
+        decode_attention(empty(64, heads, dim, dtype=query), cache, cache, *plan, scale, scale)
+
+
+@launch(wgmma=("_linear_kernel",), quick="linear-bf16-4096", dtype=DTYPES, rows={"16": 16, "64": 64, "4096": 4096})
+def linear(dtype: torch.dtype, rows: int) -> None:
+    from batchmix.kernels.linear import linear
+
+    x = empty(rows, D, dtype=dtype)
+    for columns in ((H + 2 * G) * C, D, V):  # queries, keys and values; attention's output; logits
+        for batch_invariant in (False, True):
+            linear(x, empty(columns, D, dtype=dtype), batch_invariant)
+
+
+@launch()
+def linear_fp32() -> None:
+    from batchmix.kernels.linear import linear
+
+    linear(empty(64, D, dtype=torch.float32), empty(D, D, dtype=torch.float32))
+
+
+@launch(dtype=DTYPES, quick="norms-bf16")
+def norms(dtype: torch.dtype) -> None:
+    from batchmix.kernels.norm import add_rms_norm, rms_norm
+
+    for width in (D, 6144):  # 8x22B's
+        x, weight = empty(64, width, dtype=dtype), empty(width, dtype=dtype)
+        rms_norm(x, weight, 1e-5)
+        add_rms_norm(x, empty(64, width, dtype=dtype), weight, 1e-5)
+
+
+def _rotate_and_cache(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    from batchmix.kernels.rotary import rotate_and_cache
+
+    integers = [empty(64, dtype=torch.int64) for _ in range(3)]
+    scales = [empty(G, dtype=torch.float32) for _ in range(2)] if cache_dtype == FP8 else []
+    for dim in (32, 64, 128):
+        angles = [empty(4096, dim // 2, dtype=torch.float32) for _ in range(2)]
+        caches = [empty(10, G, 64, dim, dtype=cache_dtype) for _ in range(2)]
+        rotate_and_cache(empty(64, (H + 2 * G) * dim, dtype=dtype), *angles, *integers, *caches, *scales)
+
+
+@launch(dtype=DTYPES, quick="rotary-bf16")
+def rotary(dtype: torch.dtype) -> None:
+    _rotate_and_cache(dtype, dtype)
+
+
+@launch(dtype=DTYPES, quick="rotary_fp8_cache-bf16")
+def rotary_fp8_cache(dtype: torch.dtype) -> None:
+    _rotate_and_cache(dtype, FP8)
+
+
+@launch(quick="sampling")
+def sampling() -> None:
+    from batchmix.kernels.sampling import sample
+
+    rows = 512
+    integers = [empty(rows, dtype=torch.int64) for _ in range(5)]
+    for vocab, penalties in ((V, True), (V, False), (32002, True), (32768, False), (300, False)):
+        numbers = [empty(rows, dtype=torch.float32) for _ in range(6)]
+        counts = empty(rows, vocab, dtype=torch.int32) if penalties else None
+        in_prompt = empty(rows, vocab, dtype=torch.bool) if penalties else None
+        sample(
+            empty(rows, vocab, dtype=torch.float32), numbers[0], integers[0], numbers[1], numbers[2], *integers,
+            empty(1, dtype=torch.int64), empty(rows, 4, dtype=torch.int64), integers[0],
+            empty(3, vocab, dtype=torch.float32), empty(rows, dtype=torch.bool), *numbers[3:], counts, in_prompt,
+            empty(rows, dtype=torch.bool),
+        )  # fmt: skip
+
+
+@launch(quick="slots")
+def slots() -> None:
+    from batchmix.kernels.slots import advance
+
+    rows, history = 512, empty(512, 1000, dtype=torch.int32)
+    integers = [empty(rows, dtype=torch.int64) for _ in range(7)]
+    flags, logprobs = empty(rows, dtype=torch.bool), empty(rows, dtype=torch.float32)
+    eos, stop, automata = (empty(*shape, dtype=torch.int64) for shape in ((1,), (rows, 4), (9, V + 1)))
+    limits = flags, *integers[:2], flags, eos, stop, integers[2], automata
+    tokens, token, context, *state = integers
+    advance(tokens, None, token, None, *state, history, None, None, *limits)
+    counts = empty(rows, V, dtype=torch.int32)
+    advance(tokens, logprobs, token, context, *state, history, history.float(), counts, *limits)
