@@ -1,0 +1,141 @@
+"""Which tile a matrix product runs with: measured tables where there are any, else rules from the GPU's properties.
+
+A table is kernels/configs/<gpu>-<format>.json, written by `batchmix tune`: {"<kind> N=<n> K=<k>": {"<rows>": {tile}}},
+where `rows` is the number of rows that one matrix sees: all of them, or for experts those of an average expert.
+
+Bits: the sum over K of an output runs in steps of block_k in the same order whatever the rest of the tile is, and
+block_k depends on the format and the architecture alone, in tables too. Whether tensor cores then give the same bits
+for tiles of different shapes has not been measured; `batch_invariant` needs no such promise, it takes one tile for any
+number of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from batchmix.kernels.gpu import Gpu
+
+CONFIGS = Path(__file__).parent / "configs"
+MANY_ROWS = 1 << 20
+
+# Formats of weights: the dtype's own name for those that are not quantised.
+FORMATS = ("float32", "float16", "bfloat16", "fp8", "fp8_block", "int8", "int4")
+KINDS = ("up", "down", "linear")  # "up" has two accumulators of block_n columns each, gate and up
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program works on an output tile, and how programs share the tiles."""
+
+    block_m: int  # rows of x
+    block_n: int  # rows of the weight matrix
+    block_k: int
+    group_m: int  # row tiles that run before the next column of weights is read
+    num_warps: int
+    num_stages: int
+    swap_ab: bool  # w x^T instead of x w^T: wgmma's 64 rows are then weights, which there are always enough of
+    programs_per_sm: int = 1
+    tma: bool = False  # weights through a tensor descriptor
+    permute: bool = False  # experts: copy x into expert order first, and load it through a descriptor too
+
+
+def choose(kind: str, format: str, n: int, k: int, rows: int, gpu: Gpu, batch_invariant: bool = False) -> Tile:
+    """The tile for `rows` rows of x against weights [n, k]; `n` counts the output's columns."""
+    rows = MANY_ROWS if batch_invariant else max(rows, 1)
+    path = table_path(gpu, format)
+    table = _table(path).get(table_key(kind, n, k))
+    if table is None:
+        return heuristic(kind, format, rows, gpu, batch_invariant)
+    tile, step = nearest(table, rows), block_k(format, gpu.arch)
+    if tile.block_k != step:
+        raise ValueError(f"{path}: block_k {tile.block_k}, where {format} on {gpu.arch} sums in steps of {step}")
+    return tile
+
+
+def table_path(gpu: Gpu, format: str) -> Path:
+    """Where the measured tiles of this GPU and format are, if there are any."""
+    return CONFIGS / f"{re.sub(r'[^a-z0-9]+', '_', gpu.name.lower()).strip('_')}-{format}.json"
+
+
+def table_key(kind: str, n: int, k: int) -> str:
+    """The name of one product in a table."""
+    return f"{kind} N={n} K={k}"
+
+
+def nearest(table: dict[int, Tile], rows: int) -> Tile:
+    """The tile measured at the number of rows nearest to `rows`, by ratio; the larger number wins a tie."""
+    return table[min(sorted(table, reverse=True), key=lambda measured: abs(math.log(measured / rows)))]
+
+
+@functools.cache
+def _table(path: Path) -> dict[str, dict[int, Tile]]:
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    return {key: {int(rows): Tile(**tile) for rows, tile in by_rows.items()} for key, by_rows in stored.items()}
+
+
+def block_k(format: str, arch: str) -> int:
+    """The step of the sum over K: 128 bytes of a weight's row, or the group that shares a scale."""
+    if format in ("fp8", "fp8_block", "int8", "int4"):
+        return 128
+    if arch == "cpu" or format == "float32":
+        return 32
+    return 64
+
+
+def heuristic(kind: str, format: str, rows: int, gpu: Gpu, batch_invariant: bool = False) -> Tile:
+    """A tile by rule. Starting points are vLLM's tables for Mixtral on H100 and H200; none has been measured here."""
+    if gpu.arch == "cpu":  # the interpreter: small enough for tests to have many tiles
+        tile = Tile(16, 32, block_k(format, "cpu"), 2, 4, 2, swap_ab=rows < 16)
+        return replace(tile, tma=True, permute=rows >= 64)
+    has_descriptors = gpu.arch in ("sm_90", "sm_100")
+    step = block_k(format, gpu.arch)
+    few = rows <= 64
+    # 16 to 64 rows: each weight leaves memory once and tensor cores have time to spare.
+    block_m = min(64, max(16, 1 << (rows - 1).bit_length())) if few else 128
+    total_n, warps = (128, 4) if few else (256, 8)  # columns of all accumulators
+    swap = has_descriptors and few
+    if kind == "linear" and few:
+        total_n = 64  # 4096 columns are then 64 tiles: more multiprocessors share the reading
+    elif kind == "linear" and batch_invariant and has_descriptors:
+        total_n, warps = 128, 4  # between what many rows and what few rows would have
+    if not has_descriptors:
+        total_n = min(total_n, 128)  # registers of mma.sync, and 64 KB of shared memory on AMD
+    if format == "float32":  # plain multiply-adds, no tensor cores
+        block_m, total_n, warps, swap = min(block_m, 32), 64, 4, False
+    elif format == "fp8_block":  # a second accumulator for the block's partial sum
+        total_n = 64 if gpu.arch == "sm_100" else 128
+    elif format == "int8":
+        swap = has_descriptors  # weights widened in registers can feed wgmma from there only as the left operand
+        total_n = 128 if kind == "down" else total_n  # 256 x 128 in one accumulator spills
+    elif format == "int4":  # two partial sums beside the accumulator
+        block_m, swap = min(block_m, 64), has_descriptors
+        if block_m == 64 and (kind == "down" or not has_descriptors):
+            total_n //= 2
+    block_n = total_n // 2 if kind == "up" else total_n
+    tile = Tile(block_m, block_n, step, 64 if few else 8, warps, 2, swap, tma=has_descriptors)
+    tile = replace(tile, permute=has_descriptors and rows >= 256, programs_per_sm=2 if warps == 4 else 1)
+    return replace(tile, num_stages=_stages(tile, kind, format, gpu))
+
+
+def _stages(tile: Tile, kind: str, format: str, gpu: Gpu) -> int:
+    """As many stages as shared memory holds, 2 to 6."""
+    x_bytes = {"float32": 4, "fp8": 1, "fp8_block": 1}.get(format, 2)
+    w_bits = {"float32": 32, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4}.get(format, 16)
+    columns = tile.block_n * (2 if kind == "up" else 1)
+    stage = tile.block_k * (tile.block_m * x_bytes + columns * w_bits // 8)
+    # Beside the stages only barriers: the epilogue turns its tile around in their memory.
+    return min(6, max(2, (gpu.shared_memory // tile.programs_per_sm - 2048) // stage))
+
+
+def format_of(dtype: torch.dtype) -> str:
+    """The format of weights that are not quantised."""
+    return str(dtype).removeprefix("torch.")
