@@ -180,6 +180,29 @@ class PlanConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """What `batchmix benchmark` measures."""
+
+    name: str = "kernels"  # batchmix benchmark NAME is short for it
+    shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for Triton's interpreter
+    only: list[str] | None = None  # of moe, prefill, decode, linear, elementwise, sampling
+    formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
+    tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536
+    dir: str = "."  # where <date>-<gpu>-<name>.json goes
+
+
+@dataclass
+class TuneConfig:
+    """What `batchmix tune` searches."""
+
+    seconds: float = 1800.0  # in all
+    shape: str = "8x7b"
+    formats: list[str] = field(default_factory=lambda: ["bfloat16", "fp8", "int8", "int4"])
+    rows: list[int] | None = None  # of an average expert; null: 4 to 4,096
+    dir: str | None = None  # of the tables; null: where the kernels look for them
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -190,6 +213,8 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 _RANGES: dict[str, tuple[float, float, bool]] = {

@@ -1,0 +1,1 @@
+"""`batchmix benchmark` and `batchmix tune`: what the kernels reach on the GPU at hand."""

@@ -1,0 +1,64 @@
+"""Times of single calls, and what the device at hand can reach at best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from triton.testing import do_bench
+
+_COPY_BYTES = 4 << 30  # far beyond any cache
+_MATMUL_SIZES = ((8192, 8192, 8192), (16384, 8192, 4096))  # M, N, K; the better one counts
+_CPU_SHARE = 1 << 10  # the interpreter is there to try the code path: all of it smaller
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device did when asked for nothing else."""
+
+    copy: float  # bytes a second, read plus written
+    matmul: Mapping[str, float]  # operations a second of a dense product, by dtype
+
+
+def seconds(function: Callable[[], object], device: torch.device, repeats: int = 100) -> float:
+    """Median time of one call, in seconds: after a warm-up, with the L2 cache cleared before each call on a GPU.
+
+    `repeats`: milliseconds that a GPU is kept busy, as in triton.testing.do_bench. On a CPU one call is timed.
+    """
+    if device.type == "cpu":
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+    return float(do_bench(function, warmup=25, rep=repeats, return_mode="median")) / 1e3
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Copy bandwidth and dense product rates, measured now."""
+    small = _CPU_SHARE if device.type == "cpu" else 1
+    copy = _copy_rate(device, _COPY_BYTES // small)
+    rates = {"bfloat16": _matmul_rate(device, small, torch.mm, torch.bfloat16)}
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        rates["fp8"] = _matmul_rate(device, small, _scaled_mm, torch.float8_e4m3fn)
+    return Ceilings(copy, rates)
+
+
+def _copy_rate(device: torch.device, size: int) -> float:
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device)
+
+
+def _matmul_rate(device: torch.device, small: int, product: Callable[..., object], dtype: torch.dtype) -> float:
+    best = 0.0
+    for m, n, k in _MATMUL_SIZES:
+        m, n, k = (max(16, size // small) for size in (m, n, k))
+        x, w = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+        best = max(best, 2 * m * n * k / seconds(lambda x=x, w=w: product(x, w.T), device))  # type: ignore[misc]
+    return best
+
+
+def _scaled_mm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    one = torch.ones((), device=x.device)
+    return torch._scaled_mm(x, w, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)

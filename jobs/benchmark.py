@@ -1,0 +1,29 @@
+"""Measure what this GPU reaches: `batchmix benchmark kernels`."""
+
+import sys
+from collections.abc import Sequence
+
+from batchmix.config import Config
+from batchmix.errors import BatchmixError
+from batchmix.hydra_app import job
+
+
+@job("benchmark")
+def _run(config: Config) -> None:
+    if config.benchmark.name != "kernels":
+        raise BatchmixError(f"benchmark.name={config.benchmark.name}: no such benchmark; there is kernels")
+    from batchmix.measure.kernels import benchmark_kernels
+
+    print(f"written: {benchmark_kernels(config.benchmark)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """As any job, but a first argument without `=` is the benchmark's name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].isidentifier():
+        arguments[0] = f"benchmark.name={arguments[0]}"
+    return _run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
