@@ -66,7 +66,7 @@ def wrong_job(given: str, jobs: Sequence[str]) -> str:
     if not given:
         return f"no job given; {choices} (see batchmix --help)"
     if "=" in given or given.startswith("-"):
-        return f"{given}: the job comes first, as in batchmix {jobs[0]} {given}; {choices}"
+        return f"{given}: the job comes first, as in batchmix generate {given}; {choices}"
     close = difflib.get_close_matches(given, jobs, n=1)
     return f"{given}: no such job{f', did you mean {close[0]}?' if close else ''}; {choices}"
 
