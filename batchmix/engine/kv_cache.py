@@ -91,6 +91,10 @@ class BlockPool:
             if self._references[block] == 0:
                 heapq.heappush(self._free, block)
 
+    def num_references(self, block: int) -> int:
+        """How many hold the block."""
+        return int(self._references[block])
+
     def is_shared(self, blocks: np.ndarray) -> bool:
         """Whether any of the blocks has more than one reference."""
         return bool((self._references[blocks] > 1).any())
