@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchmix.model.config import MixtralConfig
+from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights
 
 
@@ -42,9 +43,17 @@ class Operators(Protocol):
 class Mixtral:
     """The network: weights, operators, and the order in which they run."""
 
-    def __init__(self, config: MixtralConfig, weights: Weights, operators: Operators, max_model_len: int) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: MixtralConfig,
+        weights: Weights,
+        operators: Operators,
+        max_model_len: int,
+        shards: Shards = ALONE,
+    ) -> None:
+        self.config = config  # of this process's slice, as the weights
         self.weights = weights
+        self.shards = shards
         self.ops = operators
         device = weights.embedding.device
         # Half-split rotary angles as in transformers' MixtralRotaryEmbedding, in float32 whatever the weights are.
@@ -63,9 +72,9 @@ class Mixtral:
             qkv = ops.linear(normed, layer.wqkv).view(len(x), heads + 2 * kv_heads, dim)
             q, k = torch.split(ops.rotate(qkv[:, : heads + kv_heads], cos, sin), [heads, kv_heads], dim=1)
             attended = attend(index, q, k, qkv[:, heads + kv_heads :])  # [T, H, C]
-            x = x + ops.linear(attended.reshape(len(x), heads * dim), layer.wo)
+            x = x + self.shards.add_up(ops.linear(attended.reshape(len(x), heads * dim), layer.wo))
             normed = ops.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
-            x = x + ops.moe(normed, layer.router, layer.w13, layer.w2, config.num_experts_per_tok)
+            x = x + self.shards.add_up(ops.moe(normed, layer.router, layer.w13, layer.w2, config.num_experts_per_tok))
         return ops.rms_norm(x, self.weights.norm, config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

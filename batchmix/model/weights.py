@@ -17,6 +17,7 @@ from batchmix.config import ModelFormat
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.config import MixtralConfig
+from batchmix.model.shards import ALONE, Shards
 
 
 @dataclass
@@ -73,13 +74,16 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
     )
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read every tensor into its place, rounded to the checkpoint's run dtype and stored as `dtype`."""
-    weights = empty_weights(checkpoint.config, dtype, device)
+def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shards: Shards = ALONE) -> Weights:
+    """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`."""
+    config = shards.slice_config(checkpoint.config)
+    weights = empty_weights(config, dtype, device)
+    whole = empty_weights(checkpoint.config, dtype, torch.device("meta"))  # shapes
     layouts = [_mistral_places] if checkpoint.format is ModelFormat.mistral else [_hub_places, _fused_places]
     names = {name for name, _ in _tensors(checkpoint.files, names_only=True)}
     # The layout whose names are there; where some are missing, the closest, so that the message names what lacks.
-    places = max((layout(checkpoint.config, weights) for layout in layouts), key=lambda p: len(names & p.keys()))
+    layout = max(layouts, key=lambda layout: len(names & layout(checkpoint.config, whole).keys()))
+    places, shapes = layout(config, weights), layout(checkpoint.config, whole)
     missing = sorted(places.keys() - names)
     if missing:
         raise BatchmixError(f"{checkpoint.folder}: tensor {missing[0]} is missing"
@@ -88,11 +92,16 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
         place = places.get(name)
         if place is None:
             continue  # rotary inv_freq and the like, which are computed; a tied checkpoint's second copy
-        if place.shape != tensor.shape:
-            raise BatchmixError(f"{checkpoint.folder}: tensor {name} is {list(tensor.shape)}, not {list(place.shape)}")
+        shape = shapes[name].shape
+        if tensor.shape != shape:
+            raise BatchmixError(f"{checkpoint.folder}: tensor {name} is {list(tensor.shape)}, not {list(shape)}")
         if checkpoint.format is ModelFormat.mistral and name.endswith((".wq.weight", ".wk.weight")):
             tensor = _to_half_split(tensor, checkpoint.config.head_dim)
-        place.copy_(tensor.to(checkpoint.dtype))
+        halves = 2 if name.endswith(".gate_up_proj") else 1  # [E, 2F, D]: gate, then up
+        for part, its_place in zip(
+            tensor.chunk(halves, tensor.ndim - 2), place.chunk(halves, tensor.ndim - 2), strict=True
+        ):
+            its_place.copy_(shards.cut(part, its_place.shape).to(checkpoint.dtype))
     return weights
 
 
