@@ -86,7 +86,7 @@ class ModelConfig:
     quantization: Quantization | None = None
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
     max_model_len: int | None = None  # prompt + completion tokens; null: what the checkpoint allows
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # processes, each on a GPU of its own, that share one model
     revision: str | None = None  # of a hub id
 
 
@@ -137,7 +137,8 @@ class SamplingConfig:
 class EngineConfig:
     """How the work is laid out on the device."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...; of several processes, the first one's
+    data_parallel_size: int = 1  # models that run side by side on this machine, each with a share of the rows
     backend: Backend = Backend.auto
     gpu_memory_utilization: float = 0.9  # share of the device's memory; on CPU, of the memory now free
     max_num_seqs: int | None = None  # rows decoded together; null: as many as the KV cache holds, at most 256 on CPU
@@ -313,7 +314,7 @@ def check(config: Config) -> Config:
         raise refuse("shard.index", config.shard.index, f"must be from 0 to shard.count - 1 = {config.shard.count - 1}")
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
-                       ("data", "limit")):  # fmt: skip
+                       ("engine", "data_parallel_size"), ("data", "limit")):  # fmt: skip
         value = getattr(getattr(config, group), key)
         if value is not None and value < 1:
             raise refuse(f"{group}.{key}", value, "must be at least 1")
@@ -324,7 +325,6 @@ def check(config: Config) -> Config:
     for key, value, default in (
         ("model.quantization", config.model.quantization, None),
         ("model.kv_cache_dtype", config.model.kv_cache_dtype, KVCacheDtype.auto),
-        ("model.tensor_parallel_size", config.model.tensor_parallel_size, 1),
     ):
         if value != default:
             shown = value.value if isinstance(value, Enum) else value

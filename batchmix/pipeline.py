@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from batchmix.config import Config, OnError
 from batchmix.data.columns import OutputColumns
@@ -15,7 +17,7 @@ from batchmix.data.output_folder import OutputFolder
 from batchmix.data.parts import Parts, part_format
 from batchmix.data.prompt import build_prompts
 from batchmix.data.rowset import RowSet
-from batchmix.data.sink import NO_SPACE
+from batchmix.data.sink import NO_SPACE, Sink
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.engine import Engine
@@ -23,16 +25,21 @@ from batchmix.engine.start import BLOCK_SIZE, check_engine, start_engine
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
+from batchmix.model.shards import Shards
+from batchmix.parallel.data import Replicas, Reports, Share, begin_share
+from batchmix.parallel.tensor import Followers, tensor_parallel
+from batchmix.parallel.workers import Parent
 from batchmix.plan.cost import Workload, estimate, kv_room
 from batchmix.plan.gpus import get_gpu
 from batchmix.plan.planner import Limits, plan
 from batchmix.plan.report import plan_text
 from batchmix.plan.survey import Survey
-from batchmix.records import Row
+from batchmix.records import Completion, Row
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
+from batchmix.report.totals import Totals
 from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
 
@@ -50,8 +57,11 @@ def generate(config: Config) -> None:
         check_apart(config.data, Path(config.output.dir))
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
+        Shards(size=config.model.tensor_parallel_size).check(checkpoint.config)
         tokenizer = load_tokenizer(checkpoint.folder)
-        with closing(_open_output(config, source, checkpoint, tokenizer)) as output:
+        run = _describe(config, source, checkpoint)
+        parts = _parts(config, source, checkpoint, tokenizer, run)
+        with closing(OutputFolder(config.output, config.shard, parts, run, config.data.limit)) as output:
             if output.complete:
                 _log.info("%s is complete, nothing to do", config.output.dir)
                 return
@@ -60,9 +70,13 @@ def generate(config: Config) -> None:
             first = next(rows, None)  # before the model is loaded: there may be nothing left to do
             if first is not None:
                 output.begin()
-                engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping)
-                signals.defer()
-                statistics = _run(config, source, tokenizer, output, engine, chain([first], rows))
+                if config.engine.data_parallel_size > 1:
+                    statistics = _run_replicas(config, source, run, output, signals)
+                else:
+                    with tensor_parallel(config, _give_up) as (shards, followers):
+                        engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards)
+                        signals.defer()
+                        statistics = _run(config, source, tokenizer, output, engine, followers, chain([first], rows))
                 signals.raise_if_received()
                 output.write_statistics(statistics)
             summary = output.finish()
@@ -119,10 +133,33 @@ def _run(
     tokenizer: Tokenizer | None,
     output: OutputFolder,
     engine: Engine,
+    followers: Followers,
     rows: Iterator[Row],
 ) -> RunStatistics:
-    """The chain of stages; every stage but the engine works in a thread of its own."""
+    """The run in this process, as its user sees it."""
     clock, stats, started = StageClock(), engine.stats, time.monotonic()
+    with (
+        closing(_completions(config, source, tokenizer, engine, followers, rows, clock)) as completions,
+        Progress(source.shard_rows, output.num_done, stats) as progress,
+        Metrics(output.root / "_metrics.jsonl", stats, progress.totals, config.shard.index),
+        output.sink(tokenizer, clock) as sink,
+    ):
+        for completion in completions:
+            sink.write(completion)
+            progress.count(completion)
+    return RunStatistics(progress.totals, stats, clock, time.monotonic() - started)
+
+
+def _completions(
+    config: Config,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    engine: Engine,
+    followers: Followers,
+    rows: Iterator[Row],
+    clock: StageClock,
+) -> Generator[Completion, None, None]:
+    """The chain of stages up to the engine; every stage but that works in a thread of its own."""
     prompts = build_prompts(
         rows,
         data=config.data,
@@ -134,24 +171,70 @@ def _run(
         clock=clock,
     )
     limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window)
-    with (
-        closing(prompts),
-        Progress(source.shard_rows, output.num_done, stats) as progress,
-        Metrics(output.root / "_metrics.jsonl", stats, progress.totals, config.shard.index),
-        output.sink(tokenizer, clock) as sink,
-    ):
-        for completion in engine.generate(plan(prompts, limits)):
+    with closing(prompts):
+        for completion in engine.generate(followers.lead(plan(prompts, limits))):
             if completion.error is not None and config.data.on_error is OnError["raise"]:
                 raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
-            sink.write(completion)
-            progress.count(completion)
-    return RunStatistics(progress.totals, stats, clock, time.monotonic() - started)
+            yield completion
 
 
-def _open_output(config: Config, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> OutputFolder:
-    """Lock the folder and see what it holds already; BatchmixError where it holds something else."""
-    folder = Path(config.output.dir)
-    run = describe_run(
+def _run_replicas(
+    config: Config, source: Source, run: dict[str, Any], output: OutputFolder, signals: StopSignals
+) -> RunStatistics:
+    """The run in `engine.data_parallel_size` workers, as its user sees it."""
+    clock, started = StageClock(), time.monotonic()
+    signals.defer()
+    with (
+        Replicas(_work, config, run, output) as replicas,
+        Progress(source.shard_rows, output.num_done, replicas.stats) as progress,
+        Metrics(output.root / "_metrics.jsonl", replicas.stats, progress.totals, config.shard.index),
+    ):
+        replicas.run(signals, progress.totals, clock)
+    return RunStatistics(progress.totals, replicas.stats, clock, time.monotonic() - started)
+
+
+def _work(parent: Parent, config: Config, share: Share) -> None:
+    """One worker of `_run_replicas`: the whole chain of stages on its share of the rows."""
+    with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
+        begin_share(parent, share)
+        source = open_source(config.data, share.shard)
+        rows = source.rows(share.skip)
+        first = next(rows, None)
+        if first is None:
+            return
+        checkpoint = open_checkpoint(config.model)
+        tokenizer = load_tokenizer(checkpoint.folder)
+        with tensor_parallel(config, parent.send) as (shards, followers):
+            engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards)
+            signals.defer()
+            clock, totals = StageClock(), Totals()
+            stages = _completions(config, source, tokenizer, engine, followers, chain([first], rows), clock)
+            with (
+                closing(stages) as completions,
+                Reports(parent, engine.stats, totals, clock),
+                Sink(
+                    _parts(config, source, checkpoint, tokenizer, share.run),
+                    share.folder,
+                    share.shard.index,
+                    tokenizer=tokenizer,
+                    rows_per_shard=config.output.rows_per_shard,
+                    flush_seconds=config.output.flush_seconds,
+                    clock=clock,
+                ) as sink,
+            ):
+                for completion in completions:
+                    sink.write(completion)
+                    totals.count(completion)
+        signals.raise_if_received()
+
+
+def _give_up(error: BatchmixError) -> None:
+    """The last words of a process that hangs and will be ended."""
+    print(f"batchmix: error: {error}", file=sys.stderr, flush=True)
+
+
+def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
+    return describe_run(
         config,
         model=checkpoint.fingerprint(),
         tokenizer=tokenizer_fingerprint(checkpoint.folder),
@@ -159,6 +242,11 @@ def _open_output(config: Config, source: Source, checkpoint: Checkpoint, tokeniz
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         max_model_len=checkpoint.max_model_len,
     )
+
+
+def _parts(
+    config: Config, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None, run: dict[str, Any]
+) -> Parts:
     columns = OutputColumns(
         source.schema,
         token_ids=config.output.token_ids or tokenizer is None,
@@ -167,7 +255,7 @@ def _open_output(config: Config, source: Source, checkpoint: Checkpoint, tokeniz
     )
     model = checkpoint.folder.name if source.openai_batch else None
     form = part_format(config.output.format, columns, config.output.compression, model)
-    return OutputFolder(config.output, config.shard, Parts(folder, form), run, config.data.limit)
+    return Parts(Path(config.output.dir), form)
 
 
 @contextmanager

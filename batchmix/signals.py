@@ -7,7 +7,7 @@ from types import FrameType
 
 from batchmix.errors import Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
@@ -20,7 +20,7 @@ class StopSignals:
         self._deferred = False
 
     def __enter__(self) -> StopSignals:
-        self._old = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._old = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,48 +8,15 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
-
-TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
-# Small parts and flushes, so that kills fall between commits, and few rows at once, so that a run takes seconds.
-SETTINGS = ["sampling.max_tokens=24", "engine.max_num_seqs=16", "output.rows_per_shard=10", "output.flush_seconds=0.2"]
+from processes import TICKETS, finish, read, start, wait_for
 
 pytestmark = pytest.mark.slow  # every run starts a process and loads torch, three seconds or more
-
-
-def start(data: Path, out: Path, *more: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "batchmix", "generate", f"data.path={data}", f"output.dir={out}", *SETTINGS, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
-
-
-def read(out: Path) -> dict[int, tuple[Any, ...]]:
-    rows = ds.dataset(out, format="arrow").to_table().to_pylist()
-    found = {row["row"]: (row["id"], row["generated_text"], row["finish_reason"]) for row in rows}
-    assert len(found) == len(rows), "a row is there twice"
-    return found
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

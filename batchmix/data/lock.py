@@ -42,6 +42,11 @@ class FolderLock:
         self.release()
         return BatchmixError(f"output.dir={self._folder}: {reason}; wait for it to end or choose another output.dir")
 
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """Of the locked files; the locks hold for as long as any process has these open."""
+        return self._common.fileno(), self._own.fileno()
+
     def release(self) -> None:
         """Let the next writer in. The files stay: deleting them would let two writers each lock their own."""
         self._own.close()

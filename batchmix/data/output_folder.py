@@ -121,6 +121,11 @@ class OutputFolder:
         (self.root / SUCCESS).unlink(missing_ok=True)
         self._marker(self._shard.index).unlink(missing_ok=True)
 
+    @property
+    def lock_descriptors(self) -> tuple[int, int]:
+        """Of the files that keep other writers away."""
+        return self._lock.descriptors
+
     def sink(self, tokenizer: Tokenizer | None, clock: StageClock) -> Sink:
         """The sink that commits this run's rows here."""
         return Sink(
@@ -190,9 +195,10 @@ class OutputFolder:
             shutil.rmtree(self.root / name, ignore_errors=True)
 
     def _remove_temporary(self, folder: Path) -> None:
-        """What a killed run was writing. Only this shard's: others may be at work."""
-        for path in folder.glob(f".part-{self._shard.index:05}-*.tmp"):
-            path.unlink()
+        """What a killed run was writing. Only this shard's and its workers': others may be at work."""
+        for path in folder.glob(".part-*.tmp"):
+            if int(path.name.split("-")[1]) % self._shard.count == self._shard.index:
+                path.unlink()
 
     def _marker(self, index: int) -> Path:
         return self.root / f"_done-{index:05}-of-{self._shard.count:05}"

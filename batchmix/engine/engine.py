@@ -95,7 +95,10 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
-        """Run every prompt of every batch; completions come out as rows end. Stops early when `should_stop()`."""
+        """Run every prompt of every batch; completions come out as rows end. Stops early when `should_stop()`.
+
+        Under tensor parallelism every rank runs this on the same batches, so nothing here may be decided by a clock.
+        """
         batches = iter(batches)
         more = True
         while not self.should_stop():
@@ -236,6 +239,7 @@ class Engine:
 
     def _choose(self, first: int, logits: torch.Tensor) -> None:
         tokens, logprobs = choose(logits, self.slots, first)
+        self.model.shards.agree(tokens)
         if logprobs is not None:
             self.slots.log_logprobs(first + logprobs.rows, logprobs.chosen, logprobs.top_ids, logprobs.top)
         self.slots.advance(first, tokens)

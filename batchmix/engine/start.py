@@ -19,6 +19,7 @@ from batchmix.memory import free_bytes, keep_freed_memory, kv_blocks, workspace_
 from batchmix.model import torch_ops
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights, load_weights
 
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
@@ -44,6 +45,16 @@ def check_engine(engine: EngineConfig) -> None:
         raise BatchmixError(f"engine.device={engine.device}: this version runs on the CPU only; use engine.device=cpu")
 
 
+def first_device(engine: EngineConfig) -> torch.device:
+    """Where the first process of this run computes; see `nth_device` for the others."""
+    return torch.device("cpu")
+
+
+def nth_device(first: torch.device, place: int) -> torch.device:
+    """The GPU `place` places after the first; there is one CPU."""
+    return first if first.type == "cpu" else torch.device(first.type, (first.index or 0) + place)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which dtype weights of `dtype` are kept and multiplied on this machine.
 
@@ -56,21 +67,29 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def start_engine(
-    checkpoint: Checkpoint, tokenizer: Tokenizer | None, config: EngineConfig, should_stop: Callable[[], bool]
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    config: EngineConfig,
+    should_stop: Callable[[], bool],
+    shards: Shards = ALONE,
 ) -> Engine:
     """Load the weights, give the memory that is left to the KV cache, and say so in one line."""
     started = time.perf_counter()
     keep_freed_memory()
-    dtype, device = compute_dtype(checkpoint.dtype), torch.device("cpu")
-    weights = load_weights(checkpoint, dtype, device)
-    model = Mixtral(checkpoint.config, weights, torch_ops, checkpoint.max_model_len)
+    dtype, device = compute_dtype(checkpoint.dtype), nth_device(first_device(config), shards.rank)
+    processes = shards.size * config.data_parallel_size
+    if processes > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    weights = load_weights(checkpoint, dtype, device, shards)
+    model_config = shards.slice_config(checkpoint.config)
+    model = Mixtral(model_config, weights, torch_ops, checkpoint.max_model_len, shards)
     _check_products(weights, max(PREFILL_CHUNK, config.max_num_batched_tokens))
-    sizes = choose_sizes(checkpoint, config, dtype)
-    cache = KVCache(checkpoint.config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)
+    sizes = choose_sizes(checkpoint, config, dtype, shards)
+    cache = KVCache(model_config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)
     rounded = "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})"
     _log.info(
-        "%s in %s%s on cpu, %d threads: weights %.2f GiB in %.1f s, KV cache %s tokens, %d rows at once",
-        checkpoint.folder.name, _name(dtype), rounded, torch.get_num_threads(), weights.num_bytes() / 2**30,
+        "%s in %s%s on %scpu, %d threads: weights %.2f GiB in %.1f s, KV cache %s tokens, %d rows at once",
+        checkpoint.folder.name, _name(dtype), rounded, f"{processes} x " * (processes > 1), torch.get_num_threads(), weights.num_bytes() / 2**30,
         time.perf_counter() - started, f"{sizes.kv_blocks * sizes.block_size:,}", sizes.max_num_seqs,
     )  # fmt: skip
     return Engine(
@@ -98,14 +117,15 @@ def _check_products(weights: Weights, max_rows: int) -> None:
         )  # fmt: skip
 
 
-def choose_sizes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> Sizes:
-    """Rows and KV blocks that fit into the memory that is free now."""
+def choose_sizes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, shards: Shards = ALONE) -> Sizes:
+    """Rows and KV blocks that fit into the memory that is free now, which this run's processes share."""
+    model_config = shards.slice_config(checkpoint.config)
     rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
-    workspace = workspace_bytes(checkpoint.config, rows, max(PREFILL_CHUNK, config.max_num_batched_tokens))
-    free = int(free_bytes() * config.gpu_memory_utilization) - workspace
-    block_bytes = KVCache.block_bytes(checkpoint.config, BLOCK_SIZE, dtype)
+    workspace = workspace_bytes(model_config, rows, max(PREFILL_CHUNK, config.max_num_batched_tokens))
+    free = int(free_bytes() // (shards.size * config.data_parallel_size) * config.gpu_memory_utilization) - workspace
+    block_bytes = KVCache.block_bytes(model_config, BLOCK_SIZE, dtype)
     blocks = kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows)
-    return Sizes(rows, blocks, BLOCK_SIZE)
+    return Sizes(rows, shards.smallest(blocks), BLOCK_SIZE)
 
 
 def stop_tables(tokenizer: Tokenizer, vocab_size: int) -> Callable[[SamplingConfig], StopTable]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 
 @dataclass
@@ -19,3 +20,12 @@ class EngineStats:
     decode_seconds: float = 0.0
     first_prefill_time: float | None = None
     last_token_time: float | None = None
+
+    def sum_up(self, others: Iterable[EngineStats]) -> None:
+        """Become what several engines together are: counts and seconds added up, from the first time to the last."""
+        others = list(others)
+        for field in fields(self):
+            values = [value for other in others if (value := getattr(other, field.name)) is not None]
+            if values:
+                unite = {"first_prefill_time": min, "last_token_time": max}.get(field.name, sum)
+                setattr(self, field.name, unite(values))

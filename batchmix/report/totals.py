@@ -18,6 +18,16 @@ class Totals:
     completion_tokens: int = 0
     finish_reasons: dict[str, int] = field(default_factory=dict)  # by sample
 
+    def add(self, other: Totals) -> None:
+        """Count what `other` has counted too."""
+        self.rows += other.rows
+        self.error_rows += other.error_rows
+        self.samples += other.samples
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        for reason, count in other.finish_reasons.items():
+            self.finish_reasons[reason] = self.finish_reasons.get(reason, 0) + count
+
     def count(self, completion: Completion) -> None:
         """Add one sample. A row counts with its first sample; one that failed comes once for all of them."""
         failed = completion.error is not None

@@ -1,0 +1,151 @@
+"""`model.tensor_parallel_size`: the processes that share one model, started by the run itself.
+
+Rank 0 is the run: source, prompt, plan, engine and sink. The others run the same engine on the batches that rank 0 hands
+them and drop what comes out. They decide nothing and have nothing to save, so they are simply killed when rank 0 is
+through, for whatever reason.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
+from batchmix.config import Config
+from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.start import first_device, nth_device, start_engine
+from batchmix.errors import BatchmixError
+from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.shards import Shards
+from batchmix.parallel.workers import Parent, Worker
+from batchmix.records import Batch
+
+_HOST = "127.0.0.1"
+# Of a collective. Rank 0 may wait for its disk for long; what has died is noticed by `_Watch`, not by a timeout.
+_TIMEOUT = timedelta(days=1)
+_GRACE = (
+    10.0  # seconds for rank 0 to come out of a collective with a dead rank: at once with gloo, maybe never with NCCL
+)
+
+
+class Followers:
+    """The other ranks, seen from rank 0."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self._workers = workers
+
+    def lead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`batches`, each handed to the other ranks before it is given here."""
+        for batch in batches:
+            self._send(Batch([replace(prompt, columns={}) for prompt in batch.prompts]))
+            yield batch
+        self._send(None)
+
+    def _send(self, batch: Batch | None) -> None:
+        for worker in self._workers:
+            worker.send(batch)
+
+
+@contextmanager
+def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) -> Iterator[tuple[Shards, Followers]]:
+    """The ranks of `model.tensor_parallel_size`, alive for the length of the block.
+
+    A rank that dies ends the block with the one exception that says so. Where the block hangs on the dead rank,
+    `give_up` is called with it from a thread, and the process ends.
+    """
+    size = config.model.tensor_parallel_size
+    if size == 1:
+        yield Shards(), Followers([])
+        return
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+    workers = [
+        Worker(f"tensor-parallel rank {rank} of {size}", _follow, config, rank, store.port) for rank in range(1, size)
+    ]
+    watch = _Watch(workers, give_up)
+    try:
+        with _joined(config, 0, store):
+            yield Shards(0, size), Followers(workers)
+    except (RuntimeError, OSError):  # from a collective with, or a message to, a rank that is gone, or our own
+        failure = watch.failure_soon()
+        if failure is None:
+            raise
+        raise failure from None
+    finally:
+        watch.close()
+        for worker in workers:
+            worker.kill()
+
+
+def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
+    """What a rank above 0 does, until it is killed or the batches end."""
+    checkpoint = open_checkpoint(config.model)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    store = TCPStore(_HOST, port, is_master=False, timeout=_TIMEOUT)
+    with _joined(config, rank, store):
+        shards = Shards(rank, config.model.tensor_parallel_size)
+        engine = start_engine(checkpoint, tokenizer, config.engine, lambda: False, shards)
+        for _ in engine.generate(iter(parent.receive, None)):
+            pass
+
+
+@contextmanager
+def _joined(config: Config, rank: int, store: Store) -> Iterator[None]:
+    """In torch.distributed's default group: gloo for tensors on the CPU, NCCL for those on GPUs."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    device = nth_device(first_device(config.engine), rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store, rank=rank, world_size=config.model.tensor_parallel_size, timeout=_TIMEOUT,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Watch:
+    """Notices ranks that die, in a thread."""
+
+    def __init__(self, workers: list[Worker], give_up: Callable[[BatchmixError], None]) -> None:
+        self._workers = workers
+        self._give_up = give_up
+        self._failure: Exception | None = None
+        self._failed, self._closed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch-ranks", daemon=True)
+        self._thread.start()
+
+    def failure_soon(self) -> Exception | None:
+        """Why a rank ended, if one did; waits a little, since a broken connection may be seen before its cause."""
+        self._failed.wait(2.0)
+        return self._failure
+
+    def close(self) -> None:
+        """The ranks may end now."""
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed.is_set() and self._failure is None:
+            Worker.wait(self._workers, 0.2)
+            for worker in self._workers:
+                for message in worker.messages():
+                    if isinstance(message, Exception):
+                        self._failure = self._failure or message
+
+            time.sleep(0.05)  # a rank that has ended well is ready at once for ever
+        if self._failure is None:
+            return
+        self._failed.set()
+        if not self._closed.wait(_GRACE):
+            self._give_up(BatchmixError(str(self._failure)))
+            os._exit(1)
