@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that a run has started, in the order of their start; their own too."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return sorted(
-        (child for child in children if any("spawn_main" in word for word in child.cmdline())),
-        key=lambda child: (child.create_time(), child.pid),
-    )
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if any("spawn_main" in word for word in child.cmdline()):
+                found.append((child.create_time(), child.pid, child))
+    return [child for _, _, child in sorted(found)]

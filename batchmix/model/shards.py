@@ -19,6 +19,8 @@ from torch import Tensor
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
 
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 gave it a new name
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -73,7 +75,7 @@ class Shards:
         total = pieces[0].float()
         for piece in pieces[1:]:
             total += piece
-        dist.all_gather_into_tensor(parts.view(-1), total.to(part.dtype))
+        _gather(parts.view(-1), total.to(part.dtype))
         return parts
 
     def agree(self, tokens: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -46,6 +48,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_main, args=(function, theirs, arguments), name=name)
+        resource_tracker.ensure_running()  # which unblocks signals when `start` is the first to need it
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited
         try:
             self._process.start()
@@ -132,13 +135,16 @@ class SendLog(logging.Handler):
 def _main(function: Callable[..., None], connection: Connection, arguments: Sequence[object]) -> None:
     parent = Parent(connection)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
-    try:
-        function(parent, *arguments)
-    except (BatchmixError, Interrupted) as error:
-        parent.send(error)
-    except Exception:
-        name = multiprocessing.current_process().name
-        parent.send(RuntimeError(f"in {name}:\n{traceback.format_exc()}"))
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
+        try:
+            function(parent, *arguments)
+        except (BatchmixError, Interrupted) as error:
+            parent.send(error)
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception:
+            name = multiprocessing.current_process().name
+            parent.send(RuntimeError(f"in {name}:\n{traceback.format_exc()}"))
 
 
 def _end_with_parent() -> None:

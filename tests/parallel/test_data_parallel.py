@@ -36,9 +36,9 @@ def tickets(path: Path, count: int) -> Path:
     return path
 
 
-def job(data: Path, out: Path, workers: int, **groups: dict[str, Any]) -> Config:
+def job(path: Path, out: Path, workers: int, **groups: dict[str, Any]) -> Config:
     return Config(
-        data=DataConfig(path=str(data), **groups.get("data", {})),
+        data=DataConfig(path=str(path), **groups.get("data", {})),
         sampling=SamplingConfig(**{"max_tokens": 20, "seed": 5, **groups.get("sampling", {})}),
         engine=EngineConfig(device="cpu", data_parallel_size=workers),
         output=OutputConfig(dir=str(out), **groups.get("output", {})),
