@@ -46,7 +46,7 @@ def check_engine(engine: EngineConfig) -> None:
 
 
 def first_device(engine: EngineConfig) -> torch.device:
-    """Where the first process of this run computes; see `nth_device` for the others."""
+    """Where a run of one process computes; see `nth_device` for the others."""
     return torch.device("cpu")
 
 
@@ -76,7 +76,7 @@ def start_engine(
     """Load the weights, give the memory that is left to the KV cache, and say so in one line."""
     started = time.perf_counter()
     keep_freed_memory()
-    dtype, device = compute_dtype(checkpoint.dtype), nth_device(first_device(config), shards.rank)
+    dtype, device = compute_dtype(checkpoint.dtype), first_device(config)
     processes = shards.size * config.data_parallel_size
     if processes > 1 and device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))

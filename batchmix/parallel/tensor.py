@@ -66,9 +66,12 @@ def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) ->
         yield Shards(), Followers([])
         return
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
-    workers = [
-        Worker(f"tensor-parallel rank {rank} of {size}", _follow, config, rank, store.port) for rank in range(1, size)
-    ]
+    first = first_device(config.engine)
+    workers = []
+    for rank in range(1, size):
+        engine = replace(config.engine, device=str(nth_device(first, rank)))
+        name = f"tensor-parallel rank {rank} of {size}"
+        workers.append(Worker(name, _follow, replace(config, engine=engine), rank, store.port))
     watch = _Watch(workers, give_up)
     try:
         with _joined(config, 0, store):
@@ -100,7 +103,7 @@ def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
 def _joined(config: Config, rank: int, store: Store) -> Iterator[None]:
     """In torch.distributed's default group: gloo for tensors on the CPU, NCCL for those on GPUs."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device = nth_device(first_device(config.engine), rank)
+    device = first_device(config.engine)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
