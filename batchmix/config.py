@@ -145,6 +145,7 @@ class EngineConfig:
     sort_window: int = 16384  # rows held at once and sorted by length
     share_prefix: bool = True  # triton backend only
     cuda_graphs: bool = True  # triton backend only
+    trace: bool = False  # write _trace.json, a Chrome trace of all threads and the device, into output.dir
 
 
 @dataclass

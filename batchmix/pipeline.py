@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
+from batchmix.report.trace import Trace
 from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
 
@@ -122,7 +123,7 @@ def _run(
     rows: Iterator[Row],
 ) -> RunStatistics:
     """The chain of stages; every stage but the engine works in a thread of its own."""
-    clock, stats, started = StageClock(), engine.stats, time.monotonic()
+    clock, stats, started = engine.clock, engine.stats, time.monotonic()
     prompts = build_prompts(
         rows,
         data=config.data,
@@ -135,17 +136,20 @@ def _run(
     )
     limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window)
     with (
+        Trace(output.trace_path) if config.engine.trace else nullcontext() as trace,
         closing(prompts),
         Progress(source.shard_rows, output.num_done, stats) as progress,
         Metrics(output.root / "_metrics.jsonl", stats, progress.totals, config.shard.index),
         output.sink(tokenizer, clock) as sink,
     ):
+        clock.trace = engine.device_clock.trace = trace
         for completion in engine.generate(plan(prompts, limits)):
             if completion.error is not None and config.data.on_error is OnError["raise"]:
                 raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
             sink.write(completion)
             progress.count(completion)
-    return RunStatistics(progress.totals, stats, clock, time.monotonic() - started)
+        device_seconds = engine.device_clock.seconds()
+    return RunStatistics(progress.totals, stats, clock, time.monotonic() - started, device_seconds)
 
 
 def _open_output(config: Config, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> OutputFolder:

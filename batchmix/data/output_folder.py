@@ -30,7 +30,7 @@ from batchmix.run_info import accept_run, differences, read_run, record_redo
 
 SUCCESS = "_SUCCESS"
 _OURS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl", ".part-*.tmp", "_run.json", "_metrics.jsonl", "_summary*.json",
-         "_done-*", "_journal.json", SUCCESS)  # fmt: skip
+         "_trace*.json", "_done-*", "_journal.json", SUCCESS)  # fmt: skip
 _OUR_FOLDERS = (".hydra", MERGE_STAGING, REDO_STAGING)
 
 _log = logging.getLogger(__name__)
@@ -132,6 +132,13 @@ class OutputFolder:
             flush_seconds=self._output.flush_seconds,
             clock=clock,
         )
+
+    @property
+    def trace_path(self) -> Path:
+        """Where this shard's trace goes."""
+        shard = self._shard
+        part = f"-{shard.index:05}-of-{shard.count:05}" if shard.count > 1 else ""
+        return self.root / f"_trace{part}.json"
 
     def write_statistics(self, run: RunStatistics) -> None:
         """Keep what this run did for the summary of all shards."""

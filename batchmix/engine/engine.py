@@ -6,10 +6,12 @@ active slot, hand out the rows that ended. Rows never wait for each other: an en
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,11 +22,15 @@ from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
 from batchmix.engine.sampling import choose
 from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
 from batchmix.engine.stats import EngineStats
+from batchmix.errors import BatchmixError
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import Chunk, DecodeAttention, PrefillAttention
 from batchmix.model.torch_ops import pad_rows
 from batchmix.records import Batch, Completion, FinishReason, Prompt
+from batchmix.report.clock import StageClock
+from batchmix.report.device_clock import DeviceClock
 
+_log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
 _FINISH_REASON: dict[int, FinishReason] = {EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", LENGTH: "length"}
 
@@ -84,13 +90,23 @@ class Engine:
         if blocks_per_row > self.pool.num_blocks:
             raise ValueError(f"{self.pool.num_blocks} KV blocks cannot hold one row of {max_model_len} tokens")
         # Slots come in the row tiles that a decode step runs in.
-        self.slots = Slots(
-            max_num_seqs, model.config.vocab_size, blocks_per_row, eos_token_ids, stop_table, cache.keys.device
+        self._make_slots = partial(
+            Slots,
+            vocab_size=model.config.vocab_size,
+            blocks_per_row=blocks_per_row,
+            eos_token_ids=eos_token_ids,
+            stop_table=stop_table,
+            device=cache.keys.device,
         )
+        self.slots = self._make_slots(max_num_seqs)
         self.rows: list[_Row] = []  # of slot 0, 1, ...
         self.waiting: deque[_Waiting] = deque()
         self.stats = EngineStats(kv_blocks_total=self.pool.num_blocks)
+        self.clock = StageClock()
+        self.device_clock = DeviceClock(cache.keys.device)
         self._admitted = 0
+        self._admissions: list[_Admission] = []  # taken out of `waiting` by the step that runs
+        self._collected_tokens = 0
         self._mean_length = 0.0  # of the completions so far, to guess how far new rows will grow
 
     @torch.inference_mode()
@@ -105,13 +121,52 @@ class Engine:
                 if batch is not None:
                     yield from self._enqueue(batch)
             if self._worth_refilling():
-                self._admit()
+                self._step("prefill", self._admit)
                 yield from self._collect()
             elif self.rows:
-                self._decode()
+                self._step("decode", self._decode)
                 yield from self._collect()
             elif not more and not self.waiting:
                 return
+
+    def _step(self, name: str, step: Callable[[], None]) -> None:
+        """Run one step; where the device has no memory for it, go on with half the batch."""
+        try:
+            with self.clock.stage(name):
+                step()
+            return
+        except torch.OutOfMemoryError:
+            pass  # what the failed step held is freed with the traceback, so before `_start_over`
+        self._start_over(name)
+
+    def _start_over(self, step: str) -> None:
+        """Put every row back and rebuild the state for half as many. Rows run again and, keyed as they are, end the same."""
+        before = self.slots.capacity, self.max_num_batched_tokens
+        if before[0] == 1 and before[1] <= self.prefill_chunk:
+            raise BatchmixError(
+                "out of memory with one row at a time; lower engine.gpu_memory_utilization or model.max_model_len"
+            )
+        again: dict[int, _Waiting] = {}
+        running = [(row.prompt, row.sample) for row in sorted(self.rows, key=lambda row: row.order)]
+        for prompt, sample in running + [(a.prompt, sample) for a in self._admissions for sample in a.samples]:
+            waiting = again.setdefault(id(prompt), _Waiting(prompt, []))
+            if sample not in waiting.samples:
+                waiting.samples.append(sample)
+        self.waiting.extendleft(reversed(again.values()))
+        self.max_num_batched_tokens = max(self.prefill_chunk, before[1] // 2)
+        self.rows, self._admissions = [], []
+        self.pool = BlockPool(self.cache.num_blocks)
+        self.slots = self._make_slots(max(1, before[0] // 2))
+        if self.cache.keys.is_cuda:
+            torch.cuda.empty_cache()
+        self.stats.out_of_memory += 1
+        self.stats.completion_tokens = self._collected_tokens
+        self.stats.running, self.stats.waiting = 0, len(self.waiting)
+        _log.warning(
+            "out of memory in a %s step: %d rows are put back; going on with %d rows at once (was %d) and %s prompt tokens"
+            " in a step (was %s)", step, len(again), self.slots.capacity, before[0],
+            f"{self.max_num_batched_tokens:,}", f"{before[1]:,}",
+        )  # fmt: skip
 
     def _enqueue(self, batch: Batch) -> Iterator[Completion]:
         for prompt in batch.prompts:
@@ -146,10 +201,10 @@ class Engine:
 
     def _admit(self) -> None:
         """Fill free slots with waiting prompts: take their blocks, prefill them packed, choose their first tokens."""
-        started = time.perf_counter()
         self.stats.first_prefill_time = self.stats.first_prefill_time or time.time()
         size = self.cache.block_size
         admissions: list[_Admission] = []
+        self._admissions = admissions
         slots_left = self.slots.capacity - len(self.rows)
         blocks_left = self.pool.num_free
         while self.waiting and slots_left and (not admissions or self._fits(self.waiting[0])):
@@ -168,8 +223,8 @@ class Engine:
                 self.waiting.popleft()
         self._prefill(admissions)
         self._start(admissions)
+        self._admissions = []
         self.stats.waiting = len(self.waiting)
-        self.stats.prefill_seconds += time.perf_counter() - started
 
     def _prefill(self, admissions: list[_Admission]) -> None:
         """Run all prompts' chunks through the model, as many together as fit max_num_batched_tokens.
@@ -202,7 +257,8 @@ class Engine:
             positions[end - length : end] = np.arange(start, start + length)
             chunks.append(Chunk(end - length, start, length, admission.blocks))
         attend = PrefillAttention(self.cache, chunks, total)
-        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), attend)
+        with self.device_clock.work("prefill"):
+            hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), attend)
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             if start + length == len(admission.prompt.token_ids):
                 admission.last_hidden = hidden[end - 1].clone()
@@ -232,7 +288,8 @@ class Engine:
                 assert admission.last_hidden is not None
                 hidden.append(admission.last_hidden)
         stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * (pad_rows(len(hidden)) - len(hidden)))
-        self._choose(first, self.model.logits(stacked)[: len(hidden)])
+        with self.device_clock.work("prefill"):
+            self._choose(first, self.model.logits(stacked)[: len(hidden)])
 
     def _choose(self, first: int, logits: torch.Tensor) -> None:
         tokens, logprobs = choose(logits, self.slots, first)
@@ -244,7 +301,6 @@ class Engine:
 
     def _decode(self) -> None:
         """One token for every active row."""
-        started = time.perf_counter()
         self._take_blocks()
         active, size = len(self.rows), pad_rows(len(self.rows))
         tokens, context = np.zeros(size, np.int64), np.zeros(size, np.int64)
@@ -252,12 +308,12 @@ class Engine:
         width = int(context.max()) // self.cache.block_size + 1
         table = self.slots.block_table[:active, :width]
         attend = DecodeAttention(self.cache, table, context[:active] + 1, self.pool.is_shared(table))
-        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(context), attend)
-        self.slots.context[:active] += 1
-        self._choose(0, self.model.logits(hidden)[:active])
+        with self.device_clock.work("decode"):
+            hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(context), attend)
+            self.slots.context[:active] += 1
+            self._choose(0, self.model.logits(hidden)[:active])
         self.stats.running = active
         self.stats.kv_blocks_used = self.pool.num_used
-        self.stats.decode_seconds += time.perf_counter() - started
 
     def _take_blocks(self) -> None:
         """A block for every row whose next token begins one; the youngest rows give way where there are too few."""
@@ -302,7 +358,9 @@ class Engine:
         for slot in ended[::-1].tolist():
             self._free(slot)
         if completions:
-            mean = sum(completion.num_tokens for completion in completions) / len(completions)
+            total = sum(completion.num_tokens for completion in completions)
+            self._collected_tokens += total
+            mean = total / len(completions)
             self._mean_length = 0.9 * self._mean_length + 0.1 * mean if self._mean_length else mean
         yield from completions
 
