@@ -135,7 +135,9 @@ class DecodeAttention:
         block = block_table[row, place]
         length = np.minimum(context[row] - place * size, size)
         last = int(block.max())
-        self.in_place = not shared and len(block) >= _DENSE_ENOUGH * last and len(np.unique(block)) == len(block)
+        used = np.zeros(last + 1, bool)
+        used[block] = True
+        self.in_place = not shared and len(block) >= _DENSE_ENOUGH * last and used.sum() == len(block)
         if self.in_place:
             owner, valid, item = np.zeros(last, np.int64), np.full(last, size), block - 1
             owner[item], valid[item] = row, length
