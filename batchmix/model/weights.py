@@ -74,8 +74,14 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
 
 
 def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read every tensor into its place, rounded to the checkpoint's run dtype and stored as `dtype`."""
+    """Read every tensor into its place, rounded to the checkpoint's run dtype and stored as `dtype`.
+
+    model.format=random: the same random weights at every start, made on the device.
+    """
     weights = empty_weights(checkpoint.config, dtype, device)
+    if checkpoint.format is ModelFormat.random:
+        _draw(weights)
+        return weights
     layouts = [_mistral_places] if checkpoint.format is ModelFormat.mistral else [_hub_places, _fused_places]
     names = {name for name, _ in _tensors(checkpoint.files, names_only=True)}
     # The layout whose names are there; where some are missing, the closest, so that the message names what lacks.
@@ -94,6 +100,17 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
             tensor = _to_half_split(tensor, checkpoint.config.head_dim)
         place.copy_(tensor.to(checkpoint.dtype))
     return weights
+
+
+def _draw(weights: Weights) -> None:
+    """Norms of 1, all else normal with the standard deviation of transformers' initializer_range."""
+    source = torch.Generator(weights.embedding.device).manual_seed(0)
+    tables = [weights.embedding, weights.norm, weights.lm_head]
+    for tensor in [*tables, *(tensor for layer in weights.layers for tensor in vars(layer).values())]:
+        if tensor.ndim == 1:
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0.0, 0.02, generator=source)
 
 
 def _tensors(files: tuple[Path, ...], names_only: bool = False) -> Iterator[tuple[str, Tensor]]:
