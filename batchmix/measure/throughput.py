@@ -21,7 +21,7 @@ import torch
 from batchmix import pipeline
 from batchmix.config import Config, DataConfig, Dtype, ModelConfig, ModelFormat, OutputConfig, SamplingConfig
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.start import BLOCK_SIZE, compute_dtype
+from batchmix.engine.start import BLOCK_SIZE
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
@@ -50,7 +50,7 @@ def benchmark_throughput(config: Config) -> Path:
             f"benchmark throughput: there is no GPU, and benchmark.shape={benchmark.shape} would take days on a CPU; to"
             " try the code path, batchmix benchmark throughput benchmark.shape=tiny benchmark.rows=40"
         )
-    dtype = compute_dtype(torch.bfloat16) if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype_name = str(dtype).removeprefix("torch.")
     layers = benchmark.layers or _fitting_layers(benchmark.shape, device)
     ceilings = measure_ceilings(device, None if device.type == "cuda" else _CPU_SHRINK)
