@@ -121,15 +121,15 @@ class Engine:
                 if batch is not None:
                     yield from self._enqueue(batch)
             if self._worth_refilling():
-                self._step("prefill", self._admit)
+                self._attempt("prefill", self._admit)
                 yield from self._collect()
             elif self.rows:
-                self._step("decode", self._decode)
+                self._attempt("decode", self._decode)
                 yield from self._collect()
             elif not more and not self.waiting:
                 return
 
-    def _step(self, name: str, step: Callable[[], None]) -> None:
+    def _attempt(self, name: str, step: Callable[[], None]) -> None:
         """Run one step; where the device has no memory for it, go on with half the batch."""
         try:
             with self.clock.stage(name):
