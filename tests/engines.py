@@ -13,7 +13,8 @@ import torch
 from batchmix.config import Dtype, ModelConfig, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
-from batchmix.model import torch_ops
+from batchmix.model import torch_backend
+from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.weights import load_weights
@@ -33,9 +34,15 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 512) -> Mixtral:
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    max_model_len: int = 512,
+    operators: Operators = torch_backend,
+) -> Mixtral:
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[str(dtype).removeprefix("torch.")]))
-    return Mixtral(checkpoint.config, load_weights(checkpoint, dtype, torch.device("cpu")), torch_ops, max_model_len)
+    weights = load_weights(checkpoint, dtype, torch.device("cpu"))
+    return Mixtral(checkpoint.config, weights, operators, max_model_len)
 
 
 def make_engine(model: Mixtral, **options: Any) -> Engine:

@@ -17,12 +17,10 @@ import torch
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
 from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
-from batchmix.engine.sampling import choose
 from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
 from batchmix.engine.stats import EngineStats
+from batchmix.model.backend import ROW_TILE, Chunk, pad_rows
 from batchmix.model.mixtral import Mixtral
-from batchmix.model.torch_attention import Chunk, DecodeAttention, PrefillAttention
-from batchmix.model.torch_ops import pad_rows
 from batchmix.records import Batch, Completion, FinishReason, Prompt
 
 PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
@@ -74,6 +72,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self.model = model
+        self.ops = model.ops
         self.cache = cache
         self.pool = BlockPool(cache.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -83,9 +82,9 @@ class Engine:
         blocks_per_row = -(-max_model_len // cache.block_size)
         if blocks_per_row > self.pool.num_blocks:
             raise ValueError(f"{self.pool.num_blocks} KV blocks cannot hold one row of {max_model_len} tokens")
-        # Slots come in the row tiles that a decode step runs in.
+        self.device = cache.keys.device
         self.slots = Slots(
-            max_num_seqs, model.config.vocab_size, blocks_per_row, eos_token_ids, stop_table, cache.keys.device
+            max_num_seqs, model.config.vocab_size, blocks_per_row, eos_token_ids, stop_table, self.device, ROW_TILE
         )
         self.rows: list[_Row] = []  # of slot 0, 1, ...
         self.waiting: deque[_Waiting] = deque()
@@ -139,8 +138,8 @@ class Engine:
         size = self.cache.block_size
         expected = self._mean_length or 64.0
         needed = len(waiting.prompt.token_ids) + min(expected, waiting.prompt.sampling.max_tokens)
-        generated = self.slots.generated[: len(self.rows)].numpy()
-        limit = np.minimum(np.maximum(expected, 2.0 * generated), self.slots.max_tokens[: len(self.rows)].numpy())
+        generated = self.slots.host["generated"][: len(self.rows)]
+        limit = np.minimum(np.maximum(expected, 2.0 * generated), self.slots.host["max_tokens"][: len(self.rows)])
         reserve = float(np.maximum(limit - generated, 0).sum())
         return self.pool.num_free * size >= needed + reserve + size * (len(self.rows) + 1)
 
@@ -194,15 +193,13 @@ class Engine:
     def _prefill_pack(self, pack: list[tuple[_Admission, int, int]]) -> None:
         lengths = np.array([length for _, _, length in pack])
         ends = lengths.cumsum()
-        total = pad_rows(int(ends[-1]))
-        tokens, positions = np.zeros(total, np.int64), np.zeros(total, np.int64)
+        tokens = np.zeros(pad_rows(int(ends[-1])), np.int64)
         chunks = []
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
-            positions[end - length : end] = np.arange(start, start + length)
             chunks.append(Chunk(end - length, start, length, admission.blocks))
-        attend = PrefillAttention(self.cache, chunks, total)
-        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), attend)
+        attend = self.ops.prefill(self.model, self.cache, chunks, len(tokens))
+        hidden = self.model(torch.from_numpy(tokens).to(self.device), attend)
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             if start + length == len(admission.prompt.token_ids):
                 admission.last_hidden = hidden[end - 1].clone()
@@ -232,38 +229,43 @@ class Engine:
                 assert admission.last_hidden is not None
                 hidden.append(admission.last_hidden)
         stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * (pad_rows(len(hidden)) - len(hidden)))
-        self._choose(first, self.model.logits(stacked)[: len(hidden)])
+        self.slots.upload()
+        self._choose(first, self.model.logits(stacked)[: len(hidden)], decoded=False)
+        self._read()
 
-    def _choose(self, first: int, logits: torch.Tensor) -> None:
-        tokens, logprobs = choose(logits, self.slots, first)
+    def _choose(self, first: int, logits: torch.Tensor, decoded: bool) -> None:
+        tokens, logprobs = self.ops.choose(logits, self.slots, first)
         if logprobs is not None:
             self.slots.log_logprobs(first + logprobs.rows, logprobs.chosen, logprobs.top_ids, logprobs.top)
-        self.slots.advance(first, tokens)
-        self.stats.completion_tokens += len(tokens)
+        self.ops.advance(self.slots, first, tokens, decoded)
+
+    def _read(self) -> None:
+        self.stats.completion_tokens += self.slots.read()
         self.stats.last_token_time = time.time()
 
     def _decode(self) -> None:
         """One token for every active row."""
         started = time.perf_counter()
         self._take_blocks()
-        active, size = len(self.rows), pad_rows(len(self.rows))
-        tokens, context = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        tokens[:active], context[:active] = self.slots.token[:active], self.slots.context[:active]
-        width = int(context.max()) // self.cache.block_size + 1
-        table = self.slots.block_table[:active, :width]
-        attend = DecodeAttention(self.cache, table, context[:active] + 1, self.pool.is_shared(table))
-        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(context), attend)
-        self.slots.context[:active] += 1
-        self._choose(0, self.model.logits(hidden)[:active])
+        active = len(self.rows)
+        self.slots.upload()
+        self._step(active, pad_rows(active))
+        self._read()
         self.stats.running = active
         self.stats.kv_blocks_used = self.pool.num_used
         self.stats.decode_seconds += time.perf_counter() - started
+
+    def _step(self, rows: int, size: int) -> None:
+        """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""
+        attend = self.ops.decode(self.model, self.cache, self.slots, rows, size)
+        hidden = self.model(self.slots.token[:size], attend)
+        self._choose(0, self.model.logits(hidden)[:rows], decoded=True)
 
     def _take_blocks(self) -> None:
         """A block for every row whose next token begins one; the youngest rows give way where there are too few."""
         while True:
             active = len(self.rows)
-            context = self.slots.context[:active].numpy()
+            context = self.slots.host["context"][:active]
             place = context // self.cache.block_size
             needing = np.flatnonzero(place >= self.slots.num_blocks[:active])
             try:
@@ -280,7 +282,7 @@ class Engine:
     def _put_back(self, slot: int) -> None:
         """Take a row out of the batch. It starts again later and, as its random numbers are keyed, ends the same."""
         row = self.rows[slot]
-        self.stats.completion_tokens -= int(self.slots.generated[slot])
+        self.stats.completion_tokens -= int(self.slots.num_read[slot])
         self._free(slot)
         if self.waiting and self.waiting[0].prompt is row.prompt:
             self.waiting[0].samples.insert(0, row.sample)
@@ -297,7 +299,7 @@ class Engine:
 
     def _collect(self) -> Iterator[Completion]:
         """Hand out the rows that have ended and free their slots, the highest first so that slots below keep theirs."""
-        ended = np.flatnonzero(self.slots.finish[: len(self.rows)].numpy())
+        ended = np.flatnonzero(self.slots.host["finish"][: len(self.rows)])
         completions = [self._completion(slot) for slot in ended.tolist()]
         for slot in ended[::-1].tolist():
             self._free(slot)
@@ -309,13 +311,13 @@ class Engine:
     def _completion(self, slot: int) -> Completion:
         row, slots = self.rows[slot], self.slots
         sampling = row.prompt.sampling
-        finish, count = int(slots.finish[slot]), int(slots.generated[slot])
+        finish, count = int(slots.host["finish"][slot]), int(slots.num_read[slot])
         tokens = slots.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist()
         stop_reason: str | int | None = None
         if finish == STOP_TOKEN:
-            stop_reason = int(slots.stop_reason[slot])
+            stop_reason = int(slots.host["stop_reason"][slot])
         elif finish == STOP_STRING:
-            stop_reason = (sampling.stop or [])[int(slots.stop_reason[slot])]
+            stop_reason = (sampling.stop or [])[int(slots.host["stop_reason"][slot])]
         logprobs = slots.row_logprobs(slot) if sampling.logprobs is not None else None
         return Completion(
             row.prompt,

@@ -90,7 +90,3 @@ class BlockPool:
         for block in blocks:
             if self._references[block] == 0:
                 heapq.heappush(self._free, block)
-
-    def is_shared(self, blocks: np.ndarray) -> bool:
-        """Whether any of the blocks has more than one reference."""
-        return bool((self._references[blocks] > 1).any())

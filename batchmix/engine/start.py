@@ -16,7 +16,7 @@ from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.errors import BatchmixError
 from batchmix.memory import free_bytes, keep_freed_memory, kv_blocks, workspace_bytes
-from batchmix.model import torch_ops
+from batchmix.model import torch_backend, torch_ops
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.weights import Weights, load_weights
@@ -63,7 +63,7 @@ def start_engine(
     keep_freed_memory()
     dtype, device = compute_dtype(checkpoint.dtype), torch.device("cpu")
     weights = load_weights(checkpoint, dtype, device)
-    model = Mixtral(checkpoint.config, weights, torch_ops, checkpoint.max_model_len)
+    model = Mixtral(checkpoint.config, weights, torch_backend, checkpoint.max_model_len)
     _check_products(weights, max(PREFILL_CHUNK, config.max_num_batched_tokens))
     sizes = choose_sizes(checkpoint, config, dtype)
     cache = KVCache(checkpoint.config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)

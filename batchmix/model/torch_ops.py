@@ -2,8 +2,8 @@
 
 Every operator gives a token the same bits whatever the other tokens are. What that takes on a CPU: matrix products
 are oneDNN's (MKL's, which torch takes for float32, cut a sum over threads when those outnumber the rows), they see their
-rows in multiples of `ROW_TILE`, and no reduction runs over tokens. Libraries differ and change, so an engine asks
-`products_keep_their_bits` about its own weights when it starts.
+rows in multiples of `ROW_TILE` (callers pad T, the experts' segments are padded here), and no reduction runs over tokens.
+Libraries differ and change, so an engine asks `products_keep_their_bits` about its own weights when it starts.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.model.backend import ROW_TILE, pad_rows
+
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-ROW_TILE = 16  # callers pad T to a multiple of it; the expert segments below are padded to it too
 _EXPERT_CHUNK = 512  # rows per expert product: more do not make it faster, and the activations stay in the cache
-
-
-def pad_rows(rows: int) -> int:
-    """`rows` rounded up to a multiple of ROW_TILE."""
-    return -(-rows // ROW_TILE) * ROW_TILE
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, D], weight [D] -> [T, D]; the mean in float32, as transformers' MixtralRMSNorm."""
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
+
+
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + x and its norm, [T, D] each."""
+    total = residual + x
+    return total, rms_norm(total, weight, eps)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -71,11 +73,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.div(gate, scale, out=scale).to(up.dtype).mul_(up)
 
 
-def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
+def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
-    x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D]. (token, expert) pairs are
-    sorted by expert, each expert runs once over its tokens, and each token sums its k outputs in router order.
+    x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
+    (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
+    in router order.
     """
     num_experts = len(router)
     probabilities = linear(x.float(), router).softmax(-1)  # [T, E]
@@ -103,4 +106,4 @@ def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tenso
     result = chosen[:, 0] * weights[:, 0, None]
     for k in range(1, top_k):
         result = torch.addcmul(result, chosen[:, k], weights[:, k, None])
-    return result
+    return result if residual is None else residual + result

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from batchmix.config import ModelConfig
 from batchmix.errors import BatchmixError
+from batchmix.model.backend import Chunk, pad_rows
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.mixtral import Mixtral
-from batchmix.model.torch_attention import Chunk, PrefillAttention
-from batchmix.model.torch_ops import pad_rows
 from batchmix.model.weights import load_weights
 
 SHAPES = [
@@ -34,17 +33,13 @@ def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
     """Logits of every position of every row, all rows in one packed step."""
     engine = make_engine(model)
     total = sum(map(len, rows))
-    padded = pad_rows(total)
-    tokens, positions, chunks, start = np.zeros(padded, np.int64), np.zeros(padded, np.int64), [], 0
+    tokens, chunks, start = np.zeros(pad_rows(total), np.int64), [], 0
     for row in rows:
         tokens[start : start + len(row)] = row
-        positions[start : start + len(row)] = np.arange(len(row))
         blocks = engine.pool.take(-(-len(row) // engine.cache.block_size))
         chunks.append(Chunk(start, 0, len(row), blocks))
         start += len(row)
-    hidden = model(
-        torch.from_numpy(tokens), torch.from_numpy(positions), PrefillAttention(engine.cache, chunks, padded)
-    )
+    hidden = model(torch.from_numpy(tokens), model.ops.prefill(model, engine.cache, chunks, len(tokens)))
     return list(model.logits(hidden)[:total].split([len(row) for row in rows]))
 
 
