@@ -41,7 +41,8 @@ def load(
     operators: Operators = torch_backend,
 ) -> Mixtral:
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[str(dtype).removeprefix("torch.")]))
-    weights = load_weights(checkpoint, dtype, torch.device("cpu"))
+    on_gpu = operators is not torch_backend and torch.cuda.is_available()
+    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"))
     return Mixtral(checkpoint.config, weights, operators, max_model_len)
 
 
@@ -49,8 +50,8 @@ def make_engine(model: Mixtral, **options: Any) -> Engine:
     """An engine of 16-token blocks; `kv_blocks` of them."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
-    dtype = model.weights.embedding.dtype
-    cache = KVCache(model.config, blocks + 1, block_size, dtype, torch.device("cpu"))
+    embedding = model.weights.embedding
+    cache = KVCache(model.config, blocks + 1, block_size, embedding.dtype, embedding.device)
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,
         "max_num_batched_tokens": 512,

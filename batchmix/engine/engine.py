@@ -19,7 +19,7 @@ from batchmix.data.stop_strings import StopTable
 from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
 from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
 from batchmix.engine.stats import EngineStats
-from batchmix.model.backend import ROW_TILE, Chunk, pad_rows
+from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.records import Batch, Completion, FinishReason, Prompt
 
@@ -84,7 +84,13 @@ class Engine:
             raise ValueError(f"{self.pool.num_blocks} KV blocks cannot hold one row of {max_model_len} tokens")
         self.device = cache.keys.device
         self.slots = Slots(
-            max_num_seqs, model.config.vocab_size, blocks_per_row, eos_token_ids, stop_table, self.device, ROW_TILE
+            max_num_seqs,
+            model.config.vocab_size,
+            blocks_per_row,
+            eos_token_ids,
+            stop_table,
+            self.device,
+            self.ops.row_tile,
         )
         self.rows: list[_Row] = []  # of slot 0, 1, ...
         self.waiting: deque[_Waiting] = deque()
@@ -193,7 +199,7 @@ class Engine:
     def _prefill_pack(self, pack: list[tuple[_Admission, int, int]]) -> None:
         lengths = np.array([length for _, _, length in pack])
         ends = lengths.cumsum()
-        tokens = np.zeros(pad_rows(int(ends[-1])), np.int64)
+        tokens = np.zeros(self._pad(int(ends[-1])), np.int64)
         chunks = []
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
@@ -228,10 +234,15 @@ class Engine:
                 self._admitted += 1
                 assert admission.last_hidden is not None
                 hidden.append(admission.last_hidden)
-        stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * (pad_rows(len(hidden)) - len(hidden)))
+        stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * (self._pad(len(hidden)) - len(hidden)))
         self.slots.upload()
         self._choose(first, self.model.logits(stacked)[: len(hidden)], decoded=False)
         self._read()
+
+    def _pad(self, tokens: int) -> int:
+        """`tokens` rounded up to a count that a step may have."""
+        tile = self.ops.row_tile
+        return -(-tokens // tile) * tile
 
     def _choose(self, first: int, logits: torch.Tensor, decoded: bool) -> None:
         tokens, logprobs = self.ops.choose(logits, self.slots, first)
@@ -249,7 +260,7 @@ class Engine:
         self._take_blocks()
         active = len(self.rows)
         self.slots.upload()
-        self._step(active, pad_rows(active))
+        self._step(active, self._pad(active))
         self._read()
         self.stats.running = active
         self.stats.kv_blocks_used = self.pool.num_used

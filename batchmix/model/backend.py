@@ -19,13 +19,6 @@ from batchmix.engine.slots import Slots
 if TYPE_CHECKING:
     from batchmix.model.mixtral import Mixtral
 
-ROW_TILE = 16  # steps have a multiple of it of tokens: what their products want on a CPU, and on tensor cores
-
-
-def pad_rows(rows: int) -> int:
-    """`rows` rounded up to a multiple of ROW_TILE."""
-    return -(-rows // ROW_TILE) * ROW_TILE
-
 
 @dataclass(frozen=True)
 class Chunk:
@@ -46,6 +39,10 @@ class Attend(Protocol):
 
 class Operators(Protocol):
     """A backend. Results may overwrite what a docstring calls spent."""
+
+    @property
+    def row_tile(self) -> int:
+        """Steps have a multiple of it of tokens."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, D], weight [D] -> [T, D]."""

@@ -17,9 +17,10 @@ from batchmix.engine.slots import Slots
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
-from batchmix.model.torch_ops import add_rms_norm, linear, moe, rms_norm, rotate
+from batchmix.model.torch_ops import ROW_TILE, add_rms_norm, linear, moe, rms_norm, rotate
 
-__all__ = ["add_rms_norm", "advance", "choose", "decode", "linear", "moe", "prefill", "rms_norm"]
+__all__ = ["add_rms_norm", "advance", "choose", "decode", "linear", "moe", "prefill", "rms_norm", "row_tile"]
+row_tile = ROW_TILE
 
 
 def prefill(model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:

@@ -2,8 +2,8 @@
 
 Every operator gives a token the same bits whatever the other tokens are. What that takes on a CPU: matrix products
 are oneDNN's (MKL's, which torch takes for float32, cut a sum over threads when those outnumber the rows), they see their
-rows in multiples of `ROW_TILE` (callers pad T, the experts' segments are padded here), and no reduction runs over tokens.
-Libraries differ and change, so an engine asks `products_keep_their_bits` about its own weights when it starts.
+rows in multiples of `ROW_TILE`, and no reduction runs over tokens. Libraries differ and change, so an engine asks
+`products_keep_their_bits` about its own weights when it starts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.model.backend import ROW_TILE, pad_rows
-
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+ROW_TILE = 16  # callers pad T to a multiple of it; the expert segments below are padded to it too
 _EXPERT_CHUNK = 512  # rows per expert product: more do not make it faster, and the activations stay in the cache
+
+
+def pad_rows(rows: int) -> int:
+    """`rows` rounded up to a multiple of ROW_TILE."""
+    return -(-rows // ROW_TILE) * ROW_TILE
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

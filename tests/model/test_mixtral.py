@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from batchmix.config import ModelConfig
 from batchmix.errors import BatchmixError
-from batchmix.model.backend import Chunk, pad_rows
+from batchmix.model.backend import Chunk
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.weights import load_weights
@@ -33,7 +33,7 @@ def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
     """Logits of every position of every row, all rows in one packed step."""
     engine = make_engine(model)
     total = sum(map(len, rows))
-    tokens, chunks, start = np.zeros(pad_rows(total), np.int64), [], 0
+    tokens, chunks, start = np.zeros(engine._pad(total), np.int64), [], 0
     for row in rows:
         tokens[start : start + len(row)] = row
         blocks = engine.pool.take(-(-len(row) // engine.cache.block_size))
