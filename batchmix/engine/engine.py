@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
+from batchmix.engine.graphs import Step, StepGraphs, ladder, rung
 from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
 from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
 from batchmix.engine.stats import EngineStats
@@ -70,7 +72,11 @@ class Engine:
         stop_table: Callable[[SamplingConfig], StopTable] | None,
         should_stop: Callable[[], bool] = lambda: False,
         prefill_chunk: int = PREFILL_CHUNK,
+        steps_per_read: int = 1,
+        capture: Callable[[Step], Step] | None = None,
     ) -> None:
+        """`steps_per_read`: decode steps between two looks at what they did; more than 1 needs a backend that leaves
+        ended rows alone. `capture` makes a CUDA graph of a step."""
         self.model = model
         self.ops = model.ops
         self.cache = cache
@@ -91,7 +97,11 @@ class Engine:
             stop_table,
             self.device,
             self.ops.row_tile,
+            steps_per_read,
         )
+        self.steps_per_read = steps_per_read
+        self.graphs = StepGraphs(capture)
+        self.ladder = ladder(max_num_seqs)
         self.rows: list[_Row] = []  # of slot 0, 1, ...
         self.waiting: deque[_Waiting] = deque()
         self.stats = EngineStats(kv_blocks_total=self.pool.num_blocks)
@@ -255,39 +265,53 @@ class Engine:
         self.stats.last_token_time = time.time()
 
     def _decode(self) -> None:
-        """One token for every active row."""
+        """A few tokens for every active row, or one if their log-probabilities are wanted, which the host keeps."""
         started = time.perf_counter()
-        self._take_blocks()
+        active, host = len(self.rows), self.slots.host
+        wants_logprobs = bool(host["wants_logprob"][:active].any())
+        left = int((host["max_tokens"][:active] - host["generated"][:active]).max())
+        steps = 1 if wants_logprobs else min(self.steps_per_read, left)
+        self._take_blocks(steps)
         active = len(self.rows)
+        # A power of two, so that a graph serves for a while.
+        width = 1 << int(self.slots.num_blocks[:active].max() - 1).bit_length()
+        width = min(width, self.slots.block_table.shape[1])
         self.slots.upload()
-        self._step(active, self._pad(active))
+        for _ in range(steps):
+            if wants_logprobs or not self.graphs.enabled:
+                self._step(active, self._pad(active), width)
+            else:  # over free slots too, so that few sizes serve all
+                size = rung(self.ladder, active)
+                self.graphs.run((size, width), self.slots.tables(), partial(self._step, size, size, width))
         self._read()
         self.stats.running = active
         self.stats.kv_blocks_used = self.pool.num_used
         self.stats.decode_seconds += time.perf_counter() - started
 
-    def _step(self, rows: int, size: int) -> None:
+    def _step(self, rows: int, size: int, width: int) -> None:
         """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""
-        attend = self.ops.decode(self.model, self.cache, self.slots, rows, size)
+        attend = self.ops.decode(self.model, self.cache, self.slots, rows, size, width)
         hidden = self.model(self.slots.token[:size], attend)
         self._choose(0, self.model.logits(hidden)[:rows], decoded=True)
 
-    def _take_blocks(self) -> None:
-        """A block for every row whose next token begins one; the youngest rows give way where there are too few."""
+    def _take_blocks(self, steps: int) -> None:
+        """The blocks that rows write to in so many steps; the youngest rows give way where there are too few."""
         while True:
             active = len(self.rows)
-            context = self.slots.host["context"][:active]
-            place = context // self.cache.block_size
-            needing = np.flatnonzero(place >= self.slots.num_blocks[:active])
+            host, held = self.slots.host, self.slots.num_blocks[:active]
+            left = host["max_tokens"][:active] - host["generated"][:active]
+            last = host["context"][:active] + np.minimum(steps, left) - 1  # position that is written last
+            missing = np.maximum(last // self.cache.block_size + 1 - held, 0)
+            needing = np.repeat(np.arange(active), missing)  # a slot as often as it needs blocks
             try:
                 blocks = self.pool.take(len(needing))
             except OutOfBlocks:
                 self._put_back(max(range(active), key=lambda slot: self.rows[slot].order))
                 continue
-            self.slots.block_table[needing, place[needing]] = blocks
-            self.slots.num_blocks[needing] += 1
             for slot, block in zip(needing.tolist(), blocks, strict=True):
+                self.slots.block_table[slot, len(self.rows[slot].blocks)] = block
                 self.rows[slot].blocks.append(block)
+            held += missing
             return
 
     def _put_back(self, slot: int) -> None:

@@ -119,6 +119,11 @@ class Slots:
             self._clear(slot)
         self.upload()
 
+    def tables(self) -> tuple[object, ...]:
+        """Where the tensors lie that are made anew when rows need larger ones: what a graph of a step relies on."""
+        grown = (self.stop_token_ids, self.biases.data, self.automata.data, self.output_counts, self.in_prompt)
+        return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
+
     def upload(self) -> None:
         """Show the device what the host has changed. No more changes before the next `read`."""
         for mirror in (*self._columns, self._blocks, self._stops):

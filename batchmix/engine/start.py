@@ -14,6 +14,7 @@ from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.device import check_model, choose_place, compute_dtype
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
+from batchmix.engine.graphs import cuda_capture
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.workspace import measure_workspace
 from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
@@ -26,6 +27,7 @@ from batchmix.model.weights import Weights, load_weights
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
 MAX_NUM_SEQS_GPU = 1024  # 256 rows for each of Mixtral's 8 experts, about where products stop waiting for weights
+STEPS_PER_READ_GPU = 4  # a look makes the GPU wait for the host; an ended row stays for 1.5 steps more. Not measured
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ def start_engine(
         eos_token_ids=checkpoint.eos_token_ids,
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
+        steps_per_read=1 if device.type == "cpu" else STEPS_PER_READ_GPU,
+        capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs else None,
     )
 
 

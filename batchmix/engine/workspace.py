@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
@@ -11,40 +13,56 @@ from batchmix.model.mixtral import Mixtral
 
 
 def measure_workspace(model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, block_size: int) -> int:
-    """Bytes that the GPU's largest prefill and decode steps take beside what is allocated now. Compiles kernels too."""
+    """Bytes that the GPU's largest prefill step and its largest decode step take. Compiles their kernels too.
+
+    Their sum: CUDA graphs of decode steps keep their memory.
+    """
+    return _peak(model, lambda: largest_prefill(model, prefill_tokens, max_model_len, block_size)) + _peak(
+        model, lambda: largest_decode(model, rows, max_model_len, block_size)
+    )
+
+
+def _peak(model: Mixtral, step: Callable[[], None]) -> int:
+    """Bytes that a step takes beside what is allocated now."""
     device = model.weights.embedding.device
-    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    largest_steps(model, rows, prefill_tokens, max_model_len, block_size)
+    step()
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()  # so that what is free now is what the KV cache may have
+    torch.cuda.empty_cache()  # so that what is free afterwards is what the KV cache may have
     return taken
 
 
 @torch.inference_mode()
-def largest_steps(model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, block_size: int) -> None:
-    """Prefill `prefill_tokens` tokens, then decode `rows` rows of full length. All of them lie in the scratch block."""
-    weights, ops = model.weights, model.ops
-    device = weights.embedding.device
-    cache = KVCache(model.config, 1, block_size, weights.embedding.dtype, device)
-    blocks_per_row = -(-max_model_len // block_size)
-    scratch = [SCRATCH_BLOCK] * blocks_per_row
+def largest_prefill(model: Mixtral, num_tokens: int, max_model_len: int, block_size: int) -> None:
+    """Prefill `num_tokens` tokens, all of them in the scratch block."""
+    cache = _scratch(model, block_size)
+    scratch = [SCRATCH_BLOCK] * -(-max_model_len // block_size)
     chunks = [
-        Chunk(offset, 0, min(max_model_len, prefill_tokens - offset), scratch)
-        for offset in range(0, prefill_tokens, max_model_len)
+        Chunk(offset, 0, min(max_model_len, num_tokens - offset), scratch)
+        for offset in range(0, num_tokens, max_model_len)
     ]
-    tile = ops.row_tile
-    tokens = torch.zeros(-(-prefill_tokens // tile) * tile, dtype=torch.int64, device=device)
-    model(tokens, ops.prefill(model, cache, chunks, len(tokens)))
-    slots = Slots(rows, model.config.vocab_size, blocks_per_row, (), None, device, tile)
-    slots.host["finish"][:rows] = RUNNING
-    slots.host["context"][:rows] = max_model_len - 1
-    slots.host["temperature"][:rows] = 1.0
-    slots.host["top_p"][:rows] = 0.9
-    slots.num_blocks[:rows] = blocks_per_row
+    tile = model.ops.row_tile
+    tokens = torch.zeros(-(-num_tokens // tile) * tile, dtype=torch.int64, device=cache.keys.device)
+    model(tokens, model.ops.prefill(model, cache, chunks, len(tokens)))
+
+
+@torch.inference_mode()
+def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: int) -> None:
+    """A token for `rows` rows of full length, sampled, all of them in the scratch block."""
+    ops, cache = model.ops, _scratch(model, block_size)
+    width = -(-max_model_len // block_size)
+    slots = Slots(rows, model.config.vocab_size, width, (), None, cache.keys.device, ops.row_tile)
+    for name, value in (("finish", RUNNING), ("context", max_model_len - 1), ("temperature", 1.0), ("top_p", 0.9)):
+        slots.host[name][:rows] = value
     slots.upload()
-    hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token)))
+    hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))
     tokens, _ = ops.choose(model.logits(hidden)[:rows], slots, 0)
     ops.advance(slots, 0, tokens, True)
+
+
+def _scratch(model: Mixtral, block_size: int) -> KVCache:
+    """A cache of the scratch block alone."""
+    embedding = model.weights.embedding
+    return KVCache(model.config, 1, block_size, embedding.dtype, embedding.device)

@@ -59,8 +59,11 @@ class Operators(Protocol):
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         """Attention of packed prompt chunks; tokens in no chunk are padding."""
 
-    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int) -> Attend:
-        """Attention of the last tokens of slots 0..rows-1; the tokens behind them are padding."""
+    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
+        """Attention of the last tokens of slots 0..rows-1, whose contexts lie in `width` blocks at most.
+
+        The tokens behind those rows' are padding.
+        """
 
     def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
         """The next tokens, int64 [R], of slots first..first+R-1. logits float32 [R, V] (spent)."""

@@ -31,10 +31,10 @@ def prefill(model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens:
     return _rotating(model, torch.from_numpy(positions), PrefillAttention(cache, chunks, num_tokens))
 
 
-def decode(model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int) -> Attend:
+def decode(model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
     """See `Operators`."""
     context = slots.host["context"][:rows] + 1
-    table = slots.block_table[:rows, : -(-int(context.max()) // cache.block_size)].astype(np.int64)
+    table = slots.block_table[:rows, :width].astype(np.int64)
     return _rotating(model, slots.context[:num_tokens], DecodeAttention(cache, table, context))
 
 

@@ -62,7 +62,8 @@ class PrefillAttention(_Paged):
 class DecodeAttention(_Paged):
     """Attention of the last token of each running slot; slots that are free or have ended give zeros.
 
-    All but `width`, the blocks per row that are looked at, is computed on the device.
+    All of it is computed on the device, so a CUDA graph of it follows the rows; `width` gives the same bits if it is
+    large enough.
     """
 
     def __init__(self, model: Mixtral, cache: KVCache, slots: Slots, num_slots: int, width: int) -> None:

@@ -44,10 +44,8 @@ class TritonOperators:
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         return PrefillAttention(model, cache, chunks, num_tokens)
 
-    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int) -> Attend:
-        # A power of two, so that a CUDA graph holds for a while, and any width gives the same bits.
-        width = 1 << int(slots.num_blocks[:rows].max() - 1).bit_length()
-        return DecodeAttention(model, cache, slots, num_tokens, min(width, slots.block_table.shape[1]))
+    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
+        return DecodeAttention(model, cache, slots, num_tokens, width)
 
     def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
         span = slice(first, first + len(logits))

@@ -11,7 +11,7 @@ from checkpoints import random_mixtral, save_hub
 from engines import load, make_engine, prompts, run
 
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine.workspace import largest_steps
+from batchmix.engine.workspace import largest_decode, largest_prefill
 from batchmix.model.triton_ops import TritonOperators
 
 V = 128
@@ -89,6 +89,23 @@ def test_rows_put_back_for_want_of_blocks(folder, model):
     assert put_back, "the test must run out of blocks"
 
 
+def test_several_steps_between_looks_and_sizes_of_a_ladder(folder, model):
+    """The engine as on a GPU, but for what a graph is: steps run over free slots and rows that have ended."""
+    rows = prompts(7, V, seed=5, longest=8, temperature=1.0, max_tokens=8, presence_penalty=0.3, stop=["abc", "dd"])
+    rows = [replace(row, sampling=replace(row.sampling, max_tokens=3 + row.row)) for row in rows]
+    captured = []
+
+    def capture(step):
+        captured.append(step.args)
+        return step
+
+    fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture)
+    assert_same(run(fast, rows), run(engine(load(folder)), rows))
+    assert fast.graphs.num_captured == len(captured)
+    assert fast.graphs.num_replayed >= len(captured) > 1
+    assert {size for size, _, _ in captured} <= {1, 2, 4, 6}
+
+
 def test_batch_invariant_products(folder):
     rows = prompts(3, V, seed=3, longest=12, temperature=1.0, max_tokens=3, logprobs=2)
     model = load(folder, operators=TritonOperators(batch_invariant=True))
@@ -99,7 +116,8 @@ def test_batch_invariant_products(folder):
 
 
 def test_the_steps_that_memory_is_measured_with_run(model):
-    largest_steps(model, rows=3, prefill_tokens=40, max_model_len=32, block_size=4)
+    largest_prefill(model, 40, max_model_len=32, block_size=4)
+    largest_decode(model, rows=3, max_model_len=32, block_size=4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 on the interpreter")
