@@ -38,6 +38,7 @@ class Prompt:
     token_ids: Sequence[int]  # empty where `error` is set
     sampling: SamplingConfig
     error: str | None = None
+    shared_tokens: int = 0  # leading ones that other prompts of its window begin with too; set by plan
 
 
 @dataclass(slots=True)

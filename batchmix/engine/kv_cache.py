@@ -90,3 +90,7 @@ class BlockPool:
         for block in blocks:
             if self._references[block] == 0:
                 heapq.heappush(self._free, block)
+
+    def num_references(self, block: int) -> int:
+        """How many hold the block."""
+        return int(self._references[block])

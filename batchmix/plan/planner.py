@@ -1,8 +1,9 @@
 """The plan stage: which prompts run together.
 
-A window of prompts is sorted by length and cut into batches that fit the engine's slots and KV cache. Sorting puts
-prompts of like length side by side, so a prefill step packs them without waste and their decode steps read contexts
-of like length; longest first, so that the last and least full steps of a window are its cheapest.
+A window of prompts is sorted by (shared prefix, length) and cut into batches that fit the engine's slots and KV cache.
+Sorting puts prompts of like length side by side, so a prefill step packs them without waste and their decode steps read
+contexts of like length; longest first, so that the last and least full steps of a window are its cheapest. Prompts that
+begin alike run together where the engine shares their KV blocks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from batchmix.plan.prefixes import find_prefixes
 from batchmix.records import Batch, Prompt
 
 _FIRST_WINDOW = 256  # prompts before the first batch runs; each window is 4 times the last, up to sort_window
@@ -24,6 +26,7 @@ class Limits:
     kv_blocks: int
     block_size: int  # tokens of a KV block
     sort_window: int  # prompts held and sorted at once
+    share_prefix: bool = False  # whether the engine computes what prompts have in common once
 
 
 def plan(prompts: Iterable[Prompt], limits: Limits) -> Iterator[Batch]:
@@ -41,6 +44,10 @@ def _cut(window: list[Prompt], limits: Limits) -> Iterator[Batch]:
         yield Batch(failed)
     runnable = [prompt for prompt in window if prompt.error is None]
     runnable.sort(key=lambda prompt: (-len(prompt.token_ids), prompt.row))
+    if limits.share_prefix:
+        groups = find_prefixes(runnable, limits.block_size)
+        order = sorted(range(len(runnable)), key=groups.__getitem__)  # stable: by length within a group
+        runnable = [runnable[place] for place in order]
     batch: list[Prompt] = []
     seqs = blocks = 0
     for prompt in runnable:
