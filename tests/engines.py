@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from batchmix.config import Dtype, ModelConfig, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.model import torch_backend
-from batchmix.model.backend import Operators
+from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.weights import load_weights
@@ -95,3 +96,20 @@ def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, i
         key: (list(c.token_ids), c.finish_reason, c.stop_reason, c.num_tokens, c.cumulative_logprob, c.logprobs)
         for key, c in completions.items()
     }
+
+
+@torch.inference_mode()
+def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of every position of every row, all rows in one packed step."""
+    engine = make_engine(model)
+    total = sum(map(len, rows))
+    tokens, chunks, start = np.zeros(engine._pad(total), np.int64), [], 0
+    for row in rows:
+        tokens[start : start + len(row)] = row
+        blocks = engine.pool.take(-(-len(row) // engine.cache.block_size))
+        chunks.append(Chunk(start, 0, len(row), blocks))
+        start += len(row)
+    hidden = model(
+        torch.from_numpy(tokens).to(engine.device), model.ops.prefill(model, engine.cache, chunks, len(tokens))
+    )
+    return list(model.logits(hidden)[:total].cpu().split([len(row) for row in rows]))

@@ -122,7 +122,9 @@ def choose_sizes(model: Mixtral, checkpoint: Checkpoint, config: EngineConfig) -
         free = int(free_bytes() * config.gpu_memory_utilization) - workspace
     else:
         rows = config.max_num_seqs or MAX_NUM_SEQS_GPU
-        workspace = measure_workspace(model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE)
+        workspace = measure_workspace(
+            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, config.cuda_graphs
+        )
         free = gpu_cache_bytes(*torch.cuda.mem_get_info(device), workspace, config.gpu_memory_utilization)
     block_bytes = KVCache.block_bytes(checkpoint.config, BLOCK_SIZE, dtype)
     blocks = kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows)

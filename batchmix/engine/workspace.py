@@ -12,14 +12,13 @@ from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
 
 
-def measure_workspace(model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, block_size: int) -> int:
-    """Bytes that the GPU's largest prefill step and its largest decode step take. Compiles their kernels too.
-
-    Their sum: CUDA graphs of decode steps keep their memory.
-    """
-    return _peak(model, lambda: largest_prefill(model, prefill_tokens, max_model_len, block_size)) + _peak(
-        model, lambda: largest_decode(model, rows, max_model_len, block_size)
-    )
+def measure_workspace(
+    model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, block_size: int, graphs: bool
+) -> int:
+    """Bytes that a GPU's largest step takes, and the memory that CUDA graphs of decode keep. Compiles kernels too."""
+    prefill = _peak(model, lambda: largest_prefill(model, prefill_tokens, max_model_len, block_size))
+    decode = _peak(model, lambda: largest_decode(model, rows, max_model_len, block_size))
+    return max(prefill, decode) + decode * graphs
 
 
 def _peak(model: Mixtral, step: Callable[[], None]) -> int:

@@ -8,10 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import load, make_engine, prompts, run
+from engines import load, make_engine, packed_logits, prompts, run
 
+from batchmix.config import EngineConfig, ModelConfig
 from batchmix.data.stop_strings import build_stop_table
+from batchmix.engine.graphs import cuda_capture
+from batchmix.engine.start import start_engine
 from batchmix.engine.workspace import largest_decode, largest_prefill
+from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.triton_ops import TritonOperators
 
 V = 128
@@ -70,6 +74,12 @@ def mixed():
     return [replace(row, sampling=replace(row.sampling, **asked)) for row, asked in zip(rows, MIXED, strict=True)]
 
 
+def test_logits_of_a_packed_prefill(folder, model):
+    rows = [list(row.token_ids) for row in prompts(4, V, seed=6, longest=40)]
+    for ours, theirs in zip(packed_logits(model, rows), packed_logits(load(folder), rows), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
 def test_every_kind_of_sampling_side_by_side(folder, model, mixed):
     expected = run(engine(load(folder)), mixed)
     assert {c.finish_reason for c in expected.values()} == {"stop", "length"}
@@ -125,3 +135,25 @@ def test_float16_runs(folder):
     rows = prompts(2, V, seed=4, longest=8, max_tokens=3)
     found = run(engine(load(folder, torch.float16, operators=TritonOperators())), rows)
     assert all(c.num_tokens for c in found.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_cuda_graphs_change_no_token(folder, batch_invariant):
+    model = load(folder, operators=TritonOperators(batch_invariant))
+    rows = prompts(40, V, seed=7, longest=16, temperature=1.0, max_tokens=12, presence_penalty=0.3)
+    expected = run(engine(model), rows)
+    fast = engine(model, max_num_seqs=8, steps_per_read=3, capture=cuda_capture())
+    found = run(fast, rows)
+    assert_same(found, expected)
+    assert fast.graphs.num_replayed > fast.graphs.num_captured > 0
+
+
+@pytest.mark.gpu
+def test_start_gives_the_cache_what_is_left():
+    started = start_engine(
+        open_checkpoint(ModelConfig()), None, EngineConfig(gpu_memory_utilization=0.5), lambda: False
+    )
+    free, total = torch.cuda.mem_get_info()
+    assert free >= 0.4 * total
+    assert run(started, prompts(3, 32000, longest=30)).keys() == {(f"row-{row}", 0) for row in range(3)}
