@@ -139,14 +139,17 @@ class SamplingConfig:
 class EngineConfig:
     """How the work is laid out on the device."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    backend: Backend = Backend.auto
+    device: str = "auto"  # auto: a GPU if there is one; cpu, cuda, cuda:1, ...
+    backend: Backend = Backend.auto  # auto: triton on a GPU, torch on the CPU
     gpu_memory_utilization: float = 0.9  # share of the device's memory; on CPU, of the memory now free
-    max_num_seqs: int | None = None  # rows decoded together; null: as many as the KV cache holds, at most 256 on CPU
+    max_num_seqs: int | None = (
+        None  # rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU
+    )
     max_num_batched_tokens: int = 8192  # prompt tokens in one prefill step; a chunk of a long prompt may have 2,048
     sort_window: int = 16384  # rows held at once and sorted by length
     share_prefix: bool = True  # triton backend only
     cuda_graphs: bool = True  # triton backend only
+    batch_invariant: bool = False  # triton backend: the same tiles for any number of rows; torch's are so already
     trace: bool = False  # write _trace.json, a Chrome trace of all threads and the device, into output.dir
 
 

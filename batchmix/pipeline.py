@@ -18,6 +18,7 @@ from batchmix.data.rowset import RowSet
 from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from batchmix.engine.device import choose_place
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import BLOCK_SIZE, check_engine, start_engine
 from batchmix.errors import BatchmixError
@@ -47,10 +48,11 @@ def generate(config: Config) -> None:
     BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
     """
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
-        check_engine(config.engine)
+        choose_place(config.engine)
         check_apart(config.data, Path(config.output.dir))
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
+        check_engine(checkpoint, config.engine)
         tokenizer = load_tokenizer(checkpoint.folder)
         with closing(_open_output(config, source, checkpoint, tokenizer)) as output:
             if output.complete:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,9 @@ from common import save
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
-from batchmix.engine import engine as engine_module
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.sampling import choose
+from batchmix.model import torch_backend
 from batchmix.model.config import MixtralConfig
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
@@ -44,10 +44,12 @@ class NoModel:
     config = CONFIG
 
     def __init__(self, most: int) -> None:
+        self.cos = self.sin = torch.zeros(CONFIG.max_position_embeddings, CONFIG.head_dim // 2)
+        self.ops = SimpleNamespace(**{name: getattr(torch_backend, name) for name in torch_backend.__all__})
         self._hidden = torch.zeros(most, CONFIG.hidden_size)
         self._logits = torch.randn(most, CONFIG.vocab_size)
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, attend: object) -> Tensor:
+    def __call__(self, token_ids: Tensor, attend: object) -> Tensor:
         return self._hidden[: len(token_ids)]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -61,13 +63,13 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
     def timed(*arguments: Any) -> Any:
         nonlocal choosing
         started = time.perf_counter()
-        chosen = choose(*arguments)
+        chosen = torch_backend.choose(*arguments)
         choosing = time.perf_counter() - started
         return chosen
 
-    engine_module.choose = timed
     cache = KVCache(CONFIG, rows * 40, 64, torch.float32, torch.device("cpu"))
     model = NoModel(1 << 20)
+    model.ops.choose = timed
     engine = Engine(
         model, cache, max_num_seqs=rows, max_num_batched_tokens=8192, max_model_len=2048, eos_token_ids=(2,),
         stop_table=None,

@@ -18,14 +18,13 @@ import torch
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
+from batchmix.engine.graphs import Step, StepGraphs, ladder, rung
 from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
-from batchmix.engine.sampling import choose
 from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import BatchmixError
+from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
-from batchmix.model.torch_attention import Chunk, DecodeAttention, PrefillAttention
-from batchmix.model.torch_ops import pad_rows
 from batchmix.records import Batch, Completion, FinishReason, Prompt
 from batchmix.report.clock import StageClock
 from batchmix.report.device_clock import DeviceClock
@@ -78,8 +77,13 @@ class Engine:
         stop_table: Callable[[SamplingConfig], StopTable] | None,
         should_stop: Callable[[], bool] = lambda: False,
         prefill_chunk: int = PREFILL_CHUNK,
+        steps_per_read: int = 1,
+        capture: Callable[[Step], Step] | None = None,
     ) -> None:
+        """`steps_per_read`: decode steps between two looks at what they did; more than 1 needs a backend that leaves
+        ended rows alone. `capture` makes a CUDA graph of a step."""
         self.model = model
+        self.ops = model.ops
         self.cache = cache
         self.pool = BlockPool(cache.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -89,16 +93,22 @@ class Engine:
         blocks_per_row = -(-max_model_len // cache.block_size)
         if blocks_per_row > self.pool.num_blocks:
             raise ValueError(f"{self.pool.num_blocks} KV blocks cannot hold one row of {max_model_len} tokens")
-        # Slots come in the row tiles that a decode step runs in.
+        self.device = cache.keys.device
         self._make_slots = partial(
             Slots,
             vocab_size=model.config.vocab_size,
             blocks_per_row=blocks_per_row,
             eos_token_ids=eos_token_ids,
             stop_table=stop_table,
-            device=cache.keys.device,
+            device=self.device,
+            row_tile=self.ops.row_tile,
+            steps_per_read=steps_per_read,
         )
+        self._make_graphs = partial(StepGraphs, capture)
         self.slots = self._make_slots(max_num_seqs)
+        self.steps_per_read = steps_per_read
+        self.graphs = self._make_graphs()
+        self.ladder = ladder(max_num_seqs)
         self.rows: list[_Row] = []  # of slot 0, 1, ...
         self.waiting: deque[_Waiting] = deque()
         self.stats = EngineStats(kv_blocks_total=self.pool.num_blocks)
@@ -156,7 +166,8 @@ class Engine:
         self.max_num_batched_tokens = max(self.prefill_chunk, before[1] // 2)
         self.rows, self._admissions = [], []
         self.pool = BlockPool(self.cache.num_blocks)
-        self.slots = self._make_slots(max(1, before[0] // 2))
+        self.slots, self.graphs = self._make_slots(max(1, before[0] // 2)), self._make_graphs()
+        self.ladder = ladder(self.slots.capacity)
         if self.cache.keys.is_cuda:
             torch.cuda.empty_cache()
         self.stats.out_of_memory += 1
@@ -194,8 +205,8 @@ class Engine:
         size = self.cache.block_size
         expected = self._mean_length or 64.0
         needed = len(waiting.prompt.token_ids) + min(expected, waiting.prompt.sampling.max_tokens)
-        generated = self.slots.generated[: len(self.rows)].numpy()
-        limit = np.minimum(np.maximum(expected, 2.0 * generated), self.slots.max_tokens[: len(self.rows)].numpy())
+        generated = self.slots.host["generated"][: len(self.rows)]
+        limit = np.minimum(np.maximum(expected, 2.0 * generated), self.slots.host["max_tokens"][: len(self.rows)])
         reserve = float(np.maximum(limit - generated, 0).sum())
         return self.pool.num_free * size >= needed + reserve + size * (len(self.rows) + 1)
 
@@ -249,16 +260,14 @@ class Engine:
     def _prefill_pack(self, pack: list[tuple[_Admission, int, int]]) -> None:
         lengths = np.array([length for _, _, length in pack])
         ends = lengths.cumsum()
-        total = pad_rows(int(ends[-1]))
-        tokens, positions = np.zeros(total, np.int64), np.zeros(total, np.int64)
+        tokens = np.zeros(self._pad(int(ends[-1])), np.int64)
         chunks = []
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
-            positions[end - length : end] = np.arange(start, start + length)
             chunks.append(Chunk(end - length, start, length, admission.blocks))
-        attend = PrefillAttention(self.cache, chunks, total)
+        attend = self.ops.prefill(self.model, self.cache, chunks, len(tokens))
         with self.device_clock.work("prefill"):
-            hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), attend)
+            hidden = self.model(torch.from_numpy(tokens).to(self.device), attend)
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             if start + length == len(admission.prompt.token_ids):
                 admission.last_hidden = hidden[end - 1].clone()
@@ -287,56 +296,80 @@ class Engine:
                 self._admitted += 1
                 assert admission.last_hidden is not None
                 hidden.append(admission.last_hidden)
-        stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * (pad_rows(len(hidden)) - len(hidden)))
+        stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * (self._pad(len(hidden)) - len(hidden)))
+        self.slots.upload()
         with self.device_clock.work("prefill"):
-            self._choose(first, self.model.logits(stacked)[: len(hidden)])
+            self._choose(first, self.model.logits(stacked)[: len(hidden)], decoded=False)
+        self._read()
 
-    def _choose(self, first: int, logits: torch.Tensor) -> None:
-        tokens, logprobs = choose(logits, self.slots, first)
+    def _pad(self, tokens: int) -> int:
+        """`tokens` rounded up to a count that a step may have."""
+        tile = self.ops.row_tile
+        return -(-tokens // tile) * tile
+
+    def _choose(self, first: int, logits: torch.Tensor, decoded: bool) -> None:
+        tokens, logprobs = self.ops.choose(logits, self.slots, first)
         if logprobs is not None:
             self.slots.log_logprobs(first + logprobs.rows, logprobs.chosen, logprobs.top_ids, logprobs.top)
-        self.slots.advance(first, tokens)
-        self.stats.completion_tokens += len(tokens)
+        self.ops.advance(self.slots, first, tokens, decoded)
+
+    def _read(self) -> None:
+        self.stats.completion_tokens += self.slots.read()
         self.stats.last_token_time = time.time()
 
     def _decode(self) -> None:
-        """One token for every active row."""
-        self._take_blocks()
-        active, size = len(self.rows), pad_rows(len(self.rows))
-        tokens, context = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        tokens[:active], context[:active] = self.slots.token[:active], self.slots.context[:active]
-        width = int(context.max()) // self.cache.block_size + 1
-        table = self.slots.block_table[:active, :width]
-        attend = DecodeAttention(self.cache, table, context[:active] + 1, self.pool.is_shared(table))
+        """A few tokens for every active row, or one if their log-probabilities are wanted, which the host keeps."""
+        active, host = len(self.rows), self.slots.host
+        wants_logprobs = bool(host["wants_logprob"][:active].any())
+        left = int((host["max_tokens"][:active] - host["generated"][:active]).max())
+        steps = 1 if wants_logprobs else min(self.steps_per_read, left)
+        self._take_blocks(steps)
+        active = len(self.rows)
+        # A power of two, so that a graph serves for a while.
+        width = 1 << int(self.slots.num_blocks[:active].max() - 1).bit_length()
+        width = min(width, self.slots.block_table.shape[1])
+        self.slots.upload()
         with self.device_clock.work("decode"):
-            hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(context), attend)
-            self.slots.context[:active] += 1
-            self._choose(0, self.model.logits(hidden)[:active])
+            for _ in range(steps):
+                if wants_logprobs or not self.graphs.enabled:
+                    self._step(active, self._pad(active), width)
+                else:  # over free slots too, so that few sizes serve all
+                    size = rung(self.ladder, active)
+                    self.graphs.run((size, width), self.slots.tables(), partial(self._step, size, size, width))
+        self._read()
         self.stats.running = active
         self.stats.kv_blocks_used = self.pool.num_used
 
-    def _take_blocks(self) -> None:
-        """A block for every row whose next token begins one; the youngest rows give way where there are too few."""
+    def _step(self, rows: int, size: int, width: int) -> None:
+        """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""
+        attend = self.ops.decode(self.model, self.cache, self.slots, rows, size, width)
+        hidden = self.model(self.slots.token[:size], attend)
+        self._choose(0, self.model.logits(hidden)[:rows], decoded=True)
+
+    def _take_blocks(self, steps: int) -> None:
+        """The blocks that rows write to in so many steps; the youngest rows give way where there are too few."""
         while True:
             active = len(self.rows)
-            context = self.slots.context[:active].numpy()
-            place = context // self.cache.block_size
-            needing = np.flatnonzero(place >= self.slots.num_blocks[:active])
+            host, held = self.slots.host, self.slots.num_blocks[:active]
+            left = host["max_tokens"][:active] - host["generated"][:active]
+            last = host["context"][:active] + np.minimum(steps, left) - 1  # position that is written last
+            missing = np.maximum(last // self.cache.block_size + 1 - held, 0)
+            needing = np.repeat(np.arange(active), missing)  # a slot as often as it needs blocks
             try:
                 blocks = self.pool.take(len(needing))
             except OutOfBlocks:
                 self._put_back(max(range(active), key=lambda slot: self.rows[slot].order))
                 continue
-            self.slots.block_table[needing, place[needing]] = blocks
-            self.slots.num_blocks[needing] += 1
             for slot, block in zip(needing.tolist(), blocks, strict=True):
+                self.slots.block_table[slot, len(self.rows[slot].blocks)] = block
                 self.rows[slot].blocks.append(block)
+            held += missing
             return
 
     def _put_back(self, slot: int) -> None:
         """Take a row out of the batch. It starts again later and, as its random numbers are keyed, ends the same."""
         row = self.rows[slot]
-        self.stats.completion_tokens -= int(self.slots.generated[slot])
+        self.stats.completion_tokens -= int(self.slots.num_read[slot])
         self._free(slot)
         if self.waiting and self.waiting[0].prompt is row.prompt:
             self.waiting[0].samples.insert(0, row.sample)
@@ -353,7 +386,7 @@ class Engine:
 
     def _collect(self) -> Iterator[Completion]:
         """Hand out the rows that have ended and free their slots, the highest first so that slots below keep theirs."""
-        ended = np.flatnonzero(self.slots.finish[: len(self.rows)].numpy())
+        ended = np.flatnonzero(self.slots.host["finish"][: len(self.rows)])
         completions = [self._completion(slot) for slot in ended.tolist()]
         for slot in ended[::-1].tolist():
             self._free(slot)
@@ -367,13 +400,13 @@ class Engine:
     def _completion(self, slot: int) -> Completion:
         row, slots = self.rows[slot], self.slots
         sampling = row.prompt.sampling
-        finish, count = int(slots.finish[slot]), int(slots.generated[slot])
+        finish, count = int(slots.host["finish"][slot]), int(slots.num_read[slot])
         tokens = slots.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist()
         stop_reason: str | int | None = None
         if finish == STOP_TOKEN:
-            stop_reason = int(slots.stop_reason[slot])
+            stop_reason = int(slots.host["stop_reason"][slot])
         elif finish == STOP_STRING:
-            stop_reason = (sampling.stop or [])[int(slots.stop_reason[slot])]
+            stop_reason = (sampling.stop or [])[int(slots.host["stop_reason"][slot])]
         logprobs = slots.row_logprobs(slot) if sampling.logprobs is not None else None
         return Completion(
             row.prompt,

@@ -13,7 +13,7 @@ from engines import answers, load, make_engine, prompts, run, threads
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table, find_stop
 from batchmix.errors import BatchmixError
-from batchmix.model import torch_ops
+from batchmix.model import torch_backend
 from batchmix.model.mixtral import Mixtral
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
@@ -116,14 +116,15 @@ class ShortOfMemory:
         self.operator, self.calls, self.count = operator, calls, 0
 
     def __getattr__(self, name: str):
-        function = getattr(torch_ops, name)
+        found = getattr(torch_backend, name)
+        if name != self.operator:
+            return found
 
         def run(*arguments):
-            if name == self.operator:
-                self.count += 1
-                if self.count in self.calls:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-            return function(*arguments)
+            self.count += 1
+            if self.count in self.calls:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found(*arguments)
 
         return run
 
