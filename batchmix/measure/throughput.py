@@ -21,7 +21,7 @@ import torch
 from batchmix import pipeline
 from batchmix.config import Config, DataConfig, Dtype, ModelConfig, ModelFormat, OutputConfig, SamplingConfig
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.start import BLOCK_SIZE
+from batchmix.engine.start import BLOCK_SIZE, check_engine
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
@@ -44,7 +44,9 @@ def benchmark_throughput(config: Config) -> Path:
     """Run, print a line for each workload and engine as it is known, and write it all to a JSON file, whose path is given."""
     benchmark = config.benchmark
     names, peers = _names(config), _peers(config)
-    device = torch.device("cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu")
+    check_engine(config.engine)
+    wanted = config.engine.device
+    device = torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and benchmark.shape != "tiny":
         raise BatchmixError(
             f"benchmark throughput: there is no GPU, and benchmark.shape={benchmark.shape} would take days on a CPU; to"
@@ -192,16 +194,15 @@ def _run(config: Config, folder: Path, work: Work, device: torch.device) -> dict
 def _peak_memory(device: torch.device) -> Iterator[list[int]]:
     """Most bytes at once: on a GPU of tensors since the start of the block, on a CPU of this process so far."""
     peak = [0]
-    gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     yield peak
     if device.type == "cuda":
         peak[0] = torch.cuda.max_memory_allocated(device)
+        gc.collect()  # the engine and its graphs, so that the next one, or a peer's process, finds the GPU empty
+        torch.cuda.empty_cache()
     else:
         peak[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    gc.collect()
 
 
 def _device(
