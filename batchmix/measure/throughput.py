@@ -21,7 +21,8 @@ import torch
 from batchmix import pipeline
 from batchmix.config import Config, DataConfig, Dtype, ModelConfig, ModelFormat, OutputConfig, SamplingConfig
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.start import BLOCK_SIZE, check_engine
+from batchmix.engine.device import choose_place
+from batchmix.engine.start import BLOCK_SIZE
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
@@ -44,9 +45,7 @@ def benchmark_throughput(config: Config) -> Path:
     """Run, print a line for each workload and engine as it is known, and write it all to a JSON file, whose path is given."""
     benchmark = config.benchmark
     names, peers = _names(config), _peers(config)
-    check_engine(config.engine)
-    wanted = config.engine.device
-    device = torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_place(config.engine).device
     if device.type == "cpu" and benchmark.shape != "tiny":
         raise BatchmixError(
             f"benchmark throughput: there is no GPU, and benchmark.shape={benchmark.shape} would take days on a CPU; to"
