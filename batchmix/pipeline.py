@@ -136,7 +136,10 @@ def _run(
         keep=source.schema.names,
         clock=clock,
     )
-    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window)
+    limits = Limits(
+        engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window,
+        share_prefix=engine.prefixes is not None,
+    )  # fmt: skip
     with (
         Trace(output.trace_path) if config.engine.trace else nullcontext() as trace,
         closing(prompts),

@@ -81,11 +81,15 @@ def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sa
 
 def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict[tuple[str, int], Completion]:
     """All completions by (row id, sample)."""
-    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, sort_window)
+    limits = Limits(
+        engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, sort_window,
+        share_prefix=engine.prefixes is not None,
+    )  # fmt: skip
     found = list(engine.generate(plan(rows, limits)))
     by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
     assert len(by_key) == len(found), "a sample came out twice"
-    assert engine.pool.num_used == 0, "blocks were not returned"
+    kept = 0 if engine.prefixes is None else engine.prefixes.num_unused()
+    assert engine.pool.num_used == kept, "blocks were not returned"
     assert engine.slots.num_active == 0
     return by_key
 

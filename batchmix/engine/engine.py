@@ -20,6 +20,7 @@ from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
 from batchmix.engine.graphs import Step, StepGraphs, ladder, rung
 from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
+from batchmix.engine.prefix_cache import PrefixCache
 from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import BatchmixError
@@ -59,6 +60,7 @@ class _Admission:
     prompt: Prompt
     samples: list[int]
     blocks: list[int]
+    cached: int  # tokens whose keys and values are there already: a shared prefix
     last_hidden: torch.Tensor | None = field(default=None, repr=False)  # [D]
 
 
@@ -79,6 +81,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         steps_per_read: int = 1,
         capture: Callable[[Step], Step] | None = None,
+        share_prefix: bool = False,
     ) -> None:
         """`steps_per_read`: decode steps between two looks at what they did; more than 1 needs a backend that leaves
         ended rows alone. `capture` makes a CUDA graph of a step."""
@@ -86,6 +89,7 @@ class Engine:
         self.ops = model.ops
         self.cache = cache
         self.pool = BlockPool(cache.num_blocks)
+        self.prefixes = PrefixCache(self.pool, cache.block_size) if share_prefix else None
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.should_stop = should_stop
@@ -208,7 +212,18 @@ class Engine:
         generated = self.slots.host["generated"][: len(self.rows)]
         limit = np.minimum(np.maximum(expected, 2.0 * generated), self.slots.host["max_tokens"][: len(self.rows)])
         reserve = float(np.maximum(limit - generated, 0).sum())
-        return self.pool.num_free * size >= needed + reserve + size * (len(self.rows) + 1)
+        needed += reserve + size * (len(self.rows) + 1)
+        return self.pool.num_free * size >= needed or self._num_available() * size >= needed
+
+    def _num_available(self) -> int:
+        """Blocks that are free, or can be: prefixes stay in the cache only for as long as there is room."""
+        return self.pool.num_free + (self.prefixes.num_unused() if self.prefixes is not None else 0)
+
+    def _take(self, count: int) -> list[int]:
+        """`count` blocks; OutOfBlocks if fewer are available."""
+        if self.prefixes is not None:
+            self.prefixes.release(count - self.pool.num_free)
+        return self.pool.take(count)
 
     def _admit(self) -> None:
         """Fill free slots with waiting prompts: take their blocks, prefill them packed, choose their first tokens."""
@@ -217,18 +232,25 @@ class Engine:
         admissions: list[_Admission] = []
         self._admissions = admissions
         slots_left = self.slots.capacity - len(self.rows)
-        blocks_left = self.pool.num_free
+        promised = 0  # blocks for further samples, taken when those start
         while self.waiting and slots_left and (not admissions or self._fits(self.waiting[0])):
             waiting = self.waiting[0]
             prompt, samples = waiting.prompt, waiting.samples[:slots_left]
-            num_blocks = -(-(len(prompt.token_ids) + 1) // size)
-            # Each further sample has a last block of its own.
-            samples = samples[: 1 + max(0, blocks_left - num_blocks)]
-            if num_blocks + len(samples) - 1 > blocks_left:
+            shared = self.prefixes.lookup(prompt.token_ids, prompt.shared_tokens) if self.prefixes is not None else []
+            num_blocks = -(-(len(prompt.token_ids) + 1) // size) - len(shared)
+            available = self._num_available() - promised
+            if num_blocks > available:
+                self.pool.release(shared)
                 break
-            blocks_left -= num_blocks + len(samples) - 1
+            # Each further sample has a last block of its own.
+            samples = samples[: 1 + available - num_blocks]
+            promised += len(samples) - 1
             slots_left -= len(samples)
-            admissions.append(_Admission(prompt, samples, self.pool.take(num_blocks)))
+            blocks = shared + self._take(num_blocks)
+            if self.prefixes is not None:  # from now on: prompts behind this one in the same prefill step may read them
+                self.prefixes.keep(prompt.token_ids, prompt.shared_tokens, blocks)
+            admissions.append(_Admission(prompt, samples, blocks, len(shared) * size))
+            self.stats.shared_tokens += len(shared) * size
             del waiting.samples[: len(samples)]
             if not waiting.samples:
                 self.waiting.popleft()
@@ -246,10 +268,10 @@ class Engine:
         room = self.max_num_batched_tokens
         for admission in admissions:
             total = len(admission.prompt.token_ids)
-            for start in range(0, total, self.prefill_chunk):
+            for start in range(admission.cached, total, self.prefill_chunk):
                 length = min(self.prefill_chunk, total - start)
-                # A later chunk reads what the earlier one of its row wrote, so they never share a step.
-                if pack and (length > room or start > 0):
+                # What a chunk reads of earlier ones may be of its own step: each layer writes before it attends.
+                if pack and length > room:
                     self._prefill_pack(pack)
                     pack, room = [], self.max_num_batched_tokens
                 pack.append((admission, start, length))
@@ -284,7 +306,7 @@ class Engine:
             limit = min(prompt.sampling.max_tokens, self.max_model_len - len(prompt.token_ids))
             for i, sample in enumerate(admission.samples):
                 if i:  # full blocks are shared, the last one is the sample's own
-                    own = self.pool.take(1)
+                    own = self._take(1)
                     self.cache.copy_block(admission.blocks[-1], own[0])
                     self.pool.share(admission.blocks[:-1])
                     blocks = admission.blocks[:-1] + own
@@ -356,7 +378,7 @@ class Engine:
             missing = np.maximum(last // self.cache.block_size + 1 - held, 0)
             needing = np.repeat(np.arange(active), missing)  # a slot as often as it needs blocks
             try:
-                blocks = self.pool.take(len(needing))
+                blocks = self._take(len(needing))
             except OutOfBlocks:
                 self._put_back(max(range(active), key=lambda slot: self.rows[slot].order))
                 continue

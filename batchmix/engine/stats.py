@@ -10,6 +10,7 @@ class EngineStats:
     """Totals since the start, and the state of the last step. Seconds, tokens, blocks; times are time.time()."""
 
     prompt_tokens: int = 0  # prefilled
+    shared_tokens: int = 0  # of prompts, not prefilled because an earlier prompt begins alike
     completion_tokens: int = 0
     running: int = 0  # rows in the last decode step
     waiting: int = 0  # prompts in the engine without a slot

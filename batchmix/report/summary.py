@@ -38,6 +38,7 @@ class RunStatistics:
             "error_rows": self.totals.error_rows,
             "prompt_tokens": self.totals.prompt_tokens,
             "completion_tokens": self.totals.completion_tokens,
+            "shared_prompt_tokens": self.stats.shared_tokens,
             "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in _STAGES},
             "total_seconds": round(self.total_seconds, 3),
             "generate_seconds": round(generate, 3),
