@@ -147,7 +147,7 @@ class EngineConfig:
     )
     max_num_batched_tokens: int = 8192  # prompt tokens in one prefill step; a chunk of a long prompt may have 2,048
     sort_window: int = 16384  # rows held at once and sorted by length
-    share_prefix: bool = True  # triton backend only
+    share_prefix: bool = True  # triton backend only: what prompts begin with in common is computed once
     cuda_graphs: bool = True  # triton backend only
     batch_invariant: bool = False  # triton backend: the same tiles for any number of rows; torch's are so already
     trace: bool = False  # write _trace.json, a Chrome trace of all threads and the device, into output.dir

@@ -170,6 +170,8 @@ class Engine:
         self.max_num_batched_tokens = max(self.prefill_chunk, before[1] // 2)
         self.rows, self._admissions = [], []
         self.pool = BlockPool(self.cache.num_blocks)
+        if self.prefixes is not None:
+            self.prefixes = PrefixCache(self.pool, self.cache.block_size)
         self.slots, self.graphs = self._make_slots(max(1, before[0] // 2)), self._make_graphs()
         self.ladder = ladder(self.slots.capacity)
         if self.cache.keys.is_cuda:
@@ -350,13 +352,16 @@ class Engine:
         # A power of two, so that a graph serves for a while.
         width = 1 << int(self.slots.num_blocks[:active].max() - 1).bit_length()
         width = min(width, self.slots.block_table.shape[1])
+        captured = self.graphs.enabled and not wants_logprobs
+        # A captured step runs over free slots too, so that few sizes serve all.
+        size = rung(self.ladder, active) if captured else self._pad(active)
         self.slots.upload()
+        self.ops.find_shared(self.model, self.cache, self.slots, size)
         with self.device_clock.work("decode"):
             for _ in range(steps):
-                if wants_logprobs or not self.graphs.enabled:
-                    self._step(active, self._pad(active), width)
-                else:  # over free slots too, so that few sizes serve all
-                    size = rung(self.ladder, active)
+                if not captured:
+                    self._step(active, size, width)
+                else:
                     self.graphs.run((size, width), self.slots.tables(), partial(self._step, size, size, width))
         self._read()
         self.stats.running = active

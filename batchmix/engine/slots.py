@@ -82,6 +82,7 @@ class Slots:
         self.vocab_size = vocab_size
         self.build_stop_table = stop_table
         self.num_active = 0
+        self.version = 0  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.host: dict[str, np.ndarray] = {}  # the host's side of each field above
         self._columns: list[Mirror] = []  # [fields, slots]
@@ -149,6 +150,7 @@ class Slots:
         """Give the next free slot to one sample of a prompt whose tokens are in the cache."""
         slot = self.num_active
         self.num_active += 1
+        self.version += 1
         sampling = prompt.sampling
         host = self.host
         host["context"][slot] = len(prompt.token_ids)
@@ -178,6 +180,7 @@ class Slots:
         if self.host["stop_base"][slot] >= 0:
             self.automata.release(_stop_key(sampling))
         self.num_active -= 1
+        self.version += 1
         last = self.num_active
         for mirror in self._columns:
             mirror.array[:, slot] = mirror.array[:, last]

@@ -86,6 +86,8 @@ def start_engine(
         should_stop=should_stop,
         steps_per_read=1 if device.type == "cpu" else STEPS_PER_READ_GPU,
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs else None,
+        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
+        share_prefix=config.share_prefix and place.backend is Backend.triton,
     )
 
 
@@ -96,7 +98,7 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
     # Not at the top: triton takes a second to import, and a CPU-only machine may lack it.
     from batchmix.model.triton_ops import TritonOperators
 
-    return TritonOperators(config.batch_invariant)
+    return TritonOperators(config.batch_invariant, config.share_prefix)
 
 
 def _check_products(weights: Weights, max_rows: int) -> None:

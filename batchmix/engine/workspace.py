@@ -56,6 +56,7 @@ def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: in
     for name, value in (("finish", RUNNING), ("context", max_model_len - 1), ("temperature", 1.0), ("top_p", 0.9)):
         slots.host[name][:rows] = value
     slots.upload()
+    ops.find_shared(model, cache, slots, len(slots.token))
     hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))
     tokens, _ = ops.choose(model.logits(hidden)[:rows], slots, 0)
     ops.advance(slots, 0, tokens, True)

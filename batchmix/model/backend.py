@@ -59,6 +59,9 @@ class Operators(Protocol):
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         """Attention of packed prompt chunks; tokens in no chunk are padding."""
 
+    def find_shared(self, model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+        """See which KV blocks the rows of the next steps have in common; outside of captured steps."""
+
     def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
         """Attention of the last tokens of slots 0..rows-1, whose contexts lie in `width` blocks at most.
 

@@ -19,7 +19,18 @@ from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
 from batchmix.model.torch_ops import ROW_TILE, add_rms_norm, linear, moe, rms_norm, rotate
 
-__all__ = ["add_rms_norm", "advance", "choose", "decode", "linear", "moe", "prefill", "rms_norm", "row_tile"]
+__all__ = [
+    "add_rms_norm",
+    "advance",
+    "choose",
+    "decode",
+    "find_shared",
+    "linear",
+    "moe",
+    "prefill",
+    "rms_norm",
+    "row_tile",
+]
 row_tile = ROW_TILE
 
 
@@ -29,6 +40,10 @@ def prefill(model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens:
     for chunk in chunks:
         positions[chunk.offset : chunk.offset + chunk.length] = np.arange(chunk.start, chunk.start + chunk.length)
     return _rotating(model, torch.from_numpy(positions), PrefillAttention(cache, chunks, num_tokens))
+
+
+def find_shared(model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+    """See `Operators`. Every row attends to its blocks on its own here."""
 
 
 def decode(model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.engine.slots import RUNNING, Slots
-from batchmix.kernels.attention_decode import decode_attention, plan_decode
+from batchmix.kernels.attention_decode import SharedSplits, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
 from batchmix.kernels.rotary import rotate_and_cache
 from batchmix.model.backend import Chunk
@@ -66,14 +66,16 @@ class DecodeAttention(_Paged):
     large enough.
     """
 
-    def __init__(self, model: Mixtral, cache: KVCache, slots: Slots, num_slots: int, width: int) -> None:
+    def __init__(
+        self, model: Mixtral, cache: KVCache, slots: Slots, num_slots: int, width: int, shared: SharedSplits | None
+    ) -> None:
         running = slots.finish[:num_slots] == RUNNING
         position = slots.context[:num_slots] * running
         table = slots.device_blocks[:num_slots, :width]
         block = table.gather(1, (position // cache.block_size)[:, None])[:, 0].long()
         block = torch.where(running, block, SCRATCH_BLOCK)
         super().__init__(model, cache, position, block, position % cache.block_size)
-        self.plan = plan_decode(table, position + running, cache.block_size, self.ratio)
+        self.plan = plan_decode(table, position + running, cache.block_size, self.ratio, shared)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         attended: Tensor = decode_attention(*self._rotate(layer, qkv), *self.plan)

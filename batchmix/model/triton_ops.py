@@ -14,18 +14,28 @@ from batchmix.engine.sampling import Logprobs, largest
 from batchmix.engine.slots import Slots
 from batchmix.kernels import linear, moe, norm, sampling
 from batchmix.kernels import slots as slot_kernels
+from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.triton_attention import DecodeAttention, PrefillAttention
 
+_SHARED_SPLITS = 1  # items of shared splits for each row of a step; what does not fit is left to the rows
+
 
 class TritonOperators:
-    """See `Operators`. With `batch_invariant` a row's products have the same bits in any company, by construction."""
+    """See `Operators`. With `batch_invariant` a row's products have the same bits in any company, by construction.
+
+    With `share_prefix` KV blocks that rows have in common are attended to once for all of them.
+    """
 
     row_tile = 1
 
-    def __init__(self, batch_invariant: bool = False) -> None:
+    def __init__(self, batch_invariant: bool = False, share_prefix: bool = False) -> None:
         self.batch_invariant = batch_invariant
+        self.share_prefix = share_prefix
+        self._shared: dict[
+            int, tuple[tuple[Slots, int], SharedSplits]
+        ] = {}  # by tokens of a step: found for which slots
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = norm.rms_norm(x, weight, eps)
@@ -44,8 +54,28 @@ class TritonOperators:
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         return PrefillAttention(model, cache, chunks, num_tokens)
 
+    def find_shared(self, model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+        if not self.share_prefix:
+            return
+        state = slots, slots.version
+        known = self._shared.get(num_tokens)
+        if known is not None and known[0] == state:
+            return
+        ratio = model.config.num_attention_heads // model.config.num_key_value_heads
+        table = torch.from_numpy(slots.block_table[:num_tokens])
+        context = torch.from_numpy(slots.host["context"][:num_tokens])
+        found = find_shared_splits(table, context, cache.block_size, ratio, capacity=_SHARED_SPLITS * num_tokens)
+        if known is None:
+            splits = found.to(cache.keys.device)
+        else:  # into the same memory, which a captured step reads
+            splits = known[1]
+            for kept, new in zip(splits, found, strict=True):
+                kept.copy_(new)
+        self._shared[num_tokens] = state, splits
+
     def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
-        return DecodeAttention(model, cache, slots, num_tokens, width)
+        shared = self._shared[num_tokens][1] if self.share_prefix else None
+        return DecodeAttention(model, cache, slots, num_tokens, width, shared)
 
     def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
         span = slice(first, first + len(logits))

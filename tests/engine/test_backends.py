@@ -15,6 +15,7 @@ from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.graphs import cuda_capture
 from batchmix.engine.start import start_engine
 from batchmix.engine.workspace import largest_decode, largest_prefill
+from batchmix.model import triton_ops
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.triton_ops import TritonOperators
 
@@ -134,6 +135,29 @@ def test_out_of_memory_between_graphs(folder, model, monkeypatch):
     assert (short.stats.out_of_memory, short.slots.capacity, short.ladder[-1]) == (1, 3, 3)
     assert short.graphs is not graphs
     assert short.slots.tables() != tables
+
+
+def test_rows_that_begin_alike_share_prefill_and_decode(folder, monkeypatch):
+    """A prefix of a whole split of the decode kernel, so that both the cache and the kernel share it."""
+    header = [3 + i % 90 for i in range(260)]
+    rows = prompts(5, V, seed=6, longest=6, temperature=1.0, max_tokens=4, logprobs=0)
+    rows = [replace(row, token_ids=header + list(row.token_ids)) for row in rows[:4]] + rows[4:]
+    size = {"block_size": 64, "kv_blocks": 30, "max_model_len": 320, "prefill_chunk": 128}
+    expected = run(engine(load(folder), **size), rows)
+    shared = []
+    original = triton_ops.find_shared_splits
+
+    def watched(*arguments, **options):
+        shared.append(original(*arguments, **options))
+        return shared[-1]
+
+    monkeypatch.setattr(triton_ops, "find_shared_splits", watched)
+    model = load(folder, operators=TritonOperators(share_prefix=True))
+    sharing = engine(model, share_prefix=True, **size)
+    assert_same(run(sharing, [replace(row) for row in rows]), expected)
+    assert sharing.stats.shared_tokens == 3 * 256
+    assert any((splits.rows >= 0).sum() == 4 for splits in shared), "one item of four rows"
+    assert len(shared) <= 4, "looked for when rows come and go, not in every step"
 
 
 def test_batch_invariant_products(folder):
