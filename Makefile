@@ -31,7 +31,7 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	$(RUN)ruff format .
 
 bench: $(INSTALLED)  ## run every benchmark on this machine
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(RUN)python "$$file" || exit 1; done
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; PYTHONPATH=benchmarks $(RUN)python "$$file" || exit 1; done
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

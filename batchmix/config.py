@@ -22,6 +22,7 @@ class ModelFormat(Enum):
     auto = "auto"
     hf = "hf"
     mistral = "mistral"
+    random = "random"
 
 
 class Dtype(Enum):
@@ -81,7 +82,8 @@ class ModelConfig:
     """Which checkpoint runs, and in which precision."""
 
     path: str = "tiny"  # folder, hub id, or `tiny` for the model that ships with batchmix
-    format: ModelFormat = ModelFormat.auto  # hf: config.json + safetensors; mistral: params.json + consolidated
+    # hf: config.json + safetensors; mistral: params.json + consolidated; random: config.json alone, to measure with
+    format: ModelFormat = ModelFormat.auto
     dtype: Dtype = Dtype.auto  # auto: as the checkpoint was saved
     quantization: Quantization | None = None
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
@@ -137,15 +139,19 @@ class SamplingConfig:
 class EngineConfig:
     """How the work is laid out on the device."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...; of several processes, the first one's
+    device: str = "auto"  # auto: a GPU if there is one; cpu, cuda, cuda:1, ...; of several processes, the first's
     data_parallel_size: int = 1  # models that run side by side on this machine, each with a share of the rows
-    backend: Backend = Backend.auto
+    backend: Backend = Backend.auto  # auto: triton on a GPU, torch on the CPU
     gpu_memory_utilization: float = 0.9  # share of the device's memory; on CPU, of the memory now free
-    max_num_seqs: int | None = None  # rows decoded together; null: as many as the KV cache holds, at most 256 on CPU
+    max_num_seqs: int | None = (
+        None  # rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU
+    )
     max_num_batched_tokens: int = 8192  # prompt tokens in one prefill step; a chunk of a long prompt may have 2,048
     sort_window: int = 16384  # rows held at once and sorted by length
-    share_prefix: bool = True  # triton backend only
+    share_prefix: bool = True  # triton backend only: what prompts begin with in common is computed once
     cuda_graphs: bool = True  # triton backend only
+    batch_invariant: bool = False  # triton backend: the same tiles for any number of rows; torch's are so already
+    trace: bool = False  # write _trace.json, a Chrome trace of all threads and the device, into output.dir
 
 
 @dataclass
@@ -184,9 +190,14 @@ class PlanConfig:
 class BenchmarkConfig:
     """What `batchmix benchmark` measures."""
 
-    name: str = "kernels"  # batchmix benchmark NAME is short for it
-    shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for Triton's interpreter
-    only: list[str] | None = None  # of moe, prefill, decode, linear, elementwise, sampling
+    name: str = "kernels"  # kernels or throughput; batchmix benchmark NAME is short for it
+    shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for machines without a GPU
+    # Of kernels' moe, prefill, decode, linear, elementwise, sampling; of throughput's annotate, synthesise, long.
+    only: list[str] | None = None
+    rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
+    layers: int | None = None  # of throughput's model; null: as many as fit
+    peers: list[str] | None = None  # of throughput, of transformers, generate_batch, vllm; null: all that are installed
+    peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
     tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536
     dir: str = "."  # where <date>-<gpu>-<name>.json goes

@@ -46,6 +46,11 @@ def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_to
     return activations + experts + max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
 
 
+def gpu_cache_bytes(free: int, total: int, workspace: int, utilization: float) -> int:
+    """What the KV cache may take of a GPU's `free` bytes: the share 1 - utilization of all its memory stays untouched."""
+    return int(free - workspace - (1 - utilization) * total)
+
+
 def kv_blocks(free: int, block_bytes: int, blocks_per_row: int, max_num_seqs: int) -> int:
     """Blocks for the KV cache: as many as `free` bytes hold, at most what max_num_seqs rows of full length use.
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from batchmix.config import Config, OnError
 from batchmix.data.columns import OutputColumns
-from batchmix.data.output_folder import OutputFolder
+from batchmix.data.output_folder import OutputFolder, trace_path
 from batchmix.data.parts import Parts, part_format
 from batchmix.data.prompt import build_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.sink import NO_SPACE, Sink
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import BLOCK_SIZE, check_engine, start_engine
 from batchmix.errors import BatchmixError
@@ -40,6 +41,7 @@ from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
 from batchmix.report.totals import Totals
+from batchmix.report.trace import Trace
 from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
 
@@ -53,10 +55,11 @@ def generate(config: Config) -> None:
     BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
     """
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
-        check_engine(config.engine)
+        check_places(config.engine, config.model.tensor_parallel_size)
         check_apart(config.data, Path(config.output.dir))
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
+        check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config)
         tokenizer = load_tokenizer(checkpoint.folder)
         run = _describe(config, source, checkpoint)
@@ -137,9 +140,10 @@ def _run(
     rows: Iterator[Row],
 ) -> RunStatistics:
     """The run in this process, as its user sees it."""
-    clock, stats, started = StageClock(), engine.stats, time.monotonic()
+    clock, stats, started = engine.clock, engine.stats, time.monotonic()
     with (
-        closing(_completions(config, source, tokenizer, engine, followers, rows, clock)) as completions,
+        _traced(config, engine, output.trace_path),
+        closing(_completions(config, source, tokenizer, engine, followers, rows)) as completions,
         Progress(source.shard_rows, output.num_done, stats) as progress,
         Metrics(output.root / "_metrics.jsonl", stats, progress.totals, config.shard.index),
         output.sink(tokenizer, clock) as sink,
@@ -147,7 +151,8 @@ def _run(
         for completion in completions:
             sink.write(completion)
             progress.count(completion)
-    return RunStatistics(progress.totals, stats, clock, time.monotonic() - started)
+        device_seconds = engine.device_clock.seconds()
+    return RunStatistics(progress.totals, stats, clock, time.monotonic() - started, device_seconds)
 
 
 def _completions(
@@ -157,7 +162,6 @@ def _completions(
     engine: Engine,
     followers: Followers,
     rows: Iterator[Row],
-    clock: StageClock,
 ) -> Generator[Completion, None, None]:
     """The chain of stages up to the engine; every stage but that works in a thread of its own."""
     prompts = build_prompts(
@@ -168,9 +172,12 @@ def _completions(
         max_model_len=engine.max_model_len,
         vocab_size=engine.model.config.vocab_size,
         keep=source.schema.names,
-        clock=clock,
+        clock=engine.clock,
     )
-    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window)
+    limits = Limits(
+        engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window,
+        share_prefix=engine.prefixes is not None,
+    )  # fmt: skip
     with closing(prompts):
         for completion in engine.generate(followers.lead(plan(prompts, limits))):
             if completion.error is not None and config.data.on_error is OnError["raise"]:
@@ -190,7 +197,8 @@ def _run_replicas(
         Metrics(output.root / "_metrics.jsonl", replicas.stats, progress.totals, config.shard.index),
     ):
         replicas.run(signals, progress.totals, clock)
-    return RunStatistics(progress.totals, replicas.stats, clock, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return RunStatistics(progress.totals, replicas.stats, clock, seconds, replicas.device_seconds)
 
 
 def _work(parent: Parent, config: Config, share: Share) -> None:
@@ -207,11 +215,13 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
         with tensor_parallel(config, parent.send) as (shards, followers):
             engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards)
             signals.defer()
-            clock, totals = StageClock(), Totals()
-            stages = _completions(config, source, tokenizer, engine, followers, chain([first], rows), clock)
+            totals = Totals()
             with (
-                closing(stages) as completions,
-                Reports(parent, engine.stats, totals, clock),
+                _traced(config, engine, trace_path(Path(config.output.dir), share.shard)),
+                closing(
+                    _completions(config, source, tokenizer, engine, followers, chain([first], rows))
+                ) as completions,
+                Reports(parent, engine.stats, totals, engine.clock) as reports,
                 Sink(
                     _parts(config, source, checkpoint, tokenizer, share.run),
                     share.folder,
@@ -219,13 +229,25 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
                     tokenizer=tokenizer,
                     rows_per_shard=config.output.rows_per_shard,
                     flush_seconds=config.output.flush_seconds,
-                    clock=clock,
+                    clock=engine.clock,
                 ) as sink,
             ):
                 for completion in completions:
                     sink.write(completion)
                     totals.count(completion)
+                reports.device_seconds = engine.device_clock.seconds()
         signals.raise_if_received()
+
+
+@contextmanager
+def _traced(config: Config, engine: Engine, path: Path) -> Iterator[None]:
+    """With engine.trace, what all threads and the device do goes to `path`."""
+    if not config.engine.trace:
+        yield
+        return
+    with Trace(path) as trace:
+        engine.clock.trace = engine.device_clock.trace = trace
+        yield
 
 
 def _give_up(error: BatchmixError) -> None:

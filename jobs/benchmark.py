@@ -1,4 +1,4 @@
-"""Measure what this GPU reaches: `batchmix benchmark kernels`."""
+"""Measure what this GPU reaches: `batchmix benchmark kernels`, `batchmix benchmark throughput`."""
 
 import sys
 from collections.abc import Sequence
@@ -10,11 +10,19 @@ from batchmix.hydra_app import job
 
 @job("benchmark")
 def _run(config: Config) -> None:
-    if config.benchmark.name != "kernels":
-        raise BatchmixError(f"benchmark.name={config.benchmark.name}: no such benchmark; there is kernels")
-    from batchmix.measure.kernels import benchmark_kernels
+    if config.benchmark.name == "kernels":
+        from batchmix.measure.kernels import benchmark_kernels
 
-    print(f"written: {benchmark_kernels(config.benchmark)}")
+        path = benchmark_kernels(config.benchmark)
+    elif config.benchmark.name == "throughput":
+        from batchmix.measure.throughput import benchmark_throughput
+
+        path = benchmark_throughput(config)
+    else:
+        raise BatchmixError(
+            f"benchmark.name={config.benchmark.name}: no such benchmark; there are kernels and throughput"
+        )
+    print(f"written: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

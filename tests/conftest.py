@@ -17,11 +17,16 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin at barriers take 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it where a kernel is decorated, so before any kernel's import
 
+KERNEL_TESTS = Path(__file__).parent / "kernels"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU what needs one is skipped; where there is one, `-m gpu` also takes all kernel tests."""
     for item in items:
+        if torch.cuda.is_available() and KERNEL_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from batchmix.config import Dtype, ModelConfig, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
-from batchmix.model import torch_ops
+from batchmix.model import torch_backend
+from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.weights import load_weights
@@ -33,17 +35,24 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 512) -> Mixtral:
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    max_model_len: int = 512,
+    operators: Operators = torch_backend,
+) -> Mixtral:
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[str(dtype).removeprefix("torch.")]))
-    return Mixtral(checkpoint.config, load_weights(checkpoint, dtype, torch.device("cpu")), torch_ops, max_model_len)
+    on_gpu = operators is not torch_backend and torch.cuda.is_available()
+    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"))
+    return Mixtral(checkpoint.config, weights, operators, max_model_len)
 
 
 def make_engine(model: Mixtral, **options: Any) -> Engine:
     """An engine of 16-token blocks; `kv_blocks` of them."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
-    dtype = model.weights.embedding.dtype
-    cache = KVCache(model.config, blocks + 1, block_size, dtype, torch.device("cpu"))
+    embedding = model.weights.embedding
+    cache = KVCache(model.config, blocks + 1, block_size, embedding.dtype, embedding.device)
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,
         "max_num_batched_tokens": 512,
@@ -72,11 +81,15 @@ def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sa
 
 def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict[tuple[str, int], Completion]:
     """All completions by (row id, sample)."""
-    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, sort_window)
+    limits = Limits(
+        engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, sort_window,
+        share_prefix=engine.prefixes is not None,
+    )  # fmt: skip
     found = list(engine.generate(plan(rows, limits)))
     by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
     assert len(by_key) == len(found), "a sample came out twice"
-    assert engine.pool.num_used == 0, "blocks were not returned"
+    kept = 0 if engine.prefixes is None else engine.prefixes.num_unused()
+    assert engine.pool.num_used == kept, "blocks were not returned"
     assert engine.slots.num_active == 0
     return by_key
 
@@ -87,3 +100,20 @@ def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, i
         key: (list(c.token_ids), c.finish_reason, c.stop_reason, c.num_tokens, c.cumulative_logprob, c.logprobs)
         for key, c in completions.items()
     }
+
+
+@torch.inference_mode()
+def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of every position of every row, all rows in one packed step."""
+    engine = make_engine(model)
+    total = sum(map(len, rows))
+    tokens, chunks, start = np.zeros(engine._pad(total), np.int64), [], 0
+    for row in rows:
+        tokens[start : start + len(row)] = row
+        blocks = engine.pool.take(-(-len(row) // engine.cache.block_size))
+        chunks.append(Chunk(start, 0, len(row), blocks))
+        start += len(row)
+    hidden = model(
+        torch.from_numpy(tokens).to(engine.device), model.ops.prefill(model, engine.cache, chunks, len(tokens))
+    )
+    return list(model.logits(hidden)[:total].cpu().split([len(row) for row in rows]))

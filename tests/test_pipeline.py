@@ -92,6 +92,24 @@ def test_answers_do_not_depend_on_how_the_job_is_run(tmp_path, rows, sampling):
     assert answers(tmp_path / "resumed") == expected
 
 
+def test_a_trace_shows_every_stage_in_its_thread(tmp_path, rows):
+    data = write(tmp_path / "rows.jsonl", rows)
+    generate(job(data, tmp_path / "out", engine={"trace": True}))
+    events = json.loads((tmp_path / "out" / "_trace.json").read_text())
+    threads = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {(threads[span["tid"]], span["name"]) for span in spans} == {
+        ("read and tokenise", "read"), ("read and tokenise", "tokenise"), ("engine", "prefill"), ("engine", "decode"),
+        ("write", "write"),
+    }  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "_summary.json").read_text())
+    for stage, seconds in summary["seconds"].items():
+        assert sum(span["dur"] for span in spans if span["name"] == stage) / 1e6 == pytest.approx(seconds, abs=2e-3)
+    assert 0.5 < summary["device_busy"] <= 1
+    generate(job(data, tmp_path / "out", engine={"trace": False}, output={"overwrite": True}))
+    assert not (tmp_path / "out" / "_trace.json").exists()
+
+
 def test_the_output_contract(tmp_path, rows):
     rows = [{**row, "n": i, "row": f"r{i}", "tags": ["a", "b"][: i % 3]} for i, row in enumerate(rows[:12])]
     data = write(tmp_path / "rows.jsonl", rows)

@@ -30,7 +30,7 @@ from batchmix.run_info import accept_run, differences, read_run, record_redo
 
 SUCCESS = "_SUCCESS"
 _OURS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl", ".part-*.tmp", "_run.json", "_metrics.jsonl", "_summary*.json",
-         "_done-*", "_journal.json", SUCCESS)  # fmt: skip
+         "_trace*.json", "_done-*", "_journal.json", SUCCESS)  # fmt: skip
 _OUR_FOLDERS = (".hydra", MERGE_STAGING, REDO_STAGING)
 
 _log = logging.getLogger(__name__)
@@ -138,6 +138,11 @@ class OutputFolder:
             clock=clock,
         )
 
+    @property
+    def trace_path(self) -> Path:
+        """Where this shard's trace goes."""
+        return trace_path(self.root, self._shard)
+
     def write_statistics(self, run: RunStatistics) -> None:
         """Keep what this run did for the summary of all shards."""
         write_json(self._statistics(self._shard.index), run.as_json())
@@ -220,3 +225,9 @@ class OutputFolder:
         with (self.root / "_lock-finalize").open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def trace_path(root: Path, shard: ShardConfig) -> Path:
+    """Where the trace of a shard goes."""
+    part = f"-{shard.index:05}-of-{shard.count:05}" if shard.count > 1 else ""
+    return root / f"_trace{part}.json"

@@ -8,15 +8,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchmix.data.messages import Message, PromptError
-from batchmix.data.mistral_tokenizer import MistralTokenizer
 from batchmix.data.vocabulary import TokenIds
 from batchmix.errors import BatchmixError
+
+if TYPE_CHECKING:
+    from batchmix.data.mistral_tokenizer import MistralTokenizer
 
 _BUILT_IN = {"mistral-v1": "tokenizer.model.v1"}  # config.json's batchmix_tokenizer -> file of mistral-common
 _SENTENCEPIECE_FILES = ("tokenizer.model.v3", "tokenizer.model", "tokenizer.model.v1")
@@ -88,6 +90,9 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def _load_mistral(path: Path) -> MistralTokenizer:
+    # Imported here because SentencePiece is not needed where prompts are token ids, as on a bare GPU machine.
+    from batchmix.data.mistral_tokenizer import MistralTokenizer
+
     try:
         return MistralTokenizer(path, _num_threads())
     except (OSError, RuntimeError) as error:

@@ -94,7 +94,3 @@ class BlockPool:
     def num_references(self, block: int) -> int:
         """How many hold the block."""
         return int(self._references[block])
-
-    def is_shared(self, blocks: np.ndarray) -> bool:
-        """Whether any of the blocks has more than one reference."""
-        return bool((self._references[blocks] > 1).any())

@@ -52,11 +52,11 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     if raw is None:
         return tokens, None
     chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
-    top_ids, top = _largest(raw, slots.num_logprobs[span][wanted])
+    top_ids, top = largest(raw, slots.num_logprobs[span][wanted])
     return tokens, Logprobs(wanted, chosen, top_ids, top)
 
 
-def _largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
+def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
     """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each.
 
     Rows of one count at a time, because which ones of tied tokens topk takes depends on how many it is asked for.

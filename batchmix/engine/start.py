@@ -12,11 +12,14 @@ import torch
 from batchmix.config import Backend, EngineConfig, SamplingConfig
 from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
+from batchmix.engine.device import check_model, choose_place, compute_dtype
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
+from batchmix.engine.graphs import cuda_capture
 from batchmix.engine.kv_cache import KVCache
-from batchmix.errors import BatchmixError
-from batchmix.memory import free_bytes, keep_freed_memory, kv_blocks, workspace_bytes
-from batchmix.model import torch_ops
+from batchmix.engine.workspace import measure_workspace
+from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
+from batchmix.model import torch_backend, torch_ops
+from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.shards import ALONE, Shards
@@ -24,6 +27,8 @@ from batchmix.model.weights import Weights, load_weights
 
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
+MAX_NUM_SEQS_GPU = 1024  # 256 rows for each of Mixtral's 8 experts, about where products stop waiting for weights
+STEPS_PER_READ_GPU = 4  # a look makes the GPU wait for the host; an ended row stays for 1.5 steps more. Not measured
 
 _log = logging.getLogger(__name__)
 
@@ -35,35 +40,14 @@ class Sizes:
     max_num_seqs: int
     kv_blocks: int
     block_size: int
+    workspace_bytes: int  # what the largest step takes beside weights and KV cache
 
 
-def check_engine(engine: EngineConfig) -> None:
-    """BatchmixError where the device or backend asked for cannot be had; reads no weights."""
-    if engine.backend is Backend.triton:
-        raise BatchmixError("engine.backend=triton: not available in this version; use engine.backend=torch")
-    if engine.device not in ("auto", "cpu"):
-        raise BatchmixError(f"engine.device={engine.device}: this version runs on the CPU only; use engine.device=cpu")
-
-
-def first_device(engine: EngineConfig) -> torch.device:
-    """Where a run of one process computes; see `nth_device` for the others."""
-    return torch.device("cpu")
-
-
-def nth_device(first: torch.device, place: int) -> torch.device:
-    """The GPU `place` places after the first; there is one CPU."""
-    return first if first.type == "cpu" else torch.device(first.type, (first.index or 0) + place)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype weights of `dtype` are kept and multiplied on this machine.
-
-    A CPU without bfloat16 or float16 matrix instructions multiplies those seven times slower than float32 (measured
-    on an AVX2 machine), so there the weights are rounded to `dtype` and kept in float32.
-    """
-    needed = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}.get(dtype)
-    there = torch.cpu.get_capabilities()
-    return dtype if needed is None or any(there.get(name) for name in needed) else torch.float32
+def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
+    """BatchmixError where this machine cannot run the checkpoint as asked; reads no weights."""
+    place = choose_place(config)
+    check_model(checkpoint.config, place)
+    compute_dtype(checkpoint.dtype, place)
 
 
 def start_engine(
@@ -75,22 +59,29 @@ def start_engine(
 ) -> Engine:
     """Load the weights, give the memory that is left to the KV cache, and say so in one line."""
     started = time.perf_counter()
-    keep_freed_memory()
-    dtype, device = compute_dtype(checkpoint.dtype), first_device(config)
+    place = choose_place(config)
+    dtype, device = compute_dtype(checkpoint.dtype, place), place.device
     processes = shards.size * config.data_parallel_size
-    if processes > 1 and device.type == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    if device.type == "cpu":
+        keep_freed_memory()
+        if processes > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    else:
+        torch.cuda.set_device(device)  # kernels are launched on the current one
     weights = load_weights(checkpoint, dtype, device, shards)
-    model_config = shards.slice_config(checkpoint.config)
-    model = Mixtral(model_config, weights, torch_ops, checkpoint.max_model_len, shards)
-    _check_products(weights, max(PREFILL_CHUNK, config.max_num_batched_tokens))
-    sizes = choose_sizes(checkpoint, config, dtype, shards)
-    cache = KVCache(model_config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)
+    operators = open_backend(place.backend, config)
+    model = Mixtral(shards.slice_config(checkpoint.config), weights, operators, checkpoint.max_model_len, shards)
+    loaded = time.perf_counter()
+    if place.backend is Backend.torch:
+        _check_products(weights, max(PREFILL_CHUNK, config.max_num_batched_tokens))
+    sizes = choose_sizes(model, checkpoint, config)
+    cache = KVCache(model.config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)
     rounded = "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     _log.info(
-        "%s in %s%s on %scpu, %d threads: weights %.2f GiB in %.1f s, KV cache %s tokens, %d rows at once",
-        checkpoint.folder.name, _name(dtype), rounded, f"{processes} x " * (processes > 1), torch.get_num_threads(), weights.num_bytes() / 2**30,
-        time.perf_counter() - started, f"{sizes.kv_blocks * sizes.block_size:,}", sizes.max_num_seqs,
+        "%s in %s%s on %s%s%s: weights %.2f GiB in %.1f s, workspace %.2f GiB, KV cache %s tokens, %d rows at once",
+        checkpoint.folder.name, _name(dtype), rounded, f"{processes} x " * (processes > 1), place.name, threads,
+        weights.num_bytes() / 2**30, loaded - started, sizes.workspace_bytes / 2**30, f"{sizes.kv_blocks * sizes.block_size:,}", sizes.max_num_seqs,
     )  # fmt: skip
     return Engine(
         model,
@@ -101,7 +92,21 @@ def start_engine(
         eos_token_ids=checkpoint.eos_token_ids,
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
+        steps_per_read=1 if device.type == "cpu" else STEPS_PER_READ_GPU,
+        capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs else None,
+        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
+        share_prefix=config.share_prefix and place.backend is Backend.triton,
     )
+
+
+def open_backend(backend: Backend, config: EngineConfig) -> Operators:
+    """The operators of a backend."""
+    if backend is Backend.torch:
+        return torch_backend
+    # Not at the top: triton takes a second to import, and a CPU-only machine may lack it.
+    from batchmix.model.triton_ops import TritonOperators
+
+    return TritonOperators(config.batch_invariant, config.share_prefix)
 
 
 def _check_products(weights: Weights, max_rows: int) -> None:
@@ -117,15 +122,25 @@ def _check_products(weights: Weights, max_rows: int) -> None:
         )  # fmt: skip
 
 
-def choose_sizes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, shards: Shards = ALONE) -> Sizes:
-    """Rows and KV blocks that fit into the memory that is free now, which this run's processes share."""
-    model_config = shards.slice_config(checkpoint.config)
-    rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
-    workspace = workspace_bytes(model_config, rows, max(PREFILL_CHUNK, config.max_num_batched_tokens))
-    free = int(free_bytes() // (shards.size * config.data_parallel_size) * config.gpu_memory_utilization) - workspace
-    block_bytes = KVCache.block_bytes(model_config, BLOCK_SIZE, dtype)
-    blocks = kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows)
-    return Sizes(rows, shards.smallest(blocks), BLOCK_SIZE)
+def choose_sizes(model: Mixtral, checkpoint: Checkpoint, config: EngineConfig) -> Sizes:
+    """Rows and KV blocks that fit into the memory that is free now: on a GPU measured, on the CPU estimated."""
+    device, dtype = model.weights.embedding.device, model.weights.embedding.dtype
+    prefill_tokens = max(PREFILL_CHUNK, config.max_num_batched_tokens)
+    if device.type == "cpu":
+        rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
+        workspace = workspace_bytes(model.config, rows, prefill_tokens)
+        processes = model.shards.size * config.data_parallel_size  # which share the memory
+        free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
+    else:
+        rows = config.max_num_seqs or MAX_NUM_SEQS_GPU
+        workspace = measure_workspace(
+            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, config.cuda_graphs
+        )
+        free = gpu_cache_bytes(*torch.cuda.mem_get_info(device), workspace, config.gpu_memory_utilization)
+    block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, dtype)
+    blocks = model.shards.smallest(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
+    # Each row holds a block at least.
+    return Sizes(config.max_num_seqs or min(rows, blocks), blocks, BLOCK_SIZE, workspace)
 
 
 def stop_tables(tokenizer: Tokenizer, vocab_size: int) -> Callable[[SamplingConfig], StopTable]:

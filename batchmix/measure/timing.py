@@ -25,20 +25,23 @@ class Ceilings:
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 100) -> float:
     """Median time of one call, in seconds: after a warm-up, with the L2 cache cleared before each call on a GPU.
 
-    `repeats`: milliseconds that a GPU is kept busy, as in triton.testing.do_bench. On a CPU one call is timed.
+    `repeats`: milliseconds that a GPU is kept busy, as in triton.testing.do_bench. On a CPU one call after another is timed.
     """
     if device.type == "cpu":
+        function()
         started = time.perf_counter()
         function()
         return time.perf_counter() - started
     return float(do_bench(function, warmup=25, rep=repeats, return_mode="median")) / 1e3
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """Copy bandwidth and dense product rates, measured now."""
-    small = _CPU_SHARE if device.type == "cpu" else 1
+def measure_ceilings(device: torch.device, small: int | None = None) -> Ceilings:
+    """Copy bandwidth and dense product rates, measured now. `small`: by how much less work than a GPU gets."""
+    small = small or (_CPU_SHARE if device.type == "cpu" else 1)
     copy = _copy_rate(device, _COPY_BYTES // small)
     rates = {"bfloat16": _matmul_rate(device, small, torch.mm, torch.bfloat16)}
+    if device.type == "cpu":
+        rates["float32"] = _matmul_rate(device, small, torch.mm, torch.float32)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         rates["fp8"] = _matmul_rate(device, small, _scaled_mm, torch.float8_e4m3fn)
     return Ceilings(copy, rates)

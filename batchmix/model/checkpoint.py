@@ -23,7 +23,7 @@ class Checkpoint:
     """A checkpoint folder, described. `files` hold the weights, in the order in which they are read."""
 
     folder: Path
-    format: ModelFormat  # hf or mistral, never auto
+    format: ModelFormat  # hf, mistral or random, never auto
     config: MixtralConfig
     dtype: torch.dtype  # in which the engine runs
     max_model_len: int  # prompt + completion tokens
@@ -48,8 +48,10 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
 
     Without `weights` they are neither downloaded nor missed: `files` is empty.
     """
+    random = model.format is ModelFormat.random
+    weights = weights and not random
     folder = _find_folder(model, weights)
-    form = _find_format(folder, model.format)
+    form = _find_format(folder, ModelFormat.hf if random else model.format)
     if form is ModelFormat.hf:
         raw = _read_json(folder / "config.json")
         config = MixtralConfig.from_hf(raw)
@@ -67,6 +69,7 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     limit = config.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > limit:
         raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
+    form = ModelFormat.random if random else form
     return Checkpoint(folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files)
 
 

@@ -1,43 +1,19 @@
 """Mixtral's forward pass over a packed list of tokens.
 
-Legend: T tokens (of any number of rows, one after the other), D hidden, F expert hidden, E experts, K experts per
-token, H heads, G kv heads, C head dim, V vocabulary. Which tokens see which keys is the business of `Attend`,
-built once per step for the whole batch by the operators' `prefill` and `decode`.
+Legend: T tokens (of any number of rows, one after the other), D hidden, H heads, C head dim, V vocabulary. Where tokens
+stand in their rows and which keys they see is the business of `Attend`, built once per step for the whole batch by the
+operators' `prefill` and `decode`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
+from batchmix.model.backend import Attend, Operators
 from batchmix.model.config import MixtralConfig
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights
-
-
-class Attend(Protocol):
-    """Write this step's keys and values to the cache and attend."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, H, C], k and v [T, G, C] -> [T, H, C]."""
-
-
-class Operators(Protocol):
-    """The operators that a backend brings; everything above them is shared by all backends."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [T, D], weight [D] -> [T, D]."""
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, in], weight [out, in] -> [T, out]."""
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [T, heads, C], cos and sin [T, C/2] -> [T, heads, C]."""
-
-    def moe(self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
-        """x [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> [T, D]."""
 
 
 class Mixtral:
@@ -61,20 +37,17 @@ class Mixtral:
         angles = torch.outer(torch.arange(max_model_len).float(), 1.0 / config.rope_theta**exponent)
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)  # [max_model_len, C/2]
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The last hidden states. token_ids and positions int64 [T] -> [T, D]."""
-        config, ops = self.config, self.ops
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        cos, sin = self.cos[positions], self.sin[positions]  # [T, C/2]
+    def __call__(self, token_ids: Tensor, attend: Attend) -> Tensor:
+        """The last hidden states. token_ids int64 [T] -> [T, D]."""
+        config, ops, shards = self.config, self.ops, self.shards
         x = self.weights.embedding[token_ids]  # [T, D]
         for index, layer in enumerate(self.weights.layers):
             normed = ops.rms_norm(x, layer.attention_norm, config.rms_norm_eps)
-            qkv = ops.linear(normed, layer.wqkv).view(len(x), heads + 2 * kv_heads, dim)
-            q, k = torch.split(ops.rotate(qkv[:, : heads + kv_heads], cos, sin), [heads, kv_heads], dim=1)
-            attended = attend(index, q, k, qkv[:, heads + kv_heads :])  # [T, H, C]
-            x = x + self.shards.add_up(ops.linear(attended.reshape(len(x), heads * dim), layer.wo))
-            normed = ops.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
-            x = x + self.shards.add_up(ops.moe(normed, layer.router, layer.w13, layer.w2, config.num_experts_per_tok))
+            attended = attend(index, ops.linear(normed, layer.wqkv))  # [T, H C]
+            added = shards.add_up(ops.linear(attended, layer.wo))
+            x, normed = ops.add_rms_norm(x, added, layer.ffn_norm, config.rms_norm_eps)
+            x = ops.moe(normed, layer.router, layer.w13, layer.w2, config.num_experts_per_tok, shards.once(x))
+            x = shards.add_up(x)
         return ops.rms_norm(x, self.weights.norm, config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -78,6 +78,10 @@ class Shards:
         _gather(parts.view(-1), total.to(part.dtype))
         return parts
 
+    def once(self, x: Tensor) -> Tensor:
+        """What each process contributes of `x` to a sum over all, so that it counts once."""
+        return x if self.rank == 0 else torch.zeros_like(x)
+
     def agree(self, tokens: Tensor) -> Tensor:
         """Rank 0's tokens, in the place of everybody's."""
         if self.size > 1:

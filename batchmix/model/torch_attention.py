@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,21 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
+from batchmix.model.backend import Chunk
 
 _LENGTH_TILE = 32  # prompts are padded to a multiple of it
 _QUERY_TILE = 256  # queries of a later chunk that are scored at once
 _GATHER_ITEMS = 4096  # blocks copied together at most when they are not dense in the cache
 _DENSE_ENOUGH = 0.6  # share of the leading blocks in use from which they are read in place
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens start..start+length-1 of one row, packed at `offset` of the step's tokens."""
-
-    offset: int
-    start: int
-    length: int
-    blocks: Sequence[int]  # the row's blocks, in order
 
 
 class PrefillAttention:
@@ -120,7 +110,7 @@ class DecodeAttention:
     needed ones gathered.
     """
 
-    def __init__(self, cache: KVCache, block_table: np.ndarray, context: np.ndarray, shared: bool) -> None:
+    def __init__(self, cache: KVCache, block_table: np.ndarray, context: np.ndarray) -> None:
         """block_table int64 [B, max_blocks]; context int64 [B]: tokens that each row sees, the new one included.
 
         Rows of the step beyond the B given here are padding: they attend to nothing and give zeros.
@@ -135,7 +125,9 @@ class DecodeAttention:
         block = block_table[row, place]
         length = np.minimum(context[row] - place * size, size)
         last = int(block.max())
-        self.in_place = not shared and len(block) >= _DENSE_ENOUGH * last and len(np.unique(block)) == len(block)
+        used = np.zeros(last + 1, bool)
+        used[block] = True
+        self.in_place = len(block) >= _DENSE_ENOUGH * last and used.sum() == len(block)
         if self.in_place:
             owner, valid, item = np.zeros(last, np.int64), np.full(last, size), block - 1
             owner[item], valid[item] = row, length

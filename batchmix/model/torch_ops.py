@@ -27,6 +27,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
 
 
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + x and its norm, [T, D] each."""
+    total = residual + x
+    return total, rms_norm(total, weight, eps)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] with T a multiple of ROW_TILE, weight [out, in] -> [T, out]."""
     assert len(x) % ROW_TILE == 0, len(x)
@@ -71,11 +77,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.div(gate, scale, out=scale).to(up.dtype).mul_(up)
 
 
-def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
+def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
-    x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D]. (token, expert) pairs are
-    sorted by expert, each expert runs once over its tokens, and each token sums its k outputs in router order.
+    x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
+    (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
+    in router order.
     """
     num_experts = len(router)
     probabilities = linear(x.float(), router).softmax(-1)  # [T, E]
@@ -103,4 +110,4 @@ def moe(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tenso
     result = chosen[:, 0] * weights[:, 0, None]
     for k in range(1, top_k):
         result = torch.addcmul(result, chosen[:, k], weights[:, k, None])
-    return result
+    return result if residual is None else residual + result

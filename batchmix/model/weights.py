@@ -75,9 +75,15 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
 
 
 def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shards: Shards = ALONE) -> Weights:
-    """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`."""
+    """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`.
+
+    model.format=random: the same random weights at every start, made on the device; the same slice on every rank.
+    """
     config = shards.slice_config(checkpoint.config)
     weights = empty_weights(config, dtype, device)
+    if checkpoint.format is ModelFormat.random:
+        _draw(weights)
+        return weights
     whole = empty_weights(checkpoint.config, dtype, torch.device("meta"))  # shapes
     layouts = [_mistral_places] if checkpoint.format is ModelFormat.mistral else [_hub_places, _fused_places]
     names = {name for name, _ in _tensors(checkpoint.files, names_only=True)}
@@ -103,6 +109,17 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
         ):
             its_place.copy_(shards.cut(part, its_place.shape).to(checkpoint.dtype))
     return weights
+
+
+def _draw(weights: Weights) -> None:
+    """Norms of 1, all else normal with the standard deviation of transformers' initializer_range."""
+    source = torch.Generator(weights.embedding.device).manual_seed(0)
+    tables = [weights.embedding, weights.norm, weights.lm_head]
+    for tensor in [*tables, *(tensor for layer in weights.layers for tensor in vars(layer).values())]:
+        if tensor.ndim == 1:
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0.0, 0.02, generator=source)
 
 
 def _tensors(files: tuple[Path, ...], names_only: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from typing import Any
 from batchmix.config import Config, ShardConfig
 from batchmix.data.output_folder import OutputFolder
 from batchmix.data.rowset import Skip
-from batchmix.engine.start import first_device, nth_device
+from batchmix.engine.device import choose_place, nth_device
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import Interrupted
 from batchmix.parallel.workers import Parent, SendLog, SharedFile, Worker, allow_signals
@@ -53,6 +53,7 @@ class Report:
     stats: EngineStats = field(default_factory=EngineStats)
     totals: Totals = field(default_factory=Totals)
     seconds: dict[str, float] = field(default_factory=dict)  # of StageClock
+    device_seconds: float | None = None  # of DeviceClock, once it has ended; None on a CPU
 
 
 class Reports:
@@ -60,6 +61,7 @@ class Reports:
 
     def __init__(self, parent: Parent, stats: EngineStats, totals: Totals, clock: StageClock) -> None:
         self._parent, self._stats, self._totals, self._clock = parent, stats, totals, clock
+        self.device_seconds: float | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
 
@@ -78,7 +80,7 @@ class Reports:
 
     def _report(self) -> None:
         totals = dataclasses.replace(self._totals, finish_reasons=dict(self._totals.finish_reasons))
-        self._parent.send(Report(dataclasses.replace(self._stats), totals, self._clock.seconds))
+        self._parent.send(Report(dataclasses.replace(self._stats), totals, self._clock.seconds, self.device_seconds))
 
 
 def begin_share(parent: Parent, share: Share) -> None:
@@ -100,11 +102,12 @@ class Replicas:
         self._workers: list[Worker] = []
         self._reports: dict[Worker, Report] = {}
         self.stats = EngineStats()
+        self.device_seconds = 0.0  # of an average worker
 
     def __enter__(self) -> Replicas:
         size, config = self._config.engine.data_parallel_size, self._config
         for place in range(size):
-            device = nth_device(first_device(config.engine), place * config.model.tensor_parallel_size)
+            device = nth_device(choose_place(config.engine).device, place * config.model.tensor_parallel_size)
             engine = dataclasses.replace(config.engine, device=str(device))
             # Row r belongs to the user's shard r % count, and within it to one of `size` finer ones.
             shard = ShardConfig(config.shard.index + config.shard.count * place, config.shard.count * size)
@@ -152,6 +155,10 @@ class Replicas:
         for report in self._reports.values():
             for stage, seconds in report.seconds.items():
                 clock.add(stage, seconds)
+            busy = report.device_seconds
+            if busy is None:
+                busy = report.seconds.get("prefill", 0.0) + report.seconds.get("decode", 0.0)
+            self.device_seconds += busy / len(self._workers)
         if failure is not None and not (signals.stopping() and isinstance(failure, Interrupted)):
             raise failure
 

@@ -21,7 +21,8 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from batchmix.config import Config
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.start import first_device, nth_device, start_engine
+from batchmix.engine.device import choose_place, nth_device
+from batchmix.engine.start import start_engine
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.shards import Shards
@@ -66,7 +67,7 @@ def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) ->
         yield Shards(), Followers([])
         return
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
-    first = first_device(config.engine)
+    first = choose_place(config.engine).device
     workers = []
     for rank in range(1, size):
         engine = replace(config.engine, device=str(nth_device(first, rank)))
@@ -103,7 +104,7 @@ def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
 def _joined(config: Config, rank: int, store: Store) -> Iterator[None]:
     """In torch.distributed's default group: gloo for tensors on the CPU, NCCL for those on GPUs."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device = first_device(config.engine)
+    device = choose_place(config.engine).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from batchmix.report.trace import Trace
+
 T = TypeVar("T")
 
 
@@ -20,6 +22,7 @@ class StageClock:
     """
 
     def __init__(self) -> None:
+        self.trace: Trace | None = None  # where each time of a stage goes as a span, too
         self._seconds: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -41,7 +44,10 @@ class StageClock:
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - started)
+            ended = time.perf_counter()
+            self.add(name, ended - started)
+            if self.trace is not None:
+                self.trace.span(name, started, ended)
 
     def wrap(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """`items`, with the time that each takes to come counted."""

@@ -24,19 +24,26 @@ class RunStatistics:
     stats: EngineStats
     clock: StageClock
     total_seconds: float
+    device_seconds: float | None = None  # in which the device worked, by its own clock; None: a CPU, which has none
 
     def as_json(self) -> dict[str, Any]:
         """Its part of `_summary.json`; read, tokenise and write run beside prefill and decode."""
         generate = (self.stats.last_token_time or 0.0) - (self.stats.first_prefill_time or 0.0)
-        seconds = self.clock.seconds | {"prefill": self.stats.prefill_seconds, "decode": self.stats.decode_seconds}
+        seconds = self.clock.seconds
+        busy = self.device_seconds
+        if busy is None:
+            busy = seconds.get("prefill", 0.0) + seconds.get("decode", 0.0)
         return {
             "rows": self.totals.rows,
             "error_rows": self.totals.error_rows,
             "prompt_tokens": self.totals.prompt_tokens,
             "completion_tokens": self.totals.completion_tokens,
+            "shared_prompt_tokens": self.stats.shared_tokens,
             "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in _STAGES},
             "total_seconds": round(self.total_seconds, 3),
             "generate_seconds": round(generate, 3),
+            "device_busy": round(min(1.0, busy / generate), 4) if generate > 0 else 0.0,
+            "out_of_memory": self.stats.out_of_memory,
             "output_tokens_per_second": round(self.totals.completion_tokens / generate, 1) if generate > 0 else 0.0,
         }
 
@@ -54,9 +61,16 @@ class Summary:
             "seconds": {stage: round(sum(run["seconds"][stage] for run in self.runs), 3) for stage in _STAGES},
             "total_seconds": max((run["total_seconds"] for run in self.runs), default=0.0),
             "generate_seconds": max((run["generate_seconds"] for run in self.runs), default=0.0),
+            "device_busy": round(self._device_busy(), 4),
+            "out_of_memory": sum(run["out_of_memory"] for run in self.runs),
             "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
             "runs": list(self.runs),
         }
+
+    def _device_busy(self) -> float:
+        """Share of the time between first prefill and last token, of all shards."""
+        seconds = sum(run["generate_seconds"] for run in self.runs)
+        return sum(run["device_busy"] * run["generate_seconds"] for run in self.runs) / seconds if seconds else 0.0
 
     def write(self, path: Path) -> None:
         """As JSON, atomically."""
@@ -74,7 +88,7 @@ class Summary:
                 f"{output.rows:,} rows{earlier} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
                 f" {output.completion_tokens:,} completion tokens",
                 f"took {duration(whole['total_seconds'])}; generating {whole['generate_seconds']:.1f} s,"
-                f" {whole['output_tokens_per_second']:,.0f} output tokens/s",
+                f" {whole['output_tokens_per_second']:,.0f} output tokens/s, device busy {whole['device_busy']:.1%}",
                 f"{stages} (read, tokenise and write run beside the others)",
             ]
         )

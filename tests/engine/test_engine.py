@@ -12,6 +12,9 @@ from engines import answers, load, make_engine, prompts, run, threads
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table, find_stop
+from batchmix.errors import BatchmixError
+from batchmix.model import torch_backend
+from batchmix.model.mixtral import Mixtral
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
 
@@ -104,6 +107,52 @@ def test_rows_that_ask_for_different_things_do_not_meet(model):
         random.Random(seqs).shuffle(rows)
         engine = make_engine(model, stop_table=toy_stop_table, max_num_seqs=seqs, kv_blocks=blocks)
         assert answers(run(engine, rows, sort_window=17)) == expected
+
+
+class ShortOfMemory:
+    """The torch backend, whose `operator` fails at its n-th calls as torch does on a GPU that is full."""
+
+    def __init__(self, operator: str, calls: set[int]) -> None:
+        self.operator, self.calls, self.count = operator, calls, 0
+
+    def __getattr__(self, name: str):
+        found = getattr(torch_backend, name)
+        if name != self.operator:
+            return found
+
+        def run(*arguments):
+            self.count += 1
+            if self.count in self.calls:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found(*arguments)
+
+        return run
+
+
+@pytest.mark.parametrize("calls", [{1}, {9}, {40}, {41}, {12, 13, 50}])
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(model, caplog, calls):
+    """Two layers call `moe` once each: its calls fall into prefills and decode steps, early and late ones."""
+    rows = prompts(40, 512, seed=21, temperature=1.0, logprobs=1, max_tokens=20)
+    rows += prompts(5, 512, seed=22, temperature=1.0, n=3)
+    rows = [replace(row, row=number, id=f"row-{number}") for number, row in enumerate(rows)]
+    expected = answers(run(make_engine(model, prefill_chunk=64), rows))
+    short = Mixtral(model.config, model.weights, ShortOfMemory("moe", calls), 512)
+    engine = make_engine(short, max_num_seqs=24, max_num_batched_tokens=256, prefill_chunk=64)
+    assert answers(run(engine, rows)) == expected
+    assert engine.stats.out_of_memory == len(calls)
+    assert engine.slots.capacity == 24 >> len(calls)
+    assert engine.stats.completion_tokens == sum(answer[3] for answer in expected.values()), "each token counts once"
+    lines = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    assert len(lines) == len(calls)
+    assert "going on with 12 rows at once (was 24) and 128 prompt tokens in a step (was 256)" in lines[0]
+
+
+def test_out_of_memory_with_one_row_is_an_error_of_one_line(model):
+    short = Mixtral(model.config, model.weights, ShortOfMemory("moe", set(range(1000))), 512)
+    with pytest.raises(
+        BatchmixError, match=r"out of memory with one row at a time; lower engine\.gpu_memory_utilization"
+    ):
+        run(make_engine(short), prompts(8, 512))
 
 
 def test_stop_strings_end_a_row_where_its_text_first_contains_one(model):

@@ -102,6 +102,7 @@ def test_steps_equal_the_torch_backend(device, samplings, steps):
         chosen = torch.tensor(tokens[: len(samplings)])
         advance(chosen.to(device), None, *(ours | {"logprob_history": None, "context": None}).values())
         slots.advance(0, chosen)
+        slots.read()
         for row in range(len(samplings)):
             if row not in ended and slots.finish[row] != engine_slots.RUNNING:
                 count = int(slots.generated[row])

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
-from engines import load, make_engine, prompts
+from engines import load, packed_logits, prompts
 from safetensors.torch import load_file, save_file
 
 from batchmix.config import ModelConfig
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.mixtral import Mixtral
-from batchmix.model.torch_attention import Chunk, PrefillAttention
-from batchmix.model.torch_ops import pad_rows
 from batchmix.model.weights import load_weights
 
 SHAPES = [
@@ -28,24 +24,6 @@ SHAPES = [
     {"num_local_experts": 6, "num_experts_per_tok": 3, "rope_theta": 1e6, "vocab_size": 333},
     {"tie_word_embeddings": True, "num_hidden_layers": 3},
 ]
-
-
-def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Logits of every position of every row, all rows in one packed step."""
-    engine = make_engine(model)
-    total = sum(map(len, rows))
-    padded = pad_rows(total)
-    tokens, positions, chunks, start = np.zeros(padded, np.int64), np.zeros(padded, np.int64), [], 0
-    for row in rows:
-        tokens[start : start + len(row)] = row
-        positions[start : start + len(row)] = np.arange(len(row))
-        blocks = engine.pool.take(-(-len(row) // engine.cache.block_size))
-        chunks.append(Chunk(start, 0, len(row), blocks))
-        start += len(row)
-    hidden = model(
-        torch.from_numpy(tokens), torch.from_numpy(positions), PrefillAttention(engine.cache, chunks, padded)
-    )
-    return list(model.logits(hidden)[:total].split([len(row) for row in rows]))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: ",".join(f"{k}={v}" for k, v in shape.items()) or "default")

@@ -12,7 +12,8 @@ import torch
 from engines import threads
 
 from batchmix.engine.kv_cache import KVCache
-from batchmix.model.torch_attention import Chunk, DecodeAttention, PrefillAttention
+from batchmix.model.backend import Chunk
+from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
 
 # kv heads, query heads per kv head, head dim, block size
 SHAPES = [(2, 1, 16, 16), (1, 2, 8, 16), (2, 4, 32, 16), (1, 8, 10, 16), (2, 4, 128, 64)]
@@ -86,7 +87,7 @@ def test_decode(kv_heads, repeat, dim, size, dtype):
     rows, num_blocks = len(context), -(-context // size)
     q, k, v = tensors(32, kv_heads, repeat, dim, dtype)  # 16 rows are padding
 
-    def step(order: list[int], blocks_from: int, shared: bool) -> dict[int, torch.Tensor]:
+    def step(order: list[int], blocks_from: int) -> dict[int, torch.Tensor]:
         """Attention of these rows, whose blocks begin at `blocks_from` of a cache that is otherwise noise."""
         cache = make_cache(kv_heads, dim, size, 200, dtype)
         table, free = np.zeros((len(order), 5), np.int64), iter(range(blocks_from, 201))
@@ -96,8 +97,8 @@ def test_decode(kv_heads, repeat, dim, size, dtype):
             for block in table[slot, : num_blocks[row]]:
                 for cached in (cache.keys, cache.values):
                     cached[0, block] = torch.randn(kv_heads, size, dim, generator=generator).to(dtype)
-        attend = DecodeAttention(cache, table[:, : num_blocks[order].max()], context[order], shared)
-        assert attend.in_place == (not shared and blocks_from == 1)
+        attend = DecodeAttention(cache, table[:, : num_blocks[order].max()], context[order])
+        assert attend.in_place == (blocks_from == 1)
         picked = torch.tensor(order + list(range(16, 32)))
         out = attend(0, q[picked], k[picked], v[picked])
         assert not out[len(order) :].any()
@@ -112,17 +113,16 @@ def test_decode(kv_heads, repeat, dim, size, dtype):
         return dict(zip(order, out, strict=False))
 
     everyone = list(range(rows))
-    expected = step(everyone, 1, shared=False)
+    expected = step(everyone, 1)
     others = [
-        step(source.sample(everyone, rows), 1, shared=False),
-        step(source.sample(everyone, rows), 120, shared=False),  # far from dense: gathered
-        step(everyone, 1, shared=True),
-        *(step([row], 1, shared=False) for row in everyone),
-        *(step([row], 100, shared=False) for row in everyone),
-        step([3, 1], 1, shared=False),
+        step(source.sample(everyone, rows), 1),
+        step(source.sample(everyone, rows), 120),  # far from dense: gathered
+        *(step([row], 1) for row in everyone),
+        *(step([row], 100) for row in everyone),
+        step([3, 1], 1),
     ]
     with threads(3):
-        others.append(step(everyone, 1, shared=False))
+        others.append(step(everyone, 1))
     for other in others:
         for row, out in other.items():
             assert torch.equal(out, expected[row]), row

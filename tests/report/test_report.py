@@ -17,6 +17,7 @@ from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress, duration
 from batchmix.report.summary import RunStatistics, Summary
 from batchmix.report.totals import Totals
+from batchmix.report.trace import Trace
 
 
 def test_clock_adds_up_stages_of_all_threads():
@@ -35,6 +36,30 @@ def test_clock_adds_up_stages_of_all_threads():
         thread.join()
     assert 0.2 <= clock.seconds["a"] < 2
     assert clock.seconds["b"] < 0.05
+
+
+def test_a_trace_has_a_span_for_each_time_of_a_stage_by_thread(tmp_path):
+    clock = StageClock()
+    with Trace(tmp_path / "trace.json") as clock.trace:
+        with clock.stage("decode"):
+            time.sleep(0.01)
+
+        def write() -> None:
+            with clock.stage("write"):
+                pass
+
+        thread = threading.Thread(target=write, name="sink")
+        thread.start()
+        thread.join()
+        clock.trace.span("decode", 1.0, 1.5, thread="device")
+    with clock.stage("late"):  # after the end: of no concern to the file
+        pass
+    events = json.loads((tmp_path / "trace.json").read_text())
+    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = [(names[event["tid"]], event["name"], event["dur"]) for event in events if event["ph"] == "X"]
+    assert [span[:2] for span in spans] == [("engine", "decode"), ("write", "write"), ("device", "decode")]
+    assert spans[0][2] >= 10_000
+    assert spans[2][2] == 500_000, "microseconds"
 
 
 def completion(row: int, sample: int = 0, n: int = 1, error: str | None = None) -> Completion:
@@ -76,17 +101,23 @@ def test_metrics_append(tmp_path):
 
 
 def test_summary_of_two_shards(tmp_path):
-    stats = EngineStats(prefill_seconds=1.0, decode_seconds=2.0, first_prefill_time=100.0, last_token_time=104.0)
-    run = RunStatistics(Totals(4, 1, 4, 40, 80, {}), stats, StageClock(), 5.0).as_json()
+    stats, clock = EngineStats(out_of_memory=1, first_prefill_time=100.0, last_token_time=104.0), StageClock()
+    clock.add("prefill", 1.0)
+    clock.add("decode", 2.0)
+    run = RunStatistics(Totals(4, 1, 4, 40, 80, {}), stats, clock, 5.0).as_json()
     assert run["generate_seconds"] == 4.0
     assert run["output_tokens_per_second"] == 20.0
+    assert run["device_busy"] == 0.75, "a CPU is busy in its steps"
+    on_gpu = RunStatistics(Totals(), stats, clock, 5.0, device_seconds=3.9).as_json()
+    assert on_gpu["device_busy"] == 0.975
     summary = Summary(Totals(10, 1, 10, 100, 200, {"stop": 9, "error": 1}), [run, run])
     summary.write(tmp_path / "_summary.json")
     written = json.loads((tmp_path / "_summary.json").read_text())
     assert (written["rows"], written["seconds"]["decode"], written["output_tokens_per_second"]) == (10, 4.0, 40.0)
+    assert (written["device_busy"], written["out_of_memory"]) == (0.75, 2)
     text = summary.text()
     assert "10 rows, 2 of them from earlier runs (error 1, stop 9)" in text
-    assert "generating 4.0 s, 40 output tokens/s" in text
+    assert "generating 4.0 s, 40 output tokens/s, device busy 75.0%" in text
     assert Summary(Totals(), []).text().startswith("0 rows")
 
 

@@ -1,0 +1,68 @@
+"""How much memory the largest steps take, by running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
+from batchmix.engine.slots import RUNNING, Slots
+from batchmix.model.backend import Chunk
+from batchmix.model.mixtral import Mixtral
+
+
+def measure_workspace(
+    model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, block_size: int, graphs: bool
+) -> int:
+    """Bytes that a GPU's largest step takes, and the memory that CUDA graphs of decode keep. Compiles kernels too."""
+    prefill = _peak(model, lambda: largest_prefill(model, prefill_tokens, max_model_len, block_size))
+    decode = _peak(model, lambda: largest_decode(model, rows, max_model_len, block_size))
+    return max(prefill, decode) + decode * graphs
+
+
+def _peak(model: Mixtral, step: Callable[[], None]) -> int:
+    """Bytes that a step takes beside what is allocated now."""
+    device = model.weights.embedding.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    taken = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()  # so that what is free afterwards is what the KV cache may have
+    return taken
+
+
+@torch.inference_mode()
+def largest_prefill(model: Mixtral, num_tokens: int, max_model_len: int, block_size: int) -> None:
+    """Prefill `num_tokens` tokens, all of them in the scratch block."""
+    cache = _scratch(model, block_size)
+    scratch = [SCRATCH_BLOCK] * -(-max_model_len // block_size)
+    chunks = [
+        Chunk(offset, 0, min(max_model_len, num_tokens - offset), scratch)
+        for offset in range(0, num_tokens, max_model_len)
+    ]
+    tile = model.ops.row_tile
+    tokens = torch.zeros(-(-num_tokens // tile) * tile, dtype=torch.int64, device=cache.keys.device)
+    model(tokens, model.ops.prefill(model, cache, chunks, len(tokens)))
+
+
+@torch.inference_mode()
+def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: int) -> None:
+    """A token for `rows` rows of full length, sampled, all of them in the scratch block."""
+    ops, cache = model.ops, _scratch(model, block_size)
+    width = -(-max_model_len // block_size)
+    slots = Slots(rows, model.config.vocab_size, width, (), None, cache.keys.device, ops.row_tile)
+    for name, value in (("finish", RUNNING), ("context", max_model_len - 1), ("temperature", 1.0), ("top_p", 0.9)):
+        slots.host[name][:rows] = value
+    slots.upload()
+    ops.find_shared(model, cache, slots, len(slots.token))
+    hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))
+    tokens, _ = ops.choose(model.logits(hidden)[:rows], slots, 0)
+    ops.advance(slots, 0, tokens, True)
+
+
+def _scratch(model: Mixtral, block_size: int) -> KVCache:
+    """A cache of the scratch block alone."""
+    embedding = model.weights.embedding
+    return KVCache(model.config, 1, block_size, embedding.dtype, embedding.device)

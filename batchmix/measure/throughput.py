@@ -1,0 +1,250 @@
+"""`batchmix benchmark throughput`: whole runs, JSONL to Arrow, beside the roofline of this device and beside peers."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import io
+import json
+import platform
+import re
+import resource
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchmix import pipeline
+from batchmix.config import Config, DataConfig, Dtype, ModelConfig, ModelFormat, OutputConfig, SamplingConfig
+from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.device import choose_place
+from batchmix.engine.start import BLOCK_SIZE
+from batchmix.errors import BatchmixError
+from batchmix.kernels.gpu import current_gpu
+from batchmix.measure.case import SHAPES
+from batchmix.measure.peers import PEERS, available_peers, run_peer
+from batchmix.measure.roofline import Device, Roofline, roofline
+from batchmix.measure.timing import Ceilings, measure_ceilings
+from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
+from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.config import MixtralConfig
+from batchmix.plan.cost import kv_bytes_per_token, weight_bytes
+
+_RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations
+_CACHE_SHARE = 0.15  # of a GPU's memory, left for the cache where benchmark.layers is null
+_MOST_ROWS = 4096  # decoded together, in the roofline of a GPU
+_WARM_UP_ROWS = 64
+_CPU_SHRINK = 16  # of what the ceilings are measured on
+
+
+def benchmark_throughput(config: Config) -> Path:
+    """Run, print a line for each workload and engine as it is known, and write it all to a JSON file, whose path is given."""
+    benchmark = config.benchmark
+    names, peers = _names(config), _peers(config)
+    device = choose_place(config.engine).device
+    if device.type == "cpu" and benchmark.shape != "tiny":
+        raise BatchmixError(
+            f"benchmark throughput: there is no GPU, and benchmark.shape={benchmark.shape} would take days on a CPU; to"
+            " try the code path, batchmix benchmark throughput benchmark.shape=tiny benchmark.rows=40"
+        )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype_name = str(dtype).removeprefix("torch.")
+    layers = benchmark.layers or _fitting_layers(benchmark.shape, device)
+    ceilings = measure_ceilings(device, None if device.type == "cuda" else _CPU_SHRINK)
+    gpu = current_gpu(device).name if device.type == "cuda" else platform.processor() or "cpu"
+    print(
+        f"{gpu}: {benchmark.shape} with {layers} of {full_layers(benchmark.shape)} layers in {dtype_name}; copy"
+        f" {ceilings.copy / 1e9:,.0f} GB/s (read plus written),"
+        f" {dtype_name} product {ceilings.matmul[dtype_name] / 1e12:,.2f} TFLOP/s",
+        flush=True,
+    )
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="batchmix-") as temporary:
+        folder = Path(temporary, "model")
+        folder.mkdir()
+        save_model(folder, benchmark.shape, layers, dtype_name)
+        model = open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random)).config
+        tokenizer = load_tokenizer(folder)
+        works = [draw_work(name, benchmark.rows, benchmark.shape, model, tokenizer, folder.parent) for name in names]
+        # Kernels are compiled when they first run, which is no more part of a rate than the peers' warm-up is of theirs.
+        few = min(_WARM_UP_ROWS, benchmark.rows or _WARM_UP_ROWS)
+        _run(
+            config,
+            folder,
+            draw_work("annotate", few, benchmark.shape, model, tokenizer, folder.parent, "warm-up"),
+            device,
+        )
+        for work in works:
+            ours = _run(config, folder, work, device)
+            best = roofline(
+                model, dtype.itemsize, [len(prompt) for prompt in work.prompts], work.answers, work.shared,
+                _device(model, dtype, ceilings, device, ours),
+            )  # fmt: skip
+            found[work.name] = {"work": _describe(work), "roofline": _roofline_json(best, work), "batchmix": ours}
+            ours["share_of_roofline"] = round(best.seconds / ours["seconds"], 4)
+            print(_line(work, best, ours), flush=True)
+        plan = folder.parent / "work.json"
+        plan.write_text(json.dumps({
+            "model": str(folder), "device": device.type, "dtype": dtype_name, "seconds": benchmark.peer_seconds,
+            "workloads": {work.name: {"prompts": work.prompts, "answers": work.answers} for work in works},
+        }))  # fmt: skip
+        for peer in peers:
+            for result in run_peer(peer, plan):
+                print(_peer_line(result, found), flush=True)
+                if "workload" in result:
+                    found[result["workload"]][peer] = result
+    result = {
+        "device": gpu,
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "shape": benchmark.shape,
+        "layers": layers,
+        "dtype": dtype_name,
+        "ceilings": asdict(ceilings),
+        "workloads": found,
+    }
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    path = Path(benchmark.dir, f"{result['date']}-{name}-throughput-{'-'.join(names)}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def _names(config: Config) -> list[str]:
+    """The workloads asked for."""
+    benchmark = config.benchmark
+    if benchmark.shape not in SHAPES:
+        raise BatchmixError(f"benchmark.shape={benchmark.shape}: the shapes are {', '.join(SHAPES)}")
+    for key, value in (("rows", benchmark.rows), ("layers", benchmark.layers)):
+        if value is not None and value < 1:
+            raise BatchmixError(f"benchmark.{key}={value}: must be at least 1")
+    for name in benchmark.only or ():
+        if name not in WORKLOADS:
+            raise BatchmixError(f"benchmark.only has {name!r}; the workloads are {', '.join(WORKLOADS)}")
+    return list(benchmark.only or WORKLOADS)
+
+
+def _peers(config: Config) -> list[str]:
+    there = available_peers()
+    for name in config.benchmark.peers or ():
+        if name not in PEERS:
+            raise BatchmixError(f"benchmark.peers has {name!r}; the peers are {', '.join(PEERS)}")
+        if name not in there:
+            raise BatchmixError(f"benchmark.peers has {name!r}, which cannot be imported here")
+    return there if config.benchmark.peers is None else list(config.benchmark.peers)
+
+
+def _fitting_layers(shape: str, device: torch.device) -> int:
+    """As many as leave room for a cache; all of them on a CPU, where shapes are tiny."""
+    layers = full_layers(shape)
+    if device.type == "cpu":
+        return layers
+    sizes, (free, total) = SHAPES[shape], torch.cuda.mem_get_info(device)
+    attention = sizes.hidden * sizes.head_dim * 2 * (sizes.heads + sizes.kv_heads)
+    layer = 2 * (sizes.experts * 3 * sizes.hidden * sizes.intermediate + attention)
+    tables = 2 * 2 * sizes.vocab * sizes.hidden
+    fitting = int((free - _RESERVED - _CACHE_SHARE * total - tables) // layer)
+    if fitting < 1:
+        raise BatchmixError(f"benchmark.shape={shape}: not one layer fits the {free / 2**30:.1f} GiB that are free")
+    return min(layers, fitting)
+
+
+def _run(config: Config, folder: Path, work: Work, device: torch.device) -> dict[str, Any]:
+    """One run through the pipeline as `batchmix generate` does it, and what its own summary says."""
+    out = folder.parent / f"out-{work.name}"
+    longest = max(len(prompt) + answer for prompt, answer in zip(work.prompts, work.answers, strict=True))
+    job = replace(
+        config,
+        model=replace(config.model, path=str(folder), format=ModelFormat.random, dtype=Dtype.auto,
+                      max_model_len=longest + 1),
+        data=DataConfig(path=str(folder.parent / f"{work.name}.jsonl"), id_column="id"),
+        sampling=SamplingConfig(),
+        output=OutputConfig(dir=str(out)),
+    )  # fmt: skip
+    # What it prints names a folder that will be gone.
+    with _peak_memory(device) as peak, contextlib.redirect_stdout(io.StringIO()):
+        pipeline.generate(job)
+    summary = json.loads((out / "_summary.json").read_text())
+    if summary["error_rows"] or summary["completion_tokens"] != work.output_tokens:
+        raise BatchmixError(
+            f"{work.name}: {summary['error_rows']} error rows and {summary['completion_tokens']:,} tokens, not"
+            f" {work.output_tokens:,}"
+        )
+    last = json.loads((out / "_metrics.jsonl").read_text().splitlines()[-1])
+    seconds = max(summary["generate_seconds"], 1e-9)
+    return {
+        "seconds": seconds,
+        "total_seconds": summary["total_seconds"],
+        "output_tokens_per_second": round(work.output_tokens / seconds, 1),
+        "total_tokens_per_second": round((work.prompt_tokens + work.output_tokens) / seconds, 1),
+        "device_busy": summary["device_busy"],
+        "peak_memory_gib": round(peak[0] / 2**30, 2),
+        "kv_tokens": last["kv_blocks_total"] * BLOCK_SIZE,
+        "out_of_memory": summary["out_of_memory"],
+        "stage_seconds": summary["seconds"],
+    }
+
+
+@contextlib.contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Most bytes at once: on a GPU of tensors since the start of the block, on a CPU of this process so far."""
+    peak = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    if device.type == "cuda":
+        peak[0] = torch.cuda.max_memory_allocated(device)
+        gc.collect()  # the engine and its graphs, so that the next one, or a peer's process, finds the GPU empty
+        torch.cuda.empty_cache()
+    else:
+        peak[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device(
+    model: MixtralConfig, dtype: torch.dtype, ceilings: Ceilings, device: torch.device, ours: dict[str, Any]
+) -> Device:
+    """The limits of the roofline. Of a GPU the cache is what its memory could hold, whatever the engine made of it."""
+    rate = ceilings.matmul[str(dtype).removeprefix("torch.")]
+    if device.type == "cpu":
+        return Device(ceilings.copy, rate, ours["kv_tokens"], 256)
+    total = torch.cuda.mem_get_info(device)[1]
+    room = total - _RESERVED - weight_bytes(model, dtype.itemsize)
+    return Device(ceilings.copy, rate, room // kv_bytes_per_token(model, dtype.itemsize), _MOST_ROWS)
+
+
+def _describe(work: Work) -> dict[str, Any]:
+    return {"rows": len(work.prompts), "prompt_tokens": work.prompt_tokens, "output_tokens": work.output_tokens,
+            "shared_tokens": work.shared, "longest_prompt": max(map(len, work.prompts))}  # fmt: skip
+
+
+def _roofline_json(best: Roofline, work: Work) -> dict[str, Any]:
+    return {
+        "prefill_seconds": round(best.prefill_seconds, 3),
+        "decode_seconds": round(best.decode_seconds, 3),
+        "rows_at_once": round(best.rows_at_once, 1),
+        "output_tokens_per_second": round(work.output_tokens / best.seconds, 1),
+    }
+
+
+def _line(work: Work, best: Roofline, ours: dict[str, Any]) -> str:
+    return (
+        f"{work.name}: {len(work.prompts):,} rows, {work.prompt_tokens:,} tokens in ({work.shared:,} shared),"
+        f" {work.output_tokens:,} out | batchmix {ours['seconds']:.1f} s,"
+        f" {ours['output_tokens_per_second']:,.0f} output tokens/s, {ours['total_tokens_per_second']:,.0f} in all |"
+        f" {ours['share_of_roofline']:.1%} of the roofline ({best.seconds:.2f} s at {best.rows_at_once:,.0f} rows at once)"
+        f" | device busy {ours['device_busy']:.1%} | {ours['peak_memory_gib']:.1f} GiB at most"
+    )
+
+
+def _peer_line(result: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    if "error" in result:
+        return f"{result['peer']}: {result['error']}"
+    ours = found[result["workload"]]["batchmix"]
+    rate = result["output_tokens_per_second"]
+    ratio = f"batchmix is {ours['output_tokens_per_second'] / rate:.2f} x" if rate else "no row was done in time"
+    part = "" if result["complete"] else f", {result['rows']:,} rows in the time it had"
+    return f"{result['workload']}: {result['peer']} {rate:,.0f} output tokens/s{part}: {ratio}"

@@ -1,0 +1,75 @@
+"""What a backend brings: the operators of the model and of the engine's step. Everything above them is shared.
+
+Legend: T tokens of a step, R rows, D hidden, F expert hidden, E experts, K experts per token, H heads, G kv heads, C head
+dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.sampling import Logprobs
+from batchmix.engine.slots import Slots
+
+if TYPE_CHECKING:
+    from batchmix.model.mixtral import Mixtral
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..start+length-1 of one row, packed at `offset` of the step's tokens."""
+
+    offset: int
+    start: int
+    length: int
+    blocks: Sequence[int]  # the row's blocks, in order
+
+
+class Attend(Protocol):
+    """One step's attention: which tokens are whose, and where they lie, for every layer."""
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Rotate queries and keys, write keys and values to the cache, attend. qkv [T, (H + 2G) C] -> [T, H C]."""
+
+
+class Operators(Protocol):
+    """A backend. Results may overwrite what a docstring calls spent."""
+
+    @property
+    def row_tile(self) -> int:
+        """Steps have a multiple of it of tokens."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, D], weight [D] -> [T, D]."""
+
+    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """residual (spent) and x [T, D] -> their sum, and its norm, [T, D] each."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, in], weight [out, in] -> [T, out]."""
+
+    def moe(self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor) -> Tensor:
+        """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D]."""
+
+    def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
+        """Attention of packed prompt chunks; tokens in no chunk are padding."""
+
+    def find_shared(self, model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+        """See which KV blocks the rows of the next steps have in common; outside of captured steps."""
+
+    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
+        """Attention of the last tokens of slots 0..rows-1, whose contexts lie in `width` blocks at most.
+
+        The tokens behind those rows' are padding.
+        """
+
+    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
+        """The next tokens, int64 [R], of slots first..first+R-1. logits float32 [R, V] (spent)."""
+
+    def advance(self, slots: Slots, first: int, tokens: Tensor, decoded: bool) -> None:
+        """What these tokens do to their rows; `decoded`: each row's last token has gone into the cache before."""

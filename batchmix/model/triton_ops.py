@@ -1,0 +1,107 @@
+"""The Triton backend: the kernels of batchmix/kernels as the engine's operators, on a GPU or under Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.sampling import Logprobs, largest
+from batchmix.engine.slots import Slots
+from batchmix.kernels import linear, moe, norm, sampling
+from batchmix.kernels import slots as slot_kernels
+from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
+from batchmix.model.backend import Attend, Chunk
+from batchmix.model.mixtral import Mixtral
+from batchmix.model.triton_attention import DecodeAttention, PrefillAttention
+
+_SHARED_SPLITS = 1  # items of shared splits for each row of a step; what does not fit is left to the rows
+
+
+class TritonOperators:
+    """See `Operators`. With `batch_invariant` a row's products have the same bits in any company, by construction.
+
+    With `share_prefix` KV blocks that rows have in common are attended to once for all of them.
+    """
+
+    row_tile = 1
+
+    def __init__(self, batch_invariant: bool = False, share_prefix: bool = False) -> None:
+        self.batch_invariant = batch_invariant
+        self.share_prefix = share_prefix
+        self._shared: dict[
+            int, tuple[tuple[Slots, int], SharedSplits]
+        ] = {}  # by tokens of a step: found for which slots
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed: Tensor = norm.rms_norm(x, weight, eps)
+        return normed
+
+    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return residual, norm.add_rms_norm(x, residual, weight, eps)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        product: Tensor = linear.linear(x, weight) if self.batch_invariant else F.linear(x, weight)
+        return product
+
+    def moe(self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor) -> Tensor:
+        return moe.moe(x, router, w13, w2, top_k, residual=residual, batch_invariant=self.batch_invariant)
+
+    def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
+        return PrefillAttention(model, cache, chunks, num_tokens)
+
+    def find_shared(self, model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+        if not self.share_prefix:
+            return
+        state = slots, slots.version
+        known = self._shared.get(num_tokens)
+        if known is not None and known[0] == state:
+            return
+        ratio = model.config.num_attention_heads // model.config.num_key_value_heads
+        table = torch.from_numpy(slots.block_table[:num_tokens])
+        context = torch.from_numpy(slots.host["context"][:num_tokens])
+        found = find_shared_splits(table, context, cache.block_size, ratio, capacity=_SHARED_SPLITS * num_tokens)
+        if known is None:
+            splits = found.to(cache.keys.device)
+        else:  # into the same memory, which a captured step reads
+            splits = known[1]
+            for kept, new in zip(splits, found, strict=True):
+                kept.copy_(new)
+        self._shared[num_tokens] = state, splits
+
+    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
+        shared = self._shared[num_tokens][1] if self.share_prefix else None
+        return DecodeAttention(model, cache, slots, num_tokens, width, shared)
+
+    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
+        span = slice(first, first + len(logits))
+        counts, marks = slots.output_counts, slots.in_prompt
+        tokens, chosen = sampling.sample(
+            logits, slots.temperature[span], slots.top_k[span], slots.top_p[span], slots.min_p[span], slots.seed[span],
+            slots.row_key[span], slots.sample[span], slots.generated[span], slots.min_tokens[span],
+            slots.eos_token_ids, slots.stop_token_ids[span], slots.bias_row[span], slots.biases.data,
+            slots.penalised[span], slots.repetition_penalty[span], slots.presence_penalty[span],
+            slots.frequency_penalty[span], None if counts is None else counts[span],
+            None if marks is None else marks[span], slots.wants_logprob[span],
+        )  # fmt: skip
+        wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
+        if not len(wanted):
+            return tokens, None
+        rows = torch.from_numpy(wanted).to(logits.device)
+        top_ids, top = largest(logits[rows].log_softmax(-1), slots.num_logprobs[span][wanted])
+        return tokens, Logprobs(wanted, chosen[rows], top_ids, top)
+
+    def advance(self, slots: Slots, first: int, tokens: Tensor, decoded: bool) -> None:
+        span = slice(first, first + len(tokens))
+        counts = slots.output_counts
+        slot_kernels.advance(
+            tokens, None, slots.token[span], slots.context[span] if decoded else None, slots.generated[span],
+            slots.finish[span], slots.stop_reason[span], slots.stop_state[span], slots.history[span], None,
+            None if counts is None else counts[span], slots.penalised[span], slots.max_tokens[span],
+            slots.min_tokens[span], slots.ignore_eos[span], slots.eos_token_ids, slots.stop_token_ids[span],
+            slots.stop_base[span], slots.automata.data,
+        )  # fmt: skip

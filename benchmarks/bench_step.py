@@ -1,0 +1,112 @@
+"""What a decode step costs beside the model: blocks, tables, sampling, stop checks, with a model of no cost.
+
+    python benchmarks/bench_step.py [--rows N] [--steps N] [--save]
+
+The stand-in gives the same hidden states and logits at every call, over a vocabulary of 64 tokens, so that what is left
+is the engine's own work in `Engine._decode`: it does not grow with the model. Choosing the tokens is told apart, since
+it is arithmetic over [rows, vocabulary] that a GPU does in a kernel. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from common import save
+from torch import Tensor
+
+from batchmix.config import SamplingConfig
+from batchmix.engine.engine import Engine
+from batchmix.engine.kv_cache import KVCache
+from batchmix.model import torch_backend
+from batchmix.model.config import MixtralConfig
+from batchmix.plan.planner import Limits, plan
+from batchmix.records import Prompt
+
+CONFIG = MixtralConfig(
+    vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+    num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=2, max_position_embeddings=4096,
+    rms_norm_eps=1e-5, rope_theta=1e6,
+)  # fmt: skip
+SAMPLINGS = {
+    "greedy": SamplingConfig(temperature=0.0, ignore_eos=True, max_tokens=4000),
+    "sampled, top_p 0.9": SamplingConfig(temperature=1.0, top_p=0.9, ignore_eos=True, max_tokens=4000),
+}
+
+
+class NoModel:
+    """As Mixtral, at no cost."""
+
+    config = CONFIG
+
+    def __init__(self, most: int) -> None:
+        self.cos = self.sin = torch.zeros(CONFIG.max_position_embeddings, CONFIG.head_dim // 2)
+        self.ops = SimpleNamespace(**{name: getattr(torch_backend, name) for name in torch_backend.__all__})
+        self._hidden = torch.zeros(most, CONFIG.hidden_size)
+        self._logits = torch.randn(most, CONFIG.vocab_size)
+
+    def __call__(self, token_ids: Tensor, attend: object) -> Tensor:
+        return self._hidden[: len(token_ids)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._logits[: len(hidden)].clone()
+
+
+def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
+    """Seconds of `steps` decode steps of `rows` rows of 100 to 1,100 tokens, and of choosing in each: [steps, 2]."""
+    choosing = 0.0
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal choosing
+        started = time.perf_counter()
+        chosen = torch_backend.choose(*arguments)
+        choosing = time.perf_counter() - started
+        return chosen
+
+    cache = KVCache(CONFIG, rows * 40, 64, torch.float32, torch.device("cpu"))
+    model = NoModel(1 << 20)
+    model.ops.choose = timed
+    engine = Engine(
+        model, cache, max_num_seqs=rows, max_num_batched_tokens=8192, max_model_len=2048, eos_token_ids=(2,),
+        stop_table=None,
+    )  # type: ignore[arg-type]  # fmt: skip
+    lengths = np.linspace(100, 1100, rows).astype(int)
+    prompts = [Prompt(i, str(i), {}, np.full(length, 5), sampling) for i, length in enumerate(lengths)]
+    for batch in plan(prompts, Limits(rows, engine.pool.num_blocks, 64, rows)):
+        for _ in engine._enqueue(batch):
+            pass
+    with torch.inference_mode():
+        engine._admit()
+        assert len(engine.rows) == rows
+        seconds = np.empty((steps, 2))
+        for step in range(steps):
+            started = time.perf_counter()
+            engine._decode()
+            seconds[step] = time.perf_counter() - started, choosing
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-step.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for name, sampling in SAMPLINGS.items():
+        seconds = step_seconds(args.rows, args.steps, sampling)[5:] * 1e3
+        (whole, choosing), slow = np.median(seconds, 0), np.quantile(seconds[:, 0], 0.99)
+        print(f"{name}: {whole:.2f} ms a step beside the model at {args.rows} rows, {choosing:.2f} of them to choose the"
+              f" tokens (99 of 100 steps within {slow:.2f} ms)")  # fmt: skip
+        found[name] = {"median_ms": round(whole, 3), "choosing_ms": round(choosing, 3), "99_percent_ms": round(slow, 3)}
+    if args.save:
+        save("step", {"rows": args.rows, "steps": args.steps, "beside_the_model": found})
+
+
+if __name__ == "__main__":
+    main()

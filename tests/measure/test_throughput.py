@@ -1,0 +1,157 @@
+"""`batchmix benchmark throughput` on the CPU, its roofline, its workloads, and the peers' side of it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import statistics
+
+import pytest
+import torch
+
+from batchmix.config import BenchmarkConfig, Config, Dtype, EngineConfig, ModelConfig, ModelFormat
+from batchmix.data.tokenizer import load_tokenizer
+from batchmix.errors import BatchmixError
+from batchmix.measure.peers import _static_batches
+from batchmix.measure.roofline import Device, roofline
+from batchmix.measure.throughput import benchmark_throughput
+from batchmix.measure.workloads import ROWS, WORKLOADS, draw_work, save_model
+from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.weights import load_weights
+
+H200 = Device(bandwidth=4.3e12, flops=790e12, kv_tokens=10**9, most_rows=256)
+
+
+def open_random(folder, shape="tiny", layers=2):
+    save_model(folder, shape, layers, "float32")
+    return open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random))
+
+
+def test_whole_runs_beside_the_roofline(batchmix, tmp_path):
+    done = batchmix("benchmark", "throughput", "benchmark.shape=tiny", "benchmark.rows=4", "benchmark.peers=[]",
+                    "benchmark.only=[annotate,long]", "benchmark.dir=results", "engine.device=cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [path] = (tmp_path / "results").glob("*-throughput-annotate-long.json")
+    lines = done.stdout.splitlines()
+    assert "tiny with 2 of 2 layers in float32" in lines[0]
+    assert lines[1].startswith("annotate: 4 rows, ")
+    assert lines[2].startswith("long: 1 rows, ")
+    assert lines[-1] == f"written: results/{path.name}"
+    result = json.loads(path.read_text())
+    for name, found in result["workloads"].items():
+        ours, work = found["batchmix"], found["work"]
+        assert 0 < ours["device_busy"] <= 1
+        assert ours["peak_memory_gib"] > 0
+        assert ours["output_tokens_per_second"] == pytest.approx(work["output_tokens"] / ours["seconds"], rel=0.01)
+        assert ours["share_of_roofline"] > 0
+        assert (work["shared_tokens"] > 80) == (name == "annotate")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results"], "nothing is left elsewhere"
+
+
+@pytest.mark.slow  # transformers is imported, and its continuous batching set up, in processes of their own
+def test_peers_run_on_the_same_prompts(batchmix, tmp_path):
+    done = batchmix("benchmark", "throughput", "benchmark.shape=tiny", "benchmark.rows=4", "benchmark.only=[annotate]",
+                    "benchmark.peers=[transformers,generate_batch]", "engine.device=cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())["workloads"]["annotate"]
+    for peer in ("transformers", "generate_batch"):
+        assert found[peer]["complete"], done.stdout
+        assert found[peer]["output_tokens"] == found["work"]["output_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"shape": "7b"}, "benchmark.shape=7b: the shapes are 8x7b, 8x22b, tiny"),
+        ({"only": ["anotate"]}, "benchmark.only has 'anotate'; the workloads are annotate, synthesise, long"),
+        ({"peers": ["sglang"]}, "benchmark.peers has 'sglang'; the peers are transformers, generate_batch, vllm"),
+        ({"rows": 0}, "benchmark.rows=0: must be at least 1"),
+        ({}, "there is no GPU, and benchmark.shape=8x7b would take days on a CPU"),
+    ],
+)
+def test_wrong_input_is_one_line(keys, line):
+    config = Config(benchmark=BenchmarkConfig(name="throughput", **keys), engine=EngineConfig(device="cpu"))
+    with pytest.raises(BatchmixError, match=re.escape(line)):
+        benchmark_throughput(config)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(64, 2.7e3), (256, 8.6e3), (512, 13.2e3), (1024, 15.8e3)])
+def test_the_roofline_of_decode_is_the_published_tables(tmp_path, rows, expected):
+    """Output tokens/s of Mixtral-8x7B in bf16 on an H200 at an average context of 1,024 (docs/performance.md)."""
+    model = open_random(tmp_path, "8x7b", 32).config
+    device = Device(H200.bandwidth, H200.flops, H200.kv_tokens, most_rows=rows)
+    found = roofline(model, 2, [1000] * rows, [49] * rows, 0, device)
+    assert found.rows_at_once == rows
+    assert rows * 48 / found.decode_seconds == pytest.approx(expected, rel=0.04)
+
+
+def test_the_roofline_of_prefill_and_what_sharing_and_memory_change(tmp_path):
+    model = open_random(tmp_path, "8x7b", 32).config
+    prefill = roofline(model, 2, [1024] * 512, [1] * 512, 0, H200)
+    assert prefill.decode_seconds == 0
+    assert 512 * 1024 / prefill.prefill_seconds == pytest.approx(30.9e3, rel=0.03)
+    shared = roofline(model, 2, [1024] * 512, [1] * 512, 512, H200)
+    assert shared.prefill_seconds == pytest.approx(prefill.prefill_seconds / 2, rel=0.05)
+    alone, together = (roofline(model, 2, [1000] * 600, [49] * 600, shared, H200) for shared in (0, 700))
+    assert together.decode_seconds < alone.decode_seconds
+    tight = Device(H200.bandwidth, H200.flops, kv_tokens=1024 * 100, most_rows=256)
+    assert roofline(model, 2, [1000] * 600, [49] * 600, 0, tight).rows_at_once == pytest.approx(100, rel=0.01)
+    # One long answer among short ones: no fewer steps than it has tokens.
+    assert roofline(model, 2, [10] * 100, [2] * 99 + [1001], 0, H200).rows_at_once == pytest.approx(1.1, rel=0.01)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads_are_seeded_and_as_long_as_they_should_be(tmp_path, name):
+    model = open_random(tmp_path).config
+    work = draw_work(name, None, "8x7b", model, None, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    assert len(work.prompts) == len(rows) == ROWS[name]
+    assert [row["prompt_token_ids"] for row in rows] == work.prompts
+    assert [row["sampling"]["max_tokens"] for row in rows] == work.answers
+    prompts, answers = [len(prompt) for prompt in work.prompts], work.answers
+    if name == "annotate":
+        assert work.shared == 700
+        assert statistics.mean(prompts) == pytest.approx(1100, rel=0.03)
+        assert set(answers) == {48}
+    elif name == "synthesise":
+        assert statistics.mean(prompts) == pytest.approx(200, rel=0.05)
+        assert statistics.mean(answers) == pytest.approx(350, rel=0.06)
+        assert max(answers) == 1024
+    else:
+        assert (min(prompts) >= 4096, max(prompts) <= 16384, set(answers)) == (True, True, {256})
+    (again := tmp_path / "again").mkdir()
+    assert draw_work(name, None, "8x7b", model, None, again) == work
+
+
+def test_words_are_a_token_each(tmp_path):
+    checkpoint = open_random(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    text = draw_work("annotate", 20, "8x7b", checkpoint.config, tokenizer, tmp_path)
+    ids = draw_work("annotate", 20, "8x7b", checkpoint.config, None, tmp_path)
+    assert [len(prompt) for prompt in text.prompts] == [len(prompt) + 8 for prompt in ids.prompts]
+    assert text.shared >= 700
+
+
+def test_random_weights_are_the_same_at_every_start_and_told_from_a_checkpoint(tmp_path):
+    checkpoint = open_random(tmp_path)
+    one, two = (load_weights(checkpoint, torch.float32, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(one.layers[1].w13, two.layers[1].w13)
+    assert not torch.equal(one.layers[0].w13, one.layers[1].w13)
+    assert one.layers[0].w2.std() == pytest.approx(0.02, rel=0.02)
+    assert torch.equal(one.norm, torch.ones_like(one.norm))
+    assert checkpoint.files == ()
+    other = open_checkpoint(ModelConfig(path="tiny", format=ModelFormat.random, dtype=Dtype.float32))
+    assert other.fingerprint() != open_checkpoint(ModelConfig(path="tiny", dtype=Dtype.float32)).fingerprint()
+
+
+def test_static_batches_hold_each_prompt_once_and_keep_their_limits():
+    source = random.Random(0)
+    prompts = [[5] * source.randint(1, 5000) for _ in range(300)]
+    batches = _static_batches(prompts)
+    assert sorted(row for batch in batches for row in batch) == list(range(300))
+    for batch in batches:
+        assert len(batch) <= 64
+        assert len(batch) * max(len(prompts[row]) for row in batch) <= 65536
