@@ -221,6 +221,15 @@ def test_redo_replaces_the_cut_rows(tmp_path, rows):
     assert len(answers(out)) == len(rows)
 
 
+def test_redo_within_a_limit_leaves_the_other_rows(tmp_path, rows):
+    data = write(tmp_path / "rows.jsonl", rows[:8])
+    out, longer = tmp_path / "out", {"temperature": 0.0, "max_tokens": 6}
+    generate(job(data, out, sampling={"temperature": 0.0, "max_tokens": 3}))
+    for limit in (3, None):
+        generate(job(data, out, sampling=longer, data={"limit": limit}, output={"redo": Redo.length}))
+        assert [row["completion_tokens"] for row in read(out)] == [6] * (limit or 8) + [3] * (8 - (limit or 8))
+
+
 def test_a_damaged_part_is_named_and_can_be_deleted(tmp_path, rows):
     data = write(tmp_path / "rows.jsonl", rows[:12])
     out = tmp_path / "out"

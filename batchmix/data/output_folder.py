@@ -79,7 +79,7 @@ class OutputFolder:
             raise BatchmixError(
                 f"output.redo={redo.value}: output.dir={self.root} holds no finished run; finish it first, without output.redo"
             )
-        self._redo = {"redo": redo.value} | {
+        self._redo = {"redo": redo.value, "data.limit": self._state["limit"]} | {
             key: value for key, value in run["identity"].items() if key.startswith("sampling.")
         }
         done_before = read_run(self.root)
@@ -99,7 +99,6 @@ class OutputFolder:
         else:
             _log.info("rows that ended with %s were redone with these settings before", redo.value)
         redone = done_rows(self._parts, self._parts.paths(self.folder))
-        self._wanted = wanted
         self.num_done = len(redone)
         return AllBut(wanted, redone)
 
@@ -142,7 +141,7 @@ class OutputFolder:
         if self._output.redo is not None:
             if self.folder.exists():
                 with self._finalizing():
-                    replace_rows(self._parts, self._wanted)
+                    replace_rows(self._parts)
                 record_redo(self.root, self._redo)
         else:
             write_json(self._marker(self._shard.index), self._state)
