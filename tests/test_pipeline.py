@@ -244,6 +244,19 @@ def test_a_damaged_part_is_named_and_can_be_deleted(tmp_path, rows):
     assert answers(out) == before
 
 
+def test_a_part_deleted_after_all_shards_were_done(tmp_path, rows):
+    data, out = write(tmp_path / "rows.jsonl", rows[:8]), tmp_path / "out"
+    options = {"sampling": {"temperature": 0.0, "max_tokens": 2}, "output": {"rows_per_shard": 2}}
+    for index in (0, 1):
+        generate(job(data, out, shard={"index": index, "count": 2}, **options))
+    next(out.glob("part-00001-*")).unlink()
+    generate(job(data, out, shard={"index": 0, "count": 2}, **options))
+    assert not (out / "_SUCCESS").exists()
+    generate(job(data, out, shard={"index": 1, "count": 2}, **options))
+    assert (out / "_SUCCESS").exists()
+    assert len(answers(out)) == 8
+
+
 def test_openai_batch_in_and_out(tmp_path, rows):
     requests = [
         {
