@@ -45,9 +45,11 @@ def generate(config: Config) -> None:
 
     BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
     """
+    if not config.output.dir:  # an unset shell variable; it would mean the current folder
+        raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
         check_engine(config.engine)
-        check_apart(config.data, Path(config.output.dir))
+        check_apart(config.data, Path(config.output.dir), f"part-00000-000000.{config.output.format.value}")
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
         tokenizer = load_tokenizer(checkpoint.folder)

@@ -174,6 +174,12 @@ def test_a_file_whose_name_has_glob_characters_or_is_no_text(tmp_path: Path) -> 
     bad.error.encode()
 
 
+def test_a_folder_whose_name_has_glob_characters(tmp_path: Path) -> None:
+    (tmp_path / "a[1]*").mkdir()
+    write(tmp_path / "a[1]*" / "a.jsonl", ROWS)
+    assert len(rows_of(tmp_path / "a[1]*")) == 10
+
+
 # Bad rows
 
 
@@ -422,8 +428,14 @@ def test_the_output_may_not_lie_in_the_input(tmp_path: Path) -> None:
     for data in (tmp_path, f"file://{tmp_path}", [str(path), str(tmp_path)]):
         with pytest.raises(BatchmixError, match=r"output.dir=.* lies in data.path="):
             check_apart(DataConfig(data), tmp_path / "out")
-    check_apart(DataConfig(str(path)), tmp_path / "out")
-    check_apart(DataConfig(str(tmp_path)), tmp_path.parent)
+    (tmp_path / "out").mkdir()
+    part = write(tmp_path / "out" / "part-00000-000000.jsonl", ROWS)
+    for read in (part, part.parent / "*.jsonl", tmp_path / "*" / "*.jsonl", tmp_path / "**"):
+        with pytest.raises(BatchmixError, match=r"output.dir=.* lies in data.path="):
+            check_apart(DataConfig(str(read)), tmp_path / "out", part.name)
+    for read in (path, tmp_path / "*", tmp_path / "*.jsonl", tmp_path / "out" / "*.parquet", "memory://*"):
+        check_apart(DataConfig(str(read)), tmp_path / "out", part.name)
+    check_apart(DataConfig(str(tmp_path / "out")), tmp_path)
 
 
 # What a user gets wrong
