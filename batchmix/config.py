@@ -329,6 +329,10 @@ def check(config: Config) -> Config:
         if value != default:
             shown = value.value if isinstance(value, Enum) else value
             raise refuse(key, shown, "not available in this version; leave it out")
+    if "://" in config.output.dir:
+        raise refuse(
+            "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"
+        )
     if config.output.flush_seconds <= 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

@@ -49,6 +49,8 @@ WRONG_OVERRIDES = {
     "sampling.logit_bias={a:1}": "sampling.logit_bias must be a mapping from integers to numbers, written {3:1.5}",
     "sampling.logit_bias=3": "sampling.logit_bias=3: must be a mapping from integers to numbers",
     "output.dir=null": "output.dir=null: must be text",
+    "output.dir=": "output.dir=: give a folder, for example output.dir=out",
+    "output.dir=s3://bucket/out": "output.dir=s3://bucket/out: must be a folder of this machine",
     "output.dir=${nothing}": "output.dir: Interpolation key 'nothing' not found",
     "sampling.top_p=2": "sampling.top_p=2.0 must be above 0 and at most 1",
     "shard.index=3": "shard.index=3: must be from 0 to shard.count - 1 = 0",
