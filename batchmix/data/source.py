@@ -208,6 +208,8 @@ def _set_sampling(row: Row, value: Any) -> None:
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):  # refused below as what it is, a string
             value = json.loads(value)
+    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):  # a column of Arrow maps
+        value = dict(value)
     if isinstance(value, dict):
         row.sampling = value
     elif value is not None:
