@@ -349,6 +349,8 @@ def check(config: Config) -> Config:
         raise refuse(
             "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"
         )
+    if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
+        raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
     if config.output.flush_seconds <= 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

@@ -13,7 +13,7 @@ from batchmix.config import Config, OnError
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder
 from batchmix.data.parts import Parts, part_format
-from batchmix.data.prompt import build_prompts
+from batchmix.data.prompt import build_prompts, check_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
@@ -53,6 +53,7 @@ def generate(config: Config) -> None:
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
         tokenizer = load_tokenizer(checkpoint.folder)
+        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size)
         with closing(_open_output(config, source, checkpoint, tokenizer)) as output:
             if output.complete:
                 _log.info("%s is complete, nothing to do", config.output.dir)

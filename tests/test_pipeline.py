@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,28 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path, rows):
     assert answers(out) == before
     generate(job(data, out, output={"overwrite": True}))
     assert len(answers(out)) == 5
+
+
+def test_names_that_are_not_unicode(tmp_path, rows):
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
+    write(data, rows[:1])
+    for _ in range(2):
+        generate(job(data, tmp_path / "out"))
+    with pytest.raises(BatchmixError, match=r"\(sampling\.max_tokens was 24, is now 1\)"):
+        generate(job(data, tmp_path / "out", sampling={"max_tokens": 1, "temperature": 0.0}))
+
+
+def test_settings_that_no_row_could_run_with_leave_nothing_behind(tmp_path, rows):
+    data = write(tmp_path / "rows.jsonl", rows[:1])
+    for wrong in (
+        {"sampling": {"allowed_token_ids": [32000]}},
+        {"data": {"system_prompt": "\udcff"}},
+        {"data": {"template": "\udcff"}},
+        {"data": {"template": ""}},
+    ):
+        with pytest.raises(BatchmixError, match=r"^[^\n\ud800-\udfff]*$"):
+            generate(job(data, tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path, rows):

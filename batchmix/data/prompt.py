@@ -50,6 +50,11 @@ def build_prompts(
     return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep), rows, clock)
 
 
+def check_prompts(data: DataConfig, sampling: SamplingConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
+    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, ())
+
+
 def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Generator[Prompt, None, None]:
     batches = read_ahead(builder.batches(rows, clock), _BATCHES_AHEAD)
     try:
@@ -83,6 +88,8 @@ class _PromptBuilder:
         )
         try:
             self._check_sampling(sampling)
+            for key in ("template", "system_prompt"):
+                check_text(getattr(data, key) or "", f"data.{key}")
         except PromptError as error:
             raise BatchmixError(str(error)) from None
         if self._system and tokenizer is not None and not tokenizer.has_chat_format:
