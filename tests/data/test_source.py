@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import signal
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from batchmix.data import input_files, text_readers
 from batchmix.data.hub import HubInput
 from batchmix.data.rowset import AllBut, RowSet
 from batchmix.data.source import Source, check_apart, open_source
-from batchmix.errors import BatchmixError
+from batchmix.errors import BatchmixError, Interrupted
 from batchmix.records import Row
+from batchmix.signals import StopSignals
 
 ROWS = [
     {"prompt": f"p{number}", "number": number, "score": number / 2, "good": number % 2 == 0} for number in range(10)
@@ -528,3 +530,10 @@ def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
     assert message.startswith("data.path=nobody-at-all/nothing: no file or folder here, and no hub data set")
     with pytest.raises(BatchmixError, match="no column 'x'"):
         hub(tmp_path, columns=["x"])
+
+
+def test_a_signal_while_a_file_is_read_is_no_error_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", ROWS)
+    monkeypatch.setattr(pq, "read_schema", lambda _: signal.raise_signal(signal.SIGTERM))
+    with StopSignals(), pytest.raises(Interrupted, match="SIGTERM"):
+        source(path)
