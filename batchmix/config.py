@@ -351,7 +351,7 @@ def check(config: Config) -> Config:
         )
     if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
         raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
-    if config.output.flush_seconds <= 0:
+    if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):
         raise refuse("output.compression", config.output.compression, "must be zstd, lz4 or null")

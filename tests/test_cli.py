@@ -49,6 +49,8 @@ WRONG_OVERRIDES = {
     "sampling.logit_bias={a:1}": "sampling.logit_bias must be a mapping from integers to numbers, written {3:1.5}",
     "sampling.logit_bias=3": "sampling.logit_bias=3: must be a mapping from integers to numbers",
     "output.dir=null": "output.dir=null: must be text",
+    "output.flush_seconds=nan": "output.flush_seconds=nan: must be above 0",
+    "sampling.temperature=inf": "sampling.temperature=inf is no number",
     "output.dir=": "output.dir=: give a folder, for example output.dir=out",
     "output.dir=s3://bucket/out": "output.dir=s3://bucket/out: must be a folder of this machine",
     "output.dir=${nothing}": "output.dir: Interpolation key 'nothing' not found",
