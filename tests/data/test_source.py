@@ -185,6 +185,12 @@ def test_a_folder_whose_name_has_glob_characters(tmp_path: Path) -> None:
 # Bad rows
 
 
+def test_a_file_whose_end_was_never_written(tmp_path: Path) -> None:
+    """A crash leaves zeros there on many file systems."""
+    rows = rows_of(jsonl(tmp_path, ROWS[0], bytes(5000)))
+    assert [row.error is None for row in rows] == [True, False]
+
+
 def test_bad_lines_are_error_rows(tmp_path: Path) -> None:
     path = jsonl(tmp_path, ROWS[0], b"", b"{bad", b"[1]", b'{"prompt": "\xff"}', ROWS[4])
     rows = rows_of(path)
