@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -229,21 +230,23 @@ class Config:
     tune: TuneConfig = field(default_factory=TuneConfig)
 
 
+_MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
 _RANGES: dict[str, tuple[float, float, bool]] = {
     # key: (low, high, low itself is allowed)
-    "max_tokens": (1, math.inf, True),
-    "min_tokens": (0, math.inf, True),
+    "max_tokens": (1, _MANY, True),
+    "min_tokens": (0, _MANY, True),
     "temperature": (0, math.inf, True),
     "top_p": (0, 1, False),
-    "top_k": (-1, math.inf, True),
+    "top_k": (-1, _MANY, True),
     "min_p": (0, 1, True),
     "repetition_penalty": (0, math.inf, False),
     "presence_penalty": (-2, 2, True),
     "frequency_penalty": (-2, 2, True),
-    "n": (1, math.inf, True),
-    "logprobs": (0, math.inf, True),
+    "n": (1, 10_000, True),  # a row is committed with all its samples, which wait for each other in memory
+    "logprobs": (0, 100, True),  # 0.8 GiB on the host for 256 rows of 4,096 tokens
     "seed": (-(2**63), 2**63 - 1, True),
 }
+_MAX_STOP_BYTES = 1024  # of a row's stop strings: each takes a state of an automaton, 8 bytes for every token there is
 _BOOLS = {"include_stop_str_in_output", "skip_special_tokens", "ignore_eos"}
 _INTS = {"max_tokens", "min_tokens", "top_k", "n", "logprobs", "seed"}
 _SAMPLING_KEYS = {f.name: f for f in dataclasses.fields(SamplingConfig)}
@@ -255,10 +258,12 @@ def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
         value = getattr(sampling, key)
         if value is None:
             continue
+        if value in (math.inf, -math.inf) or value != value:
+            raise ValueError(f"sampling.{key}={value} is no number")
         if not (low <= value <= high and (closed or value > low)):
             raise ValueError(
-                f"sampling.{key}={value} must be {'at least' if closed else 'above'} {low:g}"
-                + (f" and at most {high:g}" if high < 2**63 - 1 else "")
+                f"sampling.{key}={reprlib.repr(value)} must be {'at least' if closed else 'above'} {low}"
+                + (f" and at most {high}" if high < math.inf else "")
             )
     if sampling.min_tokens > sampling.max_tokens:
         raise ValueError(f"sampling.min_tokens={sampling.min_tokens} is above max_tokens={sampling.max_tokens}")
@@ -266,6 +271,15 @@ def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
         raise ValueError("sampling.allowed_token_ids is empty: no token could be chosen")
     if any(not text for text in sampling.stop or ()):
         raise ValueError("sampling.stop has an empty string, which would stop every row at once")
+    try:
+        size = sum(len(text.encode()) for text in sampling.stop or ())
+    except UnicodeEncodeError:
+        raise ValueError("sampling.stop has a text that is not valid Unicode") from None
+    if size > _MAX_STOP_BYTES:
+        raise ValueError(f"sampling.stop has {size} bytes in all; at most {_MAX_STOP_BYTES} can be searched for")
+    for token, bias in (sampling.logit_bias or {}).items():
+        if not math.isfinite(bias):
+            raise ValueError(f"sampling.logit_bias has {bias} for token {token}, which is no number; -100 bans a token")
     return sampling
 
 
@@ -277,14 +291,14 @@ def override_sampling(base: SamplingConfig, overrides: Mapping[str, Any]) -> Sam
     given = {key: value for key, value in overrides.items() if value is not None}
     unknown = sorted(set(given) - set(_SAMPLING_KEYS))
     if unknown:
-        raise ValueError(f"sampling has no key {unknown[0]!r}")
+        raise ValueError(f"sampling has no key {reprlib.repr(unknown[0])}")
     for key, value in given.items():
         given[key] = _coerce(key, value)
     return check_sampling(dataclasses.replace(base, **given))
 
 
 def _coerce(key: str, value: Any) -> Any:
-    wrong = ValueError(f"sampling.{key}={value!r} is of the wrong type")
+    wrong = ValueError(f"sampling.{key}={reprlib.repr(value)} is of the wrong type")
     if key in _BOOLS:
         if not isinstance(value, bool):
             raise wrong
@@ -296,18 +310,20 @@ def _coerce(key: str, value: Any) -> Any:
         if not (isinstance(value, list) and all(type(token) is int for token in value)):
             raise wrong
     elif key == "logit_bias":
-        if not isinstance(value, Mapping):
-            raise wrong
-        try:
-            value = {int(token): float(bias) for token, bias in value.items()}
-        except (TypeError, ValueError):
+        try:  # a column of objects has the keys of all rows, null where a row has none; one of maps has pairs
+            value = {int(token): float(bias) for token, bias in dict(value).items() if bias is not None}
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong
-    elif key in _INTS:
-        if value != int(value):
+    else:
+        try:
+            number = int(value) if key in _INTS else float(value)
+        except (ValueError, OverflowError):  # not a number, infinity, more than a float holds
+            raise wrong from None
+        if key in _INTS and number != value:
             raise wrong
-        value = int(value)
+        value = number
     return value
 
 
@@ -340,7 +356,13 @@ def check(config: Config) -> Config:
         if value != default:
             shown = value.value if isinstance(value, Enum) else value
             raise refuse(key, shown, "not available in this version; leave it out")
-    if config.output.flush_seconds <= 0:
+    if "://" in config.output.dir:
+        raise refuse(
+            "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"
+        )
+    if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
+        raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
+    if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):
         raise refuse("output.compression", config.output.compression, "must be zstd, lz4 or null")

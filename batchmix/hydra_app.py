@@ -69,6 +69,7 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise BatchmixError(explain(error)) from error
     config.sampling.logit_bias = config.sampling.logit_bias or None
+    config.output.dir = os.path.expanduser(config.output.dir)  # no shell does it inside a word
     return check(config)
 
 

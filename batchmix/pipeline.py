@@ -15,7 +15,7 @@ from batchmix.config import Config, OnError
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_path
 from batchmix.data.parts import Parts, part_format
-from batchmix.data.prompt import build_prompts
+from batchmix.data.prompt import build_prompts, check_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.sink import NO_SPACE, Sink
 from batchmix.data.source import Source, check_apart, open_source
@@ -54,14 +54,17 @@ def generate(config: Config) -> None:
 
     BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
     """
+    if not config.output.dir:  # an unset shell variable; it would mean the current folder
+        raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
         check_places(config.engine, config.model.tensor_parallel_size)
-        check_apart(config.data, Path(config.output.dir))
+        check_apart(config.data, Path(config.output.dir), f"part-00000-000000.{config.output.format.value}")
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
         check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config)
         tokenizer = load_tokenizer(checkpoint.folder)
+        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size)
         run = _describe(config, source, checkpoint)
         parts = _parts(config, source, checkpoint, tokenizer, run)
         with closing(OutputFolder(config.output, config.shard, parts, run, config.data.limit)) as output:

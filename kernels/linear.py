@@ -71,6 +71,10 @@ def launch_linear(x: Tensor, w: Tensor, out: Tensor, tile: Tile) -> None:
     """x w^T with a given tile, into `out`; shapes as `linear`."""
     num_tokens, depth = x.shape
     columns = len(w)
+    assert x.is_contiguous(), x.stride()
+    assert w.is_contiguous(), w.stride()
+    if not num_tokens:  # TMA has no descriptor of an empty matrix
+        return
     x_described, w_described = tile.tma and can_describe(x), tile.tma and can_describe(w)
     most = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(columns, tile.block_n)
     _linear_kernel[(min(most, current_gpu(x.device).num_sms * tile.programs_per_sm),)](

@@ -196,6 +196,9 @@ def launch_experts(
     up = pair_weights is None
     format = _weight_format(w, w_scale)
     pairs, columns = out.shape
+    assert all(tensor is None or tensor.is_contiguous() for tensor in (x, x_scale, w, w_scale, pair_weights))
+    if not pairs:  # TMA has no descriptor of an empty matrix
+        return
     num_experts, depth = len(w), x.shape[1]
     gather = up
     if up and tile.permute:
@@ -335,6 +338,8 @@ def _combine_kernel(
 @torch.library.custom_op("batchmix::combine", mutates_args=())
 def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
     """Each token's K rows summed in router order, then plus the residual, in float32. y [P, D], [T, D] -> [T, D]."""
+    assert y.is_contiguous(), y.stride()
+    assert residual is None or residual.is_contiguous()
     num_tokens, hidden = len(y) // top_k, y.shape[1]
     out = torch.empty(num_tokens, hidden, dtype=y.dtype, device=y.device)
     block = min(1024, triton.next_power_of_2(hidden))

@@ -64,6 +64,8 @@ def _route_kernel(
 @torch.library.custom_op("batchmix::route", mutates_args=())
 def route(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Top-k of the router's softmax, renormalised. x [T, D], router float32 [E, D] -> float32 and int32 [T, K]."""
+    assert x.is_contiguous(), x.stride()
+    assert router.is_contiguous(), router.stride()
     num_tokens, hidden = x.shape
     num_experts = len(router)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
@@ -121,12 +123,14 @@ def _sort_kernel(experts, order, offsets, num_pairs, E: tl.constexpr, E_PAD: tl.
 @torch.library.custom_op("batchmix::sort_pairs", mutates_args=())
 def sort_pairs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Pairs by expert, in their own order within one. experts int32 [T, K] -> order int32 [P], offsets int32 [E + 1]."""
+    assert experts.is_contiguous(), experts.stride()
     num_pairs = experts.numel()
     order = torch.empty(num_pairs, dtype=torch.int32, device=experts.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
     padded = triton.next_power_of_2(num_experts)
     block = max(16, _SORT_ELEMENTS // padded)
-    _sort_kernel[(triton.cdiv(num_pairs, block),)](
+    # One program even of no pairs: the offsets are read whatever the number is.
+    _sort_kernel[(max(1, triton.cdiv(num_pairs, block)),)](
         experts, order, offsets, num_pairs, E=num_experts, E_PAD=padded, BLOCK=block, num_warps=4
     )
     return order, offsets

@@ -50,6 +50,11 @@ def test_plan_needs_no_output_folder() -> None:
     assert to_config(compose("plan", overrides=["data.path=prompts.jsonl"])).output.dir == ""
 
 
+def test_the_output_folder_may_lie_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert to_config(composed("output.dir='~/out'")).output.dir == "/home/me/out"
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choice_composes(choice: str) -> None:
     assert isinstance(to_config(composed(choice)), Config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,28 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path, rows):
     assert len(answers(out)) == 5
 
 
+def test_names_that_are_not_unicode(tmp_path, rows):
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
+    write(data, rows[:1])
+    for _ in range(2):
+        generate(job(data, tmp_path / "out"))
+    with pytest.raises(BatchmixError, match=r"\(sampling\.max_tokens was 24, is now 1\)"):
+        generate(job(data, tmp_path / "out", sampling={"max_tokens": 1, "temperature": 0.0}))
+
+
+def test_settings_that_no_row_could_run_with_leave_nothing_behind(tmp_path, rows):
+    data = write(tmp_path / "rows.jsonl", rows[:1])
+    for wrong in (
+        {"sampling": {"allowed_token_ids": [32000]}},
+        {"data": {"system_prompt": "\udcff"}},
+        {"data": {"template": "\udcff"}},
+        {"data": {"template": ""}},
+    ):
+        with pytest.raises(BatchmixError, match=r"^[^\n\ud800-\udfff]*$"):
+            generate(job(data, tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_ours_is_left_alone(tmp_path, rows):
     data = write(tmp_path / "rows.jsonl", rows[:3])
     out = tmp_path / "out"
@@ -239,6 +262,15 @@ def test_redo_replaces_the_cut_rows(tmp_path, rows):
     assert len(answers(out)) == len(rows)
 
 
+def test_redo_within_a_limit_leaves_the_other_rows(tmp_path, rows):
+    data = write(tmp_path / "rows.jsonl", rows[:8])
+    out, longer = tmp_path / "out", {"temperature": 0.0, "max_tokens": 6}
+    generate(job(data, out, sampling={"temperature": 0.0, "max_tokens": 3}))
+    for limit in (3, None):
+        generate(job(data, out, sampling=longer, data={"limit": limit}, output={"redo": Redo.length}))
+        assert [row["completion_tokens"] for row in read(out)] == [6] * (limit or 8) + [3] * (8 - (limit or 8))
+
+
 def test_a_damaged_part_is_named_and_can_be_deleted(tmp_path, rows):
     data = write(tmp_path / "rows.jsonl", rows[:12])
     out = tmp_path / "out"
@@ -251,6 +283,19 @@ def test_a_damaged_part_is_named_and_can_be_deleted(tmp_path, rows):
     part.unlink()
     generate(job(data, out))
     assert answers(out) == before
+
+
+def test_a_part_deleted_after_all_shards_were_done(tmp_path, rows):
+    data, out = write(tmp_path / "rows.jsonl", rows[:8]), tmp_path / "out"
+    options = {"sampling": {"temperature": 0.0, "max_tokens": 2}, "output": {"rows_per_shard": 2}}
+    for index in (0, 1):
+        generate(job(data, out, shard={"index": index, "count": 2}, **options))
+    next(out.glob("part-00001-*")).unlink()
+    generate(job(data, out, shard={"index": 0, "count": 2}, **options))
+    assert not (out / "_SUCCESS").exists()
+    generate(job(data, out, shard={"index": 1, "count": 2}, **options))
+    assert (out / "_SUCCESS").exists()
+    assert len(answers(out)) == 8
 
 
 def test_openai_batch_in_and_out(tmp_path, rows):

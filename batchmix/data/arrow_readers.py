@@ -148,7 +148,7 @@ def _plain_field(field: pa.Field) -> pa.Field:
 def can_be_kept(kind: pa.DataType) -> bool:
     """Whether Python objects can be made into a column of this type again."""
     if isinstance(kind, pa.BaseExtensionType):
-        return str(kind.extension_name) != "arrow.bool8"
+        return str(kind.extension_name) not in ("arrow.bool8", "arrow.fixed_shape_tensor")
     if pa.types.is_union(kind) or pa.types.is_run_end_encoded(kind):
         return False
     return all(can_be_kept(kind.field(index).type) for index in range(kind.num_fields))

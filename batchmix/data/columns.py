@@ -56,7 +56,9 @@ class OutputColumns:
                 name = f"input_{name}"
             taken.add(name)
             fields.append(field.with_name(name).remove_metadata())
-        metadata = {f"batchmix.{key}": value for key, value in (provenance or {}).items()}
+        metadata = {
+            f"batchmix.{key}": value.encode(errors="backslashreplace") for key, value in (provenance or {}).items()
+        }
         self.schema = pa.schema([*FIRST, *fields, *LAST, *extra], metadata=metadata)
         self._token_ids = token_ids
         self._logprobs = logprobs

@@ -41,8 +41,10 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
     with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+        # Bytes of a path that are no UTF-8 are half surrogate pairs in it, which JSON writes as \uDCFF, as Python does.
+        file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
 def create_json(path: Path, value: Any) -> bool:

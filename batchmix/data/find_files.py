@@ -23,10 +23,10 @@ def find_files(path: str, wanted: DataFormat) -> list[DataFile]:
         from_folder = False
         if filesystem.isfile(place):
             places = [place]
-        elif any(char in place for char in "*?["):
-            places = [match for match in filesystem.glob(place) if not filesystem.isdir(match)]
         elif from_folder := filesystem.isdir(place):
             places = [match for match in filesystem.find(place) if _is_data(match[len(place) :])]
+        elif any(char in place for char in "*?["):
+            places = [match for match in filesystem.glob(place) if not filesystem.isdir(match)]
         else:
             raise BatchmixError(f"data.path={path}: no such file or folder")
     except BatchmixError:

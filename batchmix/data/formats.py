@@ -80,6 +80,8 @@ def check_magic(file: DataFile) -> None:
     start = head.lstrip(_BLANK)[:1]
     if not start and len(head) < _HEAD_BYTES:
         raise BatchmixError(f"{file.name}: is empty")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BatchmixError(f"{file.name}: is UTF-16 text; write it as UTF-8")
     kind = _sniff(head)
     if kind != (file.format.value if file.format in (DataFormat.parquet, DataFormat.arrow) else "text"):
         raise BatchmixError(f"{file.name}: is not {file.format.value} but {kind}; rename it or set data.format")
@@ -99,4 +101,5 @@ def _sniff(head: bytes) -> str:
         return "arrow"
     if head.startswith(b"PK\x03\x04"):
         return "a zip archive"
-    return "binary data" if b"\x00" in head else "text"
+    # Zeros further on are a damaged line of a text, which is one bad row.
+    return "binary data" if b"\x00" in head.partition(b"\n")[0] else "text"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO
 
 from batchmix.config import ShardConfig
 from batchmix.errors import BatchmixError
+
+_PATIENCE = 10.0  # seconds
 
 
 class FolderLock:
@@ -22,14 +25,8 @@ class FolderLock:
         self._common = _open(folder / "_lock")
         self._own = _open(folder / f"_lock-{shard.index:05}")
         self._count = str(shard.count)
-        if _try_lock(self._common, fcntl.LOCK_EX):  # nobody else is here: say what our count is
-            self._common.truncate(0)
-            self._common.write(self._count.encode())
-            self._common.flush()
-        shared = _try_lock(self._common, fcntl.LOCK_SH)
-        self._common.seek(0)
-        count = self._common.read().decode() or "another"
-        if not shared or count != self._count:
+        count = self._join()
+        if count != self._count:
             raise self._refusal(f"a run with shard.count={count} is writing there")
         if not _try_lock(self._own, fcntl.LOCK_EX):
             who = _holder(self._own)
@@ -37,6 +34,26 @@ class FolderLock:
         self._own.truncate(0)
         self._own.write(f"{os.uname().nodename} {os.getpid()}".encode())
         self._own.flush()
+
+    def _join(self) -> str:
+        """Share `_lock` and return the count that it says: ours, where nobody else is here.
+
+        Who writes its count there holds the lock alone for a moment, and lets go of it before it shares it. So shards
+        that start together find it taken, and try again.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            if _try_lock(self._common, fcntl.LOCK_EX):
+                self._common.seek(0)
+                self._common.truncate(0)
+                self._common.write(self._count.encode())
+                self._common.flush()
+            if _try_lock(self._common, fcntl.LOCK_SH):
+                self._common.seek(0)
+                return self._common.read().decode()
+            if time.monotonic() > deadline:
+                return "another"
+            time.sleep(0.01)
 
     def _refusal(self, reason: str) -> BatchmixError:
         self.release()

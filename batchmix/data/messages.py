@@ -70,6 +70,8 @@ def check_text(text: object, where: str) -> str:
 
 
 def _parse_message(message: object, where: str) -> Message:
+    if isinstance(message, list) and message and all(isinstance(item, tuple) for item in message):
+        message = dict(message)  # of a column of Arrow maps
     if not isinstance(message, Mapping):
         raise PromptError(f"{where} must be an object with role and content, not {type(message).__name__}")
     given = message.get("role")

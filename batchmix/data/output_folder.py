@@ -79,7 +79,7 @@ class OutputFolder:
             raise BatchmixError(
                 f"output.redo={redo.value}: output.dir={self.root} holds no finished run; finish it first, without output.redo"
             )
-        self._redo = {"redo": redo.value} | {
+        self._redo = {"redo": redo.value, "data.limit": self._state["limit"]} | {
             key: value for key, value in run["identity"].items() if key.startswith("sampling.")
         }
         done_before = read_run(self.root)
@@ -99,7 +99,6 @@ class OutputFolder:
         else:
             _log.info("rows that ended with %s were redone with these settings before", redo.value)
         redone = done_rows(self._parts, self._parts.paths(self.folder))
-        self._wanted = wanted
         self.num_done = len(redone)
         return AllBut(wanted, redone)
 
@@ -152,12 +151,14 @@ class OutputFolder:
         if self._output.redo is not None:
             if self.folder.exists():
                 with self._finalizing():
-                    replace_rows(self._parts, self._wanted)
+                    replace_rows(self._parts)
                 record_redo(self.root, self._redo)
         else:
-            write_json(self._marker(self._shard.index), self._state)
+            rows = done_rows(self._parts, self._parts.paths()).num_of_shard(self._shard.index, self._shard.count)
+            write_json(self._marker(self._shard.index), self._state | {"rows": rows})
         with self._finalizing():
-            if not all(self._is_done(index) for index in range(self._shard.count)):
+            if not self._all_done():
+                (self.root / SUCCESS).unlink(missing_ok=True)
                 return None
             if self._output.order is Order.input and self._parts.paths():
                 merge_in_order(self._parts, self._output.rows_per_shard)
@@ -211,13 +212,20 @@ class OutputFolder:
     def _statistics(self, index: int) -> Path:
         return self.root / f"_summary-{index:05}-of-{self._shard.count:05}.json"
 
-    def _is_done(self, index: int) -> bool:
+    def _all_done(self) -> bool:
+        """Whether every shard has said that it is done and its rows still are there: a part may have been deleted."""
         if self._output.redo is not None:
             return True  # only a finished run can be redone
-        try:
-            return bool(json.loads(self._marker(index).read_text()) == self._state)
-        except (OSError, ValueError):
-            return False
+        done = done_rows(self._parts, self._parts.paths())
+        for index in range(self._shard.count):
+            try:
+                said = json.loads(self._marker(index).read_text())
+            except (OSError, ValueError):
+                return False
+            there = done.num_of_shard(index, self._shard.count)
+            if said != self._state | {"rows": there}:
+                return False
+        return True
 
     @contextmanager
     def _finalizing(self) -> Iterator[None]:

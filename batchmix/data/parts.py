@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,15 @@ class ParquetParts(_Tables):
     """Parquet."""
 
     extension = "parquet"
+
+    def __init__(self, columns: OutputColumns, compression: str | None) -> None:
+        super().__init__(columns, compression)
+        try:
+            self.write(io.BytesIO(), columns.schema.empty_table())
+        except pa.ArrowNotImplementedError as error:
+            raise BatchmixError(
+                f"output.format=parquet: {error}; use arrow, or list the columns to keep in data.columns without it"
+            ) from None
 
     def write(self, file: IO[bytes], records: pa.Table) -> None:
         pq.write_table(records, file, compression=self._compression or "none", row_group_size=_BATCH_ROWS)

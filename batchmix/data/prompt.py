@@ -19,6 +19,7 @@ from batchmix.report.clock import StageClock
 
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
+_REASON_CHARS = 300
 _CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
 
 
@@ -47,6 +48,11 @@ def build_prompts(
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
     return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep), rows, clock)
+
+
+def check_prompts(data: DataConfig, sampling: SamplingConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
+    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, ())
 
 
 def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Generator[Prompt, None, None]:
@@ -82,6 +88,8 @@ class _PromptBuilder:
         )
         try:
             self._check_sampling(sampling)
+            for key in ("template", "system_prompt"):
+                check_text(getattr(data, key) or "", f"data.{key}")
         except PromptError as error:
             raise BatchmixError(str(error)) from None
         if self._system and tokenizer is not None and not tokenizer.has_chat_format:
@@ -118,8 +126,8 @@ class _PromptBuilder:
                 if isinstance(content, array):
                     self._set_ids(prompt, content)
                     continue
-            except PromptError as error:
-                prompt.error = str(error)
+            except (PromptError, RecursionError) as error:
+                prompt.error = _reason(error)
                 continue
             waiting.append(prompt)
             if isinstance(content, str):
@@ -133,7 +141,7 @@ class _PromptBuilder:
                 try:
                     self._set_ids(prompt, ids)
                 except PromptError as error:
-                    prompt.error = str(error)
+                    prompt.error = _reason(error)
         return prompts
 
     def _set_ids(self, prompt: Prompt, ids: TokenIds | PromptError) -> None:
@@ -214,5 +222,15 @@ class _PromptBuilder:
                 if not 0 <= token < self._vocab_size:
                     size = self._vocab_size
                     raise PromptError(f"sampling.{key} has token {token}; the model's vocabulary has {size}")
+        if (sampling.logprobs or 0) > self._vocab_size:
+            raise PromptError(f"sampling.logprobs={sampling.logprobs}: the model's vocabulary has {self._vocab_size}")
         if sampling.stop and self._tokenizer is None:
             raise PromptError("sampling.stop needs a tokenizer, and the model folder has none; use stop_token_ids")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a row, in one line of Unicode that is not as long as the value it may quote."""
+    if isinstance(error, RecursionError):
+        return "the row is nested too deeply"
+    text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+    return text if len(text) <= _REASON_CHARS else text[: _REASON_CHARS - 3] + "..."

@@ -16,6 +16,7 @@ from batchmix.config import Redo
 from batchmix.data.files import atomic_file, exchange
 from batchmix.data.parts import Parts
 from batchmix.data.rowset import RowSet
+from batchmix.data.sink import done_rows
 
 STAGING = "_redo"
 
@@ -29,9 +30,10 @@ def rows_to_redo(parts: Parts, redo: Redo) -> RowSet:
     return rows
 
 
-def replace_rows(parts: Parts, rows: RowSet) -> None:
-    """Put the parts in `_redo` in the place of `rows` in the committed parts."""
+def replace_rows(parts: Parts) -> None:
+    """Put the rows of the parts in `_redo` in the place of the same rows in the committed parts."""
     staging = parts.folder / STAGING
+    rows = done_rows(parts, parts.paths(staging))
     kept = staging / "kept"  # what remains of old parts; an interrupted call may have left some
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir()

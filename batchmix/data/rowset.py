@@ -47,6 +47,10 @@ class RowSet:
         found[inside] = (self._bits[rows[inside] >> 3] >> (rows[inside] & 7)) & 1
         return found
 
+    def num_of_shard(self, index: int, count: int) -> int:
+        """How many of the ordinals have `row % count == index`."""
+        return int(np.unpackbits(self._bits, bitorder="little")[index::count].sum())
+
     def __contains__(self, row: int) -> bool:
         byte = row >> 3
         return byte < self._bits.size and bool(self._bits[byte] >> (row & 7) & 1)

@@ -108,6 +108,8 @@ class Sink:
     def _next(self) -> list[Completion] | None:
         """The next completions; none of them where pending rows must be committed before any came; None at the end."""
         wait = max(0.0, self._pending_since + self._flush_seconds - time.monotonic()) if self._pending else None
+        if wait is not None and wait > threading.TIMEOUT_MAX:  # flush_seconds=inf: by rows_per_shard alone
+            wait = None
         try:
             return self._queue.get(timeout=wait)
         except Empty:

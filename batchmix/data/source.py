@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -33,12 +34,25 @@ from batchmix.records import Row
 _LISTED = 30  # columns that an error message names
 
 
-def check_apart(data: DataConfig, folder: Path) -> None:
-    """BatchmixError where `folder` (the output's) lies in a folder that is read: the next run would read it too."""
+def check_apart(data: DataConfig, folder: Path, part: str = "part-00000-000000.arrow") -> None:
+    """BatchmixError where what is written into `folder` (the output's) would be read: by the next run, or while
+    output.overwrite deletes it. `part`: how a file of it is called.
+    """
+    written = folder.resolve() / part
     for path in _paths(data.path):
         read = Path(path.removeprefix("file://")).expanduser()
-        if "://" not in str(read) and read.is_dir() and folder.resolve().is_relative_to(read.resolve()):
-            raise BatchmixError(f"output.dir={folder} lies in data.path={path}, where it would be read as data")
+        if "://" in str(read):
+            continue
+        if read.is_dir():
+            inside = written.is_relative_to(read.resolve())
+        elif read.is_file():
+            inside = read.resolve().parent == written.parent and read.match("part-*")
+        else:
+            pattern = fsspec.utils.glob_translate(str(read.parent.resolve() / read.name))
+            inside = re.match(pattern, str(written)) is not None
+        if inside:
+            raise BatchmixError(f"output.dir={folder} lies in data.path={path}, where it would be read as data; choose"
+                                " another output.dir")  # fmt: skip
 
 
 def open_source(data: DataConfig, shard: ShardConfig) -> Source:
@@ -194,6 +208,8 @@ def _set_sampling(row: Row, value: Any) -> None:
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):  # refused below as what it is, a string
             value = json.loads(value)
+    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):  # a column of Arrow maps
+        value = dict(value)
     if isinstance(value, dict):
         row.sampling = value
     elif value is not None:

@@ -21,10 +21,14 @@ class RowTemplate:
     """
 
     def __init__(self, source: str) -> None:
+        if not source:
+            raise BatchmixError("data.template=: is empty; leave it out or set it to null")
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_not_null)
         try:
             self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
             self._template = environment.from_string(source)
+        except UnicodeEncodeError:
+            raise BatchmixError("data.template is not valid Unicode") from None
         except jinja2.TemplateSyntaxError as error:
             raise BatchmixError(f"data.template, line {error.lineno}: {error.message}") from None
 

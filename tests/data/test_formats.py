@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from batchmix.config import DataFormat
+from batchmix.config import DataFormat, OutputFormat
 from batchmix.data import text_readers
 from batchmix.data.arrow_readers import can_be_kept, plain
 from batchmix.data.chunk import BadRecord, everything
+from batchmix.data.columns import OutputColumns
 from batchmix.data.data_file import DataFile
 from batchmix.data.formats import check_magic, count_rows, guess_format, read_chunks, stated_schema
+from batchmix.data.parts import part_format
 from batchmix.errors import BatchmixError
 
 JSONL, PARQUET, ARROW, CSV = DataFormat.jsonl, DataFormat.parquet, DataFormat.arrow, DataFormat.csv
@@ -307,7 +309,12 @@ def test_types_that_the_output_cannot_hold() -> None:
     assert not can_be_kept(pa.list_(pa.struct([("a", union)])))
     assert not can_be_kept(pa.bool8())
     assert not can_be_kept(pa.run_end_encoded(pa.int32(), pa.string()))
+    assert not can_be_kept(pa.fixed_shape_tensor(pa.int64(), [2]))
     assert can_be_kept(pa.uuid())
+    for kind in (pa.month_day_nano_interval(), pa.struct([])):
+        columns = OutputColumns(pa.schema([("x", kind)]), token_ids=False, logprobs=False)
+        with pytest.raises(BatchmixError, match=r"output\.format=parquet: .*data\.columns"):
+            part_format(OutputFormat.parquet, columns, None, None)
 
 
 # What a file is
@@ -341,7 +348,8 @@ def test_files_that_are_what_they_are_called(tmp_path: Path, name: str, kind: st
         ("a.parquet", bytes_of("json"), "is not parquet but text"),
         ("a.arrow", bytes_of("parquet"), "is not arrow but parquet"),
         ("a.jsonl", b"PK\x03\x04rest", "is not jsonl but a zip archive"),
-        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is not jsonl but binary data"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16 text; write it as UTF-8"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16-le"), "is not jsonl but binary data"),
         ("a.jsonl", bytes_of("gzip"), "is gzip, which its name does not say"),
         ("a.jsonl", zstandard.compress(b"{}"), "is zstd, which its name does not say"),
         ("a.jsonl.gz", bytes_of("json"), "is not compressed, which its name does not say"),

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import signal
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from batchmix.data import input_files, text_readers
 from batchmix.data.hub import HubInput
 from batchmix.data.rowset import AllBut, RowSet
 from batchmix.data.source import Source, check_apart, open_source
-from batchmix.errors import BatchmixError
+from batchmix.errors import BatchmixError, Interrupted
 from batchmix.records import Row
+from batchmix.signals import StopSignals
 
 ROWS = [
     {"prompt": f"p{number}", "number": number, "score": number / 2, "good": number % 2 == 0} for number in range(10)
@@ -174,7 +176,19 @@ def test_a_file_whose_name_has_glob_characters_or_is_no_text(tmp_path: Path) -> 
     bad.error.encode()
 
 
+def test_a_folder_whose_name_has_glob_characters(tmp_path: Path) -> None:
+    (tmp_path / "a[1]*").mkdir()
+    write(tmp_path / "a[1]*" / "a.jsonl", ROWS)
+    assert len(rows_of(tmp_path / "a[1]*")) == 10
+
+
 # Bad rows
+
+
+def test_a_file_whose_end_was_never_written(tmp_path: Path) -> None:
+    """A crash leaves zeros there on many file systems."""
+    rows = rows_of(jsonl(tmp_path, ROWS[0], bytes(5000)))
+    assert [row.error is None for row in rows] == [True, False]
 
 
 def test_bad_lines_are_error_rows(tmp_path: Path) -> None:
@@ -422,8 +436,14 @@ def test_the_output_may_not_lie_in_the_input(tmp_path: Path) -> None:
     for data in (tmp_path, f"file://{tmp_path}", [str(path), str(tmp_path)]):
         with pytest.raises(BatchmixError, match=r"output.dir=.* lies in data.path="):
             check_apart(DataConfig(data), tmp_path / "out")
-    check_apart(DataConfig(str(path)), tmp_path / "out")
-    check_apart(DataConfig(str(tmp_path)), tmp_path.parent)
+    (tmp_path / "out").mkdir()
+    part = write(tmp_path / "out" / "part-00000-000000.jsonl", ROWS)
+    for read in (part, part.parent / "*.jsonl", tmp_path / "*" / "*.jsonl", tmp_path / "**"):
+        with pytest.raises(BatchmixError, match=r"output.dir=.* lies in data.path="):
+            check_apart(DataConfig(str(read)), tmp_path / "out", part.name)
+    for read in (path, tmp_path / "*", tmp_path / "*.jsonl", tmp_path / "out" / "*.parquet", "memory://*"):
+        check_apart(DataConfig(str(read)), tmp_path / "out", part.name)
+    check_apart(DataConfig(str(tmp_path / "out")), tmp_path)
 
 
 # What a user gets wrong
@@ -516,3 +536,10 @@ def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
     assert message.startswith("data.path=nobody-at-all/nothing: no file or folder here, and no hub data set")
     with pytest.raises(BatchmixError, match="no column 'x'"):
         hub(tmp_path, columns=["x"])
+
+
+def test_a_signal_while_a_file_is_read_is_no_error_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", ROWS)
+    monkeypatch.setattr(pq, "read_schema", lambda _: signal.raise_signal(signal.SIGTERM))
+    with StopSignals(), pytest.raises(Interrupted, match="SIGTERM"):
+        source(path)

@@ -65,6 +65,20 @@ def test_tiles_of_every_size_give_the_same_bits(dtype: torch.dtype, device: torc
         assert_bitwise_equal(linear(x[:count], w, batch_invariant=False), together[:count])
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_no_tokens(batch_invariant: bool, device: torch.device) -> None:
+    x, w = (torch.empty(rows, 32, dtype=torch.float16, device=device) for rows in (0, 5))
+    assert linear(x, w, batch_invariant).shape == (0, 5)
+
+
+def test_rows_that_lie_apart_are_refused(device: torch.device) -> None:
+    """They would be read at the wrong places."""
+    x, w = random(3, 64, dtype=torch.float32, device=device), random(5, 32, dtype=torch.float32, device=device)
+    for left, right in ((x[:, :32], w), (w, x[:, :32])):
+        with pytest.raises(AssertionError):
+            linear(left, right)
+
+
 def test_the_operator_is_registered_as_it_is(device: torch.device) -> None:
     x, w = random(3, 32, dtype=torch.float32, device=device), random(5, 32, dtype=torch.float32, device=device)
     torch.library.opcheck(linear, (x, w), test_utils=("test_schema", "test_faketensor"))

@@ -253,6 +253,38 @@ def test_moe_is_the_torch_backends(device: torch.device) -> None:
     assert_close(moe.moe(x, router, w13, w2, 2, residual=x), x + torch_ops.moe(x, router, w13, w2, 2))
 
 
+@pytest.mark.parametrize("format", ["dense", *FORMATS])
+def test_no_tokens(format: str, device: torch.device) -> None:
+    router, w13, w2 = layer(4, 128, 128, torch.float16, device)
+    scales = {}
+    if format != "dense":
+        w13, scales["w13_scale"], _ = quantised(format, w13)
+        w2, scales["w2_scale"], _ = quantised(format, w2)
+    x = tokens(0, 128, torch.float16, device)
+    with poisoned_allocations():
+        assert moe.moe(x, router, w13, w2, 2, **scales).shape == (0, 128)
+        order, offsets = moe.sort_pairs(torch.empty(0, 2, dtype=torch.int32, device=device), 4)
+    assert order.tolist() == []
+    assert offsets.tolist() == [0] * 5
+
+
+def test_rows_that_lie_apart_are_refused(device: torch.device) -> None:
+    """They would be read at the wrong places."""
+    router, w13, w2 = layer(4, 64, 32, torch.float32, device)
+    x = tokens(5, 128, torch.float32, device)[:, :64]
+    order, offsets = routing([2, 3], 1, device)
+    calls = [
+        lambda: moe.route(x, router, 2),
+        lambda: moe.experts_up(x, None, w13, None, order, offsets, 1, x.dtype),
+        lambda: moe.experts_down(x[:, :32], None, w2, None, order, offsets, torch.ones(5, device=device), x.dtype),
+        lambda: moe.combine(x, 1),
+        lambda: moe.sort_pairs(torch.zeros(2, 4, dtype=torch.int32, device=device).T, 4),
+    ]
+    for call in calls:
+        with pytest.raises(AssertionError):
+            call()
+
+
 @pytest.mark.usefixtures("ordered_products")
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantised_moe(format: str, device: torch.device) -> None:

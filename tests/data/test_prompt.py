@@ -1,0 +1,108 @@
+"""Rows to prompts: whatever a row holds, it becomes a prompt or an error of one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchmix.config import DataConfig, DataFormat, SamplingConfig, ShardConfig
+from batchmix.data.prompt import build_prompts
+from batchmix.data.rowset import RowSet
+from batchmix.data.source import open_source
+from batchmix.data.tokenizer import load_tokenizer
+from batchmix.model.checkpoint import TINY
+from batchmix.records import Prompt
+from batchmix.report.clock import StageClock
+
+
+def prompts(path: Path, sampling: SamplingConfig | None = None, **options: Any) -> list[Prompt]:
+    data = DataConfig(str(path), **options)
+    source = open_source(data, ShardConfig())
+    return list(
+        build_prompts(
+            source.rows(RowSet()),
+            data=data,
+            sampling=sampling or SamplingConfig(),
+            tokenizer=load_tokenizer(TINY),
+            max_model_len=4096,
+            vocab_size=32000,
+            keep=source.schema.names,
+            clock=StageClock(),
+        )
+    )
+
+
+WRONG_SAMPLINGS = {
+    '{"max_tokens": Infinity}': "sampling.max_tokens=inf is of the wrong type",
+    '{"max_tokens": NaN}': "sampling.max_tokens=nan is of the wrong type",
+    '{"max_tokens": 100000000000}': "sampling.max_tokens=100000000000 must be at least 1 and at most 2147483647",
+    '{"max_tokens": 2.5}': "sampling.max_tokens=2.5 is of the wrong type",
+    '{"top_k": 1e20}': "sampling.top_k=100000000000000000000 must be at least -1 and at most 2147483647",
+    '{"n": 1000000000000}': "sampling.n=1000000000000 must be at least 1 and at most 10000",
+    '{"logprobs": 40000}': "sampling.logprobs=40000 must be at least 0 and at most 100",
+    '{"temperature": 1e400}': "sampling.temperature=inf is no number",
+    '{"temperature": NaN}': "sampling.temperature=nan is no number",
+    '{"temperature": 1' + 400 * "0" + "}": "is of the wrong type",
+    '{"repetition_penalty": Infinity}': "sampling.repetition_penalty=inf is no number",
+    '{"logit_bias": {"5": NaN}}': "sampling.logit_bias has nan for token 5",
+    '{"logit_bias": {"5": 1' + 400 * "0" + "}}": "is of the wrong type",
+    '{"logit_bias": {"x": 1}}': "sampling.logit_bias={'x': 1} is of the wrong type",
+    '{"logit_bias": [5]}': "sampling.logit_bias=[5] is of the wrong type",
+    '{"seed": 9223372036854775808}': "must be at least -9223372036854775808 and at most 9223372036854775807",
+    '{"stop": ["' + 1025 * "x" + '"]}': "sampling.stop has 1025 bytes in all; at most 1024 can be searched for",
+    '{"top_p": "' + 3000 * "x" + '"}': "is of the wrong type",
+    '{"stop": ' + 400 * "[" + 400 * "]" + "}": "sampling",
+}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_wrong_sampling_is_an_error_row(tmp_path: Path, as_text: bool) -> None:
+    path = tmp_path / "a.jsonl"
+    values = [json.dumps(text) if as_text else text for text in WRONG_SAMPLINGS]
+    path.write_text("".join(f'{{"prompt": "x", "sampling": {value}}}\n' for value in values))
+    for row, reason in zip(prompts(path), WRONG_SAMPLINGS.values(), strict=True):
+        assert row.error is not None
+        assert reason in row.error
+        assert len(row.error) <= 300
+
+
+def test_what_requests_can_hold_that_columns_cannot(tmp_path: Path) -> None:
+    deep = 900 * "[" + 900 * "]"
+    lines = [
+        '{"custom_id": "1", "body": {"prompt": "x", "stop": "\\ud800"}}',
+        '{"custom_id": "2", "body": {"prompt": "x", "stop": ' + deep + "}}",
+        '{"custom_id": "3", "body": {"messages": [{"role": ' + deep + "}]}}",
+        '{"custom_id": "4", "body": {"messages": [{"role": "' + 9999 * "x" + '"}]}}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    for row in prompts(path, format=DataFormat.openai_batch):
+        assert row.error is not None
+        assert 0 < len(row.error.encode()) <= 300
+
+
+def test_objects_and_maps_of_column_wise_files(tmp_path: Path) -> None:
+    """Arrow knows no missing keys: an object has those of all rows, null where it has none. Maps come as pairs."""
+    pairs = pa.map_(pa.string(), pa.float64())
+    conversation = pa.list_(pa.map_(pa.string(), pa.string()))
+    table = pa.table(
+        {
+            "messages": pa.array(2 * [[[("role", "user"), ("content", "hi")]]], conversation),
+            "sampling": [{"logit_bias": {"5": 1.0, "7": None}}, {"logit_bias": {"5": None, "7": 2.0}}],
+        }
+    )
+    pq.write_table(table, tmp_path / "objects.parquet")
+    found = prompts(tmp_path / "objects.parquet")
+    assert [row.error for row in found] == [None, None]
+    assert [row.sampling.logit_bias for row in found] == [{5: 1.0}, {7: 2.0}]
+    bias = pa.array([{"logit_bias": [(5, 1.0)]}], pa.struct([("logit_bias", pa.map_(pa.int64(), pa.float64()))]))
+    for sampling in (bias, pa.array([[("max_tokens", 3.0)]], pairs)):
+        pq.write_table(pa.table({"prompt": ["x"], "sampling": sampling}), tmp_path / "maps.parquet")
+        (row,) = prompts(tmp_path / "maps.parquet")
+        assert row.error is None
+        assert row.sampling != SamplingConfig()
