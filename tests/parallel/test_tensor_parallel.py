@@ -17,7 +17,7 @@ from checkpoints import random_mixtral, save_hub
 from engines import prompts
 from processes import TICKETS, finish, read, start, wait_for, workers
 
-from batchmix.config import Config, DataConfig, Dtype, EngineConfig, ModelConfig, OutputConfig, SamplingConfig
+from batchmix.config import Backend, Config, DataConfig, Dtype, EngineConfig, ModelConfig, OutputConfig, SamplingConfig
 from batchmix.errors import BatchmixError
 from batchmix.model.mixtral import Mixtral
 from batchmix.pipeline import generate
@@ -72,8 +72,8 @@ def logits_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[torch.Ten
     return seen
 
 
-def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected) > 10
+def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], steps: int = 10) -> None:
+    assert len(found) == len(expected) >= steps
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
@@ -90,6 +90,22 @@ def test_two_ranks_give_the_logits_and_tokens_of_one(tmp_path, monkeypatch):
         generate(job(model, data, tmp_path / "two", 1))
     with pytest.raises(BatchmixError, match=r"must divide the model's 2 kv heads"):
         generate(job(model, data, tmp_path / "four", 4))
+
+
+@pytest.mark.slow  # Triton's interpreter takes a minute
+def test_two_ranks_of_the_triton_backend(tmp_path, monkeypatch):
+    model = save_hub(random_mixtral(head_dim=32), tmp_path / "model")
+    data = token_rows(tmp_path / "rows.jsonl", 2, 512)
+
+    def short(out: Path, ranks: int) -> Config:
+        config = job(model, data, out, ranks, backend=Backend.triton, max_num_seqs=4)
+        config.sampling.max_tokens = 2
+        return config
+
+    expected = logits_of(short(tmp_path / "one", 1), monkeypatch)
+    found = logits_of(short(tmp_path / "two", 2), monkeypatch)
+    assert_near(found, expected, steps=2)
+    assert answers(tmp_path / "two") == answers(tmp_path / "one")
 
 
 @pytest.mark.slow  # starts six processes
