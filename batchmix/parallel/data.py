@@ -133,13 +133,13 @@ class Replicas:
         A signal, or one worker's early end, stops the others, which commit what they have finished. Raises why a worker
         ended early, but where a signal has asked for that.
         """
-        failure: Exception | None = None
+        failure: BaseException | None = None
         asked: float | None = None
         while running := [worker for worker in self._workers if not worker.ended]:
             Worker.wait(running, 0.2)
             for worker in running:
                 for message in worker.messages():
-                    if isinstance(message, Exception):
+                    if isinstance(message, BaseException):
                         failure = failure or message
                     elif isinstance(message, logging.LogRecord):
                         logging.getLogger(message.name).handle(message)

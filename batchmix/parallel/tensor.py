@@ -123,12 +123,12 @@ class _Watch:
     def __init__(self, workers: list[Worker], give_up: Callable[[BatchmixError], None]) -> None:
         self._workers = workers
         self._give_up = give_up
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._failed, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch-ranks", daemon=True)
         self._thread.start()
 
-    def failure_soon(self) -> Exception | None:
+    def failure_soon(self) -> BaseException | None:
         """Why a rank ended, if one did; waits a little, since a broken connection may be seen before its cause."""
         self._failed.wait(2.0)
         return self._failure
@@ -143,7 +143,7 @@ class _Watch:
             Worker.wait(self._workers, 0.2)
             for worker in self._workers:
                 for message in worker.messages():
-                    if isinstance(message, Exception):
+                    if isinstance(message, BaseException):
                         self._failure = self._failure or message
 
             time.sleep(0.05)  # a rank that has ended well is ready at once for ever

@@ -72,7 +72,7 @@ class Worker:
         try:
             while self._connection.poll():
                 message = self._connection.recv()
-                explained = explained or isinstance(message, Exception)
+                explained = explained or isinstance(message, BaseException)
                 yield message
         except (EOFError, OSError):  # cut off in the middle of a message, if it was killed then
             pass
