@@ -64,7 +64,7 @@ def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
     values = logprobs.new_zeros(len(logprobs), int(counts.max()))
     ids = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for count in np.unique(counts).tolist():
-        rows = torch.from_numpy(np.flatnonzero(counts == count))
+        rows = torch.from_numpy(np.flatnonzero(counts == count)).to(logprobs.device)
         values[rows, :count], ids[rows, :count] = logprobs[rows].topk(count, dim=-1)
     return ids, values
 
