@@ -26,7 +26,7 @@ from batchmix.config import (
     ShardConfig,
 )
 from batchmix.errors import BatchmixError
-from batchmix.pipeline import generate
+from batchmix.pipeline import generate, plan_report
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -209,6 +209,18 @@ def test_settings_that_no_row_could_run_with_leave_nothing_behind(tmp_path, rows
         with pytest.raises(BatchmixError, match=r"^[^\n\ud800-\udfff]*$"):
             generate(job(data, tmp_path / "out", **wrong))
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_writes_a_png_or_says_why_not(tmp_path, rows, capsys):
+    config = job(write(tmp_path / "rows.jsonl", rows[:3]), "")
+    config.plan.histogram = str(tmp_path / "new" / "lengths.txt")
+    plan_report(config)
+    assert "3 rows" in capsys.readouterr().out
+    assert Path(config.plan.histogram).read_bytes().startswith(b"\x89PNG")
+    for nowhere in ("/proc/x.png", str(tmp_path / "rows.jsonl" / "x.png"), str(tmp_path)):
+        config.plan.histogram = nowhere
+        with pytest.raises(BatchmixError, match=f"plan.histogram={nowhere}: cannot be written"):
+            plan_report(config)
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path, rows):
