@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from batchmix.config import (
     SamplingConfig,
     ShardConfig,
 )
-from batchmix.errors import BatchmixError
+from batchmix.errors import BatchmixError, Interrupted
 from batchmix.pipeline import generate, plan_report
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
@@ -221,6 +222,26 @@ def test_plan_writes_a_png_or_says_why_not(tmp_path, rows, capsys):
         config.plan.histogram = nowhere
         with pytest.raises(BatchmixError, match=f"plan.histogram={nowhere}: cannot be written"):
             plan_report(config)
+
+
+def test_a_run_that_left_no_rows_binds_nobody(tmp_path, rows, monkeypatch):
+    data, out = write(tmp_path / "rows.jsonl", rows[:2]), tmp_path / "out"
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batchmix.pipeline.start_engine", interrupt)
+        with pytest.raises(Interrupted):
+            generate(job(data, out))
+    other = {"sampling": {"temperature": 0.0, "max_tokens": 2}}
+    (out / "_lock-00001").touch()
+    with (out / "_lock-00001").open() as file:  # of another shard, which is loading its model
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BatchmixError, match=r"sampling\.max_tokens was 24, is now 2"):
+            generate(job(data, out, **other))
+    generate(job(data, out, **other))
+    assert [row["completion_tokens"] for row in read(out)] == [2, 2]
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path, rows):
