@@ -341,7 +341,7 @@ def check(config: Config) -> Config:
         raise refuse("shard.index", config.shard.index, f"must be from 0 to shard.count - 1 = {config.shard.count - 1}")
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
-                       ("engine", "data_parallel_size"), ("data", "limit")):  # fmt: skip
+                       ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens")):  # fmt: skip
         value = getattr(getattr(config, group), key)
         if value is not None and value < 1:
             raise refuse(f"{group}.{key}", value, "must be at least 1")

@@ -61,7 +61,7 @@ def kv_blocks(free: int, block_bytes: int, blocks_per_row: int, max_num_seqs: in
         needed, there = blocks_per_row * block_bytes / 2**30, max(0, free) / 2**30
         raise BatchmixError(
             f"the KV cache of one row needs {needed:.2f} GiB and {there:.2f} GiB are left;"
-            " lower model.max_model_len or engine.max_num_batched_tokens"
+            " lower model.max_model_len, engine.max_num_seqs or engine.max_num_batched_tokens"
         )
     return int(min(affordable, blocks_per_row * max_num_seqs))
 

@@ -128,8 +128,11 @@ def plan_report(config: Config) -> None:
     print(plan_text(survey, batches, gpu, work, cost, where))
     picture = config.plan.histogram or (str(Path(config.output.dir, "_lengths.png")) if config.output.dir else None)
     if picture is not None and survey.runnable:
-        Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        survey.save_histogram(Path(picture))
+        try:
+            Path(picture).parent.mkdir(parents=True, exist_ok=True)
+            survey.save_histogram(Path(picture))
+        except OSError as error:
+            raise BatchmixError(f"plan.histogram={picture}: cannot be written ({error.strerror})") from None
         print(f"histogram: {picture}")
 
 

@@ -49,6 +49,7 @@ WRONG_OVERRIDES = {
     "sampling.logit_bias={a:1}": "sampling.logit_bias must be a mapping from integers to numbers, written {3:1.5}",
     "sampling.logit_bias=3": "sampling.logit_bias=3: must be a mapping from integers to numbers",
     "output.dir=null": "output.dir=null: must be text",
+    "plan.expected_tokens=-5": "plan.expected_tokens=-5: must be at least 1",
     "output.flush_seconds=nan": "output.flush_seconds=nan: must be above 0",
     "sampling.temperature=inf": "sampling.temperature=inf is no number",
     "output.dir=": "output.dir=: give a folder, for example output.dir=out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -25,8 +26,8 @@ from batchmix.config import (
     SamplingConfig,
     ShardConfig,
 )
-from batchmix.errors import BatchmixError
-from batchmix.pipeline import generate
+from batchmix.errors import BatchmixError, Interrupted
+from batchmix.pipeline import generate, plan_report
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -227,6 +228,38 @@ def test_settings_that_no_row_could_run_with_leave_nothing_behind(tmp_path, rows
         with pytest.raises(BatchmixError, match=r"^[^\n\ud800-\udfff]*$"):
             generate(job(data, tmp_path / "out", **wrong))
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_writes_a_png_or_says_why_not(tmp_path, rows, capsys):
+    config = job(write(tmp_path / "rows.jsonl", rows[:3]), "")
+    config.plan.histogram = str(tmp_path / "new" / "lengths.txt")
+    plan_report(config)
+    assert "3 rows" in capsys.readouterr().out
+    assert Path(config.plan.histogram).read_bytes().startswith(b"\x89PNG")
+    for nowhere in ("/proc/x.png", str(tmp_path / "rows.jsonl" / "x.png"), str(tmp_path)):
+        config.plan.histogram = nowhere
+        with pytest.raises(BatchmixError, match=f"plan.histogram={nowhere}: cannot be written"):
+            plan_report(config)
+
+
+def test_a_run_that_left_no_rows_binds_nobody(tmp_path, rows, monkeypatch):
+    data, out = write(tmp_path / "rows.jsonl", rows[:2]), tmp_path / "out"
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batchmix.pipeline.start_engine", interrupt)
+        with pytest.raises(Interrupted):
+            generate(job(data, out))
+    other = {"sampling": {"temperature": 0.0, "max_tokens": 2}}
+    (out / "_lock-00001").touch()
+    with (out / "_lock-00001").open() as file:  # of another shard, which is loading its model
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BatchmixError, match=r"sampling\.max_tokens was 24, is now 2"):
+            generate(job(data, out, **other))
+    generate(job(data, out, **other))
+    assert [row["completion_tokens"] for row in read(out)] == [2, 2]
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path, rows):

@@ -22,6 +22,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, shard: ShardConfig) -> None:
         self._folder = folder
+        self._index = shard.index
         self._common = _open(folder / "_lock")
         self._own = _open(folder / f"_lock-{shard.index:05}")
         self._count = str(shard.count)
@@ -63,6 +64,16 @@ class FolderLock:
     def descriptors(self) -> tuple[int, int]:
         """Of the locked files; the locks hold for as long as any process has these open."""
         return self._common.fileno(), self._own.fileno()
+
+    def alone(self) -> bool:
+        """Whether no other shard is at work."""
+        for path in self._folder.glob("_lock-[0-9]*"):
+            if path.name == f"_lock-{self._index:05}":
+                continue
+            with _open(path) as file:
+                if not _try_lock(file, fcntl.LOCK_SH):
+                    return False
+        return True
 
     def release(self) -> None:
         """Let the next writer in. The files stay: deleting them would let two writers each lock their own."""

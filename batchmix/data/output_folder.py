@@ -29,8 +29,9 @@ from batchmix.run_info import NAME as RUN_INFO
 from batchmix.run_info import accept_run, differences, read_run, record_redo
 
 SUCCESS = "_SUCCESS"
-_OURS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl", ".part-*.tmp", "_run.json", "_metrics.jsonl", "_summary*.json",
-         "_trace*.json", "_done-*", "_journal.json", SUCCESS)  # fmt: skip
+_PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
+_OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics.jsonl", "_summary*.json", "_trace*.json", "_done-*",
+         "_journal.json", SUCCESS)  # fmt: skip
 _OUR_FOLDERS = (".hydra", MERGE_STAGING, REDO_STAGING)
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,10 @@ class OutputFolder:
             raise
 
     def _open(self, run: dict[str, Any]) -> RowSet:
-        accept_run(self.root, run)
+        with self._finalizing():
+            if self._is_void(run):
+                self._delete_ours()
+            accept_run(self.root, run)
         if (self.root / REDO_STAGING).exists():
             raise BatchmixError(
                 f"output.dir={self.root}: rows are being redone there; finish that with output.redo, or delete"
@@ -182,7 +186,7 @@ class OutputFolder:
 
     def _check_contents(self) -> None:
         has_run = (self.root / RUN_INFO).exists()
-        strange = next((path.name for pattern in _OURS[:3] for path in self.root.glob(pattern)), None)
+        strange = next((path.name for pattern in _PARTS for path in self.root.glob(pattern)), None)
         if strange is not None and not has_run:
             raise BatchmixError(
                 f"output.dir={self.root}: holds {strange} but no {RUN_INFO}, so it is not ours to write to;"
@@ -195,10 +199,19 @@ class OutputFolder:
                 "output.overwrite=true: with shard.count above 1 each shard would delete the others' rows;"
                 f" delete {self.root} yourself or choose another output.dir"
             )
+        self._delete_ours()
+
+    def _delete_ours(self) -> None:
         for path in [path for pattern in _OURS for path in self.root.glob(pattern)]:
             path.unlink()
         for name in _OUR_FOLDERS:
             shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def _is_void(self, run: dict[str, Any]) -> bool:
+        """Whether a run with other settings left no rows here, as one does that is stopped while the model is loaded."""
+        if not (self.root / RUN_INFO).exists() or any(path for pattern in _PARTS for path in self.root.glob(pattern)):
+            return False
+        return bool(differences(read_run(self.root)["identity"], run["identity"])) and self._lock.alone()
 
     def _remove_temporary(self, folder: Path) -> None:
         """What a killed run was writing. Only this shard's and its workers': others may be at work."""

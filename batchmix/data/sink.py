@@ -94,16 +94,18 @@ class Sink:
             raise error
 
     def _run(self) -> None:
+        ended = False
         try:
-            while (completions := self._next()) is not None:
-                self._add(completions)
-                if self._pending and time.monotonic() - self._pending_since >= self._flush_seconds:
+            while not ended:
+                completions = self._next()
+                ended = completions is None
+                self._add(completions or [])
+                if ended or (self._pending and time.monotonic() - self._pending_since >= self._flush_seconds):
                     self._commit()
-            self._commit()
         except BaseException as error:
             self._error = error
-            while self._queue.get() is not None:  # so that nobody waits for room in the queue
-                pass
+            while not ended:  # so that nobody waits for room in the queue
+                ended = self._queue.get() is None
 
     def _next(self) -> list[Completion] | None:
         """The next completions; none of them where pending rows must be committed before any came; None at the end."""

@@ -14,6 +14,8 @@ from batchmix.records import Prompt
 
 _BINS, _BAR = 12, 40  # rows and columns of the histogram in text
 
+_MAX_REASONS = 1000
+
 
 @dataclass
 class Refusal:
@@ -66,6 +68,8 @@ class Survey:
 
     def _refuse(self, row: int, error: str) -> None:
         reason = re.sub(r"\d+", "N", error)
+        if reason not in self.refused and len(self.refused) >= _MAX_REASONS:
+            reason = ""  # all the rest together: reasons quote values, so each may be another
         refusal = self.refused.setdefault(reason, Refusal(0, row, error))
         refusal.rows += 1
 
@@ -122,4 +126,4 @@ class Survey:
         axes.set_ylabel("rows")
         axes.set_title(f"{self.runnable:,} prompts, {self.prompt_tokens:,} tokens")
         axes.legend()
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, format="png", dpi=120)

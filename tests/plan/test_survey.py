@@ -51,6 +51,14 @@ def test_refused_rows_are_grouped_by_reason(tmp_path: Path):
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_row_refused_for_a_reason_of_its_own():
+    survey = Survey(8)
+    errors = [f"column 'x' holds '{'x' * i}', which is no int64" for i in range(1200)]
+    list(survey.watch(Prompt(i, str(i), {}, [], SamplingConfig(), error) for i, error in enumerate(errors)))
+    assert len(survey.refused) <= 1001
+    assert sum(refusal.rows for refusal in survey.refused.values()) == survey.rows == 1200
+
+
 def test_mixtral_8x7b_has_the_published_size():
     total, active = parameters(MIXTRAL_8X7B)
     tables = 2 * 32000 * 4096
