@@ -115,13 +115,10 @@ def plan_prefill(
         for first in range(0, length * ratio, query_tile)
     ]
     tiles.sort(key=lambda tile: -tile[0])
-    device = block_table.device
-    return PrefillPlan(
-        torch.tensor(chunks, dtype=torch.int32, device=device).view(-1, 3),
-        torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device=device).view(-1, 2),
-        block_table,
-        query_tile,
-    )
+    # torch.tensor(..., device=) would wait for all that the device has been given to do.
+    listed = torch.tensor(chunks, dtype=torch.int32).to(block_table.device, non_blocking=True)
+    cut = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32).to(block_table.device, non_blocking=True)
+    return PrefillPlan(listed.view(-1, 3), cut.view(-1, 2), block_table, query_tile)
 
 
 def _query_tile(dtype: torch.dtype) -> int:
