@@ -10,7 +10,9 @@ Legend: B rows, T tokens of a row, E experts, K top-k, D hidden, F expert hidden
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,18 @@ NAME = "batchmix"
 _BLOCK = 64  # tokens per block where rows begin and end at multiples of it, else 1
 
 
+def _on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which is another one than the tensors' with device_map="auto"."""
+
+    @functools.wraps(function)
+    def wrapper(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return function(module, x, *args, **kwargs)
+
+    return wrapper
+
+
+@_on_device_of_first
 def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of a layer. hidden_states [T, D], top_k_index int64 and top_k_weights [T, K] -> [T, D].
 
@@ -143,6 +157,7 @@ def row_spans(
     return RowSpans(spans, q_offset, q_length, kv_length)
 
 
+@_on_device_of_first
 def attention_forward(
     module: nn.Module,
     query: Tensor,

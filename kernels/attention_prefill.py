@@ -115,13 +115,10 @@ def plan_prefill(
         for first in range(0, length * ratio, query_tile)
     ]
     tiles.sort(key=lambda tile: -tile[0])
-    device = block_table.device
-    return PrefillPlan(
-        torch.tensor(chunks, dtype=torch.int32, device=device).view(-1, 3),
-        torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device=device).view(-1, 2),
-        block_table,
-        query_tile,
-    )
+    # torch.tensor(..., device=) would wait for all that the device has been given to do.
+    listed = torch.tensor(chunks, dtype=torch.int32).to(block_table.device, non_blocking=True)
+    cut = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32).to(block_table.device, non_blocking=True)
+    return PrefillPlan(listed.view(-1, 3), cut.view(-1, 2), block_table, query_tile)
 
 
 def _query_tile(dtype: torch.dtype) -> int:
@@ -131,11 +128,13 @@ def _query_tile(dtype: torch.dtype) -> int:
 def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
     """Keys in a tile, warps and stages. Untuned: what fits into shared memory and registers.
 
-    With 64 keys sm_80 spills at head dim 128. float32, which is for tests, spills a little with 32.
+    With 64 keys mma.sync, whose operands are in registers too, spills at head dim 128. float32, which is for tests,
+    spills a little with 32.
     """
     if dtype == torch.float32:
         return {"KEY_TILE": 32, "num_warps": 4, "num_stages": 1}
-    return {"KEY_TILE": 32 if gpu.arch == "sm_80" else 64, "num_warps": 8, "num_stages": num_stages(gpu)}
+    small = gpu.arch.startswith("sm_") and not gpu.has_tensor_memory_accelerator
+    return {"KEY_TILE": 32 if small else 64, "num_warps": 8, "num_stages": num_stages(gpu)}
 
 
 @torch.library.custom_op("batchmix::prefill_attention", mutates_args=())

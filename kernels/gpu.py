@@ -21,10 +21,19 @@ class Gpu:
     num_sms: int  # streaming multiprocessors, or AMD's compute units
     shared_memory: int  # bytes that one block can have
 
+    @property
+    def has_tensor_memory_accelerator(self) -> bool:
+        """Hopper and data-centre Blackwell: descriptors, and tensor cores that read operands from shared memory.
 
-# NVIDIA: SMs of the data-centre boards, and "maximum shared memory per thread block" of the CUDA C++ Programming Guide's
-# table of compute capabilities (163 KB for 8.0, 227 KB for 9.0 and 10.0). AMD: CDNA 3 white paper (304 CUs, 64 KB LDS).
+        Consumer Blackwell (sm_120) has the first without the second, so its tiles are Ampere's and Ada's.
+        """
+        return self.arch in ("sm_90", "sm_100", "sm_103")
+
+
+# NVIDIA: SMs of the boards, and "maximum shared memory per thread block" of the CUDA C++ Programming Guide's table of
+# compute capabilities (163 KB for 8.0, 99 KB for 8.6, 8.9 and 12.0, 227 KB for 9.0 and 10.0). AMD: CDNA 3 white paper (304 CUs, 64 KB LDS).
 A100 = Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, 163 * 1024)
+RTX4090 = Gpu("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 * 1024)
 H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90", 132, 227 * 1024)
 H200 = Gpu("NVIDIA H200", "sm_90", 132, 227 * 1024)
 B200 = Gpu("NVIDIA B200", "sm_100", 148, 227 * 1024)

@@ -128,7 +128,7 @@ def sort_pairs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(num_pairs, dtype=torch.int32, device=experts.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
     padded = triton.next_power_of_2(num_experts)
-    block = max(16, _SORT_ELEMENTS // padded)
+    block = min(1024, max(16, _SORT_ELEMENTS // padded))  # more pairs spill, of however few experts
     # One program even of no pairs: the offsets are read whatever the number is.
     _sort_kernel[(max(1, triton.cdiv(num_pairs, block)),)](
         experts, order, offsets, num_pairs, E=num_experts, E_PAD=padded, BLOCK=block, num_warps=4

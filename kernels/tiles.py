@@ -96,7 +96,7 @@ def heuristic(kind: str, format: str, rows: int, gpu: Gpu, batch_invariant: bool
     if gpu.arch == "cpu":  # the interpreter: small enough for tests to have many tiles
         tile = Tile(16, 32, block_k(format, "cpu"), 2, 4, 2, swap_ab=rows < 16)
         return replace(tile, tma=True, permute=rows >= 64)
-    has_descriptors = gpu.arch in ("sm_90", "sm_100")
+    has_descriptors = gpu.has_tensor_memory_accelerator
     step = block_k(format, gpu.arch)
     few = rows <= 64
     # 16 to 64 rows: each weight leaves memory once and tensor cores have time to spare.
@@ -112,7 +112,7 @@ def heuristic(kind: str, format: str, rows: int, gpu: Gpu, batch_invariant: bool
     if format == "float32":  # plain multiply-adds, no tensor cores
         block_m, total_n, warps, swap = min(block_m, 32), 64, 4, False
     elif format == "fp8_block":  # a second accumulator for the block's partial sum
-        total_n = 64 if gpu.arch == "sm_100" else 128
+        total_n = 64 if gpu.arch in ("sm_100", "sm_103") else 128
     elif format == "int8":
         swap = has_descriptors  # weights widened in registers can feed wgmma from there only as the left operand
         total_n = 128 if kind == "down" else total_n  # 256 x 128 in one accumulator spills

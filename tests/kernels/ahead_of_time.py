@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ARCHES = ["sm_80", "sm_90", "sm_100", "gfx942"]
+ARCHES = ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"]
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,11 @@ def _compile(call: Callable[[], None], arch: str) -> list[Compiled]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from batchmix.kernels.gpu import A100, B200, H100, H200, MI300X, assume_gpu
+    from batchmix.kernels.gpu import A100, B200, H100, H200, MI300X, RTX4090, assume_gpu
 
-    gpus = [gpu for gpu in (A100, H100, H200, B200, MI300X) if gpu.arch == arch]  # each may have tables of its own
+    gpus = [
+        gpu for gpu in (A100, RTX4090, H100, H200, B200, MI300X) if gpu.arch == arch
+    ]  # each may have tables of its own
     compiled: dict[int, Compiled] = {}
     run = JITFunction.run
 

@@ -20,7 +20,7 @@ from torch import Tensor
 D, F, E, H, G, C, V = 4096, 14336, 8, 32, 8, 128, 32000  # Mixtral-8x7B
 FP8 = torch.float8_e4m3fn
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-FP8_ARCHES = ["sm_90", "sm_100", "gfx942"]  # triton has no e4m3 below sm_89
+FP8_ARCHES = ["sm_89", "sm_90", "sm_100", "gfx942"]  # triton has no e4m3 below sm_89
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,67 @@ launch(wgmma=WGMMA, quick="moe-bf16-1024", format={key: key for key in DTYPES}, 
 launch(wgmma=WGMMA, arches=FP8_ARCHES, format={key: key for key in ("fp8", "fp8_block")}, rows=EXPERT_ROWS)(moe)
 launch(wgmma=WGMMA, format={key: key for key in ("int8", "int4")}, rows=EXPERT_ROWS)(moe)
 launch(format={"fp32": "fp32"}, rows={"64": 64})(moe)
+
+
+@launch()
+def single() -> None:
+    """One token, row, split and so on: triton makes constants of integers that are 1, the interpreter does not."""
+    from batchmix.kernels.attention_decode import decode_attention, plan_decode
+    from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
+    from batchmix.kernels.linear import linear
+    from batchmix.kernels.moe import moe
+    from batchmix.kernels.norm import add_rms_norm, rms_norm
+    from batchmix.kernels.quantize import quantize_groups, quantize_rows
+    from batchmix.kernels.rotary import rotate_and_cache
+    from batchmix.kernels.sampling import sample
+    from batchmix.kernels.slots import advance
+
+    bf16, fp32, int64, flag = torch.bfloat16, torch.float32, empty(1, dtype=torch.int64), empty(1, dtype=torch.bool)
+    x, square = empty(1, 64, dtype=bf16), empty(64, 64, dtype=bf16)
+    for experts, top_k in ((1, 1), (8, 2)):
+        moe(
+            x,
+            empty(experts, 64, dtype=fp32),
+            empty(experts, 128, 64, dtype=bf16),
+            square.expand(experts, 64, 64).contiguous(),
+            top_k,
+        )
+    for batch_invariant in (False, True):
+        linear(x, square, batch_invariant)
+    rms_norm(x, square[0], 1e-5)
+    add_rms_norm(x, x.clone(), square[0], 1e-5)
+    quantize_rows(x, torch.int8)
+    quantize_groups(empty(1, 128, dtype=bf16))
+    cache, table = empty(1, 1, 64, 64, dtype=bf16), torch.zeros(1, 1, dtype=torch.int32)
+    angles = empty(1, 32, dtype=fp32)
+    rotate_and_cache(empty(1, 192, dtype=bf16), angles, angles, int64, int64, int64, cache, cache.clone())
+    q = empty(1, 1, 64, dtype=bf16)
+    prefill_attention(q, cache, cache, *plan_prefill([(0, 0, 1)], table, 1, 1, bf16))
+    decode_attention(q, cache, cache, *plan_decode(table, torch.ones(1, dtype=torch.int32), 64, 1))
+    number, ids = empty(1, dtype=fp32), empty(1, 1, dtype=torch.int64)
+    tables = empty(1, 9, dtype=torch.int32), empty(1, 9, dtype=torch.bool)
+    sample(
+        empty(1, 9, dtype=fp32), number, int64, number, number, int64, int64, int64, int64, int64, int64, ids, int64,
+        empty(1, 9, dtype=fp32), flag, number, number, number, *tables, flag,
+    )  # fmt: skip
+    state = [empty(1, dtype=torch.int64) for _ in range(6)]
+    history, automata = empty(1, 1, dtype=torch.int32), empty(1, 10, dtype=torch.int32)
+    advance(
+        int64,
+        number,
+        *state,
+        history,
+        history.float(),
+        tables[0],
+        flag,
+        int64,
+        int64,
+        flag,
+        int64,
+        ids,
+        int64,
+        automata,
+    )
 
 
 @launch(

@@ -204,11 +204,32 @@ def _widen_kernel(codes_ptr, out_ptr):
     tl.store(out_ptr + lane, widen(tl.load(codes_ptr + lane), tl.float32))
 
 
+@pytest.mark.parametrize("dim", [16, 80, 256])
+def test_head_dims_that_do_not_fit_are_refused(device, dim):
+    """With 256 a block of H100's would need more shared memory than there is."""
+    with pytest.raises(AssertionError):
+        check([(0, 3)], 2, 1, dim, 16, HALF_PAIR, device)
+
+
 def test_the_operator_is_registered_whole(device):
     paged = random_cache([40, 3], 2, 32, 16, torch.float16, device)
     plan = plan_prefill([(0, 0, 40), (40, 0, 3)], paged.block_table, 43, 2, torch.float16)
     arguments = (queries(43, 4, 32, torch.float16, device), paged.keys, paged.values, *plan)
     torch.library.opcheck(prefill_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(device):
+    paged = random_cache([70, 90], 2, 128, 64, torch.bfloat16, device)
+    q = queries(160, 8, 128, torch.bfloat16, device)
+    expected = run(q, paged, [(0, 0, 70), (70, 0, 90)])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = plan_prefill([(0, 0, 70), (70, 0, 90)], paged.block_table, 160, 4, q.dtype)
+        out = prefill_attention(q, paged.keys, paged.values, *plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_bitwise_equal(out, expected)
 
 
 @pytest.mark.gpu

@@ -8,9 +8,9 @@ import launches
 import pytest
 from ahead_of_time import Compiled, Compiler, find_cuobjdump
 
-from batchmix.kernels.gpu import A100, B200, H100, MI300X, Gpu
+from batchmix.kernels.gpu import A100, B200, H100, MI300X, RTX4090, Gpu
 
-GPUS = {gpu.arch: gpu for gpu in (A100, H100, B200, MI300X)}
+GPUS = {gpu.arch: gpu for gpu in (A100, RTX4090, H100, B200, MI300X)}
 TENSOR_MEMORY_COLUMNS = 512  # of an SM of Blackwell
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, technical specifications
 

@@ -76,6 +76,16 @@ def test_padded_rows(eager: MixtralForCausalLM, side: str, length: int, device: 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one(eager: MixtralForCausalLM) -> None:
+    ids = random_ids(2, 21, torch.device("cuda:1"))
+    model = with_kernels(eager, **BOTH).to("cuda:1")
+    with torch.no_grad(), torch.cuda.device(0):
+        expected = copy.deepcopy(eager).to("cuda:1")(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 def test_generated_tokens(eager: MixtralForCausalLM, device: torch.device) -> None:
     ids = random_ids(2, 9, device)
     mask = torch.ones_like(ids)

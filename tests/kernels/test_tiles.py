@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from batchmix.kernels import tiles
-from batchmix.kernels.gpu import A100, B200, H100, H200, INTERPRETER, MI300X, Gpu
+from batchmix.kernels.gpu import A100, B200, H100, H200, INTERPRETER, MI300X, RTX4090, Gpu
 from batchmix.kernels.tiles import FORMATS, KINDS, Tile, choose, heuristic, table_key, table_path
 
-GPUS = [A100, H100, H200, B200, MI300X, INTERPRETER]
+GPUS = [A100, RTX4090, H100, H200, B200, MI300X, INTERPRETER]
 ROWS = [1, 2, 15, 16, 17, 63, 64, 65, 128, 1000, 16384]
 SMALL, LARGE = Tile(16, 64, 64, 64, 4, 6, True, 2, True), Tile(128, 128, 64, 8, 8, 4, False, 1, True, True)
 
@@ -61,6 +62,20 @@ def test_rules_keep_to_their_promises(kind: str, format: str, gpu: Gpu) -> None:
         assert tile.block_m >= min(rows, 16)
         assert 2 <= tile.num_stages <= 6
     assert len({choose(kind, format, 14336, 4096, rows, gpu, batch_invariant=True) for rows in ROWS}) == 1
+
+
+@pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_120", "sm_200", "gfx1100"])
+def test_a_gpu_that_nobody_knows_gets_tiles_that_fit_it(arch: str, kilobytes: int) -> None:
+    gpu = Gpu("unknown", arch, 60, kilobytes * 1024)
+    for kind, format, rows, batch_invariant in itertools.product(KINDS, FORMATS, ROWS, (False, True)):
+        tile = heuristic(kind, format, rows, gpu, batch_invariant)
+        assert not tile.tma
+        columns = tile.block_n * (2 if kind == "up" else 1)
+        # One step in memory; integers count 16 bits, for where they are widened on their way back into it.
+        size = {"float32": 4, "fp8": 1, "fp8_block": 1}.get(format, 2)
+        assert tile.block_k * (tile.block_m + columns) * size <= kilobytes * 1024
+        assert 2 <= tile.num_stages <= 6
 
 
 def test_shipped_tables_can_be_read() -> None:
