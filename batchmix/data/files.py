@@ -84,6 +84,7 @@ def finish_exchange(folder: Path) -> None:
         if source.exists():
             source.rename(folder / source.name)
     sync_folder(folder)
+    if (folder / steps["staging"]).exists():  # before the journal: without it nobody would know that this is left to do
+        shutil.rmtree(folder / steps["staging"])
     journal.unlink()
     sync_folder(folder)
-    shutil.rmtree(folder / steps["staging"])
