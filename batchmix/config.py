@@ -126,13 +126,13 @@ class SamplingConfig:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None  # token id -> added to its logit
     allowed_token_ids: list[int] | None = None
-    stop: list[str] | None = None
+    stop: list[str] | None = None  # at most 1,024 bytes in all
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     seed: int = 0
-    n: int = 1  # samples per row
-    logprobs: int | None = None  # this many alternatives per token beside the chosen one
+    n: int = 1  # samples per row, at most 10,000
+    logprobs: int | None = None  # this many alternatives per token beside the chosen one, at most 100
     ignore_eos: bool = False
 
 
