@@ -89,6 +89,7 @@ def test_every_kind_of_sampling_side_by_side(folder, model, mixed):
     assert_same(run(engine(model, max_num_seqs=4), mixed, sort_window=5), expected)  # slots are freed and refilled
 
 
+@pytest.mark.slow  # 10 s under the interpreter
 def test_rows_put_back_for_want_of_blocks(folder, model):
     rows = prompts(4, V, seed=2, longest=6, temperature=1.0, max_tokens=9, ignore_eos=True, presence_penalty=0.5)
     expected = run(engine(load(folder)), rows)
@@ -117,6 +118,7 @@ def test_several_steps_between_looks_and_sizes_of_a_ladder(folder, model):
     assert {size for size, _, _ in captured} <= {1, 2, 4, 6}
 
 
+@pytest.mark.slow  # 10 s under the interpreter
 def test_out_of_memory_between_graphs(folder, model, monkeypatch):
     """Slots and graphs are made anew for half as many rows, and the answers stay: also of steps not read yet."""
     rows = prompts(7, V, seed=8, longest=8, temperature=1.0, max_tokens=7, presence_penalty=0.3)

@@ -115,6 +115,7 @@ def test_tokens_are_the_oracles(device, samplings, seed):
     assert_close(logprobs, expected_logprobs)
 
 
+@pytest.mark.slow  # 10 s under the interpreter
 @settings(max_examples=6, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=2, max_size=6), st.integers(0, 2**31))
 def test_a_row_does_not_depend_on_company(device, samplings, seed):

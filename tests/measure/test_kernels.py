@@ -16,6 +16,7 @@ from batchmix.kernels import tiles
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
 
 
+@pytest.mark.slow  # every kernel under the interpreter
 def test_kernels_are_measured_and_checked(batchmix, tmp_path):
     only = "benchmark.only=[moe,decode,sampling]"
     done = batchmix("benchmark", "kernels", "benchmark.shape=tiny", only, "benchmark.tokens=[3]",
@@ -37,6 +38,7 @@ def test_kernels_are_measured_and_checked(batchmix, tmp_path):
     assert all("ratio" in peer for peer in result["cases"][0]["peers"].values()), result["cases"][0]
 
 
+@pytest.mark.slow  # two commands that search under the interpreter
 def test_a_search_writes_tables_that_launchers_read(batchmix, tmp_path):
     done = batchmix("tune", "tune.shape=tiny", "tune.formats=[int4]", "tune.rows=[4]", "tune.seconds=2",
                     "tune.dir=tables", env=INTERPRETED)  # fmt: skip
