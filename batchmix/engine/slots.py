@@ -142,6 +142,11 @@ class Slots:
         )  # fmt: skip
         return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
 
+    @property
+    def has_guides(self) -> bool:
+        """Whether there has been a row with a guide: without any, steps do not look for them."""
+        return len(self.guide_tables.data) > 0
+
     def upload(self) -> None:
         """Show the device what the host has changed. No more changes before the next `read`."""
         for mirror in (*self._columns, self._blocks, self._stops):

@@ -87,6 +87,8 @@ class TritonOperators:
             slots.penalised[span], slots.repetition_penalty[span], slots.presence_penalty[span],
             slots.frequency_penalty[span], None if counts is None else counts[span],
             None if marks is None else marks[span], slots.wants_logprob[span],
+            *((slots.guide_base[span], slots.guide_state[span], slots.guide_class[span], slots.max_tokens[span],
+               slots.guide_tables.data, slots.guide_classes.data) if slots.has_guides else ()),
         )  # fmt: skip
         wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
         if not len(wanted):
@@ -104,4 +106,6 @@ class TritonOperators:
             None if counts is None else counts[span], slots.penalised[span], slots.max_tokens[span],
             slots.min_tokens[span], slots.ignore_eos[span], slots.eos_token_ids, slots.stop_token_ids[span],
             slots.stop_base[span], slots.automata.data,
+            *((slots.guide_state[span], slots.guide_base[span], slots.guide_class[span], slots.guide_tables.data,
+               slots.guide_classes.data) if slots.has_guides else ()),
         )  # fmt: skip
