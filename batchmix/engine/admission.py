@@ -27,7 +27,7 @@ def _fits(state: State, waiting: Waiting) -> bool:
     size = state.cache.block_size
     expected = state.mean_length or 64.0
     needed = len(waiting.prompt.token_ids) + min(expected, waiting.prompt.sampling.max_tokens)
-    generated = slots.host["generated"][:active]
+    generated = slots.planned[:active]
     limit = np.minimum(np.maximum(expected, 2.0 * generated), slots.host["max_tokens"][:active])
     reserve = float(np.maximum(limit - generated, 0).sum())
     needed += reserve + size * (active + 1)

@@ -13,7 +13,7 @@ from batchmix.engine.kv_cache import BlockPool, KVCache
 from batchmix.engine.prefix_cache import PrefixCache
 from batchmix.engine.slots import Slots
 from batchmix.engine.stats import EngineStats
-from batchmix.records import Prompt
+from batchmix.records import Completion, Prompt
 
 
 @dataclass
@@ -69,6 +69,7 @@ class State:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Waiting] = deque()
         self.stats = EngineStats(kv_blocks_total=cache.num_blocks - 1)
+        self.completed: list[Completion] = []  # to be handed out
         self.num_admitted = 0
         self.mean_length = 0.0  # of the completions so far, to guess how far new rows will grow
         self._make_slots, self._make_graphs, self._share_prefix = make_slots, make_graphs, share_prefix
@@ -105,7 +106,7 @@ class State:
         """Take a row out of the batch. It starts again later and, as its random numbers are keyed, ends the same."""
         row = self.rows[slot]
         self.stats.put_back += 1
-        self.stats.completion_tokens -= int(self.slots.num_read[slot])
+        self.stats.completion_tokens -= int(self.slots.answers.count[slot])
         self.free(slot)
         if self.waiting and self.waiting[0].prompt is row.prompt:
             self.waiting[0].samples.insert(0, row.sample)
