@@ -47,18 +47,18 @@ SCHEMAS: dict[str, Any] = {
 def timed_steps(engine: Engine, rows: list[Prompt]) -> np.ndarray:
     """Seconds of each decode step of a run."""
     seconds: list[float] = []
-    decode = engine._decode
+    decode, state = engine.decode.run, engine.state
 
     def timed() -> None:
         started = time.perf_counter()
         decode()
         seconds.append(time.perf_counter() - started)
 
-    engine._decode = timed  # type: ignore[method-assign]
-    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, 16384)
+    engine.decode.run = timed  # type: ignore[method-assign]
+    limits = Limits(state.slots.capacity, state.pool.num_blocks, state.cache.block_size, 16384)
     for _ in engine.generate(plan(rows, limits)):
         pass
-    engine._decode = decode  # type: ignore[method-assign]
+    engine.decode.run = decode  # type: ignore[method-assign]
     return np.array(seconds)
 
 
@@ -76,7 +76,9 @@ def main() -> None:
     for name, schema in SCHEMAS.items():
         # `ignore_eos` keeps rows from ending early, so each run has the same steps of the same rows.
         outputs = StructuredOutputs(json=schema)
-        samplings[name] = SamplingConfig(temperature=1.0, max_tokens=args.tokens, ignore_eos=True, structured_outputs=outputs)
+        samplings[name] = SamplingConfig(
+            temperature=1.0, max_tokens=args.tokens, ignore_eos=True, structured_outputs=outputs
+        )
     prompts = random_prompts(args.rows, 16, 64)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_tiny_random(Path(temporary))
@@ -100,7 +102,7 @@ def main() -> None:
         print(f"{name:<10} {milliseconds:7.2f} ms a step of {args.rows} rows ({args.rows / milliseconds * 1e3:,.0f} tokens/s)"
               f"{'' if name == 'unguided' else f', {cost:+.1%}; compiled in {compile_seconds[name]:.3f} s'}")  # fmt: skip
     if args.save:
-        save("guided", {"rows": args.rows, "tokens": args.tokens, "device": str(engine.device),
+        save("guided", {"rows": args.rows, "tokens": args.tokens, "device": str(engine.state.cache.keys.device),
                         "median_step_ms": {name: round(value, 3) for name, value in median.items()},
                         "cost": {name: round(median[name] / median["unguided"] - 1, 4) for name in SCHEMAS},
                         "compile_seconds": compile_seconds})  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import RUNNING, Slots
 
 _NARROWEST = 128  # columns; widths are powers of two, so that a row's own set alone decides how its sums are rounded
 
@@ -32,7 +32,7 @@ def apply_guides(logits: Tensor, slots: Slots, span: slice) -> tuple[Tensor, lis
 
     Of the first, int64 [N], the logits that a guide forbids become -inf, in place.
     """
-    rows = np.flatnonzero(slots.guide_base[span].numpy() >= 0)
+    rows = np.flatnonzero((slots.guide_base[span].numpy() >= 0) & (slots.finish[span].numpy() == RUNNING))
     if not len(rows):
         return torch.arange(len(logits)), []
     states = slots.guide_state[span].numpy()
@@ -40,7 +40,7 @@ def apply_guides(logits: Tensor, slots: Slots, span: slice) -> tuple[Tensor, lis
     dropped: list[tuple[int, np.ndarray]] = []
     narrow: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for row in rows.tolist():
-        guide = slots.row_guides[span.start + row]
+        guide = slots.guides.of_slot[span.start + row]
         assert guide is not None
         tokens = guide.allowed_tokens(int(states[row]), int(left[row]))
         if tokens.few_allowed is not None:

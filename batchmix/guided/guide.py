@@ -86,7 +86,9 @@ class Guide:
             count = int(allowed.sum())
             few, many = count <= _FEW, len(allowed) - count <= _FEW
             found = self._sets[state, left] = TokenSet(
-                allowed, np.flatnonzero(allowed) if few else None, np.flatnonzero(~allowed) if many and not few else None
+                allowed,
+                np.flatnonzero(allowed) if few else None,
+                np.flatnonzero(~allowed) if many and not few else None,
             )
         return found
 
@@ -118,7 +120,9 @@ def build_guide(
         need = np.column_stack((need, np.where(accepts, 0, NEVER_ENDS)))
     width = 1 + following.shape[1]
     if num_states * width * 8 > _MAX_TABLE_BYTES:
-        raise Unsupported("the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})")
+        raise Unsupported(
+            "the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})"
+        )
     table = np.zeros((num_states, width, 2), np.int32)
     table[:, 0, 0] = accepts & (longer >= NEVER_ENDS)
     table[:, 0, 1] = np.where(accepts, longer, 0)
@@ -152,7 +156,7 @@ def _classes(
             following[origin, token] = after
         if low == 0:
             start = following[:1].copy()
-        blocks.append(_unique_columns(following))
+        blocks.append(_classed(following))
     space = trie.child(ord(" ")) if drops_leading_space else None
     if space is not None:
         spaced = np.full(trie.num_tokens, -1, np.int32)
@@ -162,10 +166,10 @@ def _classes(
         start[0, begins_so] = spaced[begins_so]
         if trie.token[space] >= 0:
             start[0, trie.token[space]] = 0
-    blocks.append(_unique_columns(start))
+    blocks.append(_classed(start))
     # Tokens are of one class if they are in every block.
     place = np.stack([columns for _, columns in blocks])
-    representative, token_class = _unique_columns(place.astype(np.int32), indices=True)
+    representative, token_class = _distinct(place.astype(np.int32))
     table = np.concatenate([block[:, columns[representative]] for block, columns in blocks])
     return table, token_class
 
@@ -177,14 +181,18 @@ def _tokens_below(trie: TokenTrie, node: int) -> npt.NDArray[np.int64]:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _unique_columns(
-    matrix: npt.NDArray[np.int32], indices: bool = False
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The distinct columns of [S, V] (or, with `indices`, where each is found first), and which one each column is."""
+def _classed(following: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The distinct columns of [S, V], and which one each column is, [V]."""
+    first, inverse = _distinct(following)
+    return following[:, first], inverse
+
+
+def _distinct(matrix: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each distinct column is found first, and the number of that place for every column."""
     rows = np.ascontiguousarray(matrix.T)
     keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return (first if indices else matrix[:, first]), inverse.reshape(-1)
+    return first.astype(np.int64), inverse.reshape(-1).astype(np.int64)
 
 
 def _distance(following: npt.NDArray[np.int32], accepts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

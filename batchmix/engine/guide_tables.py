@@ -1,0 +1,39 @@
+"""The guides of running rows: their tables on the device, and which slot's row follows which."""
+
+from __future__ import annotations
+
+import torch
+
+from batchmix.config import SamplingConfig
+from batchmix.engine.shared_rows import SharedTables
+from batchmix.guided.compile import Guides, guide_key
+from batchmix.guided.guide import Guide
+
+
+class GuideTables:
+    """`states` [rows, 2] are the tables of all guides in use, `classes` [guides, V] their tokens' classes: see Guide."""
+
+    def __init__(self, guides: Guides | None, vocab_size: int, device: torch.device, size: int) -> None:
+        self._guides = guides
+        self.states = SharedTables(2, torch.int32, device)
+        self.classes = SharedTables(vocab_size, torch.int32, device)
+        self.of_slot: list[Guide | None] = [None] * size
+
+    @property
+    def used(self) -> bool:
+        """Whether there has been a row with a guide: without any, steps do not look for them."""
+        return len(self.states.data) > 0
+
+    def acquire(self, slot: int, sampling: SamplingConfig) -> tuple[int, int, int]:
+        """The row's guide: where it begins in `states`, its row in `classes`, and the state of a text without tokens."""
+        assert self._guides is not None, "rows with structured_outputs are refused where there is no tokenizer"
+        guide, key = self._guides.get(sampling), guide_key(sampling)
+        self.of_slot[slot] = guide
+        base = self.states.acquire(key, lambda: torch.from_numpy(guide.table))
+        return base, self.classes.acquire(key, lambda: torch.from_numpy(guide.token_class)[None]), guide.start
+
+    def release(self, sampling: SamplingConfig) -> None:
+        """A row with this guide is gone."""
+        if key := guide_key(sampling):
+            self.states.release(key)
+            self.classes.release(key)
