@@ -16,6 +16,7 @@ import torch
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
 from batchmix.engine.admission import admit, worth_refilling
+from batchmix.engine.choices import Choices
 from batchmix.engine.completion import hear
 from batchmix.engine.decode import Decode
 from batchmix.engine.graphs import Step, StepGraphs
@@ -83,6 +84,7 @@ class Engine:
         self.clock = StageClock()
         self.device_clock = DeviceClock(cache.keys.device)
         self._prefill = Prefill(model, self.state, self.device_clock, max_model_len, prefill_chunk)
+        self.choices = Choices(model, self.state, self.device_clock, prefill_chunk, guides)
         self._decode = Decode(model, self.state, self.device_clock, steps_per_read)
 
     @torch.inference_mode()
@@ -95,16 +97,18 @@ class Engine:
         batches = iter(batches)
         more = True
         while not self.should_stop():
-            while more and len(state.waiting) < state.slots.capacity:
+            while more and len(state.waiting) + len(self.choices.waiting) < state.slots.capacity:
                 batch = next(batches, None)
                 more = batch is not None
                 if batch is not None:
                     yield from self.enqueue(batch)
-            if worth_refilling(state):
+            if self.choices.ready():
+                self._attempt("prefill", self.choices.run)
+            elif worth_refilling(state):
                 self._attempt("prefill", self.refill)
             elif state.rows:
                 self._attempt("decode", self.decode)
-            elif not more and not state.waiting:
+            elif not more and not state.waiting and not self.choices.waiting:
                 return
             hear(state, all_of_it=False)
             yield from self._completed()
@@ -116,6 +120,8 @@ class Engine:
         for prompt in batch.prompts:
             if prompt.error is not None:
                 yield Completion.failed(prompt, prompt.error)
+            elif prompt.sampling.structured_outputs is not None and prompt.sampling.structured_outputs.score_choices:
+                self.choices.waiting.append(prompt)
             else:
                 self.state.waiting.append(Waiting(prompt, list(range(prompt.sampling.n))))
         self.stats.waiting = len(self.state.waiting)
