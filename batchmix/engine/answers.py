@@ -37,6 +37,13 @@ class Answers:
         self.count[slots], self.finish[slots], self.stop_reason[slots] = generated, finish, stop_reason
         return int(chosen.sum())
 
+    def append(self, slot: int, tokens: list[int]) -> None:
+        """Tokens that the host itself has chosen for a row."""
+        count = int(self.count[slot])
+        self.tokens = _grow(self.tokens, count + len(tokens))
+        self.tokens[slot, count : count + len(tokens)] = tokens
+        self.count[slot] = count + len(tokens)
+
     def hear_logprobs(self, slots: np.ndarray, place: np.ndarray, chosen: Tensor, top_ids: Tensor, top: Tensor) -> None:
         """Of the token that is a row's number `place`; waits for the device. [N], [N], [N], [N, k], [N, k]."""
         length, k = int(place.max()) + 1, top.shape[1]

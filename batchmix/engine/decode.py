@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from batchmix.engine.completion import hear
+from batchmix.engine.forced import append_runs, forced_runs, wants_skipping
 from batchmix.engine.graphs import rung
 from batchmix.engine.kv_cache import OutOfBlocks
 from batchmix.engine.state import State
@@ -28,20 +29,27 @@ class Decode:
         """
         state, model, slots = self.state, self.model, self.state.slots
         wants_logprobs = bool(slots.host["wants_logprob"][: len(state.rows)].any())
-        if wants_logprobs:
+        skipping = wants_skipping(slots)
+        if wants_logprobs or skipping:
             hear(state, all_of_it=True)
-        steps = self._take_blocks(1 if wants_logprobs else self.steps_per_read)
+        if skipping:
+            slots.planned[: len(state.rows)] += np.array([len(run) for run in forced_runs(slots)], np.int64)
+        steps = self._take_blocks(1 if wants_logprobs or skipping else self.steps_per_read)
         if not steps:
             hear(state, all_of_it=True)
             return
         active = len(state.rows)
+        runs = forced_runs(slots) if skipping else []
         # A power of two, so that a graph serves for a while.
         width = 1 << int(slots.num_blocks[:active].max() - 1).bit_length()
         width = min(width, slots.block_table.shape[1])
-        captured = state.graphs.enabled and not wants_logprobs
+        captured = state.graphs.enabled and not wants_logprobs and not any(runs)
         # A captured step runs over free slots too, so that few sizes serve all.
         size = rung(state.ladder, active) if captured else pad(active, model.ops.row_tile)
         slots.upload()
+        if any(runs):
+            self._forced_step(runs, width)
+            return
         model.ops.find_shared(model, state.cache, slots, size)
         with self.device_clock.work("decode"):
             for _ in range(steps):
@@ -49,10 +57,27 @@ class Decode:
                     self._step(active, size, width)
                 else:
                     state.graphs.run((size, width), slots.tables(), partial(self._step, size, size, width))
-        slots.queued(0, active, steps)
-        slots.look()
-        state.stats.running = active
-        state.stats.kv_blocks_used = state.pool.num_used
+        self._end(active, steps)
+
+    def _end(self, active: int, steps: int) -> None:
+        """So many steps are queued."""
+        self.state.slots.queued(0, active, steps)
+        self.state.slots.look()
+        self.state.stats.running = active
+        self.state.stats.kv_blocks_used = self.state.pool.num_used
+
+    def _forced_step(self, runs: list[list[int]], width: int) -> None:
+        """A step in which rows with forced tokens take them all, and one more."""
+        model, slots, active = self.model, self.state.slots, len(self.state.rows)
+        lanes = append_runs(slots, runs)
+        size, rows = len(lanes.token), active + sum(map(len, runs))
+        self.state.stats.forced_tokens += rows - active
+        self.state.stats.completion_tokens += rows - active
+        with self.device_clock.work("decode"):
+            hidden = model(lanes.token, model.ops.decode(model, self.state.cache, lanes, rows, size, width))
+            first = hidden[: pad(active, model.ops.row_tile)]
+            choose(model, slots, 0, model.logits(first)[:active], decoded=True)
+        self._end(active, 1)
 
     def _step(self, rows: int, size: int, width: int) -> None:
         """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""

@@ -106,6 +106,7 @@ class Slots:
         device = link.device
         self.capacity = capacity
         self.vocab_size = vocab_size
+        self.row_tile = row_tile
         self.build_stop_table = stop_table
         self.link = link
         self.num_active = 0
@@ -257,7 +258,7 @@ class Slots:
             self._source[slot] = slot
         self._changed[slot] = self._moved_blocks[slot] = True
         self.answers.move(slot, last)
-        self.guides.of_slot[slot] = self.guides.of_slot[last]
+        self.guides.move(slot, last)
         for look in self.looks:
             look.slots[look.slots == slot] = -1
             look.slots[look.slots == last] = slot

@@ -13,6 +13,7 @@ class EngineStats:
     prompt_tokens: int = 0  # prefilled
     shared_tokens: int = 0  # of prompts, not prefilled because an earlier prompt begins alike
     completion_tokens: int = 0
+    forced_tokens: int = 0  # of guided rows, appended without a decode step of their own
     running: int = 0  # rows in the last decode step
     waiting: int = 0  # prompts in the engine without a slot
     kv_blocks_used: int = 0

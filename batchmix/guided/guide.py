@@ -23,6 +23,7 @@ NEVER_ENDS = 2**30  # tokens needed where there is no way to an end
 _MAX_TABLE_BYTES = 64 * 2**20
 _BLOCK_STATES = 128  # walked together: a block is states by vocabulary
 _CACHED_SETS = 2048  # of allowed tokens, a byte for each token of the vocabulary
+_LONGEST_RUN = 256  # forced tokens appended at once
 _FEW = 2048  # tokens of a set that is kept as ids too
 
 
@@ -50,6 +51,7 @@ class Guide:
     shortest_longer: int  # of the shortest text that is not empty
     has_end: bool  # whether a token can end a text that could go on
     forced: dict[int, int]  # by state: the only token that may come next, where there is just one
+    _runs: dict[int, list[int]] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[int, int], TokenSet] = field(default_factory=dict, repr=False)
 
     def tokens_needed(self, min_tokens: int) -> int:
@@ -59,6 +61,26 @@ class Guide:
     def next_state(self, state: int, token: int) -> int:
         """The state after a token that is allowed."""
         return int(self.table[state + self.token_class[token], 0])
+
+    def after(self, state: int, tokens: Iterable[int]) -> int:
+        """The state after tokens that are allowed one after the other."""
+        for token in tokens:
+            state = self.next_state(state, token)
+        return state
+
+    def forced_run(self, state: int) -> list[int]:
+        """The tokens that must come next, up to a choice or to the last one before the text may end."""
+        run = self._runs.get(state)
+        if run is None:
+            run, place = [], state
+            while place in self.forced and len(run) < _LONGEST_RUN:
+                following = self.next_state(place, self.forced[place])
+                if self.may_end(following):
+                    break
+                run.append(self.forced[place])
+                place = following
+            self._runs[state] = run
+        return run
 
     def is_allowed(self, state: int, token: int, left: int) -> bool:
         """Whether the token may come next with `left` more tokens to come after it."""

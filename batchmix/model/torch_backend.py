@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.advance import advance
+from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.engine.sampling import choose
 from batchmix.engine.slots import RUNNING, Slots
@@ -47,7 +48,7 @@ def find_shared(model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -
     """See `Operators`. Every row attends to its blocks on its own here."""
 
 
-def decode(model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
+def decode(model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int) -> Attend:
     """See `Operators`."""
     running = slots.finish[:rows].numpy() == RUNNING
     context = slots.context[:rows].numpy() * running + 1

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.engine.link import to_device
 from batchmix.engine.slots import RUNNING, Slots
@@ -68,7 +69,13 @@ class DecodeAttention(_Paged):
     """
 
     def __init__(
-        self, model: Mixtral, cache: KVCache, slots: Slots, num_slots: int, width: int, shared: SharedSplits | None
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        slots: Slots | Lanes,
+        num_slots: int,
+        width: int,
+        shared: SharedSplits | None,
     ) -> None:
         running = slots.finish[:num_slots] == RUNNING
         position = slots.context[:num_slots] * running

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.link import to_device
 from batchmix.engine.sampling import Logprobs, largest
@@ -74,8 +75,10 @@ class TritonOperators:
                 kept.copy_(to_device(new, kept.device))
         self._shared[num_tokens] = state, splits
 
-    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
-        shared = self._shared[num_tokens][1] if self.share_prefix else None
+    def decode(
+        self, model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int
+    ) -> Attend:
+        shared = self._shared[num_tokens][1] if self.share_prefix and isinstance(slots, Slots) else None
         return DecodeAttention(model, cache, slots, num_tokens, width, shared)
 
     def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
