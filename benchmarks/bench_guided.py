@@ -3,9 +3,9 @@
     python benchmarks/bench_guided.py [--save] [--rows N] [--tokens N] [--repeats N]
 
 The random Mixtral of 39 M parameters and the Mixtral tokenizer's vocabulary of 32,000; 256 rows of one short prompt each,
-64 tokens at temperature 1, none of which ends a row, on the device that engine.device=auto picks. `records`: an array of
-small objects, mostly keys, choices and numbers; `text`: one long string. Only decode steps count: the median step, and
-how many there were. Where compiling a guide costs time, it is shown apart.
+64 tokens at temperature 1, on the device that engine.device=auto picks. `records`: an array of small objects, mostly keys,
+choices and numbers; `text`: one long string. Only decode steps with a row in every slot count, so that rows which end
+early do not. What compiling a guide takes is shown apart.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import random_prompts, save, save_tiny_random
 
 from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig, StructuredOutputs
 from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.completion import hear
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import start_engine
 from batchmix.model.checkpoint import open_checkpoint
@@ -44,22 +44,26 @@ SCHEMAS: dict[str, Any] = {
 }
 
 
-def timed_steps(engine: Engine, rows: list[Prompt]) -> np.ndarray:
-    """Seconds of each decode step of a run."""
-    seconds: list[float] = []
-    decode, state = engine.decode.run, engine.state
+def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
+    """Tokens per second of the decode steps in which all slots have a row."""
+    seconds, tokens = 0.0, 0
+    decode, state = engine.decode, engine.state
 
     def timed() -> None:
-        started = time.perf_counter()
+        nonlocal seconds, tokens
+        before, started = state.stats.completion_tokens, time.perf_counter()
         decode()
-        seconds.append(time.perf_counter() - started)
+        hear(state, all_of_it=True)
+        if state.stats.running == state.slots.capacity:
+            seconds += time.perf_counter() - started
+            tokens += state.stats.completion_tokens - before
 
-    engine.decode.run = timed  # type: ignore[method-assign]
+    engine.decode = timed  # type: ignore[method-assign]
     limits = Limits(state.slots.capacity, state.pool.num_blocks, state.cache.block_size, 16384)
     for _ in engine.generate(plan(rows, limits)):
         pass
-    engine.decode.run = decode  # type: ignore[method-assign]
-    return np.array(seconds)
+    engine.decode = decode  # type: ignore[method-assign]
+    return tokens / seconds
 
 
 def main() -> None:
@@ -74,7 +78,6 @@ def main() -> None:
     free = SamplingConfig(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
     samplings = {"unguided": free}
     for name, schema in SCHEMAS.items():
-        # `ignore_eos` keeps rows from ending early, so each run has the same steps of the same rows.
         outputs = StructuredOutputs(json=schema)
         samplings[name] = SamplingConfig(
             temperature=1.0, max_tokens=args.tokens, ignore_eos=True, structured_outputs=outputs
@@ -91,20 +94,25 @@ def main() -> None:
         started = time.perf_counter()
         engine.guides.get(samplings[name])
         compile_seconds[name] = round(time.perf_counter() - started, 3)
-    steps: dict[str, list[np.ndarray]] = {name: [] for name in samplings}
+    rates: dict[str, list[float]] = {name: [] for name in samplings}
+    forced = {}
     for _ in range(args.repeats):  # in turns, since other users of a machine come and go
         for name, sampling in samplings.items():
             rows = [Prompt(row, str(row), {}, ids, sampling) for row, ids in enumerate(prompts)]
-            steps[name].append(timed_steps(engine, rows))
-    median = {name: min(float(np.median(run)) for run in runs) * 1e3 for name, runs in steps.items()}
-    for name, milliseconds in median.items():
-        cost = milliseconds / median["unguided"] - 1
-        print(f"{name:<10} {milliseconds:7.2f} ms a step of {args.rows} rows ({args.rows / milliseconds * 1e3:,.0f} tokens/s)"
-              f"{'' if name == 'unguided' else f', {cost:+.1%}; compiled in {compile_seconds[name]:.3f} s'}")  # fmt: skip
+            before = engine.stats.forced_tokens, engine.stats.completion_tokens
+            rates[name].append(decode_rate(engine, rows))
+            tokens = engine.stats.completion_tokens - before[1]
+            forced[name] = (engine.stats.forced_tokens - before[0]) / tokens
+    best = {name: max(runs) for name, runs in rates.items()}
+    for name, rate in best.items():
+        cost = 1 - rate / best["unguided"]
+        note = f", {cost:+.1%} cost; {forced[name]:.0%} of the tokens forced; compiled in {compile_seconds.get(name)} s"
+        print(f"{name:<10} {rate:8,.0f} tokens/s in steps of {args.rows} rows{'' if name == 'unguided' else note}")
     if args.save:
         save("guided", {"rows": args.rows, "tokens": args.tokens, "device": str(engine.state.cache.keys.device),
-                        "median_step_ms": {name: round(value, 3) for name, value in median.items()},
-                        "cost": {name: round(median[name] / median["unguided"] - 1, 4) for name in SCHEMAS},
+                        "decode_tokens_per_second": {name: round(rate, 1) for name, rate in best.items()},
+                        "cost": {name: round(1 - best[name] / best["unguided"], 4) for name in SCHEMAS},
+                        "forced_share": {name: round(forced[name], 3) for name in SCHEMAS},
                         "compile_seconds": compile_seconds})  # fmt: skip
 
 

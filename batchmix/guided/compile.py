@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.data.messages import PromptError
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import join, strip_start
+from batchmix.guided.canonical import Encode, canonical_tokens
 from batchmix.guided.dfa import build_automaton
 from batchmix.guided.guide import Guide, build_guide
 from batchmix.guided.json_schema import json_schema_pattern
@@ -35,9 +36,10 @@ class Guides:
         *,
         drops_leading_space: bool,
         eos_token_ids: Sequence[int],
-        encode: Callable[[Sequence[str]], list[list[int]]] | None = None,
+        encode: Encode | None = None,
     ) -> None:
-        """`encode`: texts as the tokens that would be generated for them; needed to score choices."""
+        """`encode`: texts as the tokens that would be generated for them; without it, choices cannot be
+        scored, and a forced text may be said in any tokens."""
         self._pieces = pieces
         self._drops_leading_space = drops_leading_space
         self._eos_token_ids = tuple(eos_token_ids)
@@ -103,11 +105,19 @@ class Guides:
         outputs = sampling.structured_outputs
         name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
         try:
+            automaton = build_automaton(_pattern(outputs))
+            trie = self._trie({*ends, *(sampling.stop_token_ids or ())}, allowed)
+            only: dict[int, int] = {}
+            first = None
+            if self._encode is not None and allowed is None:
+                only, first = canonical_tokens(automaton, trie, self._pieces, self._encode, self._drops_leading_space)
             return build_guide(
-                build_automaton(_pattern(outputs)),
-                self._trie({*ends, *(sampling.stop_token_ids or ())}, allowed),
+                automaton,
+                trie,
                 end_tokens=ends,
                 drops_leading_space=self._drops_leading_space,
+                only=only,
+                only_first=first,
             )
         except Unsupported as error:
             raise Unsupported(f"sampling.structured_outputs.{name}: {error}") from None

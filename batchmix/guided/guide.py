@@ -9,7 +9,7 @@ into what is left of max_tokens; so a text is always led to a valid end in time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -116,15 +116,22 @@ class Guide:
 
 
 def build_guide(
-    automaton: ByteAutomaton, trie: TokenTrie, *, end_tokens: Iterable[int], drops_leading_space: bool
+    automaton: ByteAutomaton,
+    trie: TokenTrie,
+    *,
+    end_tokens: Iterable[int],
+    drops_leading_space: bool,
+    only: Mapping[int, int] | None = None,
+    only_first: int | None = None,
 ) -> Guide:
     """The automaton of texts over the tokens of a vocabulary.
 
     `end_tokens` end a text where it may end and are nothing else; they must have no text in `trie`. With
-    `drops_leading_space` one space at the start of the first token is not part of the text. Unsupported where the
+    `drops_leading_space` one space at the start of the first token is not part of the text. A state that `only` has, and the
+    text's start if `only_first` is given, allows that token alone (canonical.py). Unsupported where the
     vocabulary cannot say any of the texts, or where the tables would be too large.
     """
-    following, token_class = _classes(automaton, trie, drops_leading_space)  # [S, C], [V]
+    following, token_class = _classes(automaton, trie, drops_leading_space, only or {}, only_first)  # [S, C], [V]
     accepts = np.append(automaton.accepts, automaton.accepts[0])
     end_tokens = list(end_tokens)
     distance = _distance(following, accepts)
@@ -163,7 +170,11 @@ def build_guide(
 
 
 def _classes(
-    automaton: ByteAutomaton, trie: TokenTrie, drops_leading_space: bool
+    automaton: ByteAutomaton,
+    trie: TokenTrie,
+    drops_leading_space: bool,
+    only: Mapping[int, int],
+    only_first: int | None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """The state after each class of tokens, [S + 1, C], -1: none, and the class of each token, [V].
 
@@ -178,6 +189,9 @@ def _classes(
             following[origin, token] = after
         if low == 0:
             start = following[:1].copy()
+        for state in states.tolist():
+            if state in only:
+                _keep(following[state - low], only[state])
         blocks.append(_classed(following))
     space = trie.child(ord(" ")) if drops_leading_space else None
     if space is not None:
@@ -188,12 +202,20 @@ def _classes(
         start[0, begins_so] = spaced[begins_so]
         if trie.token[space] >= 0:
             start[0, trie.token[space]] = 0
+    if only_first is not None:
+        _keep(start[0], only_first)
     blocks.append(_classed(start))
     # Tokens are of one class if they are in every block.
     place = np.stack([columns for _, columns in blocks])
     representative, token_class = _distinct(place.astype(np.int32))
     table = np.concatenate([block[:, columns[representative]] for block, columns in blocks])
     return table, token_class
+
+
+def _keep(row: npt.NDArray[np.int32], token: int) -> None:
+    """Forbid all other tokens, unless the vocabulary at hand lacks this one."""
+    if row[token] >= 0:
+        row[np.arange(len(row)) != token] = -1
 
 
 def _tokens_below(trie: TokenTrie, node: int) -> npt.NDArray[np.int64]:
