@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +27,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: Any = safe_open(path, "pt")  # its methods have no types
-            slices = {name: self._file.get_slice(name) for name in self._file.offset_keys()}
+            self._file = file = cast(Any, safe_open(path, "pt"))  # its methods have no types
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
             self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
