@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchmix.model.shards import Shards
+from batchmix.model.staging import Staging
 
 if TYPE_CHECKING:
     from batchmix.model.quantized import Quantized
@@ -51,8 +52,9 @@ class DensePlace:
     target: Tensor  # as `shape`, but for the one dimension that tensor parallelism cuts
     dtype: torch.dtype  # the run dtype, to which weights are rounded whatever they are stored as
     shards: Shards
+    staging: Staging
 
     def write(self, tensor: Tensor | Quantized) -> None:
         if not isinstance(tensor, Tensor):
             tensor = tensor.dequantize(self.dtype)
-        self.target.copy_(self.shards.cut(tensor, self.target.shape).to(self.dtype))
+        self.staging.put(self.target, self.shards.cut(tensor, self.target.shape), self.dtype)

@@ -85,6 +85,10 @@ class TensorFiles:
         """As a safetensors header has it: F32, BF16, I8, ..."""
         return self._files[name].dtypes[name]
 
+    def dtypes(self) -> set[str]:
+        """All that there are."""
+        return {dtype for file in self._files.values() for dtype in file.dtypes.values()}
+
     def path(self, name: str) -> Path:
         """The file that a tensor is in."""
         return self._files[name].path

@@ -5,18 +5,22 @@ Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from batchmix.config import ModelFormat
-from batchmix.model.checkpoint import Checkpoint
+from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
 from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
 from batchmix.model.places import DensePlace, Place, TensorSource
+from batchmix.model.reading import fill
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.sources import TensorFiles
+from batchmix.model.staging import Staging, open_staging
+from batchmix.report.loading import LoadProgress
 
 
 @dataclass
@@ -86,24 +90,31 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
         return weights
     source = open_tensors(checkpoint)
     weights = empty_weights(config, dtype, device)
-    for name, place in _places(checkpoint, weights, shards).items():
-        place.write(source.read(name))
-        source.release(name)
+    staging = open_staging(device)
+    places = _places(checkpoint, weights, shards, staging)
+    elements = sum(math.prod(place.shape) for place in places.values())
+    with LoadProgress("loading weights", checkpoint.num_bytes(), elements) as progress:
+        fill(source, places, progress)
+        staging.finish()
     return weights
 
 
 def open_tensors(checkpoint: Checkpoint) -> TensorSource:
     """The checkpoint's tensors under the hub's names; BatchmixError where a file or a tensor is not as it should be."""
     files = TensorFiles(checkpoint.files)
+    if checkpoint.format is ModelFormat.hf:
+        check_index(checkpoint.folder, files)
     layouts = [mistral, stacked] if checkpoint.format is ModelFormat.mistral else [hub, fused]
     layout = choose_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
     return HubNames(files, layout, checkpoint.config)
 
 
-def _places(checkpoint: Checkpoint, weights: Weights, shards: Shards) -> dict[str, Place]:
+def _places(checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging) -> dict[str, Place]:
     shapes = hub_shapes(checkpoint.config)
     targets = _hub_targets(shards.slice_config(checkpoint.config), weights)
-    return {name: DensePlace(shapes[name], target, checkpoint.dtype, shards) for name, target in targets.items()}
+    return {
+        name: DensePlace(shapes[name], target, checkpoint.dtype, shards, staging) for name, target in targets.items()
+    }
 
 
 def _hub_targets(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
