@@ -49,6 +49,7 @@ class Decode:
                     self._step(active, size, width)
                 else:
                     state.graphs.run((size, width), slots.tables(), partial(self._step, size, size, width))
+        state.idle_reads += steps * state.startable / (state.startable + active)
         slots.queued(0, active, steps)
         slots.look()
         state.stats.running = active
