@@ -14,6 +14,7 @@ import torch
 from batchmix.config import Dtype, ModelConfig, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.link import Arrival, Link
 from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
@@ -62,6 +63,31 @@ def make_engine(model: Mixtral, **options: Any) -> Engine:
         "stop_table": None,
     }
     return Engine(model, cache, **{**defaults, **options})
+
+
+class LateLink(Link):
+    """As to a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
+
+    late = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.num_queued = 0
+        self.queued_behind: list[int] = []  # at each wait: how many later windows the device had been given by then
+
+    def read_back(self, tensors: Sequence[torch.Tensor]) -> Arrival:
+        number = self.num_queued
+        self.num_queued += 1
+        copies = [tensor.clone().numpy() for tensor in tensors]
+        seen = [np.full_like(copy, 99) for copy in copies]
+
+        def wait() -> list[np.ndarray]:
+            self.queued_behind.append(self.num_queued - 1 - number)
+            for array, copy in zip(seen, copies, strict=True):
+                array[:] = copy
+            return seen
+
+        return wait
 
 
 def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sampling: Any) -> list[Prompt]:
