@@ -34,6 +34,7 @@ LOGPROBS = pa.field(
         )
     ),
 )
+CHOICE_PROBABILITIES = pa.field("choice_probabilities", pa.list_(pa.float64()))  # in the order of the choices
 
 
 class OutputColumns:
@@ -43,9 +44,16 @@ class OutputColumns:
     """
 
     def __init__(
-        self, kept: pa.Schema, *, token_ids: bool, logprobs: bool, provenance: Mapping[str, str] | None = None
+        self,
+        kept: pa.Schema,
+        *,
+        token_ids: bool,
+        logprobs: bool,
+        choice_probabilities: bool = False,
+        provenance: Mapping[str, str] | None = None,
     ) -> None:
-        extra = [field for field, wanted in ((TOKEN_IDS, token_ids), (LOGPROBS, logprobs)) if wanted]
+        asked = (TOKEN_IDS, token_ids), (LOGPROBS, logprobs), (CHOICE_PROBABILITIES, choice_probabilities)
+        extra = [field for field, wanted in asked if wanted]
         own = {*FIRST.names, *LAST.names, *(field.name for field in extra)}
         self._kept = kept
         taken = own | set(kept.names)
@@ -62,6 +70,7 @@ class OutputColumns:
         self.schema = pa.schema([*FIRST, *fields, *LAST, *extra], metadata=metadata)
         self._token_ids = token_ids
         self._logprobs = logprobs
+        self._choice_probabilities = choice_probabilities
 
     def table(self, completions: Sequence[Completion]) -> pa.Table:
         """One row for each completion, in the order given."""
@@ -86,6 +95,8 @@ class OutputColumns:
             columns.append([None if c.error is not None else list(c.token_ids) for c in completions])
         if self._logprobs:
             columns.append([_logprobs(completion) for completion in completions])
+        if self._choice_probabilities:
+            columns.append([completion.choice_probabilities for completion in completions])
         arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
         return pa.Table.from_arrays(arrays, schema=self.schema)
 
