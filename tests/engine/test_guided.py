@@ -127,7 +127,7 @@ def test_many_fuzzed_regexes_and_schemas(model, guides, regex, schema):
 
 
 @pytest.mark.slow  # 30 s under the interpreter
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(REGEXES, SCHEMAS)
 def test_fuzzed_regexes_and_schemas_on_the_triton_backend(folder, guides, regex, schema):
     triton = load(folder, operators=TritonOperators())
