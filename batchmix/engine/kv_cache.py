@@ -10,6 +10,8 @@ import torch
 
 from batchmix.model.config import MixtralConfig
 
+FP8 = torch.float8_e4m3fn
+_E4M3_MAX = 448.0
 SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
 
 
@@ -17,7 +19,8 @@ class KVCache:
     """Keys and values of every layer, [layers, blocks, G, block_size, C] each.
 
     The layout puts one kv head's keys of a block next to each other, so that attention reads them as one dense
-    matrix without a copy.
+    matrix without a copy. A cache of float8_e4m3fn has no scales, as vLLM's where a checkpoint brings none: values are
+    rounded as they are, and cut off at ±448.
     """
 
     def __init__(
@@ -36,13 +39,30 @@ class KVCache:
 
     def write(self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k and v [T, G, C] at (block, offset), int64 [T] each."""
-        self.keys[layer][blocks, :, offsets] = k
-        self.values[layer][blocks, :, offsets] = v
+        _words(self.keys[layer])[blocks, :, offsets] = _words(self._narrow(k))
+        _words(self.values[layer])[blocks, :, offsets] = _words(self._narrow(v))
+
+    def as_stored(self, x: torch.Tensor) -> torch.Tensor:
+        """x as it will be read from the cache, in its own dtype."""
+        return x if self.keys.dtype == x.dtype else self._narrow(x).to(x.dtype)
+
+    def read(self, cached: torch.Tensor, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
+        """Blocks of one layer's keys or values [blocks, G, S, C], as `dtype`."""
+        return _words(cached)[blocks].view(cached.dtype).to(dtype)
+
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the cache's dtype, cut off at what fp8 can hold: its cast would give NaN."""
+        return (x.clamp(-_E4M3_MAX, _E4M3_MAX) if self.keys.dtype == FP8 else x).to(self.keys.dtype)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block over all layers."""
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Of float8 its bytes: torch indexes few things of float8."""
+    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from batchmix.config import Dtype, ModelConfig, ModelFormat
+from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
+from batchmix.model.quantized import check_shape
 
 TINY = Path(__file__).parent / "tiny"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,6 +30,8 @@ class Checkpoint:
     max_model_len: int  # prompt + completion tokens
     eos_token_ids: tuple[int, ...]
     files: tuple[Path, ...]
+    quantization: Quantization | None = None  # in which the experts are kept; None: dtype
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
 
     def fingerprint(self) -> str:
         """Sha256 over the configuration and each weight file's name, size and first and last 64 KiB."""
@@ -70,7 +73,11 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     if model.max_model_len is not None and model.max_model_len > limit:
         raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
     form = ModelFormat.random if random else form
-    return Checkpoint(folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files)
+    check_shape(model.quantization, config)
+    return Checkpoint(
+        folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files,
+        quantization=model.quantization, kv_cache_dtype=model.kv_cache_dtype,
+    )  # fmt: skip
 
 
 def _find_folder(model: ModelConfig, weights: bool) -> Path:

@@ -15,13 +15,15 @@ Legend: N output channels, K input channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from batchmix.config import Quantization
+from batchmix.errors import BatchmixError
+from batchmix.model.config import MixtralConfig
 
 GROUP = 128  # int4 weights along K that share a scale
 _FP8 = torch.float8_e4m3fn
@@ -60,7 +62,10 @@ class Quantized:
         """Along the first dimension, which must not be K: an expert of a stack, or channels."""
         return Quantized(self.codes[index], self.scales[index], self.format)
 
-    def cut(self, dim: int, start: int, length: int) -> Quantized:
+    def __iter__(self) -> Iterator[Quantized]:
+        return (self[index] for index in range(len(self)))
+
+    def narrow(self, dim: int, start: int, length: int) -> Quantized:
         """A view of `length` weights from `start` on, along any dimension; for int4 along K both multiples of 128."""
         dim %= self.codes.ndim
         codes, scales = self.codes, self.scales
@@ -76,7 +81,7 @@ class Quantized:
     def chunk(self, parts: int, dim: int) -> list[Quantized]:
         """`parts` views of one size along `dim`."""
         length = self.shape[dim] // parts
-        return [self.cut(dim, part * length, length) for part in range(parts)]
+        return [self.narrow(dim, part * length, length) for part in range(parts)]
 
     def copy_(self, other: Quantized) -> None:
         """Take the other's codes and scales, which may be on another device."""
@@ -99,6 +104,26 @@ Weight = Tensor | Quantized
 def tensors_of(weight: Weight) -> list[Tensor]:
     """The tensors that hold a weight."""
     return [weight.codes, weight.scales] if isinstance(weight, Quantized) else [weight]
+
+
+def check_shape(quantization: Quantization | None, config: MixtralConfig, why: str = "") -> None:
+    """BatchmixError where the experts of a model of this shape cannot be kept in the format. `why`: begins the message."""
+    for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
+        if quantization is Quantization.int4 and size % GROUP:
+            raise BatchmixError(
+                f"{why}int4 weights come in groups of {GROUP}, and the experts' {name} of {size} is no multiple of"
+                " that; use model.quantization=int8 or fp8"
+            )
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A quantised weight's values as `dtype`; another weight as it is."""
+    return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
+
+
+def format_of(weight: Weight) -> Quantization | None:
+    """None where it is not quantised."""
+    return weight.format if isinstance(weight, Quantized) else None
 
 
 def empty(shape: Sequence[int], format: Quantization, device: torch.device) -> Quantized:
@@ -137,6 +162,11 @@ def quantize_rows(x: Tensor, format: Quantization) -> tuple[Tensor, Tensor]:
     codes = codes.to(_FP8)
     codes.view(torch.uint8).masked_fill_(codes.view(torch.uint8) == 0x80, 0)  # no negative zeros
     return codes, scales
+
+
+def through_fp8(x: Tensor) -> Tensor:
+    """x [.., K] rounded to fp8 codes and a scale for each row, and back."""
+    return Quantized(*quantize_rows(x, Quantization.fp8), Quantization.fp8).dequantize(x.dtype)
 
 
 def _search_groups(groups: Tensor) -> Tensor:

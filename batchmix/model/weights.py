@@ -5,7 +5,7 @@ Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from batchmix.config import ModelFormat
+from batchmix.config import ModelFormat, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.config import MixtralConfig
+from batchmix.model.quantized import Quantized, Weight, quantize, tensors_of
+from batchmix.model.quantized import empty as empty_quantized
+from batchmix.model.quantized_place import QuantizedPlace
 from batchmix.model.shards import ALONE, Shards
 
 
@@ -27,8 +30,8 @@ class LayerWeights:
     wo: Tensor  # [D, H C]
     ffn_norm: Tensor  # [D]
     router: Tensor  # float32 [E, D], whatever the others are: a near-tie rounded away sends a token elsewhere
-    w13: Tensor  # [E, 2F, D]: gate (w1), then up (w3)
-    w2: Tensor  # [E, D, F]
+    w13: Weight  # [E, 2F, D]: gate (w1), then up (w3)
+    w2: Weight  # [E, D, F]
 
 
 @dataclass
@@ -40,16 +43,21 @@ class Weights:
 
     def num_bytes(self) -> int:
         """Bytes that the weights take, tied tensors counted once."""
-        tensors = {t.data_ptr(): t.nbytes for layer in self.layers for t in vars(layer).values()}
-        tensors |= {t.data_ptr(): t.nbytes for t in (self.embedding, self.norm, self.lm_head)}
-        return sum(tensors.values())
+        weights = [self.embedding, self.norm, self.lm_head, *(w for layer in self.layers for w in vars(layer).values())]
+        tensors = [tensor for weight in weights for tensor in tensors_of(weight)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Weights of the right shapes, not initialised."""
+def empty_weights(
+    config: MixtralConfig, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+) -> Weights:
+    """Weights of the right shapes, not initialised. `quantization` is the experts'."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
+
+    def stack(*shape: int) -> Weight:
+        return empty(*shape) if quantization is None else empty_quantized(shape, quantization, device)
 
     hidden, experts, width = config.hidden_size, config.num_local_experts, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -64,8 +72,8 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
                 wo=empty(hidden, queries),
                 ffn_norm=empty(hidden),
                 router=torch.empty(experts, hidden, dtype=torch.float32, device=device),
-                w13=empty(experts, 2 * width, hidden),
-                w2=empty(experts, hidden, width),
+                w13=stack(experts, 2 * width, hidden),
+                w2=stack(experts, hidden, width),
             )
             for _ in range(config.num_hidden_layers)
         ],
@@ -80,7 +88,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     model.format=random: the same random weights at every start, made on the device; the same slice on every rank.
     """
     config = shards.slice_config(checkpoint.config)
-    weights = empty_weights(config, dtype, device)
+    weights = empty_weights(config, dtype, device, checkpoint.quantization)
     if checkpoint.format is ModelFormat.random:
         _draw(weights)
         return weights
@@ -104,22 +112,31 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
         if checkpoint.format is ModelFormat.mistral and name.endswith((".wq.weight", ".wk.weight")):
             tensor = _to_half_split(tensor, checkpoint.config.head_dim)
         halves = 2 if name.endswith(".gate_up_proj") else 1  # [E, 2F, D]: gate, then up
-        for part, its_place in zip(
-            tensor.chunk(halves, tensor.ndim - 2), place.chunk(halves, tensor.ndim - 2), strict=True
-        ):
-            its_place.copy_(shards.cut(part, its_place.shape).to(checkpoint.dtype))
+        slices: Sequence[Weight] = place.chunk(halves, tensor.ndim - 2)
+        for part, its_place in zip(tensor.chunk(halves, tensor.ndim - 2), slices, strict=True):
+            if isinstance(its_place, Quantized):
+                slots = [its_place] if part.ndim == 2 else its_place
+                for expert, slot in zip([part] if part.ndim == 2 else part, slots, strict=True):
+                    QuantizedPlace(tuple(expert.shape), slot, checkpoint.dtype, shards).write(expert)
+            else:
+                its_place.copy_(shards.cut(part, its_place.shape).to(checkpoint.dtype))
     return weights
 
 
 def _draw(weights: Weights) -> None:
     """Norms of 1, all else normal with the standard deviation of transformers' initializer_range."""
     source = torch.Generator(weights.embedding.device).manual_seed(0)
+    dtype, device = weights.embedding.dtype, weights.embedding.device
     tables = [weights.embedding, weights.norm, weights.lm_head]
-    for tensor in [*tables, *(tensor for layer in weights.layers for tensor in vars(layer).values())]:
-        if tensor.ndim == 1:
-            tensor.fill_(1.0)
+    for weight in [*tables, *(weight for layer in weights.layers for weight in vars(layer).values())]:
+        if isinstance(weight, Quantized):
+            for expert in weight:
+                values = torch.empty(expert.shape, dtype=dtype, device=device)
+                expert.copy_(quantize(values.normal_(0.0, 0.02, generator=source), weight.format))
+        elif weight.ndim == 1:
+            weight.fill_(1.0)
         else:
-            tensor.normal_(0.0, 0.02, generator=source)
+            weight.normal_(0.0, 0.02, generator=source)
 
 
 def _tensors(files: tuple[Path, ...], names_only: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -146,22 +163,22 @@ def _to_half_split(weight: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _attention_places(config: MixtralConfig, layer: LayerWeights, q: str, k: str, v: str) -> dict[str, Tensor]:
+def _attention_places(config: MixtralConfig, layer: LayerWeights, q: str, k: str, v: str) -> dict[str, Weight]:
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     wq, wk, wv = torch.split(layer.wqkv, [queries, keys, keys])
     return {q: wq, k: wk, v: wv}
 
 
-def _expert_places(layer: LayerWeights, prefix: str) -> dict[str, Tensor]:
-    places: dict[str, Tensor] = {}
+def _expert_places(layer: LayerWeights, prefix: str) -> dict[str, Weight]:
+    places: dict[str, Weight] = {}
     for e, (w13, w2) in enumerate(zip(layer.w13, layer.w2, strict=True)):
-        w1, w3 = w13.chunk(2)
+        w1, w3 = w13.chunk(2, 0)
         places |= {f"{prefix}.{e}.w1.weight": w1, f"{prefix}.{e}.w3.weight": w3, f"{prefix}.{e}.w2.weight": w2}
     return places
 
 
-def _hf_places(config: MixtralConfig, weights: Weights, experts_key: str) -> dict[str, Tensor]:
-    places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+def _hf_places(config: MixtralConfig, weights: Weights, experts_key: str) -> dict[str, Weight]:
+    places: dict[str, Weight] = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     if not config.tie_word_embeddings:
         places["lm_head.weight"] = weights.lm_head
     for i, layer in enumerate(weights.layers):
@@ -179,7 +196,7 @@ def _hf_places(config: MixtralConfig, weights: Weights, experts_key: str) -> dic
     return places
 
 
-def _hub_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
+def _hub_places(config: MixtralConfig, weights: Weights) -> dict[str, Weight]:
     """The names on the hub: one w1, w2, w3 per expert."""
     places = _hf_places(config, weights, "block_sparse_moe")
     for i, layer in enumerate(weights.layers):
@@ -187,7 +204,7 @@ def _hub_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
     return places
 
 
-def _fused_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
+def _fused_places(config: MixtralConfig, weights: Weights) -> dict[str, Weight]:
     """The names of transformers 5 in memory: all experts in one tensor."""
     places = _hf_places(config, weights, "mlp")
     for i, layer in enumerate(weights.layers):
@@ -196,9 +213,13 @@ def _fused_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
     return places
 
 
-def _mistral_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
+def _mistral_places(config: MixtralConfig, weights: Weights) -> dict[str, Weight]:
     """The names of mistral_inference."""
-    places = {"tok_embeddings.weight": weights.embedding, "norm.weight": weights.norm, "output.weight": weights.lm_head}
+    places: dict[str, Weight] = {
+        "tok_embeddings.weight": weights.embedding,
+        "norm.weight": weights.norm,
+        "output.weight": weights.lm_head,
+    }
     for i, layer in enumerate(weights.layers):
         prefix = f"layers.{i}"
         attention = f"{prefix}.attention"
