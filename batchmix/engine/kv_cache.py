@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from batchmix.model.config import MixtralConfig
+from batchmix.model.quantized import FP8, fp8_values
 
-FP8 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
 SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
 
@@ -19,8 +19,8 @@ class KVCache:
     """Keys and values of every layer, [layers, blocks, G, block_size, C] each.
 
     The layout puts one kv head's keys of a block next to each other, so that attention reads them as one dense
-    matrix without a copy. A cache of float8_e4m3fn has no scales, as vLLM's where a checkpoint brings none: values are
-    rounded as they are, and cut off at ±448.
+    matrix without a copy. The scales of a cache of float8_e4m3fn are 1, as vLLM's where a checkpoint brings none:
+    values are rounded as they are, and cut off at ±448.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class KVCache:
     ) -> None:
         shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self.keys, self.values = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        self.scales = (torch.ones(1, device=device),) * 2 if dtype == FP8 else (None, None)  # of keys, of values
         self.num_blocks = num_blocks
         self.block_size = block_size
 
@@ -48,7 +49,8 @@ class KVCache:
 
     def read(self, cached: torch.Tensor, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
         """Blocks of one layer's keys or values [blocks, G, S, C], as `dtype`."""
-        return _words(cached)[blocks].view(cached.dtype).to(dtype)
+        stored = _words(cached)[blocks].view(cached.dtype)
+        return fp8_values(stored).to(dtype) if cached.dtype == FP8 else stored
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
         """x in the cache's dtype, cut off at what fp8 can hold: its cast would give NaN."""

@@ -15,14 +15,14 @@ from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.device import check_model, choose_place, compute_dtype
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.graphs import cuda_capture
-from batchmix.engine.kv_cache import FP8, KVCache
+from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.workspace import measure_workspace
 from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.mixtral import Mixtral
-from batchmix.model.quantized import dense
+from batchmix.model.quantized import FP8, dense
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights, load_weights
 
