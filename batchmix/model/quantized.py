@@ -29,6 +29,7 @@ GROUP = 128  # int4 weights along K that share a scale
 FP8 = torch.float8_e4m3fn
 _LIMITS = {Quantization.fp8: 448.0, Quantization.int8: 127.0}
 _CODES = {Quantization.fp8: FP8, Quantization.int8: torch.int8, Quantization.int4: torch.uint8}
+_ELEMENTS_AT_ONCE = 1 << 20
 _SMALLEST_SCALE = 2.0**-126
 _CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(11))  # 1 to 0.5
 
@@ -139,14 +140,26 @@ def empty(shape: Sequence[int], format: Quantization, device: torch.device) -> Q
 
 
 def quantize(weight: Tensor, format: Quantization) -> Quantized:
-    """weight [.., N, K], for int4 K a multiple of 128 -> its codes and scales, computed on its device in float32."""
+    """weight [.., N, K], for int4 K a multiple of 128 -> its codes and scales, computed on its device in float32.
+
+    Some rows at a time, so that what the computation takes does not grow with the weight.
+    """
+    rows = weight.reshape(-1, weight.shape[-1])
+    step = max(1, _ELEMENTS_AT_ONCE // rows.shape[1])
+    parts = [_quantize_part(rows[start : start + step], format) for start in range(0, len(rows), step)]
+    codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    leading = weight.shape[:-1]
+    return Quantized(codes.view(*leading, -1), scales.view(*leading, *scales.shape[1:]), format)
+
+
+def _quantize_part(weight: Tensor, format: Quantization) -> tuple[Tensor, Tensor]:
     if format is not Quantization.int4:
-        return Quantized(*quantize_rows(weight, format), format)
+        return quantize_rows(weight, format)
     groups = weight.float().reshape(*weight.shape[:-1], -1, GROUP)  # [.., N, K / 128, 128]
     scales = _search_groups(groups)
     codes = _int4_codes(groups, scales).add_(8.0).to(torch.uint8)
     low, high = codes.chunk(2, -1)
-    return Quantized((low | (high << 4)).flatten(-2), scales, format)
+    return (low | (high << 4)).flatten(-2), scales
 
 
 def quantize_rows(x: Tensor, format: Quantization) -> tuple[Tensor, Tensor]:
