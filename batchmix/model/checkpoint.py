@@ -13,6 +13,7 @@ import torch
 from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
+from batchmix.model.prequantized import Packing, open_packing
 from batchmix.model.quantized import check_shape
 from batchmix.model.sources import TensorFiles
 
@@ -35,7 +36,8 @@ class Checkpoint:
     max_model_len: int  # prompt + completion tokens
     eos_token_ids: tuple[int, ...]
     files: tuple[Path, ...]
-    quantization: Quantization | None = None  # in which the experts are kept; None: dtype
+    quantization: Quantization | None = None  # in which the experts are kept in memory; None: dtype
+    packing: Packing | None = None  # how weights are kept in the files, where they are quantised there
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
 
     def num_bytes(self) -> int:
@@ -69,7 +71,9 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
         config = MixtralConfig.from_hf(raw)
         saved = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         eos = _hf_eos(folder, raw)
+        packing = None if random else open_packing(raw, folder)
     else:
+        packing = None
         config = MixtralConfig.from_mistral(read_json(folder / PARAMS))
         saved, eos = "", (2,)
     files = () if not weights else _hf_files(folder) if form is ModelFormat.hf else _mistral_files(folder)
@@ -81,10 +85,11 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     if model.max_model_len is not None and model.max_model_len > limit:
         raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
     form = ModelFormat.random if random else form
-    check_shape(model.quantization, config)
+    quantization = model.quantization or (packing.runs if packing is not None else None)
+    check_shape(quantization, config)
     return Checkpoint(
         folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files,
-        quantization=model.quantization, kv_cache_dtype=model.kv_cache_dtype,
+        quantization=quantization, packing=packing, kv_cache_dtype=model.kv_cache_dtype,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads,
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
 from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
 from batchmix.model.places import DensePlace, Place, TensorSource
+from batchmix.model.prequantized import PackedTensors, Packing
 from batchmix.model.quantized import Quantized, Weight, quantize, tensors_of
 from batchmix.model.quantized import empty as empty_quantized
 from batchmix.model.quantized_place import QuantizedPlace
@@ -24,6 +26,8 @@ from batchmix.model.shards import ALONE, Shards
 from batchmix.model.sources import TensorFiles
 from batchmix.model.staging import Staging, open_staging
 from batchmix.report.loading import LoadProgress
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -112,9 +116,26 @@ def open_tensors(checkpoint: Checkpoint) -> TensorSource:
     files = TensorFiles(checkpoint.files)
     if checkpoint.format is ModelFormat.hf:
         check_index(checkpoint.folder, files)
+    if checkpoint.packing is not None:
+        return _open_packed(files, checkpoint, checkpoint.packing)
     layouts = [mistral, stacked] if checkpoint.format is ModelFormat.mistral else [hub, fused]
     layout = choose_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
     return HubNames(files, layout, checkpoint.config)
+
+
+def _open_packed(files: TensorFiles, checkpoint: Checkpoint, packing: Packing) -> PackedTensors:
+    """A checkpoint that is quantised already. Its experts must be where its codes are kept as they are."""
+    source = PackedTensors(files, packing, checkpoint.config, checkpoint.folder)
+    if checkpoint.quantization is packing.runs is not None:
+        for name in source.shapes():
+            if ".experts." in name:
+                source.require(name)
+    elif checkpoint.quantization is None:
+        _log.info(
+            "%s: no kernel here runs %s, so the weights are widened to %s; model.quantization=int4, int8 or fp8 would"
+            " quantise them again", checkpoint.folder.name, packing.name, str(checkpoint.dtype).removeprefix("torch."),
+        )  # fmt: skip
+    return source
 
 
 def _places(checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging) -> dict[str, Place]:
