@@ -22,7 +22,7 @@ CONFIG, PARAMS, INDEX = "config.json", "params.json", "model.safetensors.index.j
 _SMALL_FILES = ["*.json", "tokenizer*", "*.jinja"]
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt")
 _HEADER_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     files = () if not weights else _hf_files(folder) if form is ModelFormat.hf else _mistral_files(folder)
     saved = saved or _stored_dtype(files)
     name = saved if model.dtype is Dtype.auto else model.dtype.value
-    if name not in _DTYPES:
-        raise BatchmixError(f"{folder}: dtype {name!r} is not one of {', '.join(_DTYPES)}; set model.dtype")
+    if name not in DTYPES:
+        raise BatchmixError(f"{folder}: dtype {name!r} is not one of {', '.join(DTYPES)}; set model.dtype")
     limit = config.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > limit:
         raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
@@ -88,7 +88,7 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     quantization = model.quantization or (packing.runs if packing is not None else None)
     check_shape(quantization, config)
     return Checkpoint(
-        folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files,
+        folder, form, config, DTYPES[name], model.max_model_len or limit, eos, files,
         quantization=quantization, packing=packing, kv_cache_dtype=model.kv_cache_dtype,
     )  # fmt: skip
 

@@ -141,7 +141,7 @@ def quantization_config(format: Quantization) -> dict[str, Any]:
         "format": form,
         "config_groups": {
             "group_0": {
-                "targets": ["re:.*block_sparse_moe\\.experts\\..*", "re:.*mlp\\.experts\\..*"],
+                "targets": ["Linear"],
                 "weights": {**weights, "symmetric": True, "dynamic": False},
                 "input_activations": activations if format is Quantization.fp8 else None,
                 "output_activations": None,
@@ -155,8 +155,8 @@ def quantization_config(format: Quantization) -> dict[str, Any]:
 def pack(weight: Quantized) -> dict[str, Tensor]:
     """The parts of an expert's weight [N, K], to be named `<module>.<part>`.
 
-    fp8 as float-quantized with float32 scales; int8 and int4 as pack-quantized, which is how vLLM runs weights of
-    integers with activations that are not quantised. int4's scales are numbers of bfloat16 and kept so.
+    fp8 as float-quantized, int8 and int4 as pack-quantized, which is how vLLM runs weights of integers with activations
+    that are not quantised. Scales are float32, so that a saved weight is the same weight.
     """
     if weight.format is Quantization.fp8:
         return {"weight": weight.codes.contiguous(), "weight_scale": weight.scales[:, None].contiguous()}
@@ -167,11 +167,8 @@ def pack(weight: Quantized) -> dict[str, Tensor]:
         return {"weight_packed": padded.view(torch.int32), "weight_scale": weight.scales[:, None].contiguous(),
                 "weight_shape": shape}  # fmt: skip
     codes = int4_codes(weight.codes)
-    scales = weight.scales.bfloat16()
-    if not torch.equal(scales.float(), weight.scales):
-        scales = weight.scales
     return {"weight_packed": (codes[:, ::2] | (codes[:, 1::2] << 4)).view(torch.int32),
-            "weight_scale": scales.contiguous(), "weight_shape": shape}  # fmt: skip
+            "weight_scale": weight.scales.contiguous(), "weight_shape": shape}  # fmt: skip
 
 
 def unsigned(words: Tensor, bits: int) -> Tensor:

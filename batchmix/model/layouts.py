@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from batchmix.errors import BatchmixError
@@ -169,6 +170,10 @@ class HubNames:
     def read(self, name: str) -> Tensor:
         own, _ = self._where[name]
         return to_hub(self._part(name), self._layout[own].form, self._head_dim)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is stored."""
+        return self._files.read(self._where[name][0]).dtype
 
     def release(self, name: str) -> None:
         release_pages(self._part(name))

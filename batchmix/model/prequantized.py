@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from batchmix.config import Quantization
@@ -116,6 +117,10 @@ class PackedTensors:
             return self._packing.unpack({part[skip:]: self._files.read(part) for part in stored}, self._shapes[name])
         except ValueError as error:
             raise BatchmixError(f"{self._files.path(stored[0])}: {name[: skip - 1]}: {error}") from None
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """In which a tensor is stored; None for one that is quantised."""
+        return None if self._stored[name] != (name,) else self._files.read(name).dtype
 
     def release(self, name: str) -> None:
         for stored in self._stored[name]:

@@ -16,7 +16,7 @@ from batchmix.config import ModelFormat, Quantization
 from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
 from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
-from batchmix.model.places import DensePlace, Place, TensorSource
+from batchmix.model.places import DensePlace, Place
 from batchmix.model.prequantized import PackedTensors, Packing
 from batchmix.model.quantized import Quantized, Weight, quantize, tensors_of
 from batchmix.model.quantized import empty as empty_quantized
@@ -111,7 +111,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     return weights
 
 
-def open_tensors(checkpoint: Checkpoint) -> TensorSource:
+def open_tensors(checkpoint: Checkpoint) -> HubNames | PackedTensors:
     """The checkpoint's tensors under the hub's names; BatchmixError where a file or a tensor is not as it should be."""
     files = TensorFiles(checkpoint.files)
     if checkpoint.format is ModelFormat.hf:
