@@ -4,7 +4,7 @@ Both keep a weight [N, K] transposed, as unsigned integers of `bits`, with a sca
 K: value = (code - zero) * scale.
 
 GPTQ: qweight int32 [K bits / 32, N], a word holding numbers along K, the first lowest; qzeros int32 [groups, N bits / 32]
-along N, each less by one in the `gptq` form and as it is in `gptq_v2`; scales [groups, N]; g_idx int32 [K], a row's group.
+along N, less by one in each place in the `gptq` form and as they are in `gptq_v2`; scales [groups, N]; g_idx int32 [K], a row's group.
 AWQ: qweight int32 [K, N / 8] and qzeros int32 [groups, N / 8], a word holding 8 numbers along N in the order 0, 2, 4, 6, 1,
 3, 5, 7; scales [groups, N].
 """
@@ -23,6 +23,7 @@ from batchmix.model.compressed_tensors_format import unsigned
 from batchmix.model.layouts import Shape
 from batchmix.model.quantized import GROUP, Quantized, Weight, pack_int4
 
+_ONES = {4: 0x11111111, 8: 0x01010101}  # what GPTQModel takes from whole words of zeros, so that a 0 borrows
 _AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word number 0, 1, ... is
 
 
@@ -46,7 +47,8 @@ class Gptq:
     def unpack(self, parts: Mapping[str, Tensor], shape: Shape) -> Weight:
         rows, width = shape
         codes = unsigned(parts["qweight"].T, self.bits)  # [N, K]
-        zeros = unsigned(parts["qzeros"], self.bits).T.int() + self.one_less  # [N, groups]
+        words = parts["qzeros"] + _ONES[self.bits] if self.one_less else parts["qzeros"]
+        zeros = unsigned(words, self.bits).T.int()  # [N, groups]
         scales, group_of = parts["scales"].T.float(), parts["g_idx"].long()  # [N, groups], [K]
         if self.runs is None:
             if group_of.min() < 0 or group_of.max() >= scales.shape[1]:
