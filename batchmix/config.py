@@ -234,6 +234,13 @@ class ConvertConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """What `batchmix evaluate` compares answers with."""
+
+    gold_column: str = "gold"  # of the data; compared as text, spaces at both ends aside
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -247,6 +254,7 @@ class Config:
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
