@@ -11,6 +11,7 @@ takes them back at once when it needs them. `--cold` drops the files from the pa
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import tempfile
@@ -84,14 +85,16 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
+        self._look()
 
     def _watch(self) -> None:
-        while True:
-            anonymous, file = (now - before for now, before in zip(self._now(), self._before, strict=True))
-            self.anonymous, self.file = max(self.anonymous, anonymous), max(self.file, file)
-            self.resident = max(self.resident, anonymous + file)
-            if self._closed.wait(0.005):
-                return
+        while not self._closed.wait(0.005):
+            self._look()
+
+    def _look(self) -> None:
+        anonymous, file = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        self.anonymous, self.file = max(self.anonymous, anonymous), max(self.file, file)
+        self.resident = max(self.resident, anonymous + file)
 
     @staticmethod
     def _now() -> tuple[int, int]:
@@ -114,10 +117,9 @@ def readers(count: int) -> Any:
         weights.fill = before
 
 
-def load_once(folder: Path, device: torch.device, count: int, cold: bool) -> dict[str, float]:
-    """Rate in GB/s of the checkpoint's bytes and peaks in GB."""
-    checkpoint = open_checkpoint(ModelConfig(path=str(folder)))
-    for path in checkpoint.files:
+def warm(files: tuple[Path, ...], cold: bool) -> None:
+    """Bring the files into the page cache, or drop them from it."""
+    for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         if cold:
             os.fsync(descriptor)
@@ -126,14 +128,22 @@ def load_once(folder: Path, device: torch.device, count: int, cold: bool) -> dic
             while os.read(descriptor, 1 << 24):
                 pass
         os.close(descriptor)
+
+
+def load_once(folder: Path, device: torch.device, count: int, cold: bool) -> dict[str, float]:
+    """Rate in GB/s of the checkpoint's bytes, and the peaks in GB of another turn, which looking slows down."""
+    checkpoint = open_checkpoint(ModelConfig(path=str(folder)))
+    warm(checkpoint.files, cold)
     with readers(count):
-        started = time.perf_counter()
-        loaded = weights.load_weights(checkpoint, checkpoint.dtype, device)
-        seconds = time.perf_counter() - started
-        del loaded
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier turns freed
         with Peak() as peak:
             loaded = weights.load_weights(checkpoint, checkpoint.dtype, device)
-    place = loaded.num_bytes() if device.type == "cpu" else 0
+        place = loaded.num_bytes() if device.type == "cpu" else 0
+        del loaded
+        warm(checkpoint.files, cold)
+        started = time.perf_counter()
+        weights.load_weights(checkpoint, checkpoint.dtype, device)
+        seconds = time.perf_counter() - started
     return {
         "gb_per_second": round(checkpoint.num_bytes() / 1e9 / seconds, 2),
         "anonymous_gb_beside_the_weights": round((peak.anonymous - place) / 1e9, 3),

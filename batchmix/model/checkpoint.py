@@ -120,7 +120,9 @@ def _download(model: ModelConfig, weights: bool) -> Path:
         folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_SMALL_FILES))
         if weights:
             patterns = _weight_patterns(folder, _find_format(folder, model.format))
-            snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
+            snapshot_download(
+                model.path, revision=folder.name, allow_patterns=patterns
+            )  # the commit: a branch can move
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         revision = f" at model.revision={model.revision}" if model.revision else ""
@@ -133,7 +135,7 @@ def _download(model: ModelConfig, weights: bool) -> Path:
 def _weight_patterns(folder: Path, form: ModelFormat) -> list[str]:
     if form is ModelFormat.mistral:
         return ["consolidated*"]
-    return [*_weight_map(folder).values()] or ["model.safetensors"]
+    return sorted(set(_weight_map(folder).values())) or ["model.safetensors"]
 
 
 def _find_format(folder: Path, wanted: ModelFormat) -> ModelFormat:
