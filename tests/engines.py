@@ -18,6 +18,7 @@ from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.offload import Offload
 from batchmix.model.weights import load_weights
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Completion, Prompt
@@ -40,11 +41,12 @@ def load(
     dtype: torch.dtype = torch.float32,
     max_model_len: int = 512,
     operators: Operators = torch_backend,
+    offload: Offload | None = None,
 ) -> Mixtral:
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[str(dtype).removeprefix("torch.")]))
     on_gpu = operators is not torch_backend and torch.cuda.is_available()
-    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"))
-    return Mixtral(checkpoint.config, weights, operators, max_model_len)
+    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"), offload=offload)
+    return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
 def make_engine(model: Mixtral, **options: Any) -> Engine:

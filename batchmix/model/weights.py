@@ -5,7 +5,7 @@ Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from batchmix.config import ModelFormat
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.config import MixtralConfig
+from batchmix.model.offload import Offload
 from batchmix.model.shards import ALONE, Shards
 
 
@@ -45,11 +46,19 @@ class Weights:
         return sum(tensors.values())
 
 
-def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Weights of the right shapes, not initialised."""
+def empty_weights(
+    config: MixtralConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None
+) -> Weights:
+    """Weights of the right shapes, not initialised: on the device, but for the experts that `offload` keeps elsewhere."""
+
+    def on_device(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    allocate = on_device if offload is None else offload.link.empty
+    places = [on_device if offload is None else offload.experts(layer) for layer in range(config.num_hidden_layers)]
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return allocate(shape, dtype)
 
     hidden, experts, width = config.hidden_size, config.num_local_experts, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -63,24 +72,30 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
                 wqkv=empty(queries + 2 * keys, hidden),
                 wo=empty(hidden, queries),
                 ffn_norm=empty(hidden),
-                router=torch.empty(experts, hidden, dtype=torch.float32, device=device),
-                w13=empty(experts, 2 * width, hidden),
-                w2=empty(experts, hidden, width),
+                router=allocate((experts, hidden), torch.float32),
+                w13=place((experts, 2 * width, hidden), dtype),
+                w2=place((experts, hidden, width), dtype),
             )
-            for _ in range(config.num_hidden_layers)
+            for place in places
         ],
         norm=empty(hidden),
         lm_head=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
     )
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shards: Shards = ALONE) -> Weights:
+def load_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    shards: Shards = ALONE,
+    offload: Offload | None = None,
+) -> Weights:
     """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`.
 
     model.format=random: the same random weights at every start, made on the device; the same slice on every rank.
     """
     config = shards.slice_config(checkpoint.config)
-    weights = empty_weights(config, dtype, device)
+    weights = empty_weights(config, dtype, device, offload)
     if checkpoint.format is ModelFormat.random:
         _draw(weights)
         return weights
@@ -118,8 +133,9 @@ def _draw(weights: Weights) -> None:
     for tensor in [*tables, *(tensor for layer in weights.layers for tensor in vars(layer).values())]:
         if tensor.ndim == 1:
             tensor.fill_(1.0)
-        else:
-            tensor.normal_(0.0, 0.02, generator=source)
+        else:  # on the device, where it is the same wherever the tensor lies
+            place = tensor if tensor.device == source.device else torch.empty_like(tensor, device=source.device)
+            tensor.copy_(place.normal_(0.0, 0.02, generator=source))
 
 
 def _tensors(files: tuple[Path, ...], names_only: bool = False) -> Iterator[tuple[str, Tensor]]:
