@@ -44,6 +44,11 @@ class KVCacheDtype(Enum):
     fp8 = "fp8"
 
 
+class Offload(Enum):
+    auto = "auto"
+    never = "never"
+
+
 class DataFormat(Enum):
     auto = "auto"
     jsonl = "jsonl"
@@ -90,6 +95,9 @@ class ModelConfig:
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
     max_model_len: int | None = None  # prompt + completion tokens; null: what the checkpoint allows
     tensor_parallel_size: int = 1  # processes, each on a GPU of its own, that share one model
+    # Where the experts are that do not fit the GPU. auto: in host memory, whence they are streamed; never: out of memory
+    offload: Offload = Offload.auto
+    offload_dir: str | None = None  # for experts that do not fit host memory either: a folder on a fast disk
     revision: str | None = None  # of a hub id
 
 
@@ -185,6 +193,7 @@ class PlanConfig:
     gpu: str = "h200"  # a name in batchmix/plan/gpus.py
     histogram: str | None = None  # PNG file; null: lengths.png in output.dir where that is set, else none
     expected_tokens: int | None = None  # answer length to assume; null: sampling.max_tokens
+    host_memory_gb: float | None = None  # of the machine that the GPU is in; null: as this one has
 
 
 @dataclass

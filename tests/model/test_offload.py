@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -56,13 +57,14 @@ def test_every_layer_gets_its_own_experts(count, data):
     )  # fmt: skip
     link = FakeLink()
     layers, stream = layers_of(count, link, tuple(sorted(streamed)), data.draw(st.integers(1, count + 2)))
-    for ended_after in data.draw(st.lists(st.integers(0, count), max_size=6)):
-        for layer in range(count):
-            with stream(layer) as (w13, w2):
-                assert torch.equal(w13, torch.full_like(w13, layer))
-                assert torch.equal(w2, torch.full_like(w2, layer))
-                if layer == ended_after:
-                    break
+    for ends_at in data.draw(st.lists(st.integers(0, count), max_size=6)):
+        with suppress(torch.OutOfMemoryError):
+            for layer in range(count):
+                with stream(layer) as (w13, w2):
+                    assert torch.equal(w13, torch.full_like(w13, layer))
+                    assert torch.equal(w2, torch.full_like(w2, layer))
+                    if layer == ends_at:
+                        raise torch.OutOfMemoryError
     assert stream.bytes == link.copied
 
 
