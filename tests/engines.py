@@ -14,10 +14,12 @@ import torch
 from batchmix.config import Dtype, ModelConfig, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.link import Link
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import Offload
 from batchmix.model.weights import load_weights
@@ -50,12 +52,16 @@ def load(
     return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
-def make_engine(model: Mixtral, **options: Any) -> Engine:
-    """An engine of 16-token blocks; `kv_blocks` of them."""
+def make_engine(model: Mixtral, link: Link | None = None, **options: Any) -> Engine:
+    """An engine of 16-token blocks; `kv_blocks` of them, on the host where there is a `link`."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
     embedding = model.weights.embedding
-    cache = KVCache(model.config, blocks + 1, block_size, embedding.dtype, embedding.device)
+    cache = (
+        KVCache(model.config, blocks + 1, block_size, embedding.dtype, embedding.device)
+        if link is None
+        else StagedKVCache(model.config, blocks + 1, block_size, embedding.dtype, link, 1024)
+    )
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,
         "max_num_batched_tokens": 512,

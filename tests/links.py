@@ -35,7 +35,7 @@ class FakeLink:
         return tensor
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(tuple(shape), dtype=dtype) if self.folder is None else mapped(shape, dtype, str(self.folder))
+        tensor = torch.zeros(tuple(shape), dtype=dtype) if self.folder is None else mapped(shape, dtype, str(self.folder))
         self.host_bytes += tensor.nbytes
         return tensor
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from batchmix.model.config import MixtralConfig
+
+if TYPE_CHECKING:
+    from batchmix.engine.slots import Slots
+    from batchmix.model.backend import Attend, Chunk
 
 SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
 
@@ -36,8 +42,21 @@ class KVCache:
 
     def write(self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k and v [T, G, C] at (block, offset), int64 [T] each."""
-        self.keys[layer][blocks, :, offsets] = k
-        self.values[layer][blocks, :, offsets] = v
+        keys, values = self.layer(layer)
+        keys[blocks, :, offsets] = k
+        values[blocks, :, offsets] = v
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's keys and values, on the device."""
+        return self.keys[layer], self.values[layer]
+
+    def around_prefill(self, attend: Attend, chunks: Sequence[Chunk]) -> Attend:
+        """`attend`, and around it whatever the cache does to have each layer there."""
+        return attend
+
+    def around_decode(self, attend: Attend, slots: Slots, rows: int) -> Attend:
+        """Likewise, of a step in which slots 0..rows-1 get one more token."""
+        return attend
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block over all layers."""

@@ -26,10 +26,10 @@ class Link(Protocol):
         """Memory of the device, not initialised; torch.OutOfMemoryError where it has no more."""
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory of the host that the device copies from and to."""
+        """Zeros in memory of the host that the device copies from and to."""
 
     def copy(self, pairs: Pairs) -> Any:
-        """Begin to copy, behind all work that the device has been given so far. Returns a ticket for `wait`."""
+        """Begin to copy to or from the device, behind all work that it has been given so far. Returns a ticket."""
 
     def wait(self, ticket: Any) -> None:
         """Let the device's work from here on begin when the copy is done; the host goes on. May be called again."""
@@ -39,7 +39,7 @@ class Link(Protocol):
 
 
 class CudaLink:
-    """A GPU, with a stream of its own for the copies.
+    """A GPU, with a stream for copies to it and one for copies from it.
 
     The first `pinned_bytes` of host memory are page-locked, the rest is a file in `folder`, mapped. A copy from a mapped
     file waits for the disk and for the driver's staging buffers, so a thread does it.
@@ -47,12 +47,12 @@ class CudaLink:
 
     def __init__(self, device: torch.device, pinned_bytes: int, folder: str | None = None) -> None:
         self._device, self._room, self._folder = device, pinned_bytes, folder
-        self._stream = torch.cuda.Stream(device)
+        self._to, self._from = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, "offload")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
-        tensor.record_stream(self._stream)  # once freed, not given to others before the copies are through
+        tensor.record_stream(self._to)  # once freed, not given to others before the copies are through
         return tensor
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -69,11 +69,12 @@ class CudaLink:
         return self._thread.submit(self._copy, pairs, given)
 
     def _copy(self, pairs: Pairs, given: torch.cuda.Event) -> torch.cuda.Event:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_event(given)
+        stream = self._from if pairs and pairs[0][1].is_cuda else self._to
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            stream.wait_event(given)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+            return stream.record_event()
 
     def wait(self, ticket: Any) -> None:
         torch.cuda.current_stream(self._device).wait_event(_event(ticket))
