@@ -91,8 +91,8 @@ class ModelConfig:
     # hf: config.json + safetensors; mistral: params.json + consolidated; random: config.json alone, to measure with
     format: ModelFormat = ModelFormat.auto
     dtype: Dtype = Dtype.auto  # auto: as the checkpoint was saved
-    quantization: Quantization | None = None
-    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
+    quantization: Quantization | None = None  # of the experts; null: as the checkpoint has them
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto  # auto: as dtype
     max_model_len: int | None = None  # prompt + completion tokens; null: what the checkpoint allows
     tensor_parallel_size: int = 1  # processes, each on a GPU of its own, that share one model
     # Where the experts are that do not fit the GPU. auto: in host memory, whence they are streamed; never: out of memory
@@ -358,13 +358,6 @@ def check(config: Config) -> Config:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"
         )
-    for key, value, default in (
-        ("model.quantization", config.model.quantization, None),
-        ("model.kv_cache_dtype", config.model.kv_cache_dtype, KVCacheDtype.auto),
-    ):
-        if value != default:
-            shown = value.value if isinstance(value, Enum) else value
-            raise refuse(key, shown, "not available in this version; leave it out")
     if "://" in config.output.dir:
         raise refuse(
             "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"

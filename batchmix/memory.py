@@ -19,6 +19,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT_BYTES = 1 << 30
 HOST_SHARE = 0.9  # of host memory, for weights and KV cache; the rest is for rows on their way and the page cache
 LOGITS_COPIES = 4  # float32 copies of a step's logits that sampling works on
+WIDENED_COPIES = 2  # float32 copies of one expert that is widened to run
 PREFILL_COPIES = 8  # activations of a prefill step, in units of tokens x hidden size x 4 bytes, beside the expert rows
 
 
@@ -43,12 +44,14 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """An estimate of what the largest prefill step and a decode step take beside weights and KV cache."""
+def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int, quantized: bool) -> int:
+    """An estimate of what the largest prefill step and a decode step take beside weights and KV cache, on a CPU."""
     activations = max_num_batched_tokens * 4 * config.hidden_size * PREFILL_COPIES
     experts = (
         max_num_batched_tokens * config.num_experts_per_tok * 4 * (3 * config.intermediate_size + config.hidden_size)
     )
+    if quantized:
+        experts += 3 * config.hidden_size * config.intermediate_size * 4 * WIDENED_COPIES
     return activations + experts + max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
 
 

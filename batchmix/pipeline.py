@@ -65,7 +65,7 @@ def generate(config: Config) -> None:
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
         check_engine(checkpoint, config.engine)
-        Shards(size=config.model.tensor_parallel_size).check(checkpoint.config)
+        Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
         tokenizer = load_tokenizer(checkpoint.folder)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size)
         run = _describe(config, source, checkpoint)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchmix.config import Dtype, ModelConfig, SamplingConfig
+from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.staged_cache import StagedKVCache
@@ -44,23 +44,26 @@ def load(
     dtype: torch.dtype = torch.float32,
     max_model_len: int = 512,
     operators: Operators = torch_backend,
+    quantization: Quantization | None = None,
     offload: Offload | None = None,
 ) -> Mixtral:
-    checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[str(dtype).removeprefix("torch.")]))
+    name = Dtype[str(dtype).removeprefix("torch.")]
+    checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=name, quantization=quantization))
     on_gpu = operators is not torch_backend and torch.cuda.is_available()
     weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"), offload=offload)
     return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
 def make_engine(model: Mixtral, link: Link | None = None, **options: Any) -> Engine:
-    """An engine of 16-token blocks; `kv_blocks` of them, on the host where there is a `link`."""
+    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the host where there is a `link`."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
     embedding = model.weights.embedding
+    kv_dtype = options.pop("kv_dtype", embedding.dtype)
     cache = (
-        KVCache(model.config, blocks + 1, block_size, embedding.dtype, embedding.device)
+        KVCache(model.config, blocks + 1, block_size, kv_dtype, embedding.device)
         if link is None
-        else StagedKVCache(model.config, blocks + 1, block_size, embedding.dtype, link, 1024)
+        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, link, 1024)
     )
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,
@@ -113,9 +116,9 @@ def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, i
 
 
 @torch.inference_mode()
-def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
+def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list[torch.Tensor]:
     """Logits of every position of every row, all rows in one packed step."""
-    engine = make_engine(model)
+    engine = make_engine(model, **options)
     total = sum(map(len, rows))
     tokens, chunks, start = np.zeros(pad(total, model.ops.row_tile), np.int64), [], 0
     for row in rows:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.kv_cache import KVCache, words
 from batchmix.engine.slots import Slots
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.config import MixtralConfig
@@ -34,12 +34,11 @@ class StagedKVCache(KVCache):
     def __init__(
         self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, link: Link, max_tokens: int
     ) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
         self.num_layers, self.link = config.num_hidden_layers, link
         self.bytes = 0  # copied to the device so far
         block = (config.num_key_value_heads, block_size, config.head_dim)
         token = (max_tokens, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = (link.empty((BUFFERS, num_blocks, *block), dtype).zero_() for _ in "kv")
+        self._hold(*(link.empty((BUFFERS, num_blocks, *block), dtype).zero_() for _ in "kv"))
         self._host = [[link.host((num_blocks, *block), dtype) for _ in "kv"] for _ in range(self.num_layers)]
         self._landings = [[link.host(token, dtype) for _ in "kv"] for _ in range(_LANDINGS)]
         self._under_way: deque[tuple[int, Any, list[Tensor], list[Tensor], tuple[Tensor, Tensor]]] = deque()
@@ -93,8 +92,8 @@ class StagedKVCache(KVCache):
 
         `staged`: the places on the device.
         """
-        tokens = [part[staged[0], :, staged[1]] for part in self.layer(layer)]  # [T, G, C] each
-        landing = [part[: len(places[0])] for part in self._landings[self._sent % _LANDINGS]]
+        tokens = [words(part)[staged[0], :, staged[1]] for part in self.layer(layer)]  # [T, G, C] each
+        landing = [words(part)[: len(places[0])] for part in self._landings[self._sent % _LANDINGS]]
         self._sent += 1
         ticket = self.link.copy(list(zip(landing, tokens, strict=True)))
         self._under_way.append((layer, ticket, tokens, landing, places))
@@ -112,7 +111,7 @@ class StagedKVCache(KVCache):
         layer, ticket, _, landing, (block, offset) = self._under_way.popleft()
         self.link.finish(ticket)
         for host, tokens in zip(self._host[layer], landing, strict=True):
-            host[block, :, offset] = tokens
+            words(host)[block, :, offset] = tokens
 
 
 class _Staged:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batchmix.config import Backend, EngineConfig, SamplingConfig
+from batchmix.config import Backend, EngineConfig, KVCacheDtype, SamplingConfig
 from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.device import check_model, choose_place, compute_dtype
@@ -22,6 +22,7 @@ from batchmix.model import torch_backend, torch_ops
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.quantized import FP8, dense
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights, load_weights
 
@@ -46,7 +47,7 @@ class Sizes:
 def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
     """BatchmixError where this machine cannot run the checkpoint as asked; reads no weights."""
     place = choose_place(config)
-    check_model(checkpoint.config, place)
+    check_model(checkpoint.config, place, checkpoint.quantization)
     compute_dtype(checkpoint.dtype, place)
 
 
@@ -75,13 +76,17 @@ def start_engine(
     if place.backend is Backend.torch:
         _check_products(weights, max(PREFILL_CHUNK, config.max_num_batched_tokens))
     sizes = choose_sizes(model, checkpoint, config)
-    cache = KVCache(model.config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)
+    kv_dtype = cache_dtype(checkpoint, dtype)
+    cache = KVCache(model.config, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, device)
     rounded = "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})"
+    experts = "" if checkpoint.quantization is None else f", experts in {checkpoint.quantization.value}"
+    narrow = " in fp8" if kv_dtype is FP8 else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     _log.info(
-        "%s in %s%s on %s%s%s: weights %.2f GiB in %.1f s, workspace %.2f GiB, KV cache %s tokens, %d rows at once",
-        checkpoint.folder.name, _name(dtype), rounded, f"{processes} x " * (processes > 1), place.name, threads,
-        weights.num_bytes() / 2**30, loaded - started, sizes.workspace_bytes / 2**30, f"{sizes.kv_blocks * sizes.block_size:,}", sizes.max_num_seqs,
+        "%s in %s%s%s on %s%s%s: weights %.2f GiB in %.1f s, workspace %.2f GiB, KV cache %s tokens%s, %d rows at once",
+        checkpoint.folder.name, _name(dtype), rounded, experts, f"{processes} x " * (processes > 1), place.name, threads,
+        weights.num_bytes() / 2**30, loaded - started, sizes.workspace_bytes / 2**30,
+        f"{sizes.kv_blocks * sizes.block_size:,}", narrow, sizes.max_num_seqs,
     )  # fmt: skip
     return Engine(
         model,
@@ -112,8 +117,9 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 def _check_products(weights: Weights, max_rows: int) -> None:
     """Warn where this machine's matrix library gives a row other bits in other company, which we cannot mend."""
     layer = weights.layers[0]
-    products = {"wqkv": layer.wqkv, "wo": layer.wo, "router": layer.router, "w13": layer.w13[0], "w2": layer.w2[0],
-                "lm_head": weights.lm_head}  # fmt: skip
+    dtype = layer.wo.dtype
+    products = {"wqkv": layer.wqkv, "wo": layer.wo, "router": layer.router, "w13": dense(layer.w13[0], dtype),
+                "w2": dense(layer.w2[0], dtype), "lm_head": weights.lm_head}  # fmt: skip
     unsteady = [name for name, weight in products.items() if not torch_ops.products_keep_their_bits(weight, max_rows)]
     if unsteady:
         _log.warning(
@@ -124,23 +130,29 @@ def _check_products(weights: Weights, max_rows: int) -> None:
 
 def choose_sizes(model: Mixtral, checkpoint: Checkpoint, config: EngineConfig) -> Sizes:
     """Rows and KV blocks that fit into the memory that is free now: on a GPU measured, on the CPU estimated."""
-    device, dtype = model.weights.embedding.device, model.weights.embedding.dtype
+    device = model.weights.embedding.device
+    kv_dtype = cache_dtype(checkpoint, model.weights.embedding.dtype)
     prefill_tokens = max(PREFILL_CHUNK, config.max_num_batched_tokens)
     if device.type == "cpu":
         rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
-        workspace = workspace_bytes(model.config, rows, prefill_tokens)
+        workspace = workspace_bytes(model.config, rows, prefill_tokens, checkpoint.quantization is not None)
         processes = model.shards.size * config.data_parallel_size  # which share the memory
         free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
     else:
         rows = config.max_num_seqs or MAX_NUM_SEQS_GPU
         workspace = measure_workspace(
-            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, config.cuda_graphs
+            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, config.cuda_graphs, kv_dtype
         )
         free = gpu_cache_bytes(*torch.cuda.mem_get_info(device), workspace, config.gpu_memory_utilization)
-    block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, dtype)
+    block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, kv_dtype)
     blocks = model.shards.smallest(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
     # Each row holds a block at least.
     return Sizes(config.max_num_seqs or min(rows, blocks), blocks, BLOCK_SIZE, workspace)
+
+
+def cache_dtype(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype keys and values are kept, where all else is in `dtype`."""
+    return FP8 if checkpoint.kv_cache_dtype is KVCacheDtype.fp8 else dtype
 
 
 def stop_tables(tokenizer: Tokenizer, vocab_size: int) -> Callable[[SamplingConfig], StopTable]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from batchmix.model.backend import Attend, Operators
 from batchmix.model.config import MixtralConfig
 from batchmix.model.offload import ExpertStream, Offload
+from batchmix.model.quantized import Weight
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights
 
@@ -56,7 +57,7 @@ class Mixtral:
             x = shards.add_up(x)
         return ops.rms_norm(x, self.weights.norm, config.rms_norm_eps)
 
-    def _experts(self, layer: int) -> AbstractContextManager[tuple[Tensor, Tensor]]:
+    def _experts(self, layer: int) -> AbstractContextManager[tuple[Weight, Weight]]:
         """w13 and w2 of a layer, on the device."""
         if self.stream is not None:
             return self.stream(layer)

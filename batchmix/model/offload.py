@@ -8,21 +8,19 @@ compute.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from batchmix.model.link import Link
+from batchmix.model.quantized import Empty, Quantized, Weight, tensors_of
+from batchmix.model.quantized import empty as empty_quantized
 
 if TYPE_CHECKING:
     from batchmix.model.weights import LayerWeights
 
 BUFFERS = 2  # one that is computed with, one that is copied into
-Empty = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
 def spread(streamed: int, layers: int) -> tuple[int, ...]:
@@ -59,7 +57,7 @@ class ExpertStream:
         self._begin(0)
 
     @contextmanager
-    def __call__(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def __call__(self, layer: int) -> Iterator[tuple[Weight, Weight]]:
         """w13 and w2 of a layer, to be used inside of the block."""
         weights = self._layers[layer]
         if layer not in self._order:
@@ -90,10 +88,7 @@ class ExpertStream:
         self.bytes += sum(source.nbytes for _, source in pairs)
 
 
-def tensors_of(weight: Tensor) -> list[Tensor]:
-    """What a weight consists of in memory."""
-    return [weight]
-
-
-def _empty_like(weight: Tensor, link: Link) -> Tensor:
+def _empty_like(weight: Weight, link: Link) -> Weight:
+    if isinstance(weight, Quantized):
+        return empty_quantized(weight.shape, weight.format, link.empty)
     return link.empty(weight.shape, weight.dtype)

@@ -169,8 +169,8 @@ def test_batch_invariant_products(folder):
 
 
 def test_the_steps_that_memory_is_measured_with_run(model):
-    largest_prefill(model, 40, max_model_len=32, block_size=4)
-    largest_decode(model, rows=3, max_model_len=32, block_size=4)
+    largest_prefill(model, 40, max_model_len=32, block_size=4, kv_dtype=torch.float32)
+    largest_decode(model, rows=3, max_model_len=32, block_size=4, kv_dtype=torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 on the interpreter")
