@@ -7,38 +7,29 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from batchmix.config import Config, Offload, OnError
+from batchmix.config import Config, OnError
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_path
 from batchmix.data.parts import Parts, part_format
 from batchmix.data.prompt import build_prompts, check_prompts
-from batchmix.data.rowset import RowSet
 from batchmix.data.sink import NO_SPACE, Sink
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.device import check_places
-from batchmix.engine.engine import PREFILL_CHUNK, Engine
-from batchmix.engine.start import BLOCK_SIZE, check_engine, start_engine
+from batchmix.engine.engine import Engine
+from batchmix.engine.start import check_engine, start_engine
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import save_hydra_files
-from batchmix.memory import HOST_SHARE, gpu_workspace_bytes, host_bytes
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.model.shards import Shards
 from batchmix.parallel.data import Replicas, Reports, Share, begin_share
 from batchmix.parallel.tensor import Followers, tensor_parallel
 from batchmix.parallel.workers import Parent
-from batchmix.plan.cost import footprint
-from batchmix.plan.estimate import Setting, Workload, estimate, place
-from batchmix.plan.gpus import GPU, get_gpu
-from batchmix.plan.placement import ASSUMED
 from batchmix.plan.planner import Limits, plan
-from batchmix.plan.report import plan_text
-from batchmix.plan.survey import Survey
 from batchmix.records import Completion, Row
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
@@ -91,65 +82,6 @@ def generate(config: Config) -> None:
             summary = output.finish()
             print(summary.text() if summary else "this shard is done, others are not")
             print(f"the answers are in {config.output.dir}")
-
-
-def plan_report(config: Config) -> None:
-    """Print what a run would find and cost. Reads and tokenises every row; loads no weights."""
-    gpu = get_gpu(config.plan.gpu)
-    source = open_source(config.data, config.shard)
-    checkpoint = open_checkpoint(config.model, weights=False)
-    model = footprint(checkpoint.config, checkpoint.dtype.itemsize, config.model.quantization)
-    setting = _setting(config, checkpoint, gpu)
-    _, placement = place(model, setting, ASSUMED)  # before lengths are known
-    limits = Limits(
-        placement.max_num_seqs, placement.kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window
-    )
-    survey = Survey(naive_batch=placement.max_num_seqs)
-    prompts = build_prompts(
-        source.rows(RowSet()),
-        data=config.data,
-        sampling=config.sampling,
-        tokenizer=load_tokenizer(checkpoint.folder),
-        max_model_len=checkpoint.max_model_len,
-        vocab_size=checkpoint.config.vocab_size,
-        keep=[],
-        clock=StageClock(),
-    )
-    batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
-    answer = config.plan.expected_tokens or config.sampling.max_tokens
-    where = (
-        "plan.expected_tokens" if config.plan.expected_tokens else "sampling.max_tokens; plan.expected_tokens sets it"
-    )
-    work = Workload(survey.runnable, survey.prompt_tokens, survey.squared_tokens, survey.samples, answer)
-    cost = estimate(model, setting, work)
-    whole = estimate(model, replace(setting, stream=False), work) if cost.placement.streamed else None
-    print(plan_text(survey, batches, gpu, work, model, cost, whole, where))
-    picture = config.plan.histogram or (str(Path(config.output.dir, "_lengths.png")) if config.output.dir else None)
-    if picture is not None and survey.runnable:
-        try:
-            Path(picture).parent.mkdir(parents=True, exist_ok=True)
-            survey.save_histogram(Path(picture))
-        except OSError as error:
-            raise BatchmixError(f"plan.histogram={picture}: cannot be written ({error.strerror})") from None
-        print(f"histogram: {picture}")
-
-
-def _setting(config: Config, checkpoint: Checkpoint, gpu: GPU) -> Setting:
-    """What `batchmix plan` assumes: this run on `gpu`."""
-    host = config.plan.host_memory_gb
-    prefill = max(PREFILL_CHUNK, config.engine.max_num_batched_tokens)
-    return Setting(
-        gpu=gpu,
-        cards=config.model.tensor_parallel_size,
-        share=config.engine.gpu_memory_utilization,
-        host_bytes=host_bytes() if host is None else HOST_SHARE * host * 1e9,
-        has_disk=config.model.offload_dir is not None,
-        stream=config.model.offload is Offload.auto,
-        max_model_len=checkpoint.max_model_len,
-        max_num_seqs=config.engine.max_num_seqs,
-        prefill_tokens=prefill,
-        workspace=lambda rows: gpu_workspace_bytes(checkpoint.config, rows, prefill, checkpoint.dtype.itemsize),
-    )
 
 
 def _run(

@@ -19,10 +19,13 @@ class FakeLink:
     copied is what the source holds at the wait.
     """
 
-    def __init__(self, capacity: float = float("inf"), folder: Path | None = None) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int = 1 << 40, folder: Path | None = None, host_room: int = 1 << 40) -> None:
+        self.capacity, self.host_room = capacity, host_room
         self.folder = folder  # of files that the host's side is; None: memory
         self.used = self.peak = self.host_bytes = self.copied = 0
+
+    def memory(self) -> tuple[int, int]:
+        return self.capacity - self.used, self.capacity
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(tuple(shape), dtype=dtype)
@@ -35,8 +38,11 @@ class FakeLink:
         return tensor
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor = torch.zeros(tuple(shape), dtype=dtype) if self.folder is None else mapped(shape, dtype, str(self.folder))
+        tensor = (
+            torch.zeros(tuple(shape), dtype=dtype) if self.folder is None else mapped(shape, dtype, str(self.folder))
+        )
         self.host_bytes += tensor.nbytes
+        self.host_room -= tensor.nbytes
         return tensor
 
     def copy(self, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:

@@ -35,6 +35,11 @@ class KVCache:
         shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self._hold(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
 
+    @property
+    def streamed_bytes(self) -> int:
+        """Copied to the device so far."""
+        return 0
+
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys, self.values = keys, values
         ones = torch.ones(1, device=keys.device)

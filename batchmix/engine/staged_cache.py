@@ -35,7 +35,7 @@ class StagedKVCache(KVCache):
         self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, link: Link, max_tokens: int
     ) -> None:
         self.num_layers, self.link = config.num_hidden_layers, link
-        self.bytes = 0  # copied to the device so far
+        self._streamed_bytes = 0
         block = (config.num_key_value_heads, block_size, config.head_dim)
         token = (max_tokens, config.num_key_value_heads, config.head_dim)
         self._hold(*(link.empty((BUFFERS, num_blocks, *block), dtype).zero_() for _ in "kv"))
@@ -45,6 +45,10 @@ class StagedKVCache(KVCache):
         self._sent = 0
         self._fetches: deque[Any] = deque()  # of the step that runs, oldest first
         self._runs: list[tuple[int, int]] = []
+
+    @property
+    def streamed_bytes(self) -> int:
+        return self._streamed_bytes
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer % BUFFERS], self.values[layer % BUFFERS]
@@ -84,7 +88,7 @@ class StagedKVCache(KVCache):
     def _fetch(self, layer: int) -> None:
         pairs = zip(self.layer(layer), self._host[layer], strict=True)
         copies = [(staged[low:high], host[low:high]) for staged, host in pairs for low, high in self._runs]
-        self.bytes += sum(source.nbytes for _, source in copies)
+        self._streamed_bytes += sum(source.nbytes for _, source in copies)
         self._fetches.append(self.link.copy(copies))
 
     def done(self, layer: int, places: tuple[Tensor, Tensor], staged: tuple[Tensor, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Quantization
+from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Offload, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
 from batchmix.model.quantized import check_shape
@@ -37,6 +37,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     quantization: Quantization | None = None  # in which the experts are kept; None: dtype
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
+    offload: Offload = Offload.auto
+    offload_dir: str | None = None
 
     def num_bytes(self) -> int:
         """Bytes of the weight files."""
@@ -85,6 +87,7 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     return Checkpoint(
         folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files,
         quantization=model.quantization, kv_cache_dtype=model.kv_cache_dtype,
+        offload=model.offload, offload_dir=model.offload_dir,
     )  # fmt: skip
 
 

@@ -22,6 +22,11 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # target, source
 class Link(Protocol):
     """What streaming needs of a device. `CudaLink` is one; tests have another, whose copies come as late as they may."""
 
+    host_room: int  # bytes of the host that copies run from at full speed
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device: free, and in all."""
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the device, not initialised; torch.OutOfMemoryError where it has no more."""
 
@@ -46,9 +51,13 @@ class CudaLink:
     """
 
     def __init__(self, device: torch.device, pinned_bytes: int, folder: str | None = None) -> None:
-        self._device, self._room, self._folder = device, pinned_bytes, folder
-        self._to, self._from = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.host_room = pinned_bytes
+        self._device, self._folder = device, folder
+        self._to, self._from = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, "offload")
+
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self._device)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
@@ -57,9 +66,9 @@ class CudaLink:
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
-        if size > self._room:
+        if size > self.host_room:
             return mapped(shape, dtype, self._folder)
-        self._room -= size
+        self.host_room -= size
         return torch.frombuffer(_Locked(-1, size), dtype=dtype).view(tuple(shape))
 
     def copy(self, pairs: Pairs) -> Any:
@@ -74,7 +83,8 @@ class CudaLink:
             stream.wait_event(given)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            return stream.record_event()
+            done: torch.cuda.Event = stream.record_event()
+            return done
 
     def wait(self, ticket: Any) -> None:
         torch.cuda.current_stream(self._device).wait_event(_event(ticket))
@@ -101,7 +111,7 @@ class _Locked(mmap.mmap):
         with suppress(AttributeError, OSError):  # of Linux, where the kernel has them: 512 times fewer pages to lock
             memory.madvise(mmap.MADV_HUGEPAGE)
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-        failed = int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
+        failed = int(_cudart().cudaHostRegister(address, len(memory), 0))
         if failed:
             raise BatchmixError(
                 f"model.offload: {len(memory) / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {failed});"
@@ -113,7 +123,11 @@ class _Locked(mmap.mmap):
     def __del__(self) -> None:
         if self.address:
             torch.cuda.synchronize()  # copies that still run
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            _cudart().cudaHostUnregister(self.address)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def mapped(shape: Sequence[int], dtype: torch.dtype, folder: str | None) -> Tensor:

@@ -57,6 +57,11 @@ class Mixtral:
             x = shards.add_up(x)
         return ops.rms_norm(x, self.weights.norm, config.rms_norm_eps)
 
+    @property
+    def streamed_bytes(self) -> int:
+        """Of weights, copied to the device so far."""
+        return 0 if self.stream is None else self.stream.bytes
+
     def _experts(self, layer: int) -> AbstractContextManager[tuple[Weight, Weight]]:
         """w13 and w2 of a layer, on the device."""
         if self.stream is not None:

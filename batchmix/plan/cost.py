@@ -34,8 +34,10 @@ class Footprint:
         return self.fixed_bytes + self.layers * self.layer_bytes
 
 
-def footprint(config: MixtralConfig, itemsize: int, quantization: Quantization | None = None) -> Footprint:
-    """`itemsize`: bytes of a cached value, and of a weight that is not quantised, which only experts' are."""
+def footprint(
+    config: MixtralConfig, itemsize: int, quantization: Quantization | None = None, kv_itemsize: int | None = None
+) -> Footprint:
+    """`itemsize`: bytes of a weight that is not quantised, which only experts' are, and, if not given, of a cached value."""
     total, active = parameters(config)
     experts = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
     others = total - config.num_hidden_layers * experts
@@ -44,7 +46,7 @@ def footprint(config: MixtralConfig, itemsize: int, quantization: Quantization |
         layers=config.num_hidden_layers,
         fixed_bytes=(others + tables) * itemsize,
         layer_bytes=_experts_bytes(config, itemsize, quantization),
-        kv_bytes=kv_bytes_per_token(config, itemsize),
+        kv_bytes=kv_bytes_per_token(config, kv_itemsize or itemsize),
         token_flops=2.0 * active,
         key_flops=4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim,
         head_flops=2.0 * config.vocab_size * config.hidden_size,

@@ -10,7 +10,6 @@ from batchmix.plan.gpus import GPU
 from batchmix.plan.placement import Placement, Rows, cards, choose
 
 
-
 @dataclass(frozen=True)
 class Workload:
     """Sums over the rows that can run: `squared_tokens` adds up each prompt's length squared."""
@@ -62,20 +61,22 @@ class Cost:
 def place(model: Footprint, setting: Setting, rows: Rows) -> tuple[int, Placement]:
     """(cards, placement): the setting's cards if the model fits, streamed or not, else twice as many, and so on."""
     gpus = setting.cards
-    while True:
-        placement = choose(
-            model,
-            cards(setting.gpu, gpus, setting.share, setting.host_bytes, setting.has_disk),
-            rows,
-            longest=setting.max_model_len,
-            prefill_tokens=setting.prefill_tokens,
-            workspace=lambda limit: gpus * setting.workspace(limit),
-            max_num_seqs=setting.max_num_seqs,
-            stream=setting.stream,
-        )
-        if placement is not None:
-            return gpus, placement
+    while (placement := _place_on(gpus, model, setting, rows)) is None:
         gpus *= 2
+    return gpus, placement
+
+
+def _place_on(gpus: int, model: Footprint, setting: Setting, rows: Rows) -> Placement | None:
+    return choose(
+        model,
+        cards(setting.gpu, gpus, setting.share, setting.host_bytes, setting.has_disk),
+        rows,
+        longest=setting.max_model_len,
+        prefill_tokens=setting.prefill_tokens,
+        workspace=lambda limit: gpus * setting.workspace(limit),
+        max_num_seqs=setting.max_num_seqs,
+        stream=setting.stream,
+    )
 
 
 def estimate(model: Footprint, setting: Setting, work: Workload) -> Cost:

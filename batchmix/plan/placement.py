@@ -15,12 +15,14 @@ B = T / c rows of c tokens run at once. A decode step takes the longest of
 
 and a prefill step of P tokens likewise, without B c k. All of it goes on at once, so the longest counts: copies run on
 streams of their own, and the other two are the roofline of docs/performance.md. What does not fit the host is read from
-disk, which adds its own time to the link's. Chosen is what takes least time for a row, prompt and answer.
+disk, which adds its own time to the link's. What fits the device is not streamed; else that is chosen which takes least
+time for a row, prompt and answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from batchmix.model.offload import BUFFERS
@@ -73,6 +75,7 @@ class Placement:
     kv_tokens: int  # that fit
     max_num_seqs: int
     rows: int  # at once, of the mean row
+    link_bandwidth: float
     link_seconds: float
     hbm_seconds: float
     compute_seconds: float
@@ -94,6 +97,14 @@ class Placement:
     def tokens_per_second(self) -> float:
         """Of decode alone."""
         return self.rows / self.step_seconds
+
+    def streamed_text(self, model: Footprint) -> str:
+        """What is not on the device, for a sentence on weights; nothing where all is."""
+        if not self.streamed:
+            return ""
+        disk = f", {self.disk_bytes / 2**30:.2f} GiB of it from disk" if self.disk_bytes else ""
+        size = self.streamed * model.layer_bytes / 2**30
+        return f", experts of {self.streamed} of {model.layers} layers streamed ({size:.2f} GiB a step{disk})"
 
 
 def cards(gpu: GPU, count: int, share: float, host_bytes: float, has_disk: bool = False) -> Machine:
@@ -120,20 +131,17 @@ def choose(
     `longest`: tokens of the longest row, of which the cache must hold one. `prefill_tokens`: of a prefill step.
     `workspace`: bytes of the largest step, by rows at once. `stream`: whether anything may lie on the host.
     """
-    found = [
-        placement
-        for streamed, kv_on_host, limit in _options(model.layers if stream else 0, max_num_seqs)
-        if (placement := _place(model, machine, rows, streamed, kv_on_host, limit, longest, prefill_tokens, workspace))
-    ]
-    return min(found, key=lambda placement: placement.row_seconds, default=None)
 
+    def place(streamed: int, kv_on_host: bool, limit: int) -> Placement | None:
+        return _place(model, machine, rows, streamed, kv_on_host, limit, longest, prefill_tokens, workspace)
 
-def _options(layers: int, max_num_seqs: int | None) -> Iterator[tuple[int, bool, int]]:
-    yield 0, False, max_num_seqs or RESIDENT_ROWS
-    for streamed in range(1, layers + 1):
-        for kv_on_host in (False, True):
-            for limit in (max_num_seqs,) if max_num_seqs else _STREAMED_ROWS:
-                yield streamed, kv_on_host, limit
+    whole = place(0, False, max_num_seqs or RESIDENT_ROWS)
+    if whole is not None or not stream:
+        return whole
+    limits = (max_num_seqs,) if max_num_seqs else _STREAMED_ROWS
+    counts = range(BUFFERS + 1, model.layers + 1)  # fewer than that save no memory
+    options = (place(*option) for option in itertools.product(counts, (False, True), limits))
+    return min(filter(None, options), key=lambda placement: placement.row_seconds, default=None)
 
 
 def _place(
@@ -164,7 +172,7 @@ def _place(
     steps = rows.prompt / prefill_tokens  # of a row, which shares them with others
     prefill = max(operations / machine.flops, steps * weights, steps * (model.weight_bytes + on_host) / machine.hbm)
     return Placement(
-        streamed, kv_on_host, disk, int(tokens), limit, int(at_once), link, hbm, compute, prefill,
+        streamed, kv_on_host, disk, int(tokens), limit, int(at_once), machine.link, link, hbm, compute, prefill,
         prefill + rows.answer * max(link, hbm, compute) / at_once,
     )  # fmt: skip
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 from batchmix.plan.cost import Footprint
 from batchmix.plan.estimate import Cost, Workload
 from batchmix.plan.gpus import GPU
-from batchmix.plan.placement import EFFICIENCY, LINK_EFFICIENCY, Placement
+from batchmix.plan.placement import EFFICIENCY, LINK_EFFICIENCY
 from batchmix.plan.survey import Survey
 
 _REASONS = 5
 
 
 def plan_text(
-    survey: Survey, batches: int, gpu: GPU, work: Workload, model: Footprint, cost: Cost, whole: Cost | None, answer: str
+    survey: Survey,
+    batches: int,
+    gpu: GPU,
+    work: Workload,
+    model: Footprint,
+    cost: Cost,
+    whole: Cost | None,
+    answer: str,
 ) -> str:
     """Lengths, refused rows, batches and padding, memory, operations and hours.
 
@@ -35,7 +42,7 @@ def plan_text(
     placement = cost.placement
     lines += [
         f"on {_cards(gpu, cost)}, answers of {work.output_tokens:,} tokens ({answer}):",
-        f"  weights {model.weight_bytes / 2**30:.2f} GiB{streamed_text(placement, model)};"
+        f"  weights {model.weight_bytes / 2**30:.2f} GiB{placement.streamed_text(model)};"
         f" KV cache {model.kv_bytes / 1024:.1f} KiB a token{' on the host' if placement.kv_on_host else ''},"
         f" {placement.kv_tokens:,} tokens fit, {placement.rows:,} rows at once",
         f"  prefill {cost.prefill_flops:.3g} FLOP, {_time(cost.prefill_seconds)};"
@@ -50,15 +57,6 @@ def plan_text(
             f"  model.tensor_parallel_size={whole.gpus} would hold all weights: {whole.hours:.3g} hours on {whole.gpus} cards"
         )
     return "\n".join(lines)
-
-
-def streamed_text(placement: Placement, model: Footprint) -> str:
-    """What is not on the device, for a sentence on weights; nothing where all is."""
-    if not placement.streamed:
-        return ""
-    disk = f", {placement.disk_bytes / 2**30:.2f} GiB of it from disk" if placement.disk_bytes else ""
-    size = placement.streamed * model.layer_bytes / 2**30
-    return f", experts of {placement.streamed} of {model.layers} layers streamed ({size:.2f} GiB a step{disk})"
 
 
 def _cards(gpu: GPU, cost: Cost) -> str:

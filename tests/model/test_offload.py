@@ -56,7 +56,7 @@ def test_every_layer_gets_its_own_experts(count, data):
         spread(data.draw(st.integers(1, count)), count)
     )  # fmt: skip
     link = FakeLink()
-    layers, stream = layers_of(count, link, tuple(sorted(streamed)), data.draw(st.integers(1, count + 2)))
+    _, stream = layers_of(count, link, tuple(sorted(streamed)), data.draw(st.integers(1, count + 2)))
     for ends_at in data.draw(st.lists(st.integers(0, count), max_size=6)):
         with suppress(torch.OutOfMemoryError):
             for layer in range(count):
@@ -93,7 +93,9 @@ def test_logits_are_those_of_experts_at_hand(folder, streamed, buffers, seed):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("streamed", "buffers", "on_disk"), [(4, 2, False), (3, 2, True), (1, 1, False), (2, 3, False)])
+@pytest.mark.parametrize(
+    ("streamed", "buffers", "on_disk"), [(4, 2, False), (3, 2, True), (1, 1, False), (2, 3, False)]
+)
 def test_answers_are_those_of_experts_at_hand(folder, tmp_path, streamed, buffers, on_disk):
     rows = prompts(9, 128, longest=30, temperature=1.0, max_tokens=6, logprobs=1)
     link = FakeLink(folder=tmp_path if on_disk else None)
