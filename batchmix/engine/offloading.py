@@ -16,7 +16,7 @@ from batchmix.model.link import CudaLink, Link
 from batchmix.model.shards import Shards
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu
-from batchmix.plan.placement import ASSUMED, EFFICIENCY, Machine, Placement, choose
+from batchmix.plan.placement import EFFICIENCY, Machine, Placement, assumed, choose
 
 _MEASURED_BYTES = 256 << 20  # 5 ms over PCIe 5
 
@@ -50,7 +50,7 @@ def plan_offload(
         return choose(
             model,
             machine,
-            ASSUMED,
+            assumed(checkpoint.max_model_len),
             longest=checkpoint.max_model_len,
             prefill_tokens=prefill_tokens,
             workspace=lambda rows: gpu_workspace_bytes(sliced, rows, prefill_tokens, itemsizes[0]),

@@ -18,7 +18,7 @@ from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.plan.cost import footprint
 from batchmix.plan.estimate import Setting, Workload, estimate, place
 from batchmix.plan.gpus import GPU, get_gpu
-from batchmix.plan.placement import ASSUMED
+from batchmix.plan.placement import assumed
 from batchmix.plan.planner import Limits, plan
 from batchmix.plan.report import plan_text
 from batchmix.plan.survey import Survey
@@ -33,7 +33,7 @@ def plan_report(config: Config) -> None:
     kv_itemsize = cache_dtype(checkpoint, checkpoint.dtype).itemsize
     model = footprint(checkpoint.config, checkpoint.dtype.itemsize, checkpoint.quantization, kv_itemsize)
     setting = _setting(config, checkpoint, gpu)
-    _, placement = place(model, setting, ASSUMED)  # before lengths are known
+    _, placement = place(model, setting, assumed(checkpoint.max_model_len))  # before lengths are known
     limits = Limits(placement.max_num_seqs, placement.kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
     survey = Survey(naive_batch=placement.max_num_seqs)
     prompts = build_prompts(

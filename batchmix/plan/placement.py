@@ -62,7 +62,9 @@ class Rows:
         return self.prompt + self.answer / 2
 
 
-ASSUMED = Rows(512, 256)  # before rows are known
+def assumed(longest: int) -> Rows:
+    """A row before any is known, where the longest may have so many tokens."""
+    return Rows(min(512, 2 * longest / 3), min(256, longest / 3))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from batchmix.model.config import MixtralConfig
 from batchmix.plan.cost import Footprint, footprint
 from batchmix.plan.estimate import Setting, place
 from batchmix.plan.gpus import get_gpu
-from batchmix.plan.placement import ASSUMED, Placement, cards, choose
+from batchmix.plan.placement import Placement, assumed, cards, choose
 
 MIXTRAL_8X7B = MixtralConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -26,13 +26,13 @@ FORMATS = (None, Quantization.fp8, Quantization.int4)
 MAX_MODEL_LEN = 4096
 HOST_GB = 256.0
 _HEADER = (
-    "| GPU | model.quantization | on one card | rows at once | decode, tokens/s | bound by | cards that hold all"
+    "| plan.gpu | model.quantization | on one card | rows at once | decode, tokens/s | bound by | cards that hold all"
     " | tokens/s of each |\n|---|---|---|---|---|---|---|---|"
 )
 
 
 def table_text() -> str:
-    """A table for each model: rows of ASSUMED lengths, MAX_MODEL_LEN tokens at most, HOST_GB of host memory."""
+    """A table for each model: rows of 512 tokens and answers of 256, MAX_MODEL_LEN tokens at most, HOST_GB of host memory."""
     parts = []
     for name, config in MODELS.items():
         rows = [_row(config, gpu, quantization) for gpu in GPUS for quantization in FORMATS]
@@ -48,18 +48,18 @@ def _row(config: MixtralConfig, gpu_name: str, quantization: Quantization | None
         max_model_len=MAX_MODEL_LEN, max_num_seqs=None, prefill_tokens=defaults.max_num_batched_tokens,
         workspace=lambda rows: gpu_workspace_bytes(config, rows, defaults.max_num_batched_tokens, 2),
     )  # fmt: skip
-    count, whole = place(model, setting, ASSUMED)
+    count, whole = place(model, setting, assumed(MAX_MODEL_LEN))
     one = choose(
         model,
         cards(gpu, 1, setting.share, setting.host_bytes),
-        ASSUMED,
+        assumed(MAX_MODEL_LEN),
         longest=MAX_MODEL_LEN,
         prefill_tokens=setting.prefill_tokens,
         workspace=setting.workspace,
     )
     found = "does not fit the host | | |" if one is None else _placement(one, model)
     of_each = f"{whole.tokens_per_second / count:,.0f}"
-    return f"| {gpu.name}, {gpu.memory_gb:.0f} GB | {quantization.value if quantization else 'null'} | {found} | {count} | {of_each} |"
+    return f"| {gpu_name}, {gpu.memory_gb:.0f} GB | {quantization.value if quantization else 'null'} | {found} | {count} | {of_each} |"
 
 
 def _placement(one: Placement, model: Footprint) -> str:
