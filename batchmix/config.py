@@ -200,13 +200,14 @@ class PlanConfig:
 class BenchmarkConfig:
     """What `batchmix benchmark` measures."""
 
-    name: str = "kernels"  # kernels or throughput; batchmix benchmark NAME is short for it
+    name: str = "kernels"  # kernels, throughput or offload; batchmix benchmark NAME is short for it
     shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for machines without a GPU
     # Of kernels' moe, prefill, decode, linear, elementwise, sampling; of throughput's annotate, synthesise, long.
     only: list[str] | None = None
     rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
     layers: int | None = None  # of throughput's model; null: as many as fit
-    peers: list[str] | None = None  # of throughput, of transformers, generate_batch, vllm; null: all that are installed
+    # Of throughput's transformers, generate_batch, vllm, of offload's accelerate; null: all that are installed
+    peers: list[str] | None = None
     peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
     tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536

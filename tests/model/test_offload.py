@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from links import FakeLink
 
 from batchmix.errors import BatchmixError
-from batchmix.model.link import mapped
+from batchmix.model.link import CudaLink, mapped
 from batchmix.model.offload import ExpertStream, Offload, spread
+from batchmix.model.triton_ops import TritonOperators
 
 LAYERS = 4
 SHAPE = {"num_hidden_layers": LAYERS, "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "head_dim": 32,
@@ -138,3 +139,16 @@ def test_a_folder_for_weights_that_is_not_there_or_not_named(tmp_path):
         mapped((2, 3), torch.float32, str(tmp_path / "nowhere"))
     with pytest.raises(BatchmixError, match=r"name a folder on a fast disk in model\.offload_dir"):
         mapped((2, 3), torch.float32, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_on_a_card(folder, tmp_path, on_disk):
+    """The copies of a real link: page-locked memory, a mapped file, and a cache on the host."""
+    rows = prompts(30, 128, longest=100, temperature=1.0, max_tokens=16, logprobs=1)
+    expected = answers(run(make_engine(load(folder, operators=TritonOperators())), rows))
+    link = CudaLink(torch.device("cuda", torch.cuda.current_device()), 0 if on_disk else 1 << 30, str(tmp_path))
+    model = load(folder, operators=TritonOperators(), offload=Offload(link, spread(3, LAYERS)))
+    assert model.weights.layers[-1].w13.is_pinned() != on_disk
+    assert answers(run(make_engine(model), rows)) == expected
+    assert answers(run(make_engine(model, link), rows)) == expected
