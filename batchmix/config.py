@@ -26,6 +26,12 @@ class ModelFormat(Enum):
     random = "random"
 
 
+class ConvertFormat(Enum):
+    hf = "hf"
+    fused = "fused"
+    mistral = "mistral"
+
+
 class Dtype(Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -226,6 +232,25 @@ class TuneConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """What `batchmix convert` writes into output.dir."""
+
+    # hf: config.json, the hub's names; fused: the same with transformers 5's own names; mistral: params.json
+    format: ConvertFormat = ConvertFormat.hf
+    dtype: Dtype = Dtype.auto  # auto: every tensor as it is stored
+    max_shard_size: str = (
+        "5GB"  # of a file, 10^9 bytes each; format=mistral has one file, as mistral_inference reads it
+    )
+
+
+@dataclass
+class EvaluateConfig:
+    """What `batchmix evaluate` compares answers with."""
+
+    gold_column: str = "gold"  # of the data; compared as text, spaces at both ends aside
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -238,6 +263,8 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output

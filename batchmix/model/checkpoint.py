@@ -13,6 +13,7 @@ import torch
 from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Offload, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
+from batchmix.model.prequantized import Packing, open_packing
 from batchmix.model.quantized import check_shape
 from batchmix.model.sources import TensorFiles
 
@@ -21,7 +22,7 @@ CONFIG, PARAMS, INDEX = "config.json", "params.json", "model.safetensors.index.j
 _SMALL_FILES = ["*.json", "tokenizer*", "*.jinja"]
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt")
 _HEADER_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Checkpoint:
     max_model_len: int  # prompt + completion tokens
     eos_token_ids: tuple[int, ...]
     files: tuple[Path, ...]
-    quantization: Quantization | None = None  # in which the experts are kept; None: dtype
+    quantization: Quantization | None = None  # in which the experts are kept in memory; None: dtype
+    packing: Packing | None = None  # how weights are kept in the files, where they are quantised there
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
     offload: Offload = Offload.auto
     offload_dir: str | None = None
@@ -71,22 +73,25 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
         config = MixtralConfig.from_hf(raw)
         saved = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         eos = _hf_eos(folder, raw)
+        packing = None if random else open_packing(raw, folder)
     else:
+        packing = None
         config = MixtralConfig.from_mistral(read_json(folder / PARAMS))
         saved, eos = "", (2,)
     files = () if not weights else _hf_files(folder) if form is ModelFormat.hf else _mistral_files(folder)
     saved = saved or _stored_dtype(files)
     name = saved if model.dtype is Dtype.auto else model.dtype.value
-    if name not in _DTYPES:
-        raise BatchmixError(f"{folder}: dtype {name!r} is not one of {', '.join(_DTYPES)}; set model.dtype")
+    if name not in DTYPES:
+        raise BatchmixError(f"{folder}: dtype {name!r} is not one of {', '.join(DTYPES)}; set model.dtype")
     limit = config.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > limit:
         raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
     form = ModelFormat.random if random else form
-    check_shape(model.quantization, config)
+    quantization = model.quantization or (packing.runs if packing is not None else None)
+    check_shape(quantization, config)
     return Checkpoint(
-        folder, form, config, _DTYPES[name], model.max_model_len or limit, eos, files,
-        quantization=model.quantization, kv_cache_dtype=model.kv_cache_dtype,
+        folder, form, config, DTYPES[name], model.max_model_len or limit, eos, files,
+        quantization=quantization, packing=packing, kv_cache_dtype=model.kv_cache_dtype,
         offload=model.offload, offload_dir=model.offload_dir,
     )  # fmt: skip
 
@@ -118,7 +123,9 @@ def _download(model: ModelConfig, weights: bool) -> Path:
         folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_SMALL_FILES))
         if weights:
             patterns = _weight_patterns(folder, _find_format(folder, model.format))
-            snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
+            snapshot_download(
+                model.path, revision=folder.name, allow_patterns=patterns
+            )  # the commit: a branch can move
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         revision = f" at model.revision={model.revision}" if model.revision else ""
@@ -131,7 +138,7 @@ def _download(model: ModelConfig, weights: bool) -> Path:
 def _weight_patterns(folder: Path, form: ModelFormat) -> list[str]:
     if form is ModelFormat.mistral:
         return ["consolidated*"]
-    return [*_weight_map(folder).values()] or ["model.safetensors"]
+    return sorted(set(_weight_map(folder).values())) or ["model.safetensors"]
 
 
 def _find_format(folder: Path, wanted: ModelFormat) -> ModelFormat:

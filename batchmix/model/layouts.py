@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from batchmix.errors import BatchmixError
@@ -19,7 +20,7 @@ from batchmix.model.config import MixtralConfig
 from batchmix.model.sources import TensorFiles, release_pages
 
 Shape = tuple[int, ...]
-_FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Form(Enum):
@@ -144,9 +145,9 @@ def choose_layout(files: TensorFiles, layouts: list[Layout], folder: Path) -> La
     for name, stored in layout.items():
         if shapes[name] != stored.shape:
             raise BatchmixError(f"{files.path(name)}: tensor {name} is {list(shapes[name])}, not {list(stored.shape)}")
-        if files.dtype(name) not in _FLOATS:
+        if files.dtype(name) not in FLOATS:
             raise BatchmixError(
-                f"{files.path(name)}: tensor {name} is of type {files.dtype(name)}, not one of {', '.join(_FLOATS)}"
+                f"{files.path(name)}: tensor {name} is of type {files.dtype(name)}, not one of {', '.join(FLOATS)}"
             )
     return layout
 
@@ -169,6 +170,10 @@ class HubNames:
     def read(self, name: str) -> Tensor:
         own, _ = self._where[name]
         return to_hub(self._part(name), self._layout[own].form, self._head_dim)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is stored."""
+        return self._files.read(self._where[name][0]).dtype
 
     def release(self, name: str) -> None:
         release_pages(self._part(name))

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchmix.model.link import Link
-from batchmix.model.quantized import Empty, Quantized, Weight, tensors_of
-from batchmix.model.quantized import empty as empty_quantized
+from batchmix.model.quantized import Empty, Quantized, Weight, allocated, tensors_of
 
 if TYPE_CHECKING:
     from batchmix.model.weights import LayerWeights
@@ -90,5 +89,5 @@ class ExpertStream:
 
 def _empty_like(weight: Weight, link: Link) -> Weight:
     if isinstance(weight, Quantized):
-        return empty_quantized(weight.shape, weight.format, link.empty)
+        return allocated(weight.shape, weight.format, link.empty)
     return link.empty(weight.shape, weight.dtype)

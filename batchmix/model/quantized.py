@@ -96,8 +96,7 @@ class Quantized:
             return fp8_values(self.codes).mul_(self.scales[..., None]).to(dtype)
         if self.format is Quantization.int8:
             return self.codes.float().mul_(self.scales[..., None]).to(dtype)
-        packed = self.codes.view(*self.codes.shape[:-1], -1, GROUP // 2)  # [.., N, K / 128, 64]
-        codes = torch.cat((packed & 15, packed >> 4), -1).float().sub_(8.0)
+        codes = int4_codes(self.codes).view(*self.scales.shape, GROUP).float().sub_(8.0)
         return codes.mul_(self.scales[..., None]).flatten(-2).to(dtype)
 
 
@@ -130,8 +129,13 @@ def format_of(weight: Weight) -> Quantization | None:
     return weight.format if isinstance(weight, Quantized) else None
 
 
-def empty(shape: Sequence[int], format: Quantization, allocate: Empty) -> Quantized:
+def empty(shape: Sequence[int], format: Quantization, device: torch.device) -> Quantized:
     """A weight of `shape` [.., N, K], not initialised."""
+    return allocated(shape, format, lambda part, dtype: torch.empty(tuple(part), dtype=dtype, device=device))
+
+
+def allocated(shape: Sequence[int], format: Quantization, allocate: Empty) -> Quantized:
+    """A weight of `shape` [.., N, K] in memory that `allocate` gives."""
     *rows, width = shape
     int4 = format is Quantization.int4
     assert not (int4 and width % GROUP), shape
@@ -158,9 +162,19 @@ def _quantize_part(weight: Tensor, format: Quantization) -> tuple[Tensor, Tensor
         return quantize_rows(weight, format)
     groups = weight.float().reshape(*weight.shape[:-1], -1, GROUP)  # [.., N, K / 128, 128]
     scales = _search_groups(groups)
-    codes = _int4_codes(groups, scales).add_(8.0).to(torch.uint8)
-    low, high = codes.chunk(2, -1)
-    return (low | (high << 4)).flatten(-2), scales
+    return pack_int4(_int4_codes(groups, scales).add_(8.0).to(torch.uint8).flatten(-2)), scales
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes + 8, uint8 [.., K] -> two in a byte in the kernels' order, uint8 [.., K / 2]."""
+    low, high = codes.view(*codes.shape[:-1], -1, GROUP).chunk(2, -1)
+    return (low | (high << 4)).flatten(-2)
+
+
+def int4_codes(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`."""
+    groups = packed.view(*packed.shape[:-1], -1, GROUP // 2)  # [.., K / 128, 64]
+    return torch.cat((groups & 15, groups >> 4), -1).flatten(-2)
 
 
 def quantize_rows(x: Tensor, format: Quantization) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -13,9 +14,8 @@ from batchmix.errors import BatchmixError
 from batchmix.model.places import Place, TensorSource
 from batchmix.report.loading import LoadProgress
 
-# From page cache on 2 cores: 19 GB/s with one thread, 34 with four, no more with eight; from a disk of 3.5 GB/s any
-# number reaches its rate. (benchmarks/bench_load.py --threads)
-READERS = 4
+# More threads than cores do not help: benchmarks/bench_load.py --readers 1 2 4 8. A disk is busy with one or two.
+READERS = min(8, len(os.sched_getaffinity(0)))
 
 
 def fill(source: TensorSource, places: Mapping[str, Place], progress: LoadProgress, readers: int = READERS) -> None:

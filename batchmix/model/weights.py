@@ -5,6 +5,7 @@ Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads,
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +18,17 @@ from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
 from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
 from batchmix.model.offload import Offload
-from batchmix.model.places import DensePlace, Place, TensorSource
-from batchmix.model.quantized import Empty, Quantized, Weight, quantize, tensors_of
-from batchmix.model.quantized import empty as empty_quantized
+from batchmix.model.places import DensePlace, Place
+from batchmix.model.prequantized import PackedTensors, Packing
+from batchmix.model.quantized import Empty, Quantized, Weight, allocated, quantize, tensors_of
 from batchmix.model.quantized_place import QuantizedPlace
 from batchmix.model.reading import fill
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.sources import TensorFiles
 from batchmix.model.staging import Direct, Staging, open_staging
 from batchmix.report.loading import LoadProgress
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,7 +78,7 @@ def empty_weights(
         return allocate(shape, dtype)
 
     def stack(place: Empty, *shape: int) -> Weight:
-        return place(shape, dtype) if quantization is None else empty_quantized(shape, quantization, place)
+        return place(shape, dtype) if quantization is None else allocated(shape, quantization, place)
 
     hidden, experts, width = config.hidden_size, config.num_local_experts, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -128,14 +131,31 @@ def load_weights(
     return weights
 
 
-def open_tensors(checkpoint: Checkpoint) -> TensorSource:
+def open_tensors(checkpoint: Checkpoint) -> HubNames | PackedTensors:
     """The checkpoint's tensors under the hub's names; BatchmixError where a file or a tensor is not as it should be."""
     files = TensorFiles(checkpoint.files)
     if checkpoint.format is ModelFormat.hf:
         check_index(checkpoint.folder, files)
+    if checkpoint.packing is not None:
+        return _open_packed(files, checkpoint, checkpoint.packing)
     layouts = [mistral, stacked] if checkpoint.format is ModelFormat.mistral else [hub, fused]
     layout = choose_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
     return HubNames(files, layout, checkpoint.config)
+
+
+def _open_packed(files: TensorFiles, checkpoint: Checkpoint, packing: Packing) -> PackedTensors:
+    """A checkpoint that is quantised already. Its experts must be where its codes are kept as they are."""
+    source = PackedTensors(files, packing, checkpoint.config, checkpoint.folder)
+    if checkpoint.quantization is packing.runs is not None:
+        for name in source.shapes():
+            if ".experts." in name:
+                source.require(name)
+    elif checkpoint.quantization is None:
+        _log.info(
+            "%s: no kernel here runs %s, so the weights are widened to %s; model.quantization=int4, int8 or fp8 would"
+            " quantise them again", checkpoint.folder.name, packing.name, str(checkpoint.dtype).removeprefix("torch."),
+        )  # fmt: skip
+    return source
 
 
 def _places(
@@ -147,7 +167,7 @@ def _places(
     return {
         name: QuantizedPlace(shapes[name], target, dtype, shards, device)
         if isinstance(target, Quantized)
-        else DensePlace(shapes[name], target, dtype, shards, staging if target.device == device else Direct())
+        else DensePlace(shapes[name], target, dtype, shards, staging if target.device.type == device.type else Direct())
         for name, target in targets.items()
     }
 
