@@ -22,8 +22,8 @@ NAME = "_run.json"
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers")
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.
-_FREE = {"model.path", "model.revision", "model.format", "data.path", "data.format", "data.split", "data.limit",
-         "data.on_error"}  # fmt: skip
+_FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",
+         "data.split", "data.limit", "data.on_error"}  # fmt: skip
 _FIXED_OUTPUT = {"output.format", "output.token_ids"}
 
 

@@ -14,11 +14,14 @@ import torch
 from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.link import Link
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.offload import Offload
 from batchmix.model.weights import load_weights
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Completion, Prompt
@@ -42,21 +45,26 @@ def load(
     max_model_len: int = 512,
     operators: Operators = torch_backend,
     quantization: Quantization | None = None,
+    offload: Offload | None = None,
 ) -> Mixtral:
     name = Dtype[str(dtype).removeprefix("torch.")]
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=name, quantization=quantization))
     on_gpu = operators is not torch_backend and torch.cuda.is_available()
-    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"))
-    return Mixtral(checkpoint.config, weights, operators, max_model_len)
+    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"), offload=offload)
+    return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
-def make_engine(model: Mixtral, **options: Any) -> Engine:
-    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`."""
+def make_engine(model: Mixtral, link: Link | None = None, **options: Any) -> Engine:
+    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the host where there is a `link`."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
     embedding = model.weights.embedding
     kv_dtype = options.pop("kv_dtype", embedding.dtype)
-    cache = KVCache(model.config, blocks + 1, block_size, kv_dtype, embedding.device)
+    cache = (
+        KVCache(model.config, blocks + 1, block_size, kv_dtype, embedding.device)
+        if link is None
+        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, link, 1024)
+    )
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,
         "max_num_batched_tokens": 512,

@@ -134,6 +134,7 @@ class Engine:
         try:
             with self.clock.stage(name):
                 step()
+            self._count_streamed(name)
             return
         except torch.OutOfMemoryError:
             if self.model.shards.size > 1:  # the other ranks know nothing of it
@@ -143,6 +144,12 @@ class Engine:
                 ) from None
             # What the failed step held is freed with the traceback, so before `start_over`.
         start_over(self.state, name, self.prefill_chunk)
+
+    def _count_streamed(self, name: str) -> None:
+        total = self.model.streamed_bytes + self.state.cache.streamed_bytes
+        if name == "decode":
+            self.stats.decode_streamed_bytes += total - self.stats.streamed_bytes
+        self.stats.streamed_bytes = total
 
     def _collect(self) -> Iterator[Completion]:
         """Hand out the rows that have ended and free their slots, the highest first so that slots below keep theirs."""

@@ -52,7 +52,7 @@ class Prefill:
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
             chunks.append(Chunk(end - length, start, length, admission.blocks))
-        attend = model.ops.prefill(model, cache, chunks, len(tokens))
+        attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
         with self.device_clock.work("prefill"):
             hidden = model(torch.from_numpy(tokens).to(cache.keys.device), attend)
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):

@@ -72,14 +72,14 @@ def benchmark_throughput(config: Config) -> Path:
         works = [draw_work(name, benchmark.rows, benchmark.shape, model, tokenizer, folder.parent) for name in names]
         # Kernels are compiled when they first run, which is no more part of a rate than the peers' warm-up is of theirs.
         few = min(_WARM_UP_ROWS, benchmark.rows or _WARM_UP_ROWS)
-        _run(
+        run_work(
             config,
             folder,
             draw_work("annotate", few, benchmark.shape, model, tokenizer, folder.parent, "warm-up"),
             device,
         )
         for work in works:
-            ours = _run(config, folder, work, device)
+            ours = run_work(config, folder, work, device)
             best = roofline(
                 model, dtype.itemsize, [len(prompt) for prompt in work.prompts], work.answers, work.shared,
                 _device(model, dtype, ceilings, device, ours),
@@ -153,7 +153,7 @@ def _fitting_layers(shape: str, device: torch.device) -> int:
     return min(layers, fitting)
 
 
-def _run(config: Config, folder: Path, work: Work, device: torch.device) -> dict[str, Any]:
+def run_work(config: Config, folder: Path, work: Work, device: torch.device) -> dict[str, Any]:
     """One run through the pipeline as `batchmix generate` does it, and what its own summary says."""
     out = folder.parent / f"out-{work.name}"
     longest = max(len(prompt) + answer for prompt, answer in zip(work.prompts, work.answers, strict=True))
@@ -185,6 +185,8 @@ def _run(config: Config, folder: Path, work: Work, device: torch.device) -> dict
         "peak_memory_gib": round(peak[0] / 2**30, 2),
         "kv_tokens": last["kv_blocks_total"] * BLOCK_SIZE,
         "out_of_memory": summary["out_of_memory"],
+        "streamed_bytes": summary["streamed_bytes"],
+        "decode_streamed_bytes": summary["decode_streamed_bytes"],
         "stage_seconds": summary["seconds"],
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Quantization
+from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Offload, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
 from batchmix.model.prequantized import Packing, open_packing
@@ -39,6 +39,8 @@ class Checkpoint:
     quantization: Quantization | None = None  # in which the experts are kept in memory; None: dtype
     packing: Packing | None = None  # how weights are kept in the files, where they are quantised there
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
+    offload: Offload = Offload.auto
+    offload_dir: str | None = None
 
     def num_bytes(self) -> int:
         """Bytes of the weight files."""
@@ -90,6 +92,7 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     return Checkpoint(
         folder, form, config, DTYPES[name], model.max_model_len or limit, eos, files,
         quantization=quantization, packing=packing, kv_cache_dtype=model.kv_cache_dtype,
+        offload=model.offload, offload_dir=model.offload_dir,
     )  # fmt: skip
 
 

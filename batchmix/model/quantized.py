@@ -15,7 +15,7 @@ Legend: N output channels, K input channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,7 @@ class Quantized:
 
 
 Weight = Tensor | Quantized
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # allocates
 
 
 def tensors_of(weight: Weight) -> list[Tensor]:
@@ -130,11 +131,16 @@ def format_of(weight: Weight) -> Quantization | None:
 
 def empty(shape: Sequence[int], format: Quantization, device: torch.device) -> Quantized:
     """A weight of `shape` [.., N, K], not initialised."""
+    return allocated(shape, format, lambda part, dtype: torch.empty(tuple(part), dtype=dtype, device=device))
+
+
+def allocated(shape: Sequence[int], format: Quantization, allocate: Empty) -> Quantized:
+    """A weight of `shape` [.., N, K] in memory that `allocate` gives."""
     *rows, width = shape
     int4 = format is Quantization.int4
     assert not (int4 and width % GROUP), shape
-    codes = torch.empty((*rows, width // 2 if int4 else width), dtype=_CODES[format], device=device)
-    scales = torch.empty((*rows, width // GROUP) if int4 else rows, dtype=torch.float32, device=device)
+    codes = allocate((*rows, width // 2 if int4 else width), _CODES[format])
+    scales = allocate((*rows, width // GROUP) if int4 else rows, torch.float32)
     return Quantized(codes, scales, format)
 
 

@@ -22,10 +22,11 @@ class QuantizedPlace:
     target: Quantized
     dtype: torch.dtype  # the run dtype, to which weights are rounded first
     shards: Shards
+    device: torch.device  # where codes are computed
 
     def write(self, weight: Weight) -> None:
         if not isinstance(weight, Quantized):
-            weight = quantize(weight.to(self.target.device).to(self.dtype), self.target.format)
+            weight = quantize(weight.to(self.device).to(self.dtype), self.target.format)
         elif weight.format is not self.target.format:
-            weight = quantize(weight.dequantize(self.dtype).to(self.target.device), self.target.format)
+            weight = quantize(weight.dequantize(self.dtype).to(self.device), self.target.format)
         self.target.copy_(self.shards.cut(weight, self.target.shape))

@@ -92,10 +92,10 @@ class PrefillAttention:
         repeat = q.shape[1] // self.cache.keys.shape[2]
 
         def gathered(cache: Tensor) -> Tensor:
-            stored = self.cache.read(cache[layer], blocks, q.dtype)
+            stored = self.cache.read(cache, blocks, q.dtype)
             return stored.transpose(0, 1).flatten(1, 2).repeat_interleave(repeat, 0)  # [H, blocks S, C]
 
-        keys, values = gathered(self.cache.keys), gathered(self.cache.values)
+        keys, values = (gathered(part) for part in self.cache.layer(layer))
         column = torch.arange(keys.shape[1], device=q.device)
         parts = []
         for low in range(0, chunk.length, _QUERY_TILE):
@@ -160,7 +160,7 @@ class DecodeAttention:
         heads, dim = q.shape[1:]
         kv_heads = k.shape[1]
         queries = (q[:rows] * dim**-0.5).view(rows, kv_heads, heads // kv_heads, dim)  # [B, G, R, C]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.cache.layer(layer)
         num_items = len(self.owner)
         partial = queries.new_empty(num_items + 1, kv_heads, heads // kv_heads, dim)  # [I + 1, G, R, C]
         lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device)

@@ -30,7 +30,7 @@ class _Paged:
 
     def _rotate(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, (H + 2G) C] -> rotated queries [T, H, C], and the layer's keys and values, qkv's among them."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.cache.layer(layer)
         cos, sin, scales = self.model.cos, self.model.sin, self.cache.scales
         return rotate_and_cache(qkv, cos, sin, *self.places, keys, values, *scales), keys, values
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,15 @@ from batchmix.config import ModelFormat, Quantization
 from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
 from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
+from batchmix.model.offload import Offload
 from batchmix.model.places import DensePlace, Place
 from batchmix.model.prequantized import PackedTensors, Packing
-from batchmix.model.quantized import Quantized, Weight, quantize, tensors_of
-from batchmix.model.quantized import empty as empty_quantized
+from batchmix.model.quantized import Empty, Quantized, Weight, allocated, quantize, tensors_of
 from batchmix.model.quantized_place import QuantizedPlace
 from batchmix.model.reading import fill
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.sources import TensorFiles
-from batchmix.model.staging import Staging, open_staging
+from batchmix.model.staging import Direct, Staging, open_staging
 from batchmix.report.loading import LoadProgress
 
 _log = logging.getLogger(__name__)
@@ -56,15 +57,28 @@ class Weights:
 
 
 def empty_weights(
-    config: MixtralConfig, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+    config: MixtralConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    offload: Offload | None = None,
 ) -> Weights:
-    """Weights of the right shapes, not initialised. `quantization` is the experts'."""
+    """Weights of the right shapes, not initialised: on the device, but for the experts that `offload` keeps elsewhere.
+
+    `quantization` is the experts'.
+    """
+
+    def on_device(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    allocate = on_device if offload is None else offload.link.empty
+    places = [on_device if offload is None else offload.experts(layer) for layer in range(config.num_hidden_layers)]
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return allocate(shape, dtype)
 
-    def stack(*shape: int) -> Weight:
-        return empty(*shape) if quantization is None else empty_quantized(shape, quantization, device)
+    def stack(place: Empty, *shape: int) -> Weight:
+        return place(shape, dtype) if quantization is None else allocated(shape, quantization, place)
 
     hidden, experts, width = config.hidden_size, config.num_local_experts, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -78,18 +92,24 @@ def empty_weights(
                 wqkv=empty(queries + 2 * keys, hidden),
                 wo=empty(hidden, queries),
                 ffn_norm=empty(hidden),
-                router=torch.empty(experts, hidden, dtype=torch.float32, device=device),
-                w13=stack(experts, 2 * width, hidden),
-                w2=stack(experts, hidden, width),
+                router=allocate((experts, hidden), torch.float32),
+                w13=stack(place, experts, 2 * width, hidden),
+                w2=stack(place, experts, hidden, width),
             )
-            for _ in range(config.num_hidden_layers)
+            for place in places
         ],
         norm=empty(hidden),
         lm_head=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
     )
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shards: Shards = ALONE) -> Weights:
+def load_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    shards: Shards = ALONE,
+    offload: Offload | None = None,
+) -> Weights:
     """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`.
 
     All files' headers are checked before anything is allocated. model.format=random: the same random weights at every
@@ -97,13 +117,13 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     """
     config = shards.slice_config(checkpoint.config)
     if checkpoint.format is ModelFormat.random:
-        weights = empty_weights(config, dtype, device, checkpoint.quantization)
+        weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
         _draw(weights)
         return weights
     source = open_tensors(checkpoint)
-    weights = empty_weights(config, dtype, device, checkpoint.quantization)
+    weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
     staging = open_staging(device)
-    places = _places(checkpoint, weights, shards, staging)
+    places = _places(checkpoint, weights, shards, staging, device)
     elements = sum(math.prod(place.shape) for place in places.values())
     with LoadProgress("loading weights", checkpoint.num_bytes(), elements) as progress:
         fill(source, places, progress)
@@ -138,14 +158,16 @@ def _open_packed(files: TensorFiles, checkpoint: Checkpoint, packing: Packing) -
     return source
 
 
-def _places(checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging) -> dict[str, Place]:
+def _places(
+    checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging, device: torch.device
+) -> dict[str, Place]:
     shapes = hub_shapes(checkpoint.config)
     targets = _hub_targets(shards.slice_config(checkpoint.config), weights)
     dtype = checkpoint.dtype
     return {
-        name: QuantizedPlace(shapes[name], target, dtype, shards)
+        name: QuantizedPlace(shapes[name], target, dtype, shards, device)
         if isinstance(target, Quantized)
-        else DensePlace(shapes[name], target, dtype, shards, staging)
+        else DensePlace(shapes[name], target, dtype, shards, staging if target.device.type == device.type else Direct())
         for name, target in targets.items()
     }
 
@@ -175,7 +197,10 @@ def _hub_targets(config: MixtralConfig, weights: Weights) -> dict[str, Weight]:
 
 
 def _draw(weights: Weights) -> None:
-    """Norms of 1, all else normal with the standard deviation of transformers' initializer_range."""
+    """Norms of 1, all else normal with the standard deviation of transformers' initializer_range.
+
+    Drawn on the device, so that they are the same wherever they lie.
+    """
     source = torch.Generator(weights.embedding.device).manual_seed(0)
     dtype, device = weights.embedding.dtype, weights.embedding.device
     tables = [weights.embedding, weights.norm, weights.lm_head]
@@ -187,4 +212,5 @@ def _draw(weights: Weights) -> None:
         elif weight.ndim == 1:
             weight.fill_(1.0)
         else:
-            weight.normal_(0.0, 0.02, generator=source)
+            place = weight if weight.device == device else torch.empty_like(weight, device=device)
+            weight.copy_(place.normal_(0.0, 0.02, generator=source))
