@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -87,6 +88,18 @@ def test_a_run_and_then_its_folder_alone(tmp_path, capsys):
     config.output.dir = str(tmp_path / "none")
     with pytest.raises(BatchmixError, match=r"holds no finished run; give data\.path too"):
         evaluate(config)
+
+
+def test_another_quantisation_is_another_run(tmp_path):
+    config = job(tmp_path, 3, quantization=Quantization.int8)
+    evaluate(config)
+    for change, match in (({"quantization": None}, 'model.quantization was "int8", is now null'),
+                          ({"quantization": Quantization.int8, "kv_cache_dtype": KVCacheDtype.fp8},
+                           'model.kv_cache_dtype was "auto", is now "fp8"')):  # fmt: skip
+        with pytest.raises(BatchmixError, match=match):
+            evaluate(job(tmp_path, 3, **change))
+    metadata = ds.dataset(str(tmp_path / "out"), format="arrow").schema.metadata
+    assert metadata[b"batchmix.quantization"] == b"int8"
 
 
 QUANTISED = {

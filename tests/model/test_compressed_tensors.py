@@ -16,7 +16,7 @@ from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelCo
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.convert import convert
-from batchmix.model.quantized import Quantized, dense
+from batchmix.model.quantized import Quantized, dense, format_of
 from batchmix.model.shards import Shards
 
 if TYPE_CHECKING:
@@ -154,6 +154,29 @@ def test_what_cannot_be_read_is_named(tmp_path):
         weights |= {"num_bits": 4, "actorder": None, **change}
         (folder / "config.json").write_text(json.dumps(config))
         refused(folder, match)
+
+
+def test_quant_method_fp8(tmp_path):
+    """AutoFP8's names are those of compressed-tensors; in DeepSeek-V3's a block's scale is called weight_scale_inv."""
+    for name, kept, changes in (
+        ("fp8 by tensor", Quantization.fp8, {"activation_scheme": "static"}),
+        ("fp8 by block", None, {"weight_block_size": [64, 64]}),
+    ):
+        here = tmp_path / name
+        here.mkdir()
+        form, weights, _ = SCHEMES[name]
+        folder = save_compressed(here, form, weights, STATIC)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8", **changes}
+        (folder / "config.json").write_text(json.dumps(config))
+        state = load_file(folder / "model.safetensors")
+        if kept is None:
+            state = {name.replace(".weight_scale", ".weight_scale_inv"): tensor for name, tensor in state.items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        for ours, theirs in zip(load(folder).weights.layers, load(here / "plain").weights.layers, strict=True):
+            assert format_of(ours.w13) is kept
+            assert torch.allclose(dense(ours.w13, torch.float32), theirs.w13, rtol=1e-6, atol=0)
+            assert torch.allclose(ours.wqkv, theirs.wqkv, rtol=1e-6, atol=0)
 
 
 def converted(folder: Path, quantization: Quantization | None = None, name: str = "saved", **options: Any) -> Path:
