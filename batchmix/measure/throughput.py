@@ -22,7 +22,7 @@ from batchmix import pipeline
 from batchmix.config import Config, DataConfig, Dtype, ModelConfig, ModelFormat, OutputConfig, SamplingConfig
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.device import choose_place
-from batchmix.engine.start import BLOCK_SIZE
+from batchmix.engine.kv_cache import BLOCK_SIZE
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
