@@ -21,7 +21,7 @@ class FakeLink:
 
     def __init__(self, capacity: int = 1 << 40, folder: Path | None = None, host_room: int = 1 << 40) -> None:
         self.capacity, self.host_room = capacity, host_room
-        self.folder = folder  # of files that the host's side is; None: memory
+        self.folder = folder  # of files for what host_room is too small for
         self.used = self.peak = self.host_bytes = self.copied = 0
 
     def memory(self) -> tuple[int, int]:
@@ -38,11 +38,12 @@ class FakeLink:
         return tensor
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor = (
-            torch.zeros(tuple(shape), dtype=dtype) if self.folder is None else mapped(shape, dtype, str(self.folder))
-        )
+        tensor = torch.zeros(tuple(shape), dtype=dtype)
+        if tensor.nbytes > self.host_room:
+            tensor = mapped(shape, dtype, None if self.folder is None else str(self.folder))
+        else:
+            self.host_room -= tensor.nbytes
         self.host_bytes += tensor.nbytes
-        self.host_room -= tensor.nbytes
         return tensor
 
     def copy(self, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from batchmix.model.backend import Attend, Chunk
 
 _E4M3_MAX = 448.0
+BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
 SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
 
 

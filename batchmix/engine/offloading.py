@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 
 from batchmix.config import EngineConfig, Offload
+from batchmix.engine.kv_cache import BLOCK_SIZE
+from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.errors import BatchmixError
 from batchmix.memory import HOST_SHARE, free_bytes, gpu_cache_bytes, gpu_workspace_bytes
 from batchmix.model.checkpoint import Checkpoint
@@ -16,7 +18,7 @@ from batchmix.model.link import CudaLink, Link
 from batchmix.model.shards import Shards
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu
-from batchmix.plan.placement import EFFICIENCY, Machine, Placement, assumed, choose
+from batchmix.plan.placement import EFFICIENCY, MAX_NUM_SEQS, Machine, Placement, assumed, choose
 
 _MEASURED_BYTES = 256 << 20  # 5 ms over PCIe 5
 
@@ -34,15 +36,15 @@ def plan_offload(
     link: Link,
     gpu_name: str,
     prefill_tokens: int,
-    itemsizes: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
     shards: Shards,
 ) -> Placement | None:
-    """None where all fits the device. `itemsizes`: bytes of a weight and of a cached value.
+    """None where all fits the device. `dtypes`: of weights and of cached values.
 
     Of several ranks, all choose the same. BatchmixError where there is no way to run the model.
     """
     sliced = shards.slice_config(checkpoint.config)
-    model = footprint(sliced, itemsizes[0], checkpoint.quantization, itemsizes[1])
+    model = footprint(sliced, dtypes[0].itemsize, checkpoint.quantization, dtypes[1].itemsize)
     device_bytes = shards.smallest(gpu_cache_bytes(*link.memory(), 0, config.gpu_memory_utilization))
     machine = Machine(device_bytes, 0.0, math.inf, math.inf, math.inf, checkpoint.offload_dir is not None)
 
@@ -51,9 +53,9 @@ def plan_offload(
             model,
             machine,
             assumed(checkpoint.max_model_len),
-            longest=checkpoint.max_model_len,
+            longest=-(-checkpoint.max_model_len // BLOCK_SIZE) * BLOCK_SIZE,
             prefill_tokens=prefill_tokens,
-            workspace=lambda rows: gpu_workspace_bytes(sliced, rows, prefill_tokens, itemsizes[0]),
+            workspace=lambda rows: gpu_workspace_bytes(sliced, rows, prefill_tokens, dtypes[0].itemsize),
             max_num_seqs=config.max_num_seqs,
             stream=stream,
         )
@@ -71,7 +73,9 @@ def plan_offload(
     if gpu is not None:
         machine = replace(machine, hbm=gpu.bandwidth_gbs * 1e9 * EFFICIENCY, flops=gpu.tflops * 1e12 * EFFICIENCY)
     bandwidth = shards.smallest(int(measure_link(link)))
-    host_bytes = shards.smallest(link.host_room)
+    most = max(prefill_tokens, config.max_num_seqs or MAX_NUM_SEQS)  # tokens of a step
+    host_bytes = shards.smallest(link.host_room) - StagedKVCache.landing_bytes(sliced, dtypes[1], most)
+    host_bytes -= BLOCK_SIZE * model.kv_bytes  # the scratch block
     placement = best(replace(machine, host_bytes=host_bytes, link=bandwidth), stream=True)
     if placement is None:
         raise BatchmixError(

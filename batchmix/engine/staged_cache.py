@@ -38,13 +38,18 @@ class StagedKVCache(KVCache):
         self._streamed_bytes = 0
         block = (config.num_key_value_heads, block_size, config.head_dim)
         token = (max_tokens, config.num_key_value_heads, config.head_dim)
+        self._landings = [[link.host(token, dtype) for _ in "kv"] for _ in range(_LANDINGS)]
         self._hold(*(link.empty((BUFFERS, num_blocks, *block), dtype).zero_() for _ in "kv"))
         self._host = [[link.host((num_blocks, *block), dtype) for _ in "kv"] for _ in range(self.num_layers)]
-        self._landings = [[link.host(token, dtype) for _ in "kv"] for _ in range(_LANDINGS)]
         self._under_way: deque[tuple[int, Any, list[Tensor], list[Tensor], tuple[Tensor, Tensor]]] = deque()
         self._sent = 0
         self._fetches: deque[Any] = deque()  # of the step that runs, oldest first
         self._runs: list[tuple[int, int]] = []
+
+    @staticmethod
+    def landing_bytes(config: MixtralConfig, dtype: torch.dtype, max_tokens: int) -> int:
+        """Of the host, beside the blocks."""
+        return _LANDINGS * 2 * max_tokens * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     @property
     def streamed_bytes(self) -> int:

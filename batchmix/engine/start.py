@@ -15,7 +15,7 @@ from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.device import Place, check_model, choose_place, compute_dtype
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.graphs import cuda_capture
-from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.kv_cache import BLOCK_SIZE, KVCache
 from batchmix.engine.offloading import open_link, plan_offload
 from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.workspace import measure_workspace
@@ -32,7 +32,6 @@ from batchmix.model.weights import Weights, load_weights
 from batchmix.plan.cost import footprint
 from batchmix.plan.placement import RESIDENT_ROWS, Placement
 
-BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
 STEPS_PER_READ_GPU = 4  # a look makes the GPU wait for the host; an ended row stays for 1.5 steps more. Not measured
 
@@ -78,8 +77,7 @@ def start_engine(
     link = open_link(device, processes, checkpoint.offload_dir)
     plan, offload = None, None
     if link is not None:
-        itemsizes = dtype.itemsize, kv_dtype.itemsize
-        plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, itemsizes, shards)
+        plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), shards)
         if plan is not None:
             offload = Offload(link, spread(plan.streamed, checkpoint.config.num_hidden_layers))
     weights = load_weights(checkpoint, dtype, device, shards, offload)
@@ -181,8 +179,10 @@ def choose_sizes(
             model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, graphs, kv_dtype
         )
         free = gpu_cache_bytes(*link.memory(), workspace, config.gpu_memory_utilization)
-        if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device
-            free = min(free * model.config.num_hidden_layers // BUFFERS, link.host_room)
+        if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device; the scratch block is on the host too
+            landings = StagedKVCache.landing_bytes(model.config, kv_dtype, max(prefill_tokens, rows))
+            host = link.host_room - landings - block_bytes
+            free = min(free * model.config.num_hidden_layers // BUFFERS, host)
     blocks = model.shards.smallest(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
     # Each row holds a block at least.
     return Sizes(config.max_num_seqs or min(rows, blocks), blocks, BLOCK_SIZE, workspace)

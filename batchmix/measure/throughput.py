@@ -32,7 +32,7 @@ from batchmix.config import (
 )
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.device import choose_place
-from batchmix.engine.start import BLOCK_SIZE
+from batchmix.engine.kv_cache import BLOCK_SIZE
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES

@@ -69,7 +69,7 @@ class CudaLink:
         if size > self.host_room:
             return mapped(shape, dtype, self._folder)
         self.host_room -= size
-        return torch.frombuffer(_Locked(-1, size), dtype=dtype).view(tuple(shape))
+        return torch.frombuffer(_Locked(size), dtype=dtype).view(tuple(shape))
 
     def copy(self, pairs: Pairs) -> Any:
         given = torch.cuda.current_stream(self._device).record_event()
@@ -106,8 +106,8 @@ class _Locked(mmap.mmap):
 
     address = 0  # 0: not locked
 
-    def __new__(cls, *arguments: int) -> _Locked:
-        memory = super().__new__(cls, *arguments)
+    def __new__(cls, size: int) -> _Locked:
+        memory = super().__new__(cls, -1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(AttributeError, OSError):  # of Linux, where the kernel has them: 512 times fewer pages to lock
             memory.madvise(mmap.MADV_HUGEPAGE)
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

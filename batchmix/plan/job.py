@@ -11,7 +11,8 @@ from batchmix.data.rowset import RowSet
 from batchmix.data.source import open_source
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.engine import PREFILL_CHUNK
-from batchmix.engine.start import BLOCK_SIZE, cache_dtype
+from batchmix.engine.kv_cache import BLOCK_SIZE
+from batchmix.engine.start import cache_dtype
 from batchmix.errors import BatchmixError
 from batchmix.memory import HOST_SHARE, gpu_workspace_bytes, host_bytes
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint

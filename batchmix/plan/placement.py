@@ -34,6 +34,7 @@ LINK_EFFICIENCY = 0.8  # likewise, of the data sheet's link bandwidth
 DISK_BANDWIDTH = 3e9  # bytes a second assumed of a disk that weights are streamed from
 RESIDENT_ROWS = 1024  # at most at once with all weights at hand: 256 for each of Mixtral's 8 experts
 _STREAMED_ROWS = (64, 256, 512, 1024, 2048, 4096)  # tried where weights are streamed, and every row shares their way
+MAX_NUM_SEQS = _STREAMED_ROWS[-1]
 
 
 @dataclass(frozen=True)

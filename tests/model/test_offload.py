@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from links import FakeLink
 
 from batchmix.errors import BatchmixError
+from batchmix.model import link as link_module
 from batchmix.model.link import CudaLink, mapped
 from batchmix.model.offload import ExpertStream, Offload, spread
 from batchmix.model.triton_ops import TritonOperators
@@ -99,7 +100,7 @@ def test_logits_are_those_of_experts_at_hand(folder, streamed, buffers, seed):
 )
 def test_answers_are_those_of_experts_at_hand(folder, tmp_path, streamed, buffers, on_disk):
     rows = prompts(9, 128, longest=30, temperature=1.0, max_tokens=6, logprobs=1)
-    link = FakeLink(folder=tmp_path if on_disk else None)
+    link = FakeLink(folder=tmp_path, host_room=0 if on_disk else 1 << 40)
     model = load(folder, offload=Offload(link, spread(streamed, LAYERS), buffers))
     experts = sum(layer.w13.nbytes + layer.w2.nbytes for layer in model.weights.layers)
     engine = make_engine(model, max_num_seqs=4)
@@ -132,6 +133,27 @@ def test_out_of_memory_in_the_middle_of_a_step(folder, monkeypatch):
 def test_a_card_that_is_too_small_says_so(folder):
     with pytest.raises(torch.OutOfMemoryError):
         load(folder, offload=Offload(FakeLink(capacity=100_000), spread(1, LAYERS)))
+
+
+def test_page_locked_memory_is_exactly_as_large_and_given_back(monkeypatch):
+    calls = []
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda *arguments: calls.append(("lock", *arguments)) or 0,
+        cudaHostUnregister=lambda address: calls.append(("unlock", address)),
+    )
+    monkeypatch.setattr(link_module, "_cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    tensor = torch.frombuffer(link_module._Locked(12_000), dtype=torch.float32).view(3, 1000)
+    tensor[1] = 7.0
+    assert tensor.sum() == 7000
+    assert calls == [("lock", tensor.data_ptr(), 12_000, 0)]
+    address = tensor.data_ptr()
+    del tensor
+    assert calls[1:] == ["synchronize", ("unlock", address)]
+    cudart.cudaHostRegister = lambda *_: 2
+    with pytest.raises(BatchmixError, match=r"cannot be page-locked \(CUDA error 2\)"):
+        link_module._Locked(12_000)
+    assert len(calls) == 3
 
 
 def test_a_folder_for_weights_that_is_not_there_or_not_named(tmp_path):
