@@ -44,7 +44,9 @@ STATIC = {"type": "float", "strategy": "tensor", "dynamic": False}
 DYNAMIC = {"type": "float", "strategy": "token", "dynamic": True}
 
 
-def save_compressed(folder: Path, form: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> Path:
+def save_compressed(
+    folder: Path, form: str, weights: dict[str, Any], activations: dict[str, Any] | None, **shape: int
+) -> Path:
     """A random Mixtral whose linear layers the library compresses, beside it `plain`: as the library decompresses it."""
     # Not at the top: the library takes four seconds to import, and these tests are slow ones.
     from compressed_tensors.compressors.base import BaseCompressor
@@ -53,7 +55,7 @@ def save_compressed(folder: Path, form: str, weights: dict[str, Any], activation
     args = QuantizationArgs(**weights)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry(form)
-    plain = save_hub(random_mixtral(seed=4, **SHAPE), folder / "plain")
+    plain = save_hub(random_mixtral(seed=4, **{**SHAPE, **shape}), folder / "plain")
     state, packed, widened = load_file(plain / "model.safetensors"), {}, {}
     for name, weight in state.items():
         if "_proj" not in name and ".experts." not in name:
@@ -94,6 +96,15 @@ def qparams(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Ten
     scales, zeros = calculate_qparams(parts.amin(-1), parts.amax(-1), args)
     scales = scales.reshape(-1) if strategy == "tensor" else scales
     return {"weight_scale": scales} | ({} if args.symmetric else {"weight_zero_point": zeros})
+
+
+def test_int4_attention_of_an_odd_width(tmp_path):
+    """wo has 4 x 24 columns: no whole group, so its values are taken though experts keep their codes."""
+    form, weights, _ = SCHEMES["int4 by channel"]
+    folder = save_compressed(tmp_path, form, weights, None, head_dim=24)
+    for ours, theirs in zip(load(folder).weights.layers, load(tmp_path / "plain").weights.layers, strict=True):
+        assert ours.w13.format is Quantization.int4
+        assert torch.allclose(ours.wo, theirs.wo, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
