@@ -27,7 +27,8 @@ from batchmix.config import (
     ShardConfig,
 )
 from batchmix.errors import BatchmixError, Interrupted
-from batchmix.pipeline import generate, plan_report
+from batchmix.pipeline import generate
+from batchmix.plan.job import plan_report
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
