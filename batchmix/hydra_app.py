@@ -55,7 +55,7 @@ def register() -> None:
     store = ConfigStore.instance()
     schema = _schema()
     store.store(name="schema", node=schema)
-    for group in ("data", "sampling", "engine", "output"):
+    for group in ("data", "sampling", "engine", "output", "cluster"):
         store.store(group=group, name="default", node=schema[group])
 
 

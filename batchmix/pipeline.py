@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from batchmix.config import Config, OnError
+from batchmix.config import ClusterKind, Config
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_path
 from batchmix.data.parts import Parts, part_format
@@ -28,6 +28,7 @@ from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.model.shards import Shards
 from batchmix.parallel.data import Replicas, Reports, Share, begin_share
+from batchmix.parallel.ray_pool import run_on_ray
 from batchmix.parallel.tensor import Followers, tensor_parallel
 from batchmix.parallel.workers import Parent
 from batchmix.plan.cost import Workload, estimate, kv_room
@@ -44,6 +45,7 @@ from batchmix.report.totals import Totals
 from batchmix.report.trace import Trace
 from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
+from batchmix.stages import check_error, planned_batches
 
 _log = logging.getLogger(__name__)
 PLANNED_NUM_SEQS = 1024  # rows at once that `batchmix plan` assumes of a GPU whose cache holds more
@@ -57,11 +59,14 @@ def generate(config: Config) -> None:
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
         raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
-        check_places(config.engine, config.model.tensor_parallel_size)
+        on_ray = config.cluster.kind is ClusterKind.ray
+        if not on_ray:  # whose nodes are not this machine
+            check_places(config.engine, config.model.tensor_parallel_size)
         check_apart(config.data, Path(config.output.dir), f"part-00000-000000.{config.output.format.value}")
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
-        check_engine(checkpoint, config.engine)
+        if not on_ray:
+            check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config)
         tokenizer = load_tokenizer(checkpoint.folder)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size)
@@ -76,7 +81,11 @@ def generate(config: Config) -> None:
             first = next(rows, None)  # before the model is loaded: there may be nothing left to do
             if first is not None:
                 output.begin()
-                if config.engine.data_parallel_size > 1:
+                if on_ray:
+                    statistics = run_on_ray(
+                        config, source, checkpoint, tokenizer, output, signals, chain([first], rows)
+                    )
+                elif config.engine.data_parallel_size > 1:
                     statistics = _run_replicas(config, source, run, output, signals)
                 else:
                     with tensor_parallel(config, _give_up) as (shards, followers):
@@ -170,25 +179,9 @@ def _completions(
     rows: Iterator[Row],
 ) -> Generator[Completion, None, None]:
     """The chain of stages up to the engine; every stage but that works in a thread of its own."""
-    prompts = build_prompts(
-        rows,
-        data=config.data,
-        sampling=config.sampling,
-        tokenizer=tokenizer,
-        max_model_len=engine.max_model_len,
-        vocab_size=engine.model.config.vocab_size,
-        keep=source.schema.names,
-        clock=engine.clock,
-    )
-    state = engine.state
-    limits = Limits(
-        state.slots.capacity, state.pool.num_blocks, state.cache.block_size, config.engine.sort_window,
-        share_prefix=state.prefixes is not None,
-    )  # fmt: skip
-    with closing(prompts):
-        for completion in engine.generate(followers.lead(plan(prompts, limits))):
-            if completion.error is not None and config.data.on_error is OnError["raise"]:
-                raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
+    with closing(planned_batches(config, source.schema.names, tokenizer, engine, rows)) as batches:
+        for completion in engine.generate(followers.lead(batches)):
+            check_error(config, completion)
             yield completion
 
 
