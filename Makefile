@@ -23,7 +23,7 @@ test-slow: $(INSTALLED)  ## the slow tests: packaging, kills, large inputs
 
 test-cluster: $(INSTALLED)  ## tests on a a real Slurm (installed with apt) and a real Ray
 	@tests/cluster/install_slurm.sh
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,cluster]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,cluster,cluster-dev]'
 	$(RUN)python -m pytest -m cluster
 
 lint: $(INSTALLED)  ## ruff (rules and format) and mypy --strict
