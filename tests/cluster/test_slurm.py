@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from one_node_slurm import missing_programs, one_node_slurm
 from processes import TICKETS, finish, read, start
@@ -65,14 +67,14 @@ def test_an_array_survives(
         array.wait(lambda: array.parts(CANCELLED), "rows of the task to cancel")
         array.call("scancel", f"{array.number}_{CANCELLED}")
         array.wait(lambda: array.parts(TOO_LONG), "rows of the task that will be too long")
-        array.signal("STOP", TOO_LONG)  # as a file system that hangs would; Slurm itself wakes it at its limit
+        array.freeze(TOO_LONG)  # as a file system that hangs would; Slurm wakes it with its warning
         array.call("scontrol", "update", f"JobId={array.number}_{TOO_LONG}", "TimeLimit=1")
         array.wait(lambda: array.state(CANCELLED) == "CANCELLED", "the cancelled task to end, for good")
         array.call("scontrol", "requeue", f"{array.number}_{CANCELLED}")
         if submitit:  # there is no shell that sees the process die
             array.wait(lambda: array.state(KILLED) == "FAILED", "the killed task to end")
             array.call("scontrol", "requeue", f"{array.number}_{KILLED}")
-        array.wait(lambda: array.shown("Restarts", TOO_LONG) == "1", "the long task to be requeued")
+        array.wait(lambda: array.shown("Restarts", TOO_LONG) == "1", "the long task to be requeued", 200)
         array.call("scontrol", "update", f"JobId={array.number}_{TOO_LONG}", "TimeLimit=10")
         array.wait(lambda: (tmp_path / "out" / "_SUCCESS").exists(), "_SUCCESS", 300)
         assert read(tmp_path / "out") == expected
@@ -114,8 +116,9 @@ class Array:
             command = [sys.executable, "-m", "batchmix", "generate", *arguments]
             with (folder / "launcher.out").open("wb") as log:
                 self.launcher = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-            self.wait(lambda: self.call("squeue", "--noheader"), "the array to be submitted")
-            self.number = self.call("squeue", "--noheader", "--format=%F").split()[0]
+            queue = ("squeue", "--noheader", "--name=generate", "--format=%F")  # the other array is called batchmix
+            self.wait(lambda: self.call(*queue), "the array to be submitted")
+            self.number = self.call(*queue).split()[0]
         else:
             options = [f"--array=0-{SHARDS - 1}", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=1G", "--time=10"]
             script = str(REPOSITORY / "jobs" / "slurm" / "array.sbatch")
@@ -138,6 +141,22 @@ class Array:
     def signal(self, name: str, shard: int) -> None:
         """To the step: for a whole job scancel may report an error that is none, and try again for minutes."""
         self.call("scancel", f"--signal={name}", f"{self.number}_{shard}.0")
+
+    def freeze(self, shard: int) -> None:
+        """Stop the processes of the step; Slurm makes something else of a SIGSTOP that scancel sends."""
+        step = {
+            "SLURM_ARRAY_JOB_ID": self.number,
+            "SLURM_ARRAY_TASK_ID": str(shard),
+            "SLURM_PROCID": "0",
+            "SLURM_STEPID": "0",
+        }
+        frozen = 0
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if step.items() <= process.environ().items():
+                    process.suspend()
+                    frozen += 1
+        assert frozen
 
     def parts(self, shard: int) -> list[Path]:
         return list((self._folder / "out").glob(f"part-{shard:05}-*"))
