@@ -176,6 +176,8 @@ class ShardConfig:
 
     index: int = 0
     count: int = 1
+    heartbeat_seconds: float = 10.0  # how often this worker says that it is alive, see docs/clusters.md
+    takeover_seconds: float = 90.0  # without a heartbeat, after which another process may take this shard over
 
 
 @dataclass
@@ -362,6 +364,9 @@ def check(config: Config) -> Config:
         )
     if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
         raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
+    if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:
+        raise refuse("shard.heartbeat_seconds", config.shard.heartbeat_seconds,
+                     f"must be above 0 and at most a third of shard.takeover_seconds={config.shard.takeover_seconds}")  # fmt: skip
     if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):
