@@ -159,7 +159,7 @@ class EngineConfig:
 class OutputConfig:
     """Where the answers go."""
 
-    dir: str = MISSING
+    dir: str = MISSING  # a folder, or a place in an object store such as s3://bucket/run
     format: OutputFormat = OutputFormat.arrow
     rows_per_shard: int = 10_000
     flush_seconds: float = 60.0  # at most this much finished work is lost when the process is killed
@@ -358,10 +358,6 @@ def check(config: Config) -> Config:
         if value != default:
             shown = value.value if isinstance(value, Enum) else value
             raise refuse(key, shown, "not available in this version; leave it out")
-    if "://" in config.output.dir:
-        raise refuse(
-            "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"
-        )
     if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
         raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
     if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:

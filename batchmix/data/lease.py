@@ -50,7 +50,7 @@ from batchmix.errors import BatchmixError
 
 FOLDER = "_workers"
 FINALIZE = "finalize"
-RUNNING, CLOSED = "running", "closed"
+RUNNING, CLOSING, CLOSED = "running", "closing", "closed"
 _PATIENCE = 0.5  # seconds between two looks at a heartbeat
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Record:
     name: str  # of the shard, or FINALIZE
     generation: int
     owner: Owner
-    state: str = RUNNING  # CLOSED: the holder has said goodbye and will commit nothing any more
+    state: str = RUNNING  # CLOSED: the holder will commit nothing any more; CLOSING: it took over only to make it so
     started: float = 0.0
     heartbeat: float = 0.0
     beats: int = 0
@@ -92,6 +92,14 @@ class Record:
     def lost(self) -> bool:
         """Whether its holder may be succeeded: it has closed it, is gone, or was not heard of for too long."""
         return self.state == CLOSED or self.owner.gone or self.silence > self.takeover_seconds
+
+    def needs_seal(self, storage: Storage) -> bool:
+        """Whether a deed of its holder may still come, now that it has been taken over.
+
+        Not where it has said goodbye, nor where it is known to have ended, but for workers of its own and late stores.
+        """
+        ended = self.owner.gone and len(self.indices) <= 1 and not storage.acts_late
+        return self.state != CLOSED and not ended
 
     @staticmethod
     def load(storage: Storage, path: str) -> Record:
@@ -117,6 +125,10 @@ def read_leases(storage: Storage) -> dict[str, list[Record]]:
     return {name: sorted(records, key=lambda record: record.generation) for name, records in found.items()}
 
 
+class Busy(BatchmixError):
+    """The lease is held by a process that is alive."""
+
+
 class Lost(BatchmixError):
     """The lease is another's now: what this process has not committed, it may not commit any more."""
 
@@ -124,12 +136,11 @@ class Lost(BatchmixError):
 class Lease:
     """Held from the start to `close`. `predecessors`: of the same name, not known to have ended, to be sealed.
 
-    BatchmixError where another process holds it and is alive.
+    Busy where another process holds it and is alive.
     """
 
-    def __init__(self, storage: Storage, name: str, shard: ShardConfig, what: str, owner: Owner | None = None) -> None:
+    def __init__(self, storage: Storage, name: str, shard: ShardConfig, what: str, *, state: str = RUNNING) -> None:
         self._storage, self._what = storage, what
-        self._owner = owner or Owner.this_process()
         self.progress: Callable[[], dict[str, Any]] = dict
         self.predecessors: list[Record] = []
         self._ended = threading.Event()
@@ -141,7 +152,7 @@ class Lease:
                 wait_until_lost(storage, known[-1], what)
             now = time.time()
             self.record = Record(
-                name, known[-1].generation + 1 if known else 1, self._owner, started=now, heartbeat=now,
+                name, known[-1].generation + 1 if known else 1, Owner.this_process(), state, started=now, heartbeat=now,
                 heartbeat_seconds=shard.heartbeat_seconds, takeover_seconds=shard.takeover_seconds,
             )  # fmt: skip
             if create_json(storage, self.record.path, dataclasses.asdict(self.record)):
@@ -213,7 +224,7 @@ def lost(storage: Storage, what: str, successor: Record | None = None) -> Lost:
 
 
 def wait_until_lost(storage: Storage, record: Record, what: str) -> None:
-    """Return when the lease may be taken; BatchmixError as soon as its holder is known to be alive.
+    """Return when the lease may be taken; Busy as soon as its holder is known to be alive, but for one that is CLOSING.
 
     A process of this machine is asked at once. Another one is waited for: it may have been killed a moment ago, as a job
     is that its scheduler starts again on another machine.
@@ -223,9 +234,9 @@ def wait_until_lost(storage: Storage, record: Record, what: str) -> None:
         newest = _reload(storage, record)
         if newest is None or newest.state == CLOSED:
             return
-        if record.owner.here or newest.beats != record.beats:
-            raise BatchmixError(f"output.dir={storage.url}: another process ({record.owner}) is writing {what} there; "
-                                "wait for it to end or choose another output.dir")  # fmt: skip
+        if (record.owner.here or newest.beats != record.beats) and newest.state != CLOSING:
+            raise Busy(f"output.dir={storage.url}: another process ({record.owner}) is writing {what} there; "
+                       "wait for it to end or choose another output.dir")  # fmt: skip
         if not waiting:
             waiting = True
             _log.info("%s was held by %s, last heard of %.0f s ago; waiting up to %.0f s for another sign of it",

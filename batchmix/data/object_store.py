@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
@@ -125,7 +127,17 @@ class ObjectStore:
         with suppress(FileNotFoundError):
             self._fs.rm(self._path(name), recursive=True)
 
-    def delete_unfinished(self, belongs: Callable[[str], bool]) -> None:
+    def sync(self) -> None:
+        """A store answers when it is so."""
+
+    @contextmanager
+    def local_file(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="batchmix-") as folder:
+            path = Path(folder, "file")
+            yield path
+            self.replace(name, path.read_bytes())
+
+    def delete_unfinished(self, folder: str, belongs: Callable[[str], bool]) -> None:
         """There is nothing: an upload that was cut off is forgotten by the store."""
 
     def _path(self, name: str) -> str:

@@ -37,8 +37,8 @@ class Owner:
             return False
         try:
             process = psutil.Process(self.pid)
-            ended = process.status() == psutil.STATUS_ZOMBIE
-            return ended or abs(process.create_time() - self.started) > _SAME_START
+            ended = bool(process.status() == psutil.STATUS_ZOMBIE)
+            return ended or bool(abs(process.create_time() - self.started) > _SAME_START)
         except psutil.NoSuchProcess:
             return True
 

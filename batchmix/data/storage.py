@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -35,8 +35,10 @@ class Storage(Protocol):
     """What messages call it, and `open_storage` opens again."""
     acts_late: bool
     """Whether what a process has asked for can happen after its end, as a request on its way through a network can."""
-    exclusive: bool
-    """Whether `create` keeps its promise; where it does not, only one worker may write."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether `create` keeps its promise; where it does not, only one worker may write."""
 
     def make_folder(self, name: str = "") -> None:
         """Nothing where it is there."""
@@ -70,8 +72,14 @@ class Storage(Protocol):
 
     def delete_folder(self, name: str) -> None: ...
 
-    def delete_unfinished(self, belongs: Callable[[str], bool]) -> None:
-        """What writers that were killed left of files with such names. Nobody ever sees it, but it takes room."""
+    def sync(self) -> None:
+        """Make moves and deletions durable."""
+
+    def local_file(self, name: str) -> AbstractContextManager[Path]:
+        """A path to write a file to that is there in whole at the end of the block, and may be before."""
+
+    def delete_unfinished(self, folder: str, belongs: Callable[[str], bool]) -> None:
+        """What writers that were killed left of the parts with such names in a folder. Nobody ever sees it, but it takes room."""
 
 
 def open_storage(url: str) -> Storage:
@@ -129,13 +137,13 @@ class LocalFolder:
             except FileExistsError:
                 # A network file system may have asked its server twice: the first time it was done.
                 return os.path.samestat(temporary.stat(), path.stat())
+            except FileNotFoundError:  # whoever took over has swept up
+                return False
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
                 raise BatchmixError(f"output.dir={self.url}: this file system has no hard links, which commits need; "
                                     "choose another output.dir") from None  # fmt: skip
-        except FileNotFoundError:  # whoever took over has swept up
-            return False
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -160,7 +168,6 @@ class LocalFolder:
     def move(self, source: str, target: str) -> None:
         with suppress(FileNotFoundError):
             self.path(source).rename(self.path(target))
-            sync_folder(self.path(target).parent)
 
     def delete(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
@@ -168,9 +175,15 @@ class LocalFolder:
     def delete_folder(self, name: str) -> None:
         shutil.rmtree(self.path(name), ignore_errors=True)
 
-    def delete_unfinished(self, belongs: Callable[[str], bool]) -> None:
-        for name in self.names(".*.tmp"):
-            if belongs(name.removeprefix(".")):
+    def sync(self) -> None:
+        sync_folder(self.root)
+
+    def local_file(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.path(name))
+
+    def delete_unfinished(self, folder: str, belongs: Callable[[str], bool]) -> None:
+        for name in self.names(f"{folder}.part-*.tmp"):
+            if belongs(name.removeprefix(f"{folder}.")):
                 self.delete(name)
 
     def _temporary(self, name: str) -> Path:
