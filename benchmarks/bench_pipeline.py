@@ -27,8 +27,8 @@ from batchmix.data.parts import PartLog, Parts
 from batchmix.data.prompt import build_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.sink import Sink
-from batchmix.data.storage import LocalFolder
 from batchmix.data.source import open_source
+from batchmix.data.storage import LocalFolder
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.model.checkpoint import TINY
 from batchmix.plan.planner import Limits, plan

@@ -137,13 +137,15 @@ class LocalFolder:
             except FileExistsError:
                 # A network file system may have asked its server twice: the first time it was done.
                 return os.path.samestat(temporary.stat(), path.stat())
-            except FileNotFoundError:  # whoever took over has swept up
-                return False
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
                 raise BatchmixError(f"output.dir={self.url}: this file system has no hard links, which commits need; "
                                     "choose another output.dir") from None  # fmt: skip
+        except FileNotFoundError:
+            if not self.root.is_dir():
+                raise
+            return False  # whoever took over has swept up
         finally:
             with suppress(OSError):
                 temporary.unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from batchmix.config import ShardConfig
 from batchmix.data.exchange import exchange, finish_exchange
 from batchmix.data.lease import FINALIZE, FOLDER, Lease, Lost

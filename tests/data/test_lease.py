@@ -178,8 +178,9 @@ def test_heartbeats(storage: Storage) -> None:
     assert not record.lost
     newer = dataclasses.replace(record, generation=2)
     write_json(storage, newer.path, dataclasses.asdict(newer))
+    while lease._thread.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     with pytest.raises(Lost):
-        while time.monotonic() < deadline:
-            lease.check()
-            time.sleep(0.02)
+        lease.check()
     lease.close()
