@@ -45,7 +45,8 @@ _log = logging.getLogger(__name__)
 class OutputFolder:
     """One shard's hold on the output folder, from its lease to `finish`.
 
-    `folder` is where this run's parts go: "", or `_redo/`. `skip` has the rows not to run. `num_workers` processes commit
+    `folder` is where this run's parts go: "", or `_redo/`. `skip` has the rows not to run; there is none where all is
+    `complete`. `num_workers` processes commit
     parts, each of an index of its own. BatchmixError where another process has this shard or the folder holds something
     else.
     """
@@ -67,6 +68,9 @@ class OutputFolder:
         what = f"shard {shard.index} of {shard.count}"
         self._lease = Lease(self.storage, shard_name(shard.index, shard.count), shard, what)
         try:
+            if self.complete and not output.overwrite:  # nothing will be committed, so nobody needs to be kept from it
+                accept_run(self.storage, run)
+                return
             self._meet_others()
             settle(self.storage, shard)
             for record in self._lease.predecessors:

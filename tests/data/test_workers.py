@@ -211,14 +211,18 @@ def test_every_row_once_in_a_folder(runs: list[Any], last: int, order: Order) ->
         check(LocalFolder(Path(folder)), runs, last, order)
 
 
+DIED_WHEN_ALL_WAS_DONE = [([0], [None]), ([0, 1, 2], [None, None, Fate("die", 2)])]
+
+
 @settings(max_examples=25, deadline=None)
 @given(runs=rounds, last=st.integers(1, 4), order=st.sampled_from(Order))
+@example(DIED_WHEN_ALL_WAS_DONE, 3, Order.completion)
 def test_every_row_once_in_an_object_store(runs: list[Any], last: int, order: Order) -> None:
     check(ObjectStore(f"memory://{next(Worker.numbers)}"), runs, last, order)
 
 
 @pytest.mark.slow  # the same, long enough to meet most moments; a minute
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(runs=rounds, last=st.integers(1, 4), order=st.sampled_from(Order), local=st.booleans())
 def test_every_row_once_whatever_happens(runs: list[Any], last: int, order: Order, local: bool) -> None:
     if not local:
