@@ -117,7 +117,8 @@ def test_a_stopped_worker_is_reported_taken_over_and_refused(tmp_path: Path) -> 
         found = status()
         reported = found.stdout
     assert found.returncode == 4
-    assert other.wait(60) == 0, other.communicate()
+    code, output = finish(other)
+    assert code == 0, output
     time.sleep(max(0.0, stopped + 6.5 - time.monotonic()))
     code, output = finish(shard(0))
     assert code == 0, output
