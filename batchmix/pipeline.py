@@ -132,7 +132,8 @@ def plan_report(config: Config) -> None:
         itemsize=itemsize,
     )
     print(plan_text(survey, batches, gpu, work, cost, where))
-    picture = config.plan.histogram or (str(Path(config.output.dir, "_lengths.png")) if config.output.dir else None)
+    folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
+    picture = config.plan.histogram or (str(Path(folder, "_lengths.png")) if folder else None)
     if picture is not None and survey.runnable:
         try:
             Path(picture).parent.mkdir(parents=True, exist_ok=True)

@@ -200,7 +200,7 @@ class Lease:
                 if self._lost_to is not None:
                     return
                 self._beat()
-            except OSError as error:  # the store may be back for the next one
+            except Exception as error:  # stores have classes of their own, and may be back for the next heartbeat
                 _log.warning("no heartbeat could be written for %s (%s)", self._what, error)
 
     def _look(self) -> None:

@@ -184,3 +184,20 @@ def test_heartbeats(storage: Storage) -> None:
     with pytest.raises(Lost):
         lease.check()
     lease.close()
+
+
+def test_heartbeats_go_on_when_the_store_was_away(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = take(storage, heartbeat_seconds=0.02)
+    write, failures = leases.write_json, iter([ConnectionError("away"), RuntimeError("a class of the store's own")])
+
+    def unsure(*args: object) -> None:
+        if (error := next(failures, None)) is not None:
+            raise error
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(leases, "write_json", unsure)
+    deadline = time.monotonic() + 20
+    while Record.load(storage, lease.record.path).beats < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lease.close()
