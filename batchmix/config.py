@@ -199,7 +199,7 @@ class BenchmarkConfig:
     only: list[str] | None = None
     rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
     layers: int | None = None  # of throughput's model; null: as many as fit
-    peers: list[str] | None = None  # of throughput, of transformers, generate_batch, vllm; null: all that are installed
+    peers: list[str] | None = None  # of throughput: transformers, generate_batch, vllm, sglang; null: all installed
     peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
     tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536
