@@ -81,12 +81,13 @@ WRONG_LINES = {
 JOB = """
 import sys
 from pathlib import Path
+from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.hydra_app import job, save_hydra_files
 
 @job("generate")
 def main(config):
-    save_hydra_files(config)
+    save_hydra_files(config, LocalFolder(Path(config.output.dir)))
     if config.data.path == "user_error":
         raise BatchmixError("model.path=nowhere: no such folder")
     if config.data.path == "bug":
