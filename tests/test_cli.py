@@ -242,7 +242,7 @@ def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("job", ["generate", "plan", "tune"])
+@pytest.mark.parametrize("job", ["generate", "plan", "status", "finalize", "tune"])
 def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -> None:
     overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
@@ -254,11 +254,11 @@ def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("batchmix ", {"benchmark", "generate", "plan", "tune"}),
+        ("batchmix ", {"benchmark", "finalize", "generate", "plan", "status", "tune"}),
         ("batchmix gen", {"generate"}),
         ("batchmix generate sampling=", {"sampling=default", "sampling=greedy"}),
         ("batchmix generate data.path=x out", {"output=", "output."}),
-        ("batchmix plan shard.", {"shard.index=", "shard.count="}),
+        ("batchmix plan shard.i", {"shard.index="}),
     ],
 )
 def test_the_shell_completes(line: str, expected: set[str], batchmix: Run) -> None:
