@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from processes import TICKETS, finish, read, start, wait_for
 
 from batchmix.cli import main
 from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig, ShardConfig
-from batchmix.data.lease import Lease, shard_name
+from batchmix.data.lease import CLOSED, Lease, Record, shard_name
+from batchmix.data.owner import Owner
 from batchmix.data.storage import open_storage
 from batchmix.pipeline import generate
+from batchmix.report.status import ShardStatus, Status
 
 
 def batchmix(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -87,6 +90,21 @@ def test_status_and_finalize(tmp_path: Path, capsys: pytest.CaptureFixture[str],
         code, text = batchmix(capsys, "finalize", place)
         assert code == 1
         assert "is there twice, in part-" in text
+
+
+def test_exit_codes() -> None:
+    here = Record("00000-of-00002", 1, Owner.this_process(), heartbeat=time.time())
+    silent = dataclasses.replace(here, heartbeat=time.time() - 40)
+    ended = dataclasses.replace(here, state=CLOSED)
+
+    def code(*shards: tuple[int | None, Record | None], complete: bool = False) -> int:
+        found = [ShardStatus(index, len(shards), 5, 0, left, lease) for index, (left, lease) in enumerate(shards)]
+        return Status("out", complete, found, None).exit_code
+
+    assert code((0, ended), (0, ended), complete=True) == 0
+    assert code((3, here), (None, here)) == code((0, ended), (0, here)) == 3
+    assert code((0, ended), (0, ended)) == code((3, None), (0, here)) == code((3, silent), (3, here)) == 4
+    assert code((None, ended), (3, here)) == code((0, silent), (0, here)) == 4
 
 
 @pytest.mark.slow  # starts five processes, and waits until one of them has been silent for long enough

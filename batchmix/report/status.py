@@ -108,8 +108,10 @@ class Status:
             return COMPLETE
         if self.finalizer is not None:
             return RUNNING
-        waiting = [shard for shard in self.shards if shard.left != 0]
-        return RUNNING if waiting and all(shard.alive for shard in waiting) else ATTENTION
+        at_work = any(shard.alive for shard in self.shards)  # the last of them finalizes
+        seen_to = all(shard.alive or shard.left == 0 for shard in self.shards)
+        stuck = any(shard.stuck for shard in self.shards)
+        return RUNNING if at_work and seen_to and not stuck else ATTENTION
 
     def text(self) -> str:
         """At most 80 columns."""
