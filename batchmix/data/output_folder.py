@@ -46,20 +46,12 @@ class OutputFolder:
     """One shard's hold on the output folder, from its lease to `finish`.
 
     `folder` is where this run's parts go: "", or `_redo/`. `skip` has the rows not to run; there is none where all is
-    `complete`. `num_workers` processes commit
-    parts, each of an index of its own. BatchmixError where another process has this shard or the folder holds something
-    else.
+    `complete`. `num_workers` processes commit parts, each of an index of its own. BatchmixError where another process has
+    this shard or the folder holds something else.
     """
 
-    def __init__(
-        self,
-        output: OutputConfig,
-        shard: ShardConfig,
-        parts: Parts,
-        run: dict[str, Any],
-        limit: int | None,
-        num_workers: int = 1,
-    ) -> None:
+    def __init__(self, output: OutputConfig, shard: ShardConfig, parts: Parts, run: dict[str, Any],
+                 limit: int | None, num_workers: int = 1) -> None:  # fmt: skip
         self.storage = parts.storage
         self.folder = "" if output.redo is None else f"{REDO_STAGING}/"
         self._output, self._shard, self._parts, self._limit = output, shard, parts, limit
