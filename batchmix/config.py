@@ -26,6 +26,12 @@ class ModelFormat(Enum):
     random = "random"
 
 
+class ConvertFormat(Enum):
+    hf = "hf"
+    fused = "fused"
+    mistral = "mistral"
+
+
 class Dtype(Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -218,6 +224,18 @@ class TuneConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """What `batchmix convert` writes into output.dir."""
+
+    # hf: config.json, the hub's names; fused: the same with transformers 5's own names; mistral: params.json
+    format: ConvertFormat = ConvertFormat.hf
+    dtype: Dtype = Dtype.auto  # auto: every tensor as it is stored
+    max_shard_size: str = (
+        "5GB"  # of a file, 10^9 bytes each; format=mistral has one file, as mistral_inference reads it
+    )
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -230,6 +248,7 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
 
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
