@@ -26,6 +26,12 @@ class ModelFormat(Enum):
     random = "random"
 
 
+class ConvertFormat(Enum):
+    hf = "hf"
+    fused = "fused"
+    mistral = "mistral"
+
+
 class Dtype(Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -164,7 +170,7 @@ class EngineConfig:
 class OutputConfig:
     """Where the answers go."""
 
-    dir: str = MISSING
+    dir: str = MISSING  # a folder, or a place in an object store such as s3://bucket/run
     format: OutputFormat = OutputFormat.arrow
     rows_per_shard: int = 10_000
     flush_seconds: float = 60.0  # at most this much finished work is lost when the process is killed
@@ -181,6 +187,8 @@ class ShardConfig:
 
     index: int = 0
     count: int = 1
+    heartbeat_seconds: float = 10.0  # how often this worker says that it is alive, see docs/clusters.md
+    takeover_seconds: float = 90.0  # without a heartbeat, after which another process may take this shard over
 
 
 @dataclass
@@ -233,6 +241,18 @@ class TuneConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """What `batchmix convert` writes into output.dir."""
+
+    # hf: config.json, the hub's names; fused: the same with transformers 5's own names; mistral: params.json
+    format: ConvertFormat = ConvertFormat.hf
+    dtype: Dtype = Dtype.auto  # auto: every tensor as it is stored
+    max_shard_size: str = (
+        "5GB"  # of a file, 10^9 bytes each; format=mistral has one file, as mistral_inference reads it
+    )
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -246,6 +266,7 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
 
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
@@ -384,12 +405,11 @@ def check(config: Config) -> Config:
         if value != default:
             shown = value.value if isinstance(value, Enum) else value
             raise refuse(key, shown, "not available in this version; leave it out")
-    if "://" in config.output.dir:
-        raise refuse(
-            "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"
-        )
     if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
         raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
+    if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:
+        raise refuse("shard.heartbeat_seconds", config.shard.heartbeat_seconds,
+                     f"must be above 0 and at most a third of shard.takeover_seconds={config.shard.takeover_seconds}")  # fmt: skip
     if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

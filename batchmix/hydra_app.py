@@ -13,8 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import hydra.version
 from hydra._internal.utils import _run_hydra, get_args_parser
@@ -30,6 +29,9 @@ from batchmix.config import Config, SamplingConfig, check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
+
+if TYPE_CHECKING:
+    from batchmix.data.storage import Storage
 
 EXIT_ERROR, EXIT_USAGE, EXIT_REQUEUE, EXIT_KEYBOARD = 1, 2, 75, 130
 
@@ -75,19 +77,20 @@ def to_config(composed: DictConfig) -> Config:
     return check(config)
 
 
-def save_hydra_files(config: Config) -> None:
-    """Write `config.yaml` and `overrides.yaml` under `output.dir/.hydra`, in a folder of its own for each shard.
+def save_hydra_files(config: Config, storage: Storage) -> None:
+    """Write `config.yaml` and `overrides.yaml` under `output.dir/.hydra` in `storage`, in a folder of its own for each shard.
 
     For the job to call once it has accepted the directory; does nothing where the job was not started by Hydra.
     """
     if not HydraConfig.initialized():
         return
-    folder = Path(config.output.dir, ".hydra")
+    folder = ".hydra"
     if config.shard.count > 1:
-        folder /= f"shard-{config.shard.index}-of-{config.shard.count}"
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
-    OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
+        folder += f"/shard-{config.shard.index}-of-{config.shard.count}"
+    storage.make_folder(folder)
+    files = {"config.yaml": OmegaConf.structured(config), "overrides.yaml": HydraConfig.get().overrides.task}
+    for name, content in files.items():
+        storage.replace(f"{folder}/{name}", OmegaConf.to_yaml(content).encode())
 
 
 def _schema() -> DictConfig:

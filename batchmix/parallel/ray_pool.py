@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -32,7 +33,7 @@ from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
 from batchmix.signals import StopSignals
-from batchmix.stages import check_error
+from batchmix.stages import check_error, make_sink, progress_of
 
 _LOOK_EVERY = 5.0  # seconds, at what the cluster has
 # A run ends once so many workers in a row were lost, in so many seconds, and no row was answered. Ray may for some time
@@ -58,9 +59,10 @@ def run_on_ray(
     with (
         RayPool(config, checkpoint.fingerprint()) as pool,
         Progress(source.shard_rows, output.num_done, pool.stats) as progress,
-        Metrics(output.root / "_metrics.jsonl", pool.stats, progress.totals, config.shard.index),
-        output.sink(tokenizer, clock) as sink,
+        Metrics(output.storage, pool.stats, progress.totals, config.shard.index),
+        make_sink(config, output.log(), tokenizer, clock) as sink,
     ):
+        output.report(partial(progress_of, source, progress.totals))
         for completion in pool.answer(rows, source.schema.names, signals.stopping, clock):
             check_error(config, completion)
             sink.write(completion)
