@@ -84,6 +84,11 @@ class Order(Enum):
     input = "input"
 
 
+class ClusterKind(Enum):
+    none = "none"
+    ray = "ray"
+
+
 class Redo(Enum):
     length = "length"
     error = "error"
@@ -173,7 +178,7 @@ class EngineConfig:
 class OutputConfig:
     """Where the answers go."""
 
-    dir: str = MISSING
+    dir: str = MISSING  # a folder, or a place in an object store such as s3://bucket/run
     format: OutputFormat = OutputFormat.arrow
     rows_per_shard: int = 10_000
     flush_seconds: float = 60.0  # at most this much finished work is lost when the process is killed
@@ -190,6 +195,20 @@ class ShardConfig:
 
     index: int = 0
     count: int = 1
+    heartbeat_seconds: float = 10.0  # how often this worker says that it is alive, see docs/clusters.md
+    takeover_seconds: float = 90.0  # without a heartbeat, after which another process may take this shard over
+
+
+@dataclass
+class ClusterConfig:
+    """Other machines that run the rows for this process; `cluster=ray` sets `kind`."""
+
+    kind: ClusterKind = ClusterKind.none
+    # Of a Ray cluster: auto, HOST:PORT or local; null: the one that RAY_ADDRESS names or this machine belongs to, else local
+    address: str | None = None
+    workers: int | None = None  # models at once; null: as many as the cluster has room for, also while it grows
+    cpus_per_worker: int = 1
+    rows_per_unit: int = 4096  # rows that a worker is given at a time
 
 
 @dataclass
@@ -260,6 +279,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -378,20 +398,29 @@ def check(config: Config) -> Config:
         raise refuse("shard.index", config.shard.index, f"must be from 0 to shard.count - 1 = {config.shard.count - 1}")
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
-                       ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens")):  # fmt: skip
+                       ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens"),
+                       ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit")):  # fmt: skip
         value = getattr(getattr(config, group), key)
         if value is not None and value < 1:
             raise refuse(f"{group}.{key}", value, "must be at least 1")
+    if config.cluster.kind is ClusterKind.ray:
+        if config.engine.data_parallel_size > 1:
+            raise refuse(
+                "engine.data_parallel_size",
+                config.engine.data_parallel_size,
+                "cluster=ray has a model on each GPU without it; leave it at 1",
+            )
+        if config.engine.trace:
+            raise refuse("engine.trace", "true", "traces one machine; leave it out with cluster=ray")
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"
         )
-    if "://" in config.output.dir:
-        raise refuse(
-            "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"
-        )
     if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
         raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
+    if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:
+        raise refuse("shard.heartbeat_seconds", config.shard.heartbeat_seconds,
+                     f"must be above 0 and at most a third of shard.takeover_seconds={config.shard.takeover_seconds}")  # fmt: skip
     if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

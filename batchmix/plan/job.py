@@ -56,7 +56,8 @@ def plan_report(config: Config) -> None:
     cost = estimate(model, setting, work)
     whole = estimate(model, replace(setting, stream=False), work) if cost.placement.streamed else None
     print(plan_text(survey, batches, gpu, work, model, cost, whole, where))
-    picture = config.plan.histogram or (str(Path(config.output.dir, "_lengths.png")) if config.output.dir else None)
+    folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
+    picture = config.plan.histogram or (str(Path(folder, "_lengths.png")) if folder else None)
     if picture is not None and survey.runnable:
         try:
             Path(picture).parent.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from batchmix.data.files import write_json
+from batchmix.data.storage import Storage, write_json
 from batchmix.engine.stats import EngineStats
 from batchmix.report.clock import StageClock
 from batchmix.report.progress import duration
@@ -77,9 +76,9 @@ class Summary:
         seconds = sum(run["generate_seconds"] for run in self.runs)
         return sum(run["device_busy"] * run["generate_seconds"] for run in self.runs) / seconds if seconds else 0.0
 
-    def write(self, path: Path) -> None:
+    def write(self, storage: Storage, name: str) -> None:
         """As JSON, atomically."""
-        write_json(path, self.as_json())
+        write_json(storage, name, self.as_json())
 
     def text(self) -> str:
         """What a person wants to know at the end."""
