@@ -217,6 +217,7 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[st
         tokenizer=tokenizer_fingerprint(checkpoint.folder),
         data=source.fingerprint(),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
+        quantization=None if checkpoint.quantization is None else checkpoint.quantization.value,
         max_model_len=checkpoint.max_model_len,
     )
 

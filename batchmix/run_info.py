@@ -28,7 +28,14 @@ _FIXED_OUTPUT = {"output.format", "output.token_ids"}
 
 
 def describe_run(
-    config: Config, *, model: str, tokenizer: str | None, data: Mapping[str, Any], dtype: str, max_model_len: int
+    config: Config,
+    *,
+    model: str,
+    tokenizer: str | None,
+    data: Mapping[str, Any],
+    dtype: str,
+    quantization: str | None,
+    max_model_len: int,
 ) -> dict[str, Any]:
     """All that goes into `_run.json`. `identity` is what a rerun must share."""
     resolved = to_plain(config)
@@ -39,6 +46,7 @@ def describe_run(
     }
     identity |= {
         "model.dtype": dtype,
+        "model.quantization": quantization,
         "model.max_model_len": max_model_len,
         "model": model,
         "tokenizer": tokenizer,
@@ -130,6 +138,8 @@ def provenance(run: Mapping[str, Any]) -> dict[str, str]:
         "model": run["config"]["model"]["path"],
         "model_sha256": identity["model"],
         "dtype": identity["model.dtype"],
+        "quantization": identity["model.quantization"] or "",
+        "kv_cache_dtype": identity["model.kv_cache_dtype"],
         "tokenizer_sha256": identity["tokenizer"] or "",
         "template_sha256": hashlib.sha256((run["config"]["data"]["template"] or "").encode()).hexdigest(),
         "sampling": json.dumps(sampling),

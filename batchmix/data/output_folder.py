@@ -30,7 +30,7 @@ from batchmix.run_info import accept_run, differences, read_run, record_redo
 
 SUCCESS = "_SUCCESS"
 _PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
-_OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics.jsonl", "_summary*.json", "_trace*.json", "_done-*",
+_OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics.jsonl", "_summary*.json", "_evaluation.json", "_trace*.json", "_done-*",
          "_journal.json", SUCCESS)  # fmt: skip
 _OUR_FOLDERS = (".hydra", MERGE_STAGING, REDO_STAGING)
 

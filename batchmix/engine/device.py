@@ -100,10 +100,8 @@ def check_model(config: MixtralConfig, place: Place, quantization: Quantization 
 
 
 def _multiplies_fp8(device: torch.device) -> bool:
-    """Whether Triton has products of e4m3 there: from sm_89 on, and on gfx950 (gfx942's fp8 is another)."""
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx950")
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether Triton has products of e4m3 there: on NVIDIA from sm_89 on."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _device(engine: EngineConfig) -> torch.device:

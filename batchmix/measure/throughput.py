@@ -19,7 +19,17 @@ from typing import Any
 import torch
 
 from batchmix import pipeline
-from batchmix.config import Config, DataConfig, Dtype, ModelConfig, ModelFormat, OutputConfig, SamplingConfig
+from batchmix.config import (
+    Config,
+    DataConfig,
+    Dtype,
+    KVCacheDtype,
+    ModelConfig,
+    ModelFormat,
+    OutputConfig,
+    Quantization,
+    SamplingConfig,
+)
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.device import choose_place
 from batchmix.engine.kv_cache import BLOCK_SIZE
@@ -31,8 +41,7 @@ from batchmix.measure.roofline import Device, Roofline, roofline
 from batchmix.measure.timing import Ceilings, measure_ceilings
 from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.config import MixtralConfig
-from batchmix.plan.cost import kv_bytes_per_token, weight_bytes
+from batchmix.plan.cost import Footprint, footprint
 
 _RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations
 _CACHE_SHARE = 0.15  # of a GPU's memory, left for the cache where benchmark.layers is null
@@ -68,6 +77,8 @@ def benchmark_throughput(config: Config) -> Path:
         folder.mkdir()
         save_model(folder, benchmark.shape, layers, dtype_name)
         model = open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random)).config
+        kv_itemsize = 1 if config.model.kv_cache_dtype is KVCacheDtype.fp8 else dtype.itemsize
+        size = footprint(model, dtype.itemsize, config.model.quantization, kv_itemsize)
         tokenizer = load_tokenizer(folder)
         works = [draw_work(name, benchmark.rows, benchmark.shape, model, tokenizer, folder.parent) for name in names]
         # Kernels are compiled when they first run, which is no more part of a rate than the peers' warm-up is of theirs.
@@ -82,7 +93,9 @@ def benchmark_throughput(config: Config) -> Path:
             ours = run_work(config, folder, work, device)
             best = roofline(
                 model, dtype.itemsize, [len(prompt) for prompt in work.prompts], work.answers, work.shared,
-                _device(model, dtype, ceilings, device, ours),
+                _device(size, dtype, ceilings, device, ours, config.model),
+                expert_itemsize=size.layer_bytes / (3 * model.num_local_experts * model.hidden_size * model.intermediate_size),
+                kv_itemsize=kv_itemsize,
             )  # fmt: skip
             found[work.name] = {"work": _describe(work), "roofline": _roofline_json(best, work), "batchmix": ours}
             ours["share_of_roofline"] = round(best.seconds / ours["seconds"], 4)
@@ -104,6 +117,8 @@ def benchmark_throughput(config: Config) -> Path:
         "shape": benchmark.shape,
         "layers": layers,
         "dtype": dtype_name,
+        "quantization": config.model.quantization and config.model.quantization.value,
+        "kv_cache_dtype": config.model.kv_cache_dtype.value,
         "ceilings": asdict(ceilings),
         "workloads": found,
     }
@@ -207,15 +222,21 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 def _device(
-    model: MixtralConfig, dtype: torch.dtype, ceilings: Ceilings, device: torch.device, ours: dict[str, Any]
+    size: Footprint,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    device: torch.device,
+    ours: dict[str, Any],
+    asked: ModelConfig,
 ) -> Device:
     """The limits of the roofline. Of a GPU the cache is what its memory could hold, whatever the engine made of it."""
     rate = ceilings.matmul[str(dtype).removeprefix("torch.")]
     if device.type == "cpu":
         return Device(ceilings.copy, rate, ours["kv_tokens"], 256)
     total = torch.cuda.mem_get_info(device)[1]
-    room = total - _RESERVED - weight_bytes(model, dtype.itemsize)
-    return Device(ceilings.copy, rate, room // kv_bytes_per_token(model, dtype.itemsize), _MOST_ROWS)
+    room = total - _RESERVED - size.weight_bytes
+    experts = ceilings.matmul.get("fp8") if asked.quantization is Quantization.fp8 else None
+    return Device(ceilings.copy, rate, room // size.kv_bytes, _MOST_ROWS, experts)
 
 
 def _describe(work: Work) -> dict[str, Any]:

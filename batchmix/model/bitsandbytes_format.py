@@ -68,6 +68,8 @@ class EightBit:
         return {"weight": (shape,), "SCB": ((shape[0],),)}
 
     def unpack(self, parts: Mapping[str, Tensor], shape: Shape) -> Weight:
+        if parts["weight"].dtype != torch.int8:
+            raise ValueError(f"weight is of type {parts['weight'].dtype}, not torch.int8")
         return Quantized(parts["weight"], parts["SCB"].float() / 127.0, Quantization.int8)
 
 

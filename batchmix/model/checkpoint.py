@@ -123,9 +123,8 @@ def _download(model: ModelConfig, weights: bool) -> Path:
         folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_SMALL_FILES))
         if weights:
             patterns = _weight_patterns(folder, _find_format(folder, model.format))
-            snapshot_download(
-                model.path, revision=folder.name, allow_patterns=patterns
-            )  # the commit: a branch can move
+            commit = folder.name  # a branch can move meanwhile
+            snapshot_download(model.path, revision=commit, allow_patterns=patterns)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         revision = f" at model.revision={model.revision}" if model.revision else ""
@@ -155,6 +154,7 @@ def _find_format(folder: Path, wanted: ModelFormat) -> ModelFormat:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; BatchmixError where there is none."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:

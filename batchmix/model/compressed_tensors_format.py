@@ -66,9 +66,9 @@ class CompressedTensors:
         codes = unsigned(parts["weight_packed"], self.bits)[:, :width] if self.packed else parts["weight"]
         scales = parts[self.scale].float()
         scales = scales.view(-1, scales.shape[-1] if scales.ndim else 1)  # [1 or N, 1 or groups]
-        if self.runs is Quantization.int4:
+        if self.runs is Quantization.int4 and width % GROUP == 0:
             return Quantized(pack_int4(codes), scales.expand(rows, width // GROUP).contiguous(), self.runs)
-        if self.runs is not None:
+        if self.runs in (Quantization.fp8, Quantization.int8):
             codes = (codes ^ 0x80).view(torch.int8) if self.packed else codes
             wanted = FP8 if self.runs is Quantization.fp8 else torch.int8
             if codes.dtype != wanted:
@@ -78,11 +78,11 @@ class CompressedTensors:
             spread = scales.repeat_interleave(self.block[0], 0)[:rows].repeat_interleave(self.block[1], 1)[:, :width]
             return codes.float() * spread
         if self.symmetric:
-            return grouped_values(codes, (1 << self.bits) // 2 if self.packed else 0, scales)
+            return grouped_values(codes, (1 << self.bits) // 2 if self.packed else 0, scales, self.group or width)
         zeros = parts["weight_zero_point"]
         if self.packed:
             zeros = unsigned(zeros.T, self.bits)[:, :rows].T
-        return grouped_values(codes, zeros, scales)
+        return grouped_values(codes, zeros, scales, self.group or width)
 
 
 def compressed_tensors(config: Mapping[str, Any]) -> CompressedTensors:
@@ -177,13 +177,11 @@ def unsigned(words: Tensor, bits: int) -> Tensor:
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
-def grouped_values(codes: Tensor, zeros: Tensor | int, scales: Tensor) -> Tensor:
-    """(codes - zeros) * scales in float32: codes [N, K], the others [1 or N, groups of one size along K, but the last]."""
-    width = codes.shape[1]
-    group = _ceil(width, scales.shape[1])
+def grouped_values(codes: Tensor, zeros: Tensor | int, scales: Tensor, group: int) -> Tensor:
+    """(codes - zeros) * scales in float32: codes [N, K], the others [1 or N, groups of `group` along K]."""
 
     def spread(x: Tensor) -> Tensor:
-        return x.float().repeat_interleave(group, 1)[:, :width]
+        return x.float().repeat_interleave(group, 1)[:, : codes.shape[1]]
 
     return (codes.float() - (spread(zeros) if isinstance(zeros, Tensor) else zeros)) * spread(scales)
 

@@ -50,7 +50,7 @@ class Gptq:
         words = parts["qzeros"] + _ONES[self.bits] if self.one_less else parts["qzeros"]
         zeros = unsigned(words, self.bits).T.int()  # [N, groups]
         scales, group_of = parts["scales"].T.float(), parts["g_idx"].long()  # [N, groups], [K]
-        if self.runs is None:
+        if self.runs is None or (self.runs is Quantization.int4 and width % GROUP):
             if group_of.min() < 0 or group_of.max() >= scales.shape[1]:
                 raise ValueError(f"g_idx names groups {group_of.min()} to {group_of.max()} of {scales.shape[1]}")
             return (codes.float() - zeros[:, group_of]) * scales[:, group_of]

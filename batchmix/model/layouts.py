@@ -176,13 +176,14 @@ class HubNames:
         return self._files.read(self._where[name][0]).dtype
 
     def release(self, name: str) -> None:
-        release_pages(self._part(name))
+        stored = self._files.read(self._where[name][0])
+        release_pages(self._part(name) if stored.is_contiguous() else stored)
 
     def _part(self, name: str) -> Tensor:
         own, k = self._where[name]
         stored = self._layout[own]
         shape = self._shapes[name][::-1] if stored.form is Form.transposed else self._shapes[name]
-        return self._files.read(own).view(len(stored.parts), *shape)[k]
+        return self._files.read(own).reshape(len(stored.parts), *shape)[k]  # a view, but of a .pth file's odd strides
 
 
 def to_hub(tensor: Tensor, form: Form, head_dim: int) -> Tensor:
@@ -194,7 +195,7 @@ def to_hub(tensor: Tensor, form: Form, head_dim: int) -> Tensor:
     if form is Form.transposed:
         return tensor.T
     if form is Form.interleaved:
-        return tensor.view(-1, head_dim // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        return tensor.reshape(-1, head_dim // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
     return tensor
 
 
@@ -203,7 +204,7 @@ def from_hub(tensor: Tensor, form: Form, head_dim: int) -> Tensor:
     if form is Form.transposed:
         return tensor.T
     if form is Form.interleaved:
-        return tensor.view(-1, 2, head_dim // 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        return tensor.reshape(-1, 2, head_dim // 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
     return tensor
 
 

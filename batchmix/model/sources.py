@@ -54,7 +54,8 @@ class PthFile:
             ) from None
         if not isinstance(state, dict):
             raise BatchmixError(f"{path}: holds a {type(state).__name__}, not tensors by name")
-        self._state = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        # detach: a parameter would take its gradient along to where it is copied
+        self._state = {str(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         self.dtypes = {name: _header_name(tensor.dtype) for name, tensor in self._state.items()}
 

@@ -75,7 +75,9 @@ def test_whatever_fits_the_answers_are_the_same_and_the_cap_holds(
     model = footprint(checkpoint.config, 4, quantization)
     workspace = gpu_workspace_bytes(checkpoint.config, 4, PREFILL, 4)
     room = model.fixed_bytes + int(layers_there * model.layer_bytes) + 2 * LONGEST * model.kv_bytes
-    host_room = LAYERS * model.layer_bytes + (BLOCK_SIZE + host_tokens) * model.kv_bytes + 1000  # which the link is measured with
+    host_room = (
+        LAYERS * model.layer_bytes + (BLOCK_SIZE + host_tokens) * model.kv_bytes + 1000
+    )  # which the link is measured with
     host_room += StagedKVCache.landing_bytes(checkpoint.config, torch.float32, PREFILL)
     link = FakeLink(workspace + room + 10_000, host_room=host_room)
     engine = started(link, config(folder, quantization=quantization), max_num_seqs=4)

@@ -10,9 +10,11 @@ from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 from engines import answers, load, make_engine, packed_logits, prompts, run
 
 from batchmix.config import Dtype, ModelConfig, ModelFormat, Quantization
+from batchmix.engine.kv_cache import KVCache
 from batchmix.errors import BatchmixError
-from batchmix.model import torch_ops
+from batchmix.model import torch_backend, torch_ops
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.mixtral import Mixtral
 from batchmix.model.quantized import FP8, Quantized, dense, quantize, through_fp8
 from batchmix.model.shards import Shards
 from batchmix.model.triton_ops import TritonOperators
@@ -23,6 +25,7 @@ V = 128
 SHAPE = {"vocab_size": V, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2,
          "num_key_value_heads": 1, "num_local_experts": 4}  # fmt: skip
 FORMATS = list(Quantization)
+SOME = [Quantization.int4, *(pytest.param(format, marks=pytest.mark.slow) for format in (None, *FORMATS[:2]))]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_a_token_has_the_same_bits_in_any_company(format):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU, for the interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_both_backends_multiply_alike(format, dtype):
     router, w13, w2 = experts(format)
@@ -78,6 +81,7 @@ def test_both_backends_multiply_alike(format, dtype):
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.slow  # 6 s under the interpreter
 @pytest.mark.parametrize("format", [None, *FORMATS])
 def test_both_backends_give_the_same_logits_with_a_cache_in_fp8(folder, format):
     rows = [list(row.token_ids) for row in prompts(3, V, seed=6, longest=12)]
@@ -103,8 +107,8 @@ def test_both_backends_give_the_same_tokens(folder, format):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", SOME)
 def test_answers_do_not_depend_on_company_or_chunks(folder, format, dtype):
     model = load(folder, dtype, quantization=format)
     rows = prompts(12, V, seed=2, longest=90, temperature=1.0, max_tokens=10, logprobs=1, n=2)
@@ -116,9 +120,9 @@ def test_answers_do_not_depend_on_company_or_chunks(folder, format, dtype):
 
 
 def test_what_the_cache_cuts_off():
-    model = load_random()
-    engine = make_engine(model, kv_dtype=FP8, kv_blocks=3, max_model_len=48)
-    cache, shape = engine.state.cache, (2, model.config.num_key_value_heads, model.config.head_dim)
+    config = open_checkpoint(ModelConfig()).config
+    cache = KVCache(config, 3, 16, FP8, torch.device("cpu"))
+    shape = (2, config.num_key_value_heads, config.head_dim)
     values = torch.linspace(-1000, 1000, 2 * shape[1] * shape[2]).view(shape)
     blocks, offsets = torch.tensor([1, 2]), torch.tensor([0, 5])
     cache.write(0, blocks, offsets, values, -values)
@@ -126,12 +130,12 @@ def test_what_the_cache_cuts_off():
         block = cache.read(cache.keys[0], blocks[token : token + 1], torch.float32)[0, :, offsets[token]]
         assert torch.equal(block, values[token].clamp(-448, 448).to(FP8).float())
         assert torch.equal(block, cache.as_stored(values)[token])
-    assert cache.keys[0].nbytes == 4 * shape[1] * shape[2] * cache.block_size, "one byte each"
+    layers = config.num_hidden_layers
+    assert cache.keys.nbytes == 3 * layers * shape[1] * shape[2] * 16, "one byte each"
+    assert KVCache.block_bytes(config, 16, FP8) * 2 == KVCache.block_bytes(config, 16, torch.bfloat16)
 
 
 def load_random(quantization: Quantization | None = None, dtype: torch.dtype = torch.float32):
-    from engines import Mixtral, torch_backend
-
     name = Dtype[str(dtype).removeprefix("torch.")]
     checkpoint = open_checkpoint(ModelConfig(format=ModelFormat.random, dtype=name, quantization=quantization))
     return Mixtral(checkpoint.config, load_weights(checkpoint, dtype, torch.device("cpu")), torch_backend, 512)

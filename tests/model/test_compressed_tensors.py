@@ -16,7 +16,7 @@ from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelCo
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.convert import convert
-from batchmix.model.quantized import Quantized, dense
+from batchmix.model.quantized import Quantized, dense, format_of
 from batchmix.model.shards import Shards
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ STATIC = {"type": "float", "strategy": "tensor", "dynamic": False}
 DYNAMIC = {"type": "float", "strategy": "token", "dynamic": True}
 
 
-def save_compressed(folder: Path, form: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> Path:
+def save_compressed(
+    folder: Path, form: str, weights: dict[str, Any], activations: dict[str, Any] | None, **shape: int
+) -> Path:
     """A random Mixtral whose linear layers the library compresses, beside it `plain`: as the library decompresses it."""
     # Not at the top: the library takes four seconds to import, and these tests are slow ones.
     from compressed_tensors.compressors.base import BaseCompressor
@@ -53,7 +55,7 @@ def save_compressed(folder: Path, form: str, weights: dict[str, Any], activation
     args = QuantizationArgs(**weights)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry(form)
-    plain = save_hub(random_mixtral(seed=4, **SHAPE), folder / "plain")
+    plain = save_hub(random_mixtral(seed=4, **{**SHAPE, **shape}), folder / "plain")
     state, packed, widened = load_file(plain / "model.safetensors"), {}, {}
     for name, weight in state.items():
         if "_proj" not in name and ".experts." not in name:
@@ -94,6 +96,15 @@ def qparams(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Ten
     scales, zeros = calculate_qparams(parts.amin(-1), parts.amax(-1), args)
     scales = scales.reshape(-1) if strategy == "tensor" else scales
     return {"weight_scale": scales} | ({} if args.symmetric else {"weight_zero_point": zeros})
+
+
+def test_int4_attention_of_an_odd_width(tmp_path):
+    """wo has 4 x 24 columns: no whole group, so its values are taken though experts keep their codes."""
+    form, weights, _ = SCHEMES["int4 by channel"]
+    folder = save_compressed(tmp_path, form, weights, None, head_dim=24)
+    for ours, theirs in zip(load(folder).weights.layers, load(tmp_path / "plain").weights.layers, strict=True):
+        assert ours.w13.format is Quantization.int4
+        assert torch.allclose(ours.wo, theirs.wo, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -154,6 +165,29 @@ def test_what_cannot_be_read_is_named(tmp_path):
         weights |= {"num_bits": 4, "actorder": None, **change}
         (folder / "config.json").write_text(json.dumps(config))
         refused(folder, match)
+
+
+def test_quant_method_fp8(tmp_path):
+    """AutoFP8's names are those of compressed-tensors; in DeepSeek-V3's a block's scale is called weight_scale_inv."""
+    for name, kept, changes in (
+        ("fp8 by tensor", Quantization.fp8, {"activation_scheme": "static"}),
+        ("fp8 by block", None, {"weight_block_size": [64, 64]}),
+    ):
+        here = tmp_path / name
+        here.mkdir()
+        form, weights, _ = SCHEMES[name]
+        folder = save_compressed(here, form, weights, STATIC)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8", **changes}
+        (folder / "config.json").write_text(json.dumps(config))
+        state = load_file(folder / "model.safetensors")
+        if kept is None:
+            state = {name.replace(".weight_scale", ".weight_scale_inv"): tensor for name, tensor in state.items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        for ours, theirs in zip(load(folder).weights.layers, load(here / "plain").weights.layers, strict=True):
+            assert format_of(ours.w13) is kept
+            assert torch.allclose(dense(ours.w13, torch.float32), theirs.w13, rtol=1e-6, atol=0)
+            assert torch.allclose(ours.wqkv, theirs.wqkv, rtol=1e-6, atol=0)
 
 
 def converted(folder: Path, quantization: Quantization | None = None, name: str = "saved", **options: Any) -> Path:
