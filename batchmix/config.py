@@ -212,7 +212,7 @@ class BenchmarkConfig:
     only: list[str] | None = None
     rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
     layers: int | None = None  # of throughput's model; null: as many as fit
-    # Of throughput's transformers, generate_batch, vllm, of offload's accelerate; null: all that are installed
+    # Of throughput's transformers, generate_batch, vllm, sglang, of offload's accelerate; null: all that are installed
     peers: list[str] | None = None
     peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs

@@ -5,7 +5,8 @@
 Writes a random bfloat16 Mixtral of about N GB into a temporary folder, then loads it as a run does. The peak of the
 process's anonymous memory and of its mapped file pages is told apart, both from /proc/self/smaps_rollup, sampled every
 5 ms by a thread; the tensors' own final place is taken off the first. File pages belong to the page cache: the kernel
-takes them back at once when it needs them. `--cold` drops the files from the page cache before each turn.
+takes them back at once when it needs them. The rate for a CPU second hardly depends on what else the machine does; a rate below it
+means that the machine was busy. `--cold` drops the files from the page cache before each turn.
 """
 
 from __future__ import annotations
@@ -141,11 +142,12 @@ def load_once(folder: Path, device: torch.device, count: int, cold: bool) -> dic
         place = loaded.num_bytes() if device.type == "cpu" else 0
         del loaded
         warm(checkpoint.files, cold)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         weights.load_weights(checkpoint, checkpoint.dtype, device)
-        seconds = time.perf_counter() - started
+        seconds, work = time.perf_counter() - started, time.process_time() - worked
     return {
         "gb_per_second": round(checkpoint.num_bytes() / 1e9 / seconds, 2),
+        "gb_per_cpu_second": round(checkpoint.num_bytes() / 1e9 / work, 2),
         "anonymous_gb_beside_the_weights": round((peak.anonymous - place) / 1e9, 3),
         "file_gb": round(peak.file / 1e9, 3),
         "resident_gb_beside_the_weights": round((peak.resident - place) / 1e9, 3),

@@ -1,4 +1,4 @@
-"""What a new token does to its row: batchmix/engine/slots.py's `Slots.advance`, for all rows in one kernel.
+"""What a new token does to its row: batchmix/engine/advance.py, for all rows in one kernel.
 
 The engine reads the result every few steps, not after each, so a row that has ended may still be in the batch: it is
 left alone, and what it ended with stays.

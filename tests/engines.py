@@ -14,12 +14,13 @@ import torch
 from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.link import Arrival, Link
 from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.link import Link
+from batchmix.model.memory_link import MemoryLink
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import Offload
 from batchmix.model.weights import load_weights
@@ -54,16 +55,16 @@ def load(
     return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
-def make_engine(model: Mixtral, link: Link | None = None, **options: Any) -> Engine:
-    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the host where there is a `link`."""
+def make_engine(model: Mixtral, host: MemoryLink | None = None, **options: Any) -> Engine:
+    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the `host` where there is one."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
     embedding = model.weights.embedding
     kv_dtype = options.pop("kv_dtype", embedding.dtype)
     cache = (
         KVCache(model.config, blocks + 1, block_size, kv_dtype, embedding.device)
-        if link is None
-        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, link, 1024)
+        if host is None
+        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, host, 1024)
     )
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,
@@ -73,6 +74,31 @@ def make_engine(model: Mixtral, link: Link | None = None, **options: Any) -> Eng
         "stop_table": None,
     }
     return Engine(model, cache, **{**defaults, **options})
+
+
+class LateLink(Link):
+    """As to a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
+
+    late = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.num_queued = 0
+        self.queued_behind: list[int] = []  # at each wait: how many later windows the device had been given by then
+
+    def read_back(self, tensors: Sequence[torch.Tensor]) -> Arrival:
+        number = self.num_queued
+        self.num_queued += 1
+        copies = [tensor.clone().numpy() for tensor in tensors]
+        seen = [np.full_like(copy, 99) for copy in copies]
+
+        def wait() -> list[np.ndarray]:
+            self.queued_behind.append(self.num_queued - 1 - number)
+            for array, copy in zip(seen, copies, strict=True):
+                array[:] = copy
+            return seen
+
+        return wait
 
 
 def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sampling: Any) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""Decode: a few steps for all rows that run, each as one captured graph where there are graphs."""
+"""Decode: a window of steps for all rows that run, each as one captured graph where there are graphs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from batchmix.engine.completion import hear
 from batchmix.engine.graphs import rung
 from batchmix.engine.kv_cache import OutOfBlocks
 from batchmix.engine.state import State
@@ -21,13 +22,18 @@ class Decode:
         self.model, self.state, self.device_clock, self.steps_per_read = model, state, device_clock, steps_per_read
 
     def run(self) -> None:
-        """A few tokens for every active row, or one if their log-probabilities are wanted, which the host keeps."""
+        """Queue a few tokens for every active row, or one if their log-probabilities are wanted, which the host keeps.
+
+        Nothing is queued where all rows will have ended once what is queued already is done.
+        """
         state, model, slots = self.state, self.model, self.state.slots
-        active, host = len(state.rows), slots.host
-        wants_logprobs = bool(host["wants_logprob"][:active].any())
-        left = int((host["max_tokens"][:active] - host["generated"][:active]).max())
-        steps = 1 if wants_logprobs else min(self.steps_per_read, left)
-        self._take_blocks(steps)
+        wants_logprobs = bool(slots.host["wants_logprob"][: len(state.rows)].any())
+        if wants_logprobs:
+            hear(state, all_of_it=True)
+        steps = self._take_blocks(1 if wants_logprobs else self.steps_per_read)
+        if not steps:
+            hear(state, all_of_it=True)
+            return
         active = len(state.rows)
         # A power of two, so that a graph serves for a while.
         width = 1 << int(slots.num_blocks[:active].max() - 1).bit_length()
@@ -43,6 +49,9 @@ class Decode:
                     self._step(active, size, width)
                 else:
                     state.graphs.run((size, width), slots.tables(), partial(self._step, size, size, width))
+        state.idle_reads += steps * state.startable / (state.startable + active)
+        slots.queued(0, active, steps)
+        slots.look()
         state.stats.running = active
         state.stats.kv_blocks_used = state.pool.num_used
 
@@ -53,23 +62,29 @@ class Decode:
         hidden = model(slots.token[:size], attend)
         choose(model, slots, 0, model.logits(hidden)[:rows], decoded=True)
 
-    def _take_blocks(self, steps: int) -> None:
-        """The blocks that rows write to in so many steps; the youngest rows give way where there are too few."""
+    def _take_blocks(self, most: int) -> int:
+        """The blocks that rows write to in up to so many steps; returns how many steps, 0 where no row is left.
+
+        Where there are too few, rows that have ended meanwhile make room, then the youngest rows give way.
+        """
         state, slots = self.state, self.state.slots
-        while True:
-            active = len(state.rows)
-            host, held = slots.host, slots.num_blocks[:active]
-            left = host["max_tokens"][:active] - host["generated"][:active]
-            last = host["context"][:active] + np.minimum(steps, left) - 1  # position that is written last
-            missing = np.maximum(last // state.cache.block_size + 1 - held, 0)
-            needing = np.repeat(np.arange(active), missing)  # a slot as often as it needs blocks
+        while state.rows:
+            left = slots.left()
+            steps = min(most, int(left.max()))
+            # The position that is written last: what is planned ends with a token that is not in the cache yet.
+            last = slots.prompt_tokens[: len(left)] + slots.planned[: len(left)] - 2 + np.minimum(steps, left)
+            missing = np.maximum(last // state.cache.block_size + 1 - slots.num_blocks[: len(left)], 0)
+            needing = np.repeat(np.arange(len(left)), missing)  # a slot as often as it needs blocks
             try:
                 blocks = state.take(len(needing))
             except OutOfBlocks:
-                state.put_back(max(range(active), key=lambda slot: state.rows[slot].order))
+                if slots.looks:
+                    hear(state, all_of_it=True)
+                else:
+                    state.put_back(max(range(len(left)), key=lambda slot: state.rows[slot].order))
                 continue
             for slot, block in zip(needing.tolist(), blocks, strict=True):
-                slots.block_table[slot, len(state.rows[slot].blocks)] = block
+                slots.give_blocks(slot, [block])
                 state.rows[slot].blocks.append(block)
-            held += missing
-            return
+            return steps
+        return 0

@@ -1,31 +1,32 @@
 """The engine: batches of prompts in, completions out.
 
-`Engine.generate` is the whole loop: admit prompts into free slots (one packed prefill), decode one token for every
-active slot, hand out the rows that ended. Rows never wait for each other: an ended row's slot is refilled.
+`Engine.generate` is the whole loop: admit prompts into free slots (one packed prefill), or decode a few tokens for every
+active slot; then see what is known of the steps before and hand out the rows that ended. Rows never wait for each other:
+an ended row's slot is refilled.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
 from batchmix.engine.admission import admit, worth_refilling
-from batchmix.engine.completion import completion
+from batchmix.engine.completion import hear
 from batchmix.engine.decode import Decode
 from batchmix.engine.graphs import Step, StepGraphs
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.link import Link, link_to
 from batchmix.engine.prefill import Prefill
 from batchmix.engine.restart import start_over
 from batchmix.engine.slots import Slots
 from batchmix.engine.state import State, Waiting
 from batchmix.errors import BatchmixError
 from batchmix.model.mixtral import Mixtral
+from batchmix.plan.cost import full_step
 from batchmix.records import Batch, Completion
 from batchmix.report.clock import StageClock
 from batchmix.report.device_clock import DeviceClock
@@ -51,9 +52,10 @@ class Engine:
         steps_per_read: int = 1,
         capture: Callable[[Step], Step] | None = None,
         share_prefix: bool = False,
+        link: Link | None = None,
     ) -> None:
-        """`steps_per_read`: decode steps between two looks at what they did; more than 1 needs a backend that leaves
-        ended rows alone. `capture` makes a CUDA graph of a step."""
+        """`steps_per_read`: decode steps between two looks at what they did. `capture` makes a CUDA graph of a step.
+        `link`, to the cache's device, says when results are looked at."""
         self.model = model
         self.max_model_len = max_model_len
         self.should_stop = should_stop
@@ -67,17 +69,19 @@ class Engine:
             blocks_per_row=blocks_per_row,
             eos_token_ids=eos_token_ids,
             stop_table=stop_table,
-            device=cache.keys.device,
+            link=link or link_to(cache.keys.device),
             row_tile=model.ops.row_tile,
             steps_per_read=steps_per_read,
         )
         make_graphs = partial(StepGraphs, capture)
-        self.state = State(cache, max_num_seqs, max_num_batched_tokens, make_slots, make_graphs, share_prefix)
+        # From so many tokens on a prefill step costs what it computes: streamed weights take far longer than those at hand.
+        full = full_step(model.config) if model.stream is None else max_num_batched_tokens
+        self.state = State(cache, max_num_seqs, max_num_batched_tokens, full, make_slots, make_graphs, share_prefix)
         self.stats = self.state.stats
         self.clock = StageClock()
         self.device_clock = DeviceClock(cache.keys.device)
-        self._prefill = Prefill(model, self.state, self.device_clock, max_model_len, prefill_chunk)
-        self._decode = Decode(model, self.state, self.device_clock, steps_per_read)
+        self.prefill = Prefill(model, self.state, self.device_clock, max_model_len, prefill_chunk)
+        self.decode = Decode(model, self.state, self.device_clock, steps_per_read)
 
     @torch.inference_mode()
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
@@ -94,14 +98,15 @@ class Engine:
                 more = batch is not None
                 if batch is not None:
                     yield from self.enqueue(batch)
-            if worth_refilling(state):
-                self._attempt("prefill", self.refill)
-                yield from self._collect()
+            if worth_refilling(state) and admit(state):
+                self._attempt("prefill", self.prefill.run)
             elif state.rows:
-                self._attempt("decode", self.decode)
-                yield from self._collect()
+                self._attempt("decode", self.decode.run)
             elif not more and not state.waiting:
                 return
+            yield from self._completed()
+        hear(state, all_of_it=True)
+        yield from self._completed()
 
     def enqueue(self, batch: Batch) -> Iterator[Completion]:
         """Let a batch's prompts wait for a slot; those that cannot run come out at once."""
@@ -112,28 +117,12 @@ class Engine:
                 self.state.waiting.append(Waiting(prompt, list(range(prompt.sampling.n))))
         self.stats.waiting = len(self.state.waiting)
 
-    def refill(self) -> None:
-        """Fill free slots with waiting prompts: take their blocks, prefill them packed, choose their first tokens."""
-        self.stats.first_prefill_time = self.stats.first_prefill_time or time.time()
-        admit(self.state)
-        self._prefill.run()
-        self._read()
-        self.stats.waiting = len(self.state.waiting)
-
-    def decode(self) -> None:
-        """A few tokens for every row."""
-        self._decode.run()
-        self._read()
-
-    def _read(self) -> None:
-        self.stats.completion_tokens += self.state.slots.read()
-        self.stats.last_token_time = time.time()
-
     def _attempt(self, name: str, step: Callable[[], None]) -> None:
-        """Run one step; where the device has no memory for it, go on with half the batch."""
+        """Queue steps and see what those before them did; where the device has no memory, go on with half the batch."""
         try:
             with self.clock.stage(name):
                 step()
+                hear(self.state, all_of_it=False)
             self._count_streamed(name)
             return
         except torch.OutOfMemoryError:
@@ -151,14 +140,6 @@ class Engine:
             self.stats.decode_streamed_bytes += total - self.stats.streamed_bytes
         self.stats.streamed_bytes = total
 
-    def _collect(self) -> Iterator[Completion]:
-        """Hand out the rows that have ended and free their slots, the highest first so that slots below keep theirs."""
-        state = self.state
-        ended = np.flatnonzero(state.slots.host["finish"][: len(state.rows)])
-        completions = [completion(state.rows[slot], state.slots, slot) for slot in ended.tolist()]
-        for slot in ended[::-1].tolist():
-            state.free(slot)
-        if completions:
-            mean = sum(done.num_tokens for done in completions) / len(completions)
-            state.mean_length = 0.9 * state.mean_length + 0.1 * mean if state.mean_length else mean
-        yield from completions
+    def _completed(self) -> Iterator[Completion]:
+        completed, self.state.completed = self.state.completed, []
+        yield from completed

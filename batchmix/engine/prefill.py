@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
+from batchmix.engine.link import to_device
 from batchmix.engine.state import Admission, Row, State
 from batchmix.engine.step import choose, pad
 from batchmix.model.backend import Chunk
@@ -26,6 +29,9 @@ class Prefill:
 
         A chunk that alone is longer runs alone: cutting it would change how its sums are rounded.
         """
+        stats = self.state.stats
+        stats.first_prefill_time = stats.first_prefill_time or time.time()
+        stats.refills += bool(self.state.rows)
         pack: list[tuple[Admission, int, int]] = []  # admission, start, length
         room = self.state.max_num_batched_tokens
         for admission in self.state.admissions:
@@ -41,7 +47,7 @@ class Prefill:
         if pack:
             self._run_pack(pack)
         self._start(self.state.admissions)
-        self.state.admissions = []
+        self.state.admissions, self.state.idle_reads = [], 0.0
 
     def _run_pack(self, pack: list[tuple[Admission, int, int]]) -> None:
         model, cache = self.model, self.state.cache
@@ -54,7 +60,7 @@ class Prefill:
             chunks.append(Chunk(end - length, start, length, admission.blocks))
         attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
         with self.device_clock.work("prefill"):
-            hidden = model(torch.from_numpy(tokens).to(cache.keys.device), attend)
+            hidden = model(to_device(tokens, cache.keys.device), attend)
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             if start + length == len(admission.prompt.token_ids):
                 admission.last_hidden = hidden[end - 1].clone()
@@ -78,8 +84,7 @@ class Prefill:
                     blocks = admission.blocks[:-1] + own
                 assert num_full in (len(blocks), len(blocks) - 1)
                 slot = slots.add(prompt, sample, limit)
-                slots.block_table[slot, : len(blocks)] = blocks
-                slots.num_blocks[slot] = len(blocks)
+                slots.give_blocks(slot, blocks)
                 state.rows.append(Row(prompt, sample, state.num_admitted, list(blocks)))
                 state.num_admitted += 1
                 assert admission.last_hidden is not None
@@ -89,3 +94,5 @@ class Prefill:
         slots.upload()
         with self.device_clock.work("prefill"):
             choose(model, slots, first, model.logits(stacked)[: len(hidden)], decoded=False)
+        slots.queued(first, first + len(hidden), 1)
+        slots.look()

@@ -30,7 +30,7 @@ def start_over(state: State, step: str, least_tokens: int) -> None:
             waiting.samples.append(sample)
     state.waiting.extendleft(reversed(again.values()))
     state.max_num_batched_tokens = max(least_tokens, batched // 2)
-    state.stats.completion_tokens -= int(state.slots.num_read[: state.slots.num_active].sum())
+    state.stats.completion_tokens -= int(state.slots.answers.count[: state.slots.num_active].sum())
     state.renew(max(1, capacity // 2))
     if state.cache.keys.is_cuda:
         torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from batchmix.engine.kv_cache import KVCache, words
 from batchmix.engine.slots import Slots
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.config import MixtralConfig
-from batchmix.model.link import Link
+from batchmix.model.memory_link import MemoryLink
 from batchmix.model.offload import BUFFERS
 
 _LANDINGS = 3  # layers whose tokens may be on their way back at once
@@ -32,7 +32,13 @@ class StagedKVCache(KVCache):
     """
 
     def __init__(
-        self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, link: Link, max_tokens: int
+        self,
+        config: MixtralConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        link: MemoryLink,
+        max_tokens: int,
     ) -> None:
         self.num_layers, self.link = config.num_hidden_layers, link
         self._streamed_bytes = 0
@@ -72,7 +78,8 @@ class StagedKVCache(KVCache):
         return _Staged(self, attend, np.array(read, np.int64), np.concatenate(blocks), np.concatenate(position) % size)
 
     def around_decode(self, attend: Attend, slots: Slots, rows: int) -> Attend:
-        size, context = self.block_size, slots.host["context"][:rows]
+        # Of a row that has ended, which the host may not have heard of, nothing is written there; it goes to its own block.
+        size, context = self.block_size, slots.prompt_tokens[:rows] + slots.planned[:rows] - 1
         table = slots.block_table[:rows].astype(np.int64)
         held = np.arange(table.shape[1]) < -(-context // size)[:, None]
         return _Staged(self, attend, table[held], table[np.arange(rows), context // size], context % size)

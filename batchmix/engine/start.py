@@ -23,7 +23,7 @@ from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_b
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
-from batchmix.model.link import Link
+from batchmix.model.memory_link import MemoryLink
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import BUFFERS, Offload, spread
 from batchmix.model.quantized import FP8, dense
@@ -33,7 +33,9 @@ from batchmix.plan.cost import footprint
 from batchmix.plan.placement import RESIDENT_ROWS, Placement
 
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
-STEPS_PER_READ_GPU = 4  # a look makes the GPU wait for the host; an ended row stays for 1.5 steps more. Not measured
+# A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the host
+# does between windows (benchmarks/bench_step.py) hides behind the window that runs. Not measured on a GPU.
+STEPS_PER_READ_GPU = 2
 
 _log = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ def _check_products(weights: Weights, max_rows: int) -> None:
 
 
 def choose_sizes(
-    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: Link | None, plan: Placement | None
+    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: MemoryLink | None, plan: Placement | None
 ) -> Sizes:
     """Rows and KV blocks that fit into the memory that is free now: on a GPU measured, on the CPU estimated."""
     kv_dtype = cache_dtype(checkpoint, model.weights.embedding.dtype)

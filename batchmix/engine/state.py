@@ -13,7 +13,7 @@ from batchmix.engine.kv_cache import BlockPool, KVCache
 from batchmix.engine.prefix_cache import PrefixCache
 from batchmix.engine.slots import Slots
 from batchmix.engine.stats import EngineStats
-from batchmix.records import Prompt
+from batchmix.records import Completion, Prompt
 
 
 @dataclass
@@ -55,20 +55,25 @@ class State:
     prefixes: PrefixCache | None
     rows: list[Row]  # of slot 0, 1, ...
     admissions: list[Admission]  # taken out of `waiting` by the step that runs
+    startable: int  # rows that could start instead of the next window of decode steps
+    idle_reads: float  # readings of the weights that were lost to such rows since the last prefill
 
     def __init__(
         self,
         cache: KVCache,
         capacity: int,
         max_num_batched_tokens: int,
+        full_prefill: int,
         make_slots: Callable[[int], Slots],
         make_graphs: Callable[[], StepGraphs],
         share_prefix: bool,
     ) -> None:
         self.cache = cache
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.full_prefill = full_prefill  # tokens of a prefill step from which more do not make it run better
         self.waiting: deque[Waiting] = deque()
         self.stats = EngineStats(kv_blocks_total=cache.num_blocks - 1)
+        self.completed: list[Completion] = []  # to be handed out
         self.num_admitted = 0
         self.mean_length = 0.0  # of the completions so far, to guess how far new rows will grow
         self._make_slots, self._make_graphs, self._share_prefix = make_slots, make_graphs, share_prefix
@@ -81,6 +86,7 @@ class State:
         self.prefixes = PrefixCache(self.pool, self.cache.block_size) if self._share_prefix else None
         self.slots, self.graphs = self._make_slots(capacity), self._make_graphs()
         self.ladder = ladder(capacity)
+        self.startable, self.idle_reads = 0, 0.0
 
     def num_available(self) -> int:
         """Blocks that are free, or can be: prefixes stay in the cache only for as long as there is room."""
@@ -105,7 +111,7 @@ class State:
         """Take a row out of the batch. It starts again later and, as its random numbers are keyed, ends the same."""
         row = self.rows[slot]
         self.stats.put_back += 1
-        self.stats.completion_tokens -= int(self.slots.num_read[slot])
+        self.stats.completion_tokens -= int(self.slots.answers.count[slot])
         self.free(slot)
         if self.waiting and self.waiting[0].prompt is row.prompt:
             self.waiting[0].samples.insert(0, row.sample)

@@ -17,6 +17,7 @@ class EngineStats:
     waiting: int = 0  # prompts in the engine without a slot
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    refills: int = 0  # prefills of rows that took the slots of others, while more still ran
     put_back: int = 0  # rows that gave way when blocks ran out, and started again
     streamed_bytes: int = 0  # weights, keys and values that were copied to the device
     decode_streamed_bytes: int = 0  # of them, in decode steps

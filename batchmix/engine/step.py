@@ -17,6 +17,7 @@ def choose(model: Mixtral, slots: Slots, first: int, logits: torch.Tensor, decod
     """Append a token to slots first..first+R-1. logits float32 [R, V] (spent); `decoded`: see `Operators.advance`."""
     tokens, logprobs = model.ops.choose(logits, slots, first)
     model.shards.agree(tokens)
-    if logprobs is not None:
-        slots.log_logprobs(first + logprobs.rows, logprobs.chosen, logprobs.top_ids, logprobs.top)
+    if logprobs is not None:  # read in every step, so what is planned is what there is
+        rows = first + logprobs.rows
+        slots.answers.hear_logprobs(rows, slots.planned[rows], logprobs.chosen, logprobs.top_ids, logprobs.top)
     model.ops.advance(slots, first, tokens, decoded)

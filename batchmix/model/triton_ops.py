@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.link import to_device
 from batchmix.engine.sampling import Logprobs, largest
 from batchmix.engine.slots import Slots
 from batchmix.kernels import linear, moe, norm, sampling
@@ -69,14 +70,14 @@ class TritonOperators:
             return
         ratio = model.config.num_attention_heads // model.config.num_key_value_heads
         table = torch.from_numpy(slots.block_table[:num_tokens])
-        context = torch.from_numpy(slots.host["context"][:num_tokens])
+        context = torch.from_numpy(slots.prompt_tokens[:num_tokens])  # rows share what is of their prompts
         found = find_shared_splits(table, context, cache.block_size, ratio, capacity=_SHARED_SPLITS * num_tokens)
         if known is None:
             splits = found.to(cache.keys.device)
         else:  # into the same memory, which a captured step reads
             splits = known[1]
             for kept, new in zip(splits, found, strict=True):
-                kept.copy_(new)
+                kept.copy_(to_device(new, kept.device))
         self._shared[num_tokens] = state, splits
 
     def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:

@@ -43,6 +43,7 @@ class RunStatistics:
             "total_seconds": round(self.total_seconds, 3),
             "generate_seconds": round(generate, 3),
             "device_busy": round(min(1.0, busy / generate), 4) if generate > 0 else 0.0,
+            "put_back": self.stats.put_back,
             "out_of_memory": self.stats.out_of_memory,
             "streamed_bytes": self.stats.streamed_bytes,
             "decode_streamed_bytes": self.stats.decode_streamed_bytes,

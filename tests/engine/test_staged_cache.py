@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import answers, load, make_engine, prompts, run
+from engines import LateLink, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
@@ -67,8 +67,18 @@ def test_answers_are_those_of_a_cache_on_the_device(folder, rows, expected, capa
 
 def test_rows_that_are_put_back(folder, rows, expected):
     engine = make_engine(load(folder), FakeLink(), max_num_seqs=8, kv_blocks=30, **OPTIONS)
+    engine.state.mean_length = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
     assert answers(run(engine, rows)) == expected
     assert engine.stats.put_back > 0
+
+
+def test_rows_that_end_before_the_host_hears_of_it(folder):
+    """Their next token is planned for, and goes to a block that others may get."""
+    drawn = prompts(20, 128, longest=30, temperature=1.0, max_tokens=9, stop_token_ids=list(range(20)))
+    expected = answers(run(make_engine(load(folder), **OPTIONS), drawn))
+    assert {reason for _, reason, *_ in expected.values()} == {"stop", "length"}
+    engine = make_engine(load(folder), FakeLink(), link=LateLink(), max_num_seqs=4, kv_blocks=30, **OPTIONS)
+    assert answers(run(engine, drawn)) == expected
 
 
 def test_a_cache_in_fp8(folder, rows):
