@@ -14,13 +14,13 @@ import torch
 from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.link import Arrival, Link
+from batchmix.engine.readback import Arrival, Readback
 from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.memory_link import MemoryLink
+from batchmix.model.link import Link
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import Offload
 from batchmix.model.weights import load_weights
@@ -55,7 +55,7 @@ def load(
     return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
-def make_engine(model: Mixtral, host: MemoryLink | None = None, **options: Any) -> Engine:
+def make_engine(model: Mixtral, host: Link | None = None, **options: Any) -> Engine:
     """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the `host` where there is one."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
@@ -76,8 +76,8 @@ def make_engine(model: Mixtral, host: MemoryLink | None = None, **options: Any) 
     return Engine(model, cache, **{**defaults, **options})
 
 
-class LateLink(Link):
-    """As to a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
+class LateReadback(Readback):
+    """As from a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
 
     late = True
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchmix.model.memory_link import Pairs, mapped
+from batchmix.model.link import Pairs, mapped
 
 
 class FakeLink:
-    """See `MemoryLink`. Memory is poisoned (NaN) from its allocation, and from the begin of a copy into it until its wait.
+    """See `Link`. Memory is poisoned (NaN) from its allocation, and from the begin of a copy into it until its wait.
 
     So a missing wait, and a copy that begins before its target was used for the last time, both change results; so does a
     source that changes before the wait, of which something comes that was never in it.

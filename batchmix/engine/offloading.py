@@ -14,7 +14,7 @@ from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.errors import BatchmixError
 from batchmix.memory import HOST_SHARE, free_bytes, gpu_cache_bytes, gpu_workspace_bytes
 from batchmix.model.checkpoint import Checkpoint
-from batchmix.model.memory_link import CudaMemoryLink, MemoryLink
+from batchmix.model.link import CudaLink, Link
 from batchmix.model.shards import Shards
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu
@@ -23,17 +23,17 @@ from batchmix.plan.placement import EFFICIENCY, MAX_NUM_SEQS, Machine, Placement
 _MEASURED_BYTES = 256 << 20  # 5 ms over PCIe 5
 
 
-def open_link(device: torch.device, processes: int, folder: str | None) -> MemoryLink | None:
+def open_link(device: torch.device, processes: int, folder: str | None) -> Link | None:
     """None on a CPU, which has all of its memory at hand. The host's memory is shared by `processes`."""
     if device.type == "cpu":
         return None
-    return CudaMemoryLink(device, int(HOST_SHARE * free_bytes()) // processes, folder)
+    return CudaLink(device, int(HOST_SHARE * free_bytes()) // processes, folder)
 
 
 def plan_offload(
     checkpoint: Checkpoint,
     config: EngineConfig,
-    link: MemoryLink,
+    link: Link,
     gpu_name: str,
     prefill_tokens: int,
     dtypes: tuple[torch.dtype, torch.dtype],
@@ -85,7 +85,7 @@ def plan_offload(
     return placement
 
 
-def measure_link(link: MemoryLink) -> float:
+def measure_link(link: Link) -> float:
     """Bytes a second of a copy to the device."""
     source = link.host((_MEASURED_BYTES,), torch.uint8)
     target = link.empty((_MEASURED_BYTES,), torch.uint8)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import torch
 
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.state import Admission, Row, State
 from batchmix.engine.step import choose, pad
 from batchmix.model.backend import Chunk

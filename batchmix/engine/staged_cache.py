@@ -18,7 +18,7 @@ from batchmix.engine.kv_cache import KVCache, words
 from batchmix.engine.slots import Slots
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.config import MixtralConfig
-from batchmix.model.memory_link import MemoryLink
+from batchmix.model.link import Link
 from batchmix.model.offload import BUFFERS
 
 _LANDINGS = 3  # layers whose tokens may be on their way back at once
@@ -32,13 +32,7 @@ class StagedKVCache(KVCache):
     """
 
     def __init__(
-        self,
-        config: MixtralConfig,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        link: MemoryLink,
-        max_tokens: int,
+        self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, link: Link, max_tokens: int
     ) -> None:
         self.num_layers, self.link = config.num_hidden_layers, link
         self._streamed_bytes = 0

@@ -23,7 +23,7 @@ from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_b
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
-from batchmix.model.memory_link import MemoryLink
+from batchmix.model.link import Link
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import BUFFERS, Offload, spread
 from batchmix.model.quantized import FP8, dense
@@ -163,7 +163,7 @@ def _check_products(weights: Weights, max_rows: int) -> None:
 
 
 def choose_sizes(
-    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: MemoryLink | None, plan: Placement | None
+    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: Link | None, plan: Placement | None
 ) -> Sizes:
     """Rows and KV blocks that fit into the memory that is free now: on a GPU measured, on the CPU estimated."""
     kv_dtype = cache_dtype(checkpoint, model.weights.embedding.dtype)

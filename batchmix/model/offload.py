@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchmix.model.memory_link import MemoryLink
+from batchmix.model.link import Link
 from batchmix.model.quantized import Empty, Quantized, Weight, allocated, tensors_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def spread(streamed: int, layers: int) -> tuple[int, ...]:
 class Offload:
     """Where weights lie: the experts of `streamed` layers on the host, all others on the device."""
 
-    link: MemoryLink
+    link: Link
     streamed: tuple[int, ...]  # ascending
     buffers: int = BUFFERS
 
@@ -87,7 +87,7 @@ class ExpertStream:
         self.bytes += sum(source.nbytes for _, source in pairs)
 
 
-def _empty_like(weight: Weight, link: MemoryLink) -> Weight:
+def _empty_like(weight: Weight, link: Link) -> Weight:
     if isinstance(weight, Quantized):
         return allocated(weight.shape, weight.format, link.empty)
     return link.empty(weight.shape, weight.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.slots import RUNNING, Slots
 from batchmix.kernels.attention_decode import SharedSplits, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention

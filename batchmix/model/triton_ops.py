@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.sampling import Logprobs, largest
 from batchmix.engine.slots import Slots
 from batchmix.kernels import linear, moe, norm, sampling

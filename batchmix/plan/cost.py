@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from batchmix.config import Quantization
 from batchmix.model.config import MixtralConfig
 
-# Bytes of an expert's weight, of its codes and of the float32 scales: one for an output channel, or for 128 of its inputs.
-_CODES = {Quantization.fp8: 1.0, Quantization.int8: 1.0, Quantization.int4: 0.5}
-_INT4_GROUP = 128
 # Tokens from which a matrix product takes longer to compute than its weights take to read: b bytes a weight are read in
 # b / BW and used in 2 / P for each token, P b / (2 BW) = 184 on an H200 in bfloat16 (790 TFLOP/s and 4.3 TB/s, measured
 # once); rounded up to tiles of 128 tokens.
 FULL_PRODUCT = 256
+# Bytes of an expert's weight, of its codes and of the float32 scales: one for an output channel, or for 128 of its inputs.
+_CODES = {Quantization.fp8: 1.0, Quantization.int8: 1.0, Quantization.int4: 0.5}
+_INT4_GROUP = 128
 
 
 @dataclass(frozen=True)

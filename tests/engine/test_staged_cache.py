@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateLink, answers, load, make_engine, prompts, run
+from engines import LateReadback, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
@@ -77,7 +77,7 @@ def test_rows_that_end_before_the_host_hears_of_it(folder):
     drawn = prompts(20, 128, longest=30, temperature=1.0, max_tokens=9, stop_token_ids=list(range(20)))
     expected = answers(run(make_engine(load(folder), **OPTIONS), drawn))
     assert {reason for _, reason, *_ in expected.values()} == {"stop", "length"}
-    engine = make_engine(load(folder), FakeLink(), link=LateLink(), max_num_seqs=4, kv_blocks=30, **OPTIONS)
+    engine = make_engine(load(folder), FakeLink(), readback=LateReadback(), max_num_seqs=4, kv_blocks=30, **OPTIONS)
     assert answers(run(engine, drawn)) == expected
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from links import FakeLink
 
 from batchmix.errors import BatchmixError
-from batchmix.model import memory_link
-from batchmix.model.memory_link import CudaMemoryLink, mapped
+from batchmix.model import link as link_module
+from batchmix.model.link import CudaLink, mapped
 from batchmix.model.offload import ExpertStream, Offload, spread
 from batchmix.model.triton_ops import TritonOperators
 
@@ -141,9 +141,9 @@ def test_page_locked_memory_is_exactly_as_large_and_given_back(monkeypatch):
         cudaHostRegister=lambda *arguments: calls.append(("lock", *arguments)) or 0,
         cudaHostUnregister=lambda address: calls.append(("unlock", address)),
     )
-    monkeypatch.setattr(memory_link, "_cudart", lambda: cudart)
+    monkeypatch.setattr(link_module, "_cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
-    tensor = torch.frombuffer(memory_link._Locked(12_000), dtype=torch.float32).view(3, 1000)
+    tensor = torch.frombuffer(link_module._Locked(12_000), dtype=torch.float32).view(3, 1000)
     tensor[1] = 7.0
     assert tensor.sum() == 7000
     assert calls == [("lock", tensor.data_ptr(), 12_000, 0)]
@@ -152,7 +152,7 @@ def test_page_locked_memory_is_exactly_as_large_and_given_back(monkeypatch):
     assert calls[1:] == ["synchronize", ("unlock", address)]
     cudart.cudaHostRegister = lambda *_: 2
     with pytest.raises(BatchmixError, match=r"cannot be page-locked \(CUDA error 2\)"):
-        memory_link._Locked(12_000)
+        link_module._Locked(12_000)
     assert len(calls) == 3
 
 
@@ -169,7 +169,7 @@ def test_on_a_card(folder, tmp_path, on_disk):
     """The copies of a real link: page-locked memory, a mapped file, and a cache on the host."""
     rows = prompts(30, 128, longest=100, temperature=1.0, max_tokens=16, logprobs=1)
     expected = answers(run(make_engine(load(folder, operators=TritonOperators())), rows))
-    link = CudaMemoryLink(torch.device("cuda", torch.cuda.current_device()), 0 if on_disk else 1 << 30, str(tmp_path))
+    link = CudaLink(torch.device("cuda", torch.cuda.current_device()), 0 if on_disk else 1 << 30, str(tmp_path))
     model = load(folder, operators=TritonOperators(), offload=Offload(link, spread(3, LAYERS)))
     assert model.weights.layers[-1].w13.is_pinned() != on_disk
     assert answers(run(make_engine(model), rows)) == expected

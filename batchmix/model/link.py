@@ -19,8 +19,8 @@ from batchmix.errors import BatchmixError
 Pairs = Sequence[tuple[Tensor, Tensor]]  # target, source
 
 
-class MemoryLink(Protocol):
-    """What streaming needs of a device. `CudaMemoryLink` is one; tests have another, whose copies come as late as they may."""
+class Link(Protocol):
+    """What streaming needs of a device. `CudaLink` is one; tests have another, whose copies come as late as they may."""
 
     host_room: int  # bytes of the host that copies run from at full speed
 
@@ -43,7 +43,7 @@ class MemoryLink(Protocol):
         """Let the host wait for the copy."""
 
 
-class CudaMemoryLink:
+class CudaLink:
     """A GPU, with a stream for copies to it and one for copies from it.
 
     The first `pinned_bytes` of host memory are page-locked, the rest is a file in `folder`, mapped. A copy from a mapped
