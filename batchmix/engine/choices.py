@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from batchmix.engine.link import to_device
 from batchmix.engine.philox import row_key, uniform
+from batchmix.engine.readback import to_device
 from batchmix.engine.state import State
 from batchmix.engine.step import pad
 from batchmix.guided.compile import Guides
@@ -159,7 +159,7 @@ class Choices:
             first = end - len(piece.token_ids)
             tokens[first:end] = piece.token_ids
             chunks.append(Chunk(first, piece.start, len(piece.token_ids), piece.blocks))
-        attend = model.ops.prefill(model, cache, chunks, len(tokens))
+        attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
         with self.device_clock.work("prefill"):
             hidden = model(to_device(tokens, cache.keys.device), attend)
         self.state.stats.prompt_tokens += int(ends[-1])

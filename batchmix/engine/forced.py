@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.slots import FREE, RUNNING, Slots
 
 
@@ -26,6 +26,8 @@ class Lanes:
     token: Tensor  # int64 [size]
     context: Tensor  # int64 [size]
     finish: Tensor  # int64 [size]
+    prompt_tokens: np.ndarray  # int64 [lanes]: with `planned`, as in slots, where each token stands
+    planned: np.ndarray
     block_table: np.ndarray  # int32 [size, blocks per row]
     device_blocks: Tensor
 
@@ -35,8 +37,8 @@ def wants_skipping(slots: Slots) -> bool:
     return any(guide is not None and guide.forced for guide in slots.guides.of_slot[: slots.num_active])
 
 
-def forced_runs(slots: Slots) -> list[list[int]]:
-    """The tokens that must come next, of each active row; all that was queued has been heard of.
+def forced_runs(slots: Slots, most: int) -> list[list[int]]:
+    """The tokens that must come next, of each active row, `most` in all; all that was queued has been heard of.
 
     The last token of max_tokens and one after which the text may end are left to a step of their own, which sees that.
     Rows with penalties or log-probabilities take every step, which counts and logs each token.
@@ -50,13 +52,15 @@ def forced_runs(slots: Slots) -> list[list[int]]:
             continue
         count = int(answers.count[slot])
         state = slots.guides.follow(slot, answers.tokens[slot], count)
-        found.append(guide.forced_run(state)[: max(0, int(host["max_tokens"][slot]) - count - 1)])
+        run = guide.forced_run(state)[: max(0, min(most, int(host["max_tokens"][slot]) - count - 1))]
+        most -= len(run)
+        found.append(run)
     return found
 
 
 def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
     """Append each active row's run to its answer, on host and device; the lanes of the step that computes them."""
-    answers, device = slots.answers, slots.link.device
+    answers, device = slots.answers, slots.readback.device
     skipping = np.flatnonzero([len(run) > 0 for run in runs])
     owners: list[int] = []
     tokens: list[int] = []
@@ -94,6 +98,8 @@ def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
         lanes(slots.token, tokens, 0),
         lanes(slots.context, positions, 0),
         lanes(slots.finish, [RUNNING] * len(owners), FREE),
+        np.append(slots.prompt_tokens[:active], positions),
+        np.append(slots.planned[:active], np.ones(len(owners), np.int64)),
         table,
         to_device(table, device),
     )
