@@ -216,7 +216,7 @@ def test_each_forced_token_is_a_step_less(model, guides, mixed):
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_num_seqs": 3},
+        pytest.param({"max_num_seqs": 3}, marks=pytest.mark.slow),
         {"kv_blocks": 18, "max_num_seqs": 16},
         {"readback": LateReadback(), "steps_per_read": 3, "max_num_seqs": 7},
         {"host": FakeLink(), "max_num_batched_tokens": 60},
