@@ -50,6 +50,11 @@ class KVCacheDtype(Enum):
     fp8 = "fp8"
 
 
+class Offload(Enum):
+    auto = "auto"
+    never = "never"
+
+
 class DataFormat(Enum):
     auto = "auto"
     jsonl = "jsonl"
@@ -92,10 +97,13 @@ class ModelConfig:
     # hf: config.json + safetensors; mistral: params.json + consolidated; random: config.json alone, to measure with
     format: ModelFormat = ModelFormat.auto
     dtype: Dtype = Dtype.auto  # auto: as the checkpoint was saved
-    quantization: Quantization | None = None
-    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
+    quantization: Quantization | None = None  # of the experts; null: as the checkpoint has them
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto  # auto: as dtype
     max_model_len: int | None = None  # prompt + completion tokens; null: what the checkpoint allows
     tensor_parallel_size: int = 1  # processes, each on a GPU of its own, that share one model
+    # Where the experts are that do not fit the GPU. auto: in host memory, whence they are streamed; never: out of memory
+    offload: Offload = Offload.auto
+    offload_dir: str | None = None  # for experts that do not fit host memory either: a folder on a fast disk
     revision: str | None = None  # of a hub id
 
 
@@ -193,19 +201,21 @@ class PlanConfig:
     gpu: str = "h200"  # a name in batchmix/plan/gpus.py
     histogram: str | None = None  # PNG file; null: lengths.png in output.dir where that is set, else none
     expected_tokens: int | None = None  # answer length to assume; null: sampling.max_tokens
+    host_memory_gb: float | None = None  # of the machine that the GPU is in; null: as this one has
 
 
 @dataclass
 class BenchmarkConfig:
     """What `batchmix benchmark` measures."""
 
-    name: str = "kernels"  # kernels or throughput; batchmix benchmark NAME is short for it
+    name: str = "kernels"  # kernels, throughput or offload; batchmix benchmark NAME is short for it
     shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for machines without a GPU
     # Of kernels' moe, prefill, decode, linear, elementwise, sampling; of throughput's annotate, synthesise, long.
     only: list[str] | None = None
     rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
     layers: int | None = None  # of throughput's model; null: as many as fit
-    peers: list[str] | None = None  # of throughput: transformers, generate_batch, vllm, sglang; null: all installed
+    # Of throughput's transformers, generate_batch, vllm, sglang, of offload's accelerate; null: all that are installed
+    peers: list[str] | None = None
     peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
     tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536
@@ -236,6 +246,13 @@ class ConvertConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """What `batchmix evaluate` compares answers with."""
+
+    gold_column: str = "gold"  # of the data; compared as text, spaces at both ends aside
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -249,6 +266,7 @@ class Config:
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
@@ -370,13 +388,6 @@ def check(config: Config) -> Config:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"
         )
-    for key, value, default in (
-        ("model.quantization", config.model.quantization, None),
-        ("model.kv_cache_dtype", config.model.kv_cache_dtype, KVCacheDtype.auto),
-    ):
-        if value != default:
-            shown = value.value if isinstance(value, Enum) else value
-            raise refuse(key, shown, "not available in this version; leave it out")
     if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
         raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
     if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:

@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from batchmix.config import Config, OnError
@@ -18,14 +17,13 @@ from batchmix.data.output_folder import OutputFolder, trace_name
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import PartLog, Parts
 from batchmix.data.prompt import build_prompts, check_prompts
-from batchmix.data.rowset import RowSet
 from batchmix.data.sink import NO_SPACE, Sink
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.storage import Storage, open_storage
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
-from batchmix.engine.start import BLOCK_SIZE, check_engine, start_engine
+from batchmix.engine.start import check_engine, start_engine
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
@@ -33,11 +31,7 @@ from batchmix.model.shards import Shards
 from batchmix.parallel.data import Replicas, Reports, Share, begin_share
 from batchmix.parallel.tensor import Followers, tensor_parallel
 from batchmix.parallel.workers import Parent
-from batchmix.plan.cost import Workload, estimate, kv_room
-from batchmix.plan.gpus import get_gpu
 from batchmix.plan.planner import Limits, plan
-from batchmix.plan.report import plan_text
-from batchmix.plan.survey import Survey
 from batchmix.records import Completion, Row
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
@@ -49,7 +43,6 @@ from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
 
 _log = logging.getLogger(__name__)
-PLANNED_NUM_SEQS = 1024  # rows at once that `batchmix plan` assumes of a GPU whose cache holds more
 
 
 def generate(config: Config) -> None:
@@ -65,7 +58,7 @@ def generate(config: Config) -> None:
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
         check_engine(checkpoint, config.engine)
-        Shards(size=config.model.tensor_parallel_size).check(checkpoint.config)
+        Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
         tokenizer = load_tokenizer(checkpoint.folder)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size)
         run = _describe(config, source, checkpoint)
@@ -94,53 +87,6 @@ def generate(config: Config) -> None:
             others = "so are all others" if output.complete else "others are not"
             print(summary.text() if summary else f"this shard is done, {others}")
             print(f"the answers are in {config.output.dir}")
-
-
-def plan_report(config: Config) -> None:
-    """Print what a run would find and cost. Reads and tokenises every row; loads no weights."""
-    gpu = get_gpu(config.plan.gpu)
-    source = open_source(config.data, config.shard)
-    checkpoint = open_checkpoint(config.model, weights=False)
-    model, itemsize = checkpoint.config, checkpoint.dtype.itemsize
-    rows_at_once = config.engine.max_num_seqs or PLANNED_NUM_SEQS
-    _, kv_tokens = kv_room(model, gpu, config.engine.gpu_memory_utilization, checkpoint.max_model_len, itemsize)
-    limits = Limits(rows_at_once, kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
-    survey = Survey(naive_batch=rows_at_once)
-    prompts = build_prompts(
-        source.rows(RowSet()),
-        data=config.data,
-        sampling=config.sampling,
-        tokenizer=load_tokenizer(checkpoint.folder),
-        max_model_len=checkpoint.max_model_len,
-        vocab_size=model.vocab_size,
-        keep=[],
-        clock=StageClock(),
-    )
-    batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
-    answer = config.plan.expected_tokens or config.sampling.max_tokens
-    where = (
-        "plan.expected_tokens" if config.plan.expected_tokens else "sampling.max_tokens; plan.expected_tokens sets it"
-    )
-    work = Workload(survey.runnable, survey.prompt_tokens, survey.squared_tokens, survey.samples, answer)
-    cost = estimate(
-        model,
-        gpu,
-        work,
-        share=config.engine.gpu_memory_utilization,
-        max_model_len=checkpoint.max_model_len,
-        max_num_seqs=rows_at_once,
-        itemsize=itemsize,
-    )
-    print(plan_text(survey, batches, gpu, work, cost, where))
-    folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
-    picture = config.plan.histogram or (str(Path(folder, "_lengths.png")) if folder else None)
-    if picture is not None and survey.runnable:
-        try:
-            Path(picture).parent.mkdir(parents=True, exist_ok=True)
-            survey.save_histogram(Path(picture))
-        except OSError as error:
-            raise BatchmixError(f"plan.histogram={picture}: cannot be written ({error.strerror})") from None
-        print(f"histogram: {picture}")
 
 
 def _run(
@@ -282,6 +228,7 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[st
         tokenizer=tokenizer_fingerprint(checkpoint.folder),
         data=source.fingerprint(),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
+        quantization=None if checkpoint.quantization is None else checkpoint.quantization.value,
         max_model_len=checkpoint.max_model_len,
     )
 

@@ -22,8 +22,8 @@ NAME = "_run.json"
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers")
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.
-_FREE = {"model.path", "model.revision", "model.format", "data.path", "data.format", "data.split", "data.limit",
-         "data.on_error"}  # fmt: skip
+_FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",
+         "data.split", "data.limit", "data.on_error"}  # fmt: skip
 _FIXED_OUTPUT = {"output.format", "output.token_ids"}
 
 
@@ -35,6 +35,7 @@ def describe_run(
     tokenizer: str | None,
     data: Mapping[str, Any],
     dtype: str,
+    quantization: str | None,
     max_model_len: int,
 ) -> dict[str, Any]:
     """All that goes into `_run.json`. `identity` is what a rerun must share."""
@@ -46,6 +47,7 @@ def describe_run(
     }
     identity |= {
         "model.dtype": dtype,
+        "model.quantization": quantization,
         "model.max_model_len": max_model_len,
         "model": model,
         "tokenizer": tokenizer,
@@ -142,6 +144,8 @@ def provenance(run: Mapping[str, Any]) -> dict[str, str]:
         "model": run["config"]["model"]["path"],
         "model_sha256": identity["model"],
         "dtype": identity["model.dtype"],
+        "quantization": identity["model.quantization"] or "",
+        "kv_cache_dtype": identity["model.kv_cache_dtype"],
         "tokenizer_sha256": identity["tokenizer"] or "",
         "template_sha256": hashlib.sha256((run["config"]["data"]["template"] or "").encode()).hexdigest(),
         "sampling": json.dumps(sampling),

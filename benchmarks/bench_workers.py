@@ -1,6 +1,6 @@
 """What sharing one output folder costs: many workers over one data set, with a stand-in for the engine.
 
-    python benchmarks/bench_workers.py [--workers 8] [--rows 1000000] [--ideal 360] [--save]
+    python benchmarks/bench_workers.py [--workers 8] [--rows 1000000] [--ideal 300] [--save]
 
 Each worker is `batchmix generate` in a process of its own, with all its stages, leases, commits, and the last one's
 check and `_SUCCESS`; only the engine is replaced, by one that sleeps as long as a device would work: a batch of n rows
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--ideal", type=float, default=360.0, help="seconds that the ideal split takes")
+    parser.add_argument("--ideal", type=float, default=300.0, help="seconds that the ideal split takes")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-workers.json")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # data, out, index, rows per second
     args = parser.parse_args()

@@ -71,7 +71,7 @@ WRONG_LINES = {
     ("generate", *GIVEN, "--config-name", "nowhere"): (1, "Cannot find primary config 'nowhere'"),
     ("generate", *GIVEN, "--frobnicate"): (2, "unrecognized arguments: --frobnicate (see batchmix generate --help)"),
     ("generate", *GIVEN, "--multirun", "shard.idx=0,1"): (1, "shard.idx: no such key, did you mean shard.index?"),
-    (): (2, "no job given; the jobs are benchmark, convert, finalize, generate, plan, status, tune"),
+    (): (2, "no job given; the jobs are benchmark, convert, evaluate, finalize, generate, plan, status, tune"),
     ("genrate",): (2, "genrate: no such job, did you mean generate?"),
     ("data.path=prompts.jsonl",): (2, "the job comes first, as in batchmix generate data.path=prompts.jsonl"),
     **{("generate", *GIVEN, override): (1, line) for override, line in WRONG_OVERRIDES.items()},
@@ -242,7 +242,7 @@ def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("job", ["convert", "generate", "plan", "status", "finalize", "tune"])
+@pytest.mark.parametrize("job", ["convert", "evaluate", "generate", "plan", "status", "finalize", "tune"])
 def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -> None:
     overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
@@ -254,7 +254,7 @@ def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("batchmix ", {"benchmark", "convert", "finalize", "generate", "plan", "status", "tune"}),
+        ("batchmix ", {"benchmark", "convert", "evaluate", "finalize", "generate", "plan", "status", "tune"}),
         ("batchmix gen", {"generate"}),
         ("batchmix generate sampling=", {"sampling=default", "sampling=greedy"}),
         ("batchmix generate data.path=x out", {"output=", "output."}),

@@ -28,7 +28,8 @@ from batchmix.config import (
 from batchmix.data.lease import Lease, shard_name
 from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError, Interrupted
-from batchmix.pipeline import generate, plan_report
+from batchmix.pipeline import generate
+from batchmix.plan.job import plan_report
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}

@@ -19,8 +19,8 @@ from batchmix.engine.completion import hear
 from batchmix.engine.decode import Decode
 from batchmix.engine.graphs import Step, StepGraphs
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.link import Link, link_to
 from batchmix.engine.prefill import Prefill
+from batchmix.engine.readback import Readback, readback_from
 from batchmix.engine.restart import start_over
 from batchmix.engine.slots import Slots
 from batchmix.engine.state import State, Waiting
@@ -52,10 +52,10 @@ class Engine:
         steps_per_read: int = 1,
         capture: Callable[[Step], Step] | None = None,
         share_prefix: bool = False,
-        link: Link | None = None,
+        readback: Readback | None = None,
     ) -> None:
         """`steps_per_read`: decode steps between two looks at what they did. `capture` makes a CUDA graph of a step.
-        `link`, to the cache's device, says when results are looked at."""
+        `readback`, to the cache's device, says when results are looked at."""
         self.model = model
         self.max_model_len = max_model_len
         self.should_stop = should_stop
@@ -69,7 +69,7 @@ class Engine:
             blocks_per_row=blocks_per_row,
             eos_token_ids=eos_token_ids,
             stop_table=stop_table,
-            link=link or link_to(cache.keys.device),
+            readback=readback or readback_from(cache.keys.device),
             row_tile=model.ops.row_tile,
             steps_per_read=steps_per_read,
         )
@@ -123,6 +123,7 @@ class Engine:
             with self.clock.stage(name):
                 step()
                 hear(self.state, all_of_it=False)
+            self._count_streamed(name)
             return
         except torch.OutOfMemoryError:
             if self.model.shards.size > 1:  # the other ranks know nothing of it
@@ -136,3 +137,9 @@ class Engine:
     def _completed(self) -> Iterator[Completion]:
         completed, self.state.completed = self.state.completed, []
         yield from completed
+
+    def _count_streamed(self, name: str) -> None:
+        total = self.model.streamed_bytes + self.state.cache.streamed_bytes
+        if name == "decode":
+            self.stats.decode_streamed_bytes += total - self.stats.streamed_bytes
+        self.stats.streamed_bytes = total

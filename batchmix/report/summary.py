@@ -44,6 +44,8 @@ class RunStatistics:
             "device_busy": round(min(1.0, busy / generate), 4) if generate > 0 else 0.0,
             "put_back": self.stats.put_back,
             "out_of_memory": self.stats.out_of_memory,
+            "streamed_bytes": self.stats.streamed_bytes,
+            "decode_streamed_bytes": self.stats.decode_streamed_bytes,
             "output_tokens_per_second": round(self.totals.completion_tokens / generate, 1) if generate > 0 else 0.0,
         }
 
@@ -63,6 +65,8 @@ class Summary:
             "generate_seconds": max((run["generate_seconds"] for run in self.runs), default=0.0),
             "device_busy": round(self._device_busy(), 4),
             "out_of_memory": sum(run["out_of_memory"] for run in self.runs),
+            "streamed_bytes": sum(run["streamed_bytes"] for run in self.runs),
+            "decode_streamed_bytes": sum(run["decode_streamed_bytes"] for run in self.runs),
             "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
             "runs": list(self.runs),
         }
@@ -83,12 +87,17 @@ class Summary:
         now = sum(run["rows"] for run in self.runs)
         earlier = f", {output.rows - now:,} of them from earlier runs" if now < output.rows else ""
         stages = ", ".join(f"{stage} {whole['seconds'][stage]:.1f} s" for stage in _STAGES)
+        decode = max(whole["seconds"]["decode"], 1e-3)
+        streamed = (
+            f"; {whole['streamed_bytes'] / 1e9:,.1f} GB streamed to the GPU,"
+            f" in decode {whole['decode_streamed_bytes'] / decode / 1e9:.1f} GB/s"
+        )
         return "\n".join(
             [
                 f"{output.rows:,} rows{earlier} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
                 f" {output.completion_tokens:,} completion tokens",
                 f"took {duration(whole['total_seconds'])}; generating {whole['generate_seconds']:.1f} s,"
                 f" {whole['output_tokens_per_second']:,.0f} output tokens/s, device busy {whole['device_busy']:.1%}",
-                f"{stages} (read, tokenise and write run beside the others)",
+                f"{stages} (read, tokenise and write run beside the others)" + streamed * bool(whole["streamed_bytes"]),
             ]
         )
