@@ -88,6 +88,9 @@ def test_a_run_and_then_its_folder_alone(tmp_path, capsys):
     config.output.dir = str(tmp_path / "none")
     with pytest.raises(BatchmixError, match=r"holds no finished run; give data\.path too"):
         evaluate(config)
+    config.output.dir = "memory://none"
+    with pytest.raises(BatchmixError, match=r"output\.dir=memory://none: must be a folder to be evaluated"):
+        evaluate(config)
 
 
 def test_another_quantisation_is_another_run(tmp_path):
