@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-cluster lint format bench clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(INSTALLED)  ## annotate examples/support_tickets.jsonl with the built-in model and print the accuracy
 	$(RUN)batchmix generate data.path=examples/support_tickets.jsonl output.dir=$(DEMO) output.overwrite=true sampling.temperature=0 sampling.max_tokens=64
@@ -20,6 +20,11 @@ test: $(INSTALLED)  ## the test suite without the slow tests
 
 test-slow: $(INSTALLED)  ## the slow tests: packaging, kills, large inputs
 	$(RUN)python -m pytest -m slow
+
+test-cluster: $(INSTALLED)  ## tests on a a real Slurm (installed with apt) and a real Ray
+	@tests/cluster/install_slurm.sh
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,cluster,cluster-dev]'
+	$(RUN)python -m pytest -m cluster
 
 lint: $(INSTALLED)  ## ruff (rules and format) and mypy --strict
 	$(RUN)ruff check .

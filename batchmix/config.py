@@ -84,6 +84,11 @@ class Order(Enum):
     input = "input"
 
 
+class ClusterKind(Enum):
+    none = "none"
+    ray = "ray"
+
+
 class Redo(Enum):
     length = "length"
     error = "error"
@@ -195,6 +200,18 @@ class ShardConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """Other machines that run the rows for this process; `cluster=ray` sets `kind`."""
+
+    kind: ClusterKind = ClusterKind.none
+    # Of a Ray cluster: auto, HOST:PORT or local; null: the one that RAY_ADDRESS names or this machine belongs to, else local
+    address: str | None = None
+    workers: int | None = None  # models at once; null: as many as the cluster has room for, also while it grows
+    cpus_per_worker: int = 1
+    rows_per_unit: int = 4096  # rows that a worker is given at a time
+
+
+@dataclass
 class PlanConfig:
     """What `batchmix plan` estimates for."""
 
@@ -262,6 +279,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -380,10 +398,20 @@ def check(config: Config) -> Config:
         raise refuse("shard.index", config.shard.index, f"must be from 0 to shard.count - 1 = {config.shard.count - 1}")
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
-                       ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens")):  # fmt: skip
+                       ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens"),
+                       ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit")):  # fmt: skip
         value = getattr(getattr(config, group), key)
         if value is not None and value < 1:
             raise refuse(f"{group}.{key}", value, "must be at least 1")
+    if config.cluster.kind is ClusterKind.ray:
+        if config.engine.data_parallel_size > 1:
+            raise refuse(
+                "engine.data_parallel_size",
+                config.engine.data_parallel_size,
+                "cluster=ray has a model on each GPU without it; leave it at 1",
+            )
+        if config.engine.trace:
+            raise refuse("engine.trace", "true", "traces one machine; leave it out with cluster=ray")
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as ds
+import pyarrow as pa
 
 from batchmix.config import Config
 from batchmix.data.finalize import SUCCESS
-from batchmix.data.storage import LocalFolder, open_storage, write_json
+from batchmix.data.parts import Parts
+from batchmix.data.storage import write_json
 from batchmix.errors import BatchmixError
+from batchmix.stored_run import open_stored
 
 EVALUATION = "_evaluation.json"
 _Z = 1.959964  # of a normal distribution's middle 95 %
-_FORMATS = {"arrow": "part-*.arrow", "parquet": "part-*.parquet", "json": "part-*.jsonl"}  # pyarrow's names
 
 
 @dataclass(frozen=True)
@@ -39,46 +41,47 @@ class Accuracy:
 
 def evaluate(config: Config) -> Accuracy:
     """Finish the run in `output.dir` where `data.path` is given, then score it, print it and write it there."""
-    storage = open_storage(config.output.dir)
-    if not isinstance(storage, LocalFolder):
-        raise BatchmixError(f"output.dir={storage.url}: must be a folder to be evaluated; copy it to this machine")
     if config.data.path:
         from batchmix.pipeline import generate  # imports torch
 
         generate(config)
-    folder = storage.root
-    if not config.output.dir or not (folder / SUCCESS).is_file():
+    parts, _ = open_stored(config.output.dir)
+    if not parts.storage.exists(SUCCESS):
         raise BatchmixError(
             f"output.dir={config.output.dir}: holds no finished run; give data.path too, which runs or finishes it"
         )
-    accuracy = score(folder, config.evaluate.gold_column)
-    write_json(storage, EVALUATION, {"gold_column": config.evaluate.gold_column, **asdict(accuracy)})
+    accuracy = score(parts, config.evaluate.gold_column)
+    write_json(parts.storage, EVALUATION, {"gold_column": config.evaluate.gold_column, **asdict(accuracy)})
     print(accuracy.text())
     return accuracy
 
 
-def score(folder: Path, gold_column: str) -> Accuracy:
+def score(parts: Parts, gold_column: str) -> Accuracy:
     """Exact matches, whitespace at both ends aside. A failed row is a wrong answer; of n samples each counts as one."""
-    files = {form: sorted(map(str, folder.glob(pattern))) for form, pattern in _FORMATS.items()}
-    form = max(files, key=lambda form: len(files[form]))
-    if not files[form]:
-        raise BatchmixError(f"output.dir={folder}: the run has no rows")
-    data = ds.dataset(files[form], format=form)
-    for column in ("generated_text", gold_column):
-        if column not in data.schema.names:
+    right = answers = without = 0
+    for name in parts.names():
+        for records in parts.format.batches(parts.storage, name):
+            for text, gold in _answers(records, gold_column, parts.storage.url):
+                without += gold is None
+                answers += gold is not None
+                right += gold is not None and _plain(text) == _plain(gold)
+    if not answers:
+        raise BatchmixError(f"evaluate.gold_column={gold_column}: no row in {parts.storage.url} has a gold answer")
+    return Accuracy(right, answers, without, *wilson(right, answers))
+
+
+def _answers(records: pa.Table | list[bytes], gold_column: str, folder: str) -> Iterator[tuple[Any, Any]]:
+    """Each row's answer and gold answer."""
+    if not len(records):  # the mark of a worker that was succeeded
+        return
+    rows = records if isinstance(records, pa.Table) else pa.Table.from_pylist([json.loads(line) for line in records])
+    for column in (wanted := ["generated_text", gold_column]):
+        if column not in rows.schema.names:
             raise BatchmixError(
                 f"evaluate.gold_column={gold_column}: {folder} has no column {column}, only"
-                f" {', '.join(data.schema.names)}"
+                f" {', '.join(rows.schema.names)}"
             )
-    right = answers = without = 0
-    for batch in data.to_batches(columns=["generated_text", gold_column]):
-        for text, gold in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            without += gold is None
-            answers += gold is not None
-            right += gold is not None and _plain(text) == _plain(gold)
-    if not answers:
-        raise BatchmixError(f"evaluate.gold_column={gold_column}: no row in {folder} has a gold answer")
-    return Accuracy(right, answers, without, *wilson(right, answers))
+    yield from zip(*(rows[column].to_pylist() for column in wanted), strict=True)
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

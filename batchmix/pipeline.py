@@ -11,13 +11,13 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from batchmix.config import Config, OnError
+from batchmix.config import ClusterKind, Config
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_name
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import PartLog, Parts
-from batchmix.data.prompt import build_prompts, check_prompts
-from batchmix.data.sink import NO_SPACE, Sink
+from batchmix.data.prompt import check_prompts
+from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.storage import Storage, open_storage
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -29,9 +29,9 @@ from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.model.shards import Shards
 from batchmix.parallel.data import Replicas, Reports, Share, begin_share
+from batchmix.parallel.ray_pool import run_on_ray
 from batchmix.parallel.tensor import Followers, tensor_parallel
 from batchmix.parallel.workers import Parent
-from batchmix.plan.planner import Limits, plan
 from batchmix.records import Completion, Row
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
@@ -41,6 +41,7 @@ from batchmix.report.totals import Totals
 from batchmix.report.trace import Trace
 from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
+from batchmix.stages import check_error, make_sink, planned_batches, progress_of
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +54,14 @@ def generate(config: Config) -> None:
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
         raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
-        check_places(config.engine, config.model.tensor_parallel_size)
+        on_ray = config.cluster.kind is ClusterKind.ray
+        if not on_ray:  # whose nodes are not this machine
+            check_places(config.engine, config.model.tensor_parallel_size)
         check_apart(config.data, config.output.dir, f"part-00000-000000.{config.output.format.value}")
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
-        check_engine(checkpoint, config.engine)
+        if not on_ray:
+            check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
         tokenizer = load_tokenizer(checkpoint.folder)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size)
@@ -73,7 +77,11 @@ def generate(config: Config) -> None:
             first = next(rows, None)  # before the model is loaded: there may be nothing left to do
             if first is not None:
                 output.begin()
-                if num_workers > 1:
+                if on_ray:
+                    statistics = run_on_ray(
+                        config, source, checkpoint, tokenizer, output, signals, chain([first], rows)
+                    )
+                elif num_workers > 1:
                     statistics = _run_replicas(config, source, run, output, signals)
                 else:
                     with tensor_parallel(config, _give_up) as (shards, followers):
@@ -105,9 +113,9 @@ def _run(
         closing(_completions(config, source, tokenizer, engine, followers, rows)) as completions,
         Progress(source.shard_rows, output.num_done, stats) as progress,
         Metrics(output.storage, stats, progress.totals, config.shard.index),
-        _sink(config, output.log(), tokenizer, clock) as sink,
+        make_sink(config, output.log(), tokenizer, clock) as sink,
     ):
-        output.report(partial(_progress, source, progress.totals))
+        output.report(partial(progress_of, source, progress.totals))
         for completion in completions:
             sink.write(completion)
             progress.count(completion)
@@ -124,25 +132,9 @@ def _completions(
     rows: Iterator[Row],
 ) -> Generator[Completion, None, None]:
     """The chain of stages up to the engine; every stage but that works in a thread of its own."""
-    prompts = build_prompts(
-        rows,
-        data=config.data,
-        sampling=config.sampling,
-        tokenizer=tokenizer,
-        max_model_len=engine.max_model_len,
-        vocab_size=engine.model.config.vocab_size,
-        keep=source.schema.names,
-        clock=engine.clock,
-    )
-    state = engine.state
-    limits = Limits(
-        state.slots.capacity, state.pool.num_blocks, state.cache.block_size, config.engine.sort_window,
-        share_prefix=state.prefixes is not None,
-    )  # fmt: skip
-    with closing(prompts):
-        for completion in engine.generate(followers.lead(plan(prompts, limits))):
-            if completion.error is not None and config.data.on_error is OnError["raise"]:
-                raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
+    with closing(planned_batches(config, source.schema.names, tokenizer, engine, rows)) as batches:
+        for completion in engine.generate(followers.lead(batches)):
+            check_error(config, completion)
             yield completion
 
 
@@ -157,7 +149,7 @@ def _run_replicas(
         Progress(source.shard_rows, output.num_done, replicas.stats) as progress,
         Metrics(output.storage, replicas.stats, progress.totals, config.shard.index),
     ):
-        output.report(partial(_progress, source, progress.totals))
+        output.report(partial(progress_of, source, progress.totals))
         replicas.run(signals, progress.totals, clock)
         source.num_rows = replicas.num_rows if source.num_rows is None else source.num_rows
     seconds = time.monotonic() - started
@@ -188,7 +180,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
                     _completions(config, source, tokenizer, engine, followers, chain([first], rows))
                 ) as completions,
                 Reports(parent, engine.stats, totals, engine.clock) as reports,
-                _sink(config, log, tokenizer, engine.clock) as sink,
+                make_sink(config, log, tokenizer, engine.clock) as sink,
             ):
                 for completion in completions:
                     sink.write(completion)
@@ -196,12 +188,6 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
                 reports.device_seconds = engine.device_clock.seconds()
                 reports.num_rows = source.num_rows
         signals.raise_if_received()
-
-
-def _progress(source: Source, totals: Totals) -> dict[str, Any]:
-    """What a heartbeat says: counts since this process began, and rows of the whole data set where known."""
-    return {"rows": totals.rows, "error_rows": totals.error_rows, "completion_tokens": totals.completion_tokens,
-            "num_rows": source.num_rows}  # fmt: skip
 
 
 @contextmanager
@@ -244,16 +230,6 @@ def _parts(
     )
     form = part_format(config.output.format, columns, config.output.compression, run["openai_model"])
     return Parts(open_storage(config.output.dir), form)
-
-
-def _sink(config: Config, log: PartLog, tokenizer: Tokenizer | None, clock: StageClock) -> Sink:
-    return Sink(
-        log,
-        tokenizer=tokenizer,
-        rows_per_shard=config.output.rows_per_shard,
-        flush_seconds=config.output.flush_seconds,
-        clock=clock,
-    )
 
 
 @contextmanager

@@ -55,16 +55,16 @@ def load(
     return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
-def make_engine(model: Mixtral, link: Link | None = None, **options: Any) -> Engine:
-    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the host where there is a `link`."""
+def make_engine(model: Mixtral, host: Link | None = None, **options: Any) -> Engine:
+    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the `host` where there is one."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
     embedding = model.weights.embedding
     kv_dtype = options.pop("kv_dtype", embedding.dtype)
     cache = (
         KVCache(model.config, blocks + 1, block_size, kv_dtype, embedding.device)
-        if link is None
-        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, link, 1024)
+        if host is None
+        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, host, 1024)
     )
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,

@@ -15,8 +15,8 @@ from batchmix.model.link import Pairs, mapped
 class FakeLink:
     """See `Link`. Memory is poisoned (NaN) from its allocation, and from the begin of a copy into it until its wait.
 
-    So a missing wait, and a copy that begins before its target was used for the last time, both change results. What is
-    copied is what the source holds at the wait.
+    So a missing wait, and a copy that begins before its target was used for the last time, both change results; so does a
+    source that changes before the wait, of which something comes that was never in it.
     """
 
     def __init__(self, capacity: int = 1 << 40, folder: Path | None = None, host_room: int = 1 << 40) -> None:
@@ -46,15 +46,17 @@ class FakeLink:
         self.host_bytes += tensor.nbytes
         return tensor
 
-    def copy(self, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
+    def copy(self, pairs: Pairs) -> list[tuple[Tensor, Tensor, Tensor]]:
         for target, source in pairs:
             poison(target)
             self.copied += source.nbytes
-        return list(pairs)
+        return [(target, source, source.clone()) for target, source in pairs]
 
-    def wait(self, ticket: list[tuple[Tensor, Tensor]]) -> None:
-        for target, source in ticket:
-            target.copy_(source)
+    def wait(self, ticket: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        for target, source, before in ticket:
+            target.copy_(before)
+            if not torch.equal(_bytes(source), _bytes(before)):
+                _bytes(target).fill_(0x3B)
         ticket.clear()
 
     finish = wait
@@ -64,4 +66,8 @@ class FakeLink:
 
 
 def poison(tensor: Tensor) -> None:
-    tensor.view(-1).view(torch.uint8).fill_(255)
+    _bytes(tensor).fill_(255)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)

@@ -71,6 +71,7 @@ WRONG_LINES = {
     ("generate", *GIVEN, "--config-name", "nowhere"): (1, "Cannot find primary config 'nowhere'"),
     ("generate", *GIVEN, "--frobnicate"): (2, "unrecognized arguments: --frobnicate (see batchmix generate --help)"),
     ("generate", *GIVEN, "--multirun", "shard.idx=0,1"): (1, "shard.idx: no such key, did you mean shard.index?"),
+    ("generate", *GIVEN, "hydra/launcher=slurm"): (1, "hydra/launcher=slurm: "),  # needs submitit, or --multirun
     (): (2, "no job given; the jobs are benchmark, convert, evaluate, finalize, generate, plan, status, tune"),
     ("genrate",): (2, "genrate: no such job, did you mean generate?"),
     ("data.path=prompts.jsonl",): (2, "the job comes first, as in batchmix generate data.path=prompts.jsonl"),

@@ -21,6 +21,10 @@ from batchmix.config import (
     Quantization,
     SamplingConfig,
 )
+from batchmix.data.columns import OutputColumns
+from batchmix.data.part_formats import part_format
+from batchmix.data.parts import Parts
+from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError
 from batchmix.evaluate import Accuracy, evaluate, score, wilson
 
@@ -41,9 +45,10 @@ def write(folder: Path, form: OutputFormat, name: str, texts: list[str | None], 
 
 @pytest.mark.parametrize("form", list(OutputFormat))
 def test_score_counts_exact_answers(tmp_path, form):
-    write(tmp_path, form, "part-0", ["a", " b\n", "c", None], ["a", "b ", "C", "d"])
-    write(tmp_path, form, "part-1", ["e", "f"], [None, "f"])
-    found = score(tmp_path, "label")
+    write(tmp_path, form, "part-00000-000000", ["a", " b\n", "c", None], ["a", "b ", "C", "d"])
+    write(tmp_path, form, "part-00000-000001", ["e", "f"], [None, "f"])
+    columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
+    found = score(Parts(LocalFolder(tmp_path), part_format(form, columns, None, None)), "label")
     assert (found.right, found.answers, found.without_gold) == (3, 5, 1)
     assert found.text() == (
         "accuracy: 3 of 5 answers exactly right (60.0%, 95% interval 23.1% to 88.2%);"
@@ -86,10 +91,7 @@ def test_a_run_and_then_its_folder_alone(tmp_path, capsys):
     with pytest.raises(BatchmixError, match=r"evaluate\.gold_column=label: .* has no column label, only row, id"):
         evaluate(config)
     config.output.dir = str(tmp_path / "none")
-    with pytest.raises(BatchmixError, match=r"holds no finished run; give data\.path too"):
-        evaluate(config)
-    config.output.dir = "memory://none"
-    with pytest.raises(BatchmixError, match=r"output\.dir=memory://none: must be a folder to be evaluated"):
+    with pytest.raises(BatchmixError, match=r"holds no _run\.json, so no run of batchmix has begun there"):
         evaluate(config)
 
 

@@ -54,7 +54,7 @@ def test_twenty_kills(data, tmp_path, expected):
     assert not list((tmp_path / "out").glob(".part*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_commits_and_exits_75(data, tmp_path, expected, number):
     out = tmp_path / "out"
     process = start(data, out, "output.flush_seconds=1000", "output.rows_per_shard=20")

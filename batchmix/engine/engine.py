@@ -74,9 +74,9 @@ class Engine:
             steps_per_read=steps_per_read,
         )
         make_graphs = partial(StepGraphs, capture)
-        self.state = State(
-            cache, max_num_seqs, max_num_batched_tokens, full_step(model.config), make_slots, make_graphs, share_prefix
-        )
+        # Tokens from which a prefill step takes longer to compute than its weights to come, which streamed ones take long for.
+        full = full_step(model.config) if model.stream is None else max_num_batched_tokens
+        self.state = State(cache, max_num_seqs, max_num_batched_tokens, full, make_slots, make_graphs, share_prefix)
         self.stats = self.state.stats
         self.clock = StageClock()
         self.device_clock = DeviceClock(cache.keys.device)

@@ -72,7 +72,8 @@ class StagedKVCache(KVCache):
         return _Staged(self, attend, np.array(read, np.int64), np.concatenate(blocks), np.concatenate(position) % size)
 
     def around_decode(self, attend: Attend, slots: Slots, rows: int) -> Attend:
-        size, context = self.block_size, slots.host["context"][:rows]
+        # Of a row that has ended, which the host may not have heard of, nothing is written there; it goes to its own block.
+        size, context = self.block_size, slots.prompt_tokens[:rows] + slots.planned[:rows] - 1
         table = slots.block_table[:rows].astype(np.int64)
         held = np.arange(table.shape[1]) < -(-context // size)[:, None]
         return _Staged(self, attend, table[held], table[np.arange(rows), context // size], context % size)

@@ -55,6 +55,13 @@ class Report:
     device_seconds: float | None = None  # of DeviceClock, once it has ended; None on a CPU
     num_rows: int | None = None  # of the whole data set, where known
 
+    @property
+    def busy_seconds(self) -> float:
+        """In which the device worked, by the host's clock where it has none of its own."""
+        if self.device_seconds is not None:
+            return self.device_seconds
+        return self.seconds.get("prefill", 0.0) + self.seconds.get("decode", 0.0)
+
 
 class Reports:
     """In a worker: its Report to the parent, from a thread, and once more at the end of the block."""
@@ -158,10 +165,7 @@ class Replicas:
         for report in self._reports.values():
             for stage, seconds in report.seconds.items():
                 clock.add(stage, seconds)
-            busy = report.device_seconds
-            if busy is None:
-                busy = report.seconds.get("prefill", 0.0) + report.seconds.get("decode", 0.0)
-            self.device_seconds += busy / len(self._workers)
+            self.device_seconds += report.busy_seconds / len(self._workers)
         if failure is not None and not (signals.stopping() and isinstance(failure, Interrupted)):
             raise failure
 
