@@ -217,7 +217,7 @@ def test_each_forced_token_is_a_step_less(model, guides, mixed):
     "options",
     [
         pytest.param({"max_num_seqs": 3}, marks=pytest.mark.slow),
-        {"kv_blocks": 18, "max_num_seqs": 16},
+        pytest.param({"kv_blocks": 18, "max_num_seqs": 16}, marks=pytest.mark.slow),
         {"readback": LateReadback(), "steps_per_read": 3, "max_num_seqs": 7},
         {"host": FakeLink(), "max_num_batched_tokens": 60},
     ],
@@ -286,8 +286,8 @@ def test_scored_choices_are_those_of_transformers(folder, reference, guides, bac
 
 
 def test_scored_answers_are_drawn_and_do_not_depend_on_company(model, guides):
-    rows = prompts(30, V, seed=10, longest=40, temperature=40.0, n=4)
-    rows = [*guided(rows[:20], choice=CHOICES, score_choices=True), *rows[20:]]
+    rows = prompts(18, V, seed=10, longest=40, temperature=40.0, n=4)
+    rows = [*guided(rows[:12], choice=CHOICES, score_choices=True), *rows[12:]]
     expected = run(engine(model, guides), rows)
     drawn = {text_of(completion) for completion in expected.values() if completion.choice_probabilities is not None}
     assert drawn == set(CHOICES)
