@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from batchmix.annotate.columns import annotation_columns
 from batchmix.config import Config, OnError
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_path
@@ -280,7 +281,10 @@ def _parts(
         token_ids=config.output.token_ids or tokenizer is None,
         logprobs=config.sampling.logprobs is not None,
         provenance=provenance(run),
+        annotations=annotation_columns(config.annotate),
     )
+    if source.openai_batch and config.annotate.input is not None:
+        raise BatchmixError("data.format=openai_batch: its requests are prompts already; annotate rows with columns")
     model = checkpoint.folder.name if source.openai_batch else None
     form = part_format(config.output.format, columns, config.output.compression, model)
     return Parts(Path(config.output.dir), form)

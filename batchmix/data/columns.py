@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from batchmix.data.schema import LOOSE, as_json_text
+from batchmix.errors import BatchmixError
 from batchmix.records import Completion
+
+if TYPE_CHECKING:
+    from batchmix.annotate.columns import AnnotationColumns
 
 FIRST = pa.schema([("row", pa.int64()), ("id", pa.string()), ("sample_index", pa.int32())])
 LAST = pa.schema(
@@ -37,16 +42,30 @@ LOGPROBS = pa.field(
 
 
 class OutputColumns:
-    """`row`, `id`, `sample_index`, the kept input columns, and what was generated. `schema` has them all, in order.
+    """`row`, `id`, `sample_index`, the kept input columns, an annotation task's, and what was generated.
 
-    An input column that is called as one of ours becomes `input_<name>`.
+    `schema` has them all, in order. An input column that is called as one of ours becomes `input_<name>`.
     """
 
     def __init__(
-        self, kept: pa.Schema, *, token_ids: bool, logprobs: bool, provenance: Mapping[str, str] | None = None
+        self,
+        kept: pa.Schema,
+        *,
+        token_ids: bool,
+        logprobs: bool,
+        provenance: Mapping[str, str] | None = None,
+        annotations: AnnotationColumns | None = None,
     ) -> None:
         extra = [field for field, wanted in ((TOKEN_IDS, token_ids), (LOGPROBS, logprobs)) if wanted]
         own = {*FIRST.names, *LAST.names, *(field.name for field in extra)}
+        typed = list(annotations.schema) if annotations is not None else []
+        names = [field.name for field in typed]
+        for name in names:
+            if name in own or names.count(name) > 1:
+                raise BatchmixError(f"annotate: a field of the answers is called {name!r}, as a column that the output has"
+                                    " anyway; give it another name")  # fmt: skip
+        own |= set(names)
+        self._annotations = annotations
         self._kept = kept
         taken = own | set(kept.names)
         fields = []
@@ -59,13 +78,13 @@ class OutputColumns:
         metadata = {
             f"batchmix.{key}": value.encode(errors="backslashreplace") for key, value in (provenance or {}).items()
         }
-        self.schema = pa.schema([*FIRST, *fields, *LAST, *extra], metadata=metadata)
+        self.schema = pa.schema([*FIRST, *fields, *typed, *LAST, *extra], metadata=metadata)
         self._token_ids = token_ids
         self._logprobs = logprobs
 
     def table(self, completions: Sequence[Completion]) -> pa.Table:
         """One row for each completion, in the order given."""
-        columns: list[list[object]] = [
+        columns: list[list[object] | pa.Array] = [
             [completion.prompt.row for completion in completions],
             [completion.prompt.id for completion in completions],
             [completion.sample_index for completion in completions],
@@ -73,6 +92,8 @@ class OutputColumns:
         for field in self._kept:
             values = [completion.prompt.columns.get(field.name) for completion in completions]
             columns.append([as_json_text(value) for value in values] if field.metadata == LOOSE else values)
+        if self._annotations is not None:
+            columns += self._annotations.arrays(completions)
         columns += [
             [completion.text for completion in completions],
             [completion.finish_reason for completion in completions],
@@ -86,7 +107,10 @@ class OutputColumns:
             columns.append([None if c.error is not None else list(c.token_ids) for c in completions])
         if self._logprobs:
             columns.append([_logprobs(completion) for completion in completions])
-        arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
+        arrays = [
+            values if isinstance(values, pa.Array) else pa.array(values, field.type)
+            for values, field in zip(columns, self.schema, strict=True)
+        ]
         return pa.Table.from_arrays(arrays, schema=self.schema)
 
 

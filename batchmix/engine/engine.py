@@ -198,7 +198,7 @@ class Engine:
             if prompt.error is not None:
                 yield Completion.failed(prompt, prompt.error)
             else:
-                self.waiting.append(_Waiting(prompt, list(range(prompt.sampling.n))))
+                self.waiting.append(_Waiting(prompt, list(prompt.samples or range(prompt.sampling.n))))
         self.stats.waiting = len(self.waiting)
 
     def _worth_refilling(self) -> bool:
