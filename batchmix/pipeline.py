@@ -159,6 +159,7 @@ def _run(
             sink.write(completion)
             progress.count(completion)
         device_seconds = engine.device_clock.seconds()
+        stats.expert_tokens = engine.model.expert_load.counts.tolist()
     return RunStatistics(progress.totals, stats, clock, time.monotonic() - started, device_seconds)
 
 
@@ -243,6 +244,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
                     sink.write(completion)
                     totals.count(completion)
                 reports.device_seconds = engine.device_clock.seconds()
+                engine.stats.expert_tokens = engine.model.expert_load.counts.tolist()
         signals.raise_if_received()
 
 

@@ -298,6 +298,7 @@ class Engine:
             tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
             chunks.append(Chunk(end - length, start, length, admission.blocks))
         attend = self.ops.prefill(self.model, self.cache, chunks, len(tokens))
+        self.model.expert_load.count_first(int(ends[-1]))
         with self.device_clock.work("prefill"):
             hidden = self.model(torch.from_numpy(tokens).to(self.device), attend)
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
@@ -366,6 +367,7 @@ class Engine:
         size = rung(self.ladder, active) if captured else self._pad(active)
         self.slots.upload()
         self.ops.find_shared(self.model, self.cache, self.slots, size)
+        self.model.expert_load.count_first(active)
         with self.device_clock.work("decode"):
             for _ in range(steps):
                 if not captured:

@@ -15,6 +15,7 @@ from torch import Tensor
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.sampling import Logprobs
 from batchmix.engine.slots import Slots
+from batchmix.model.expert_load import LayerLoad
 
 if TYPE_CHECKING:
     from batchmix.model.mixtral import Mixtral
@@ -53,8 +54,13 @@ class Operators(Protocol):
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, in], weight [out, in] -> [T, out]."""
 
-    def moe(self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor) -> Tensor:
-        """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D]."""
+    def moe(
+        self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor, load: LayerLoad
+    ) -> Tensor:
+        """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
+
+        `load` counts the tokens of each expert.
+        """
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         """Attention of packed prompt chunks; tokens in no chunk are padding."""

@@ -16,6 +16,7 @@ from batchmix.kernels import linear, moe, norm, sampling
 from batchmix.kernels import slots as slot_kernels
 from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
 from batchmix.model.backend import Attend, Chunk
+from batchmix.model.expert_load import LayerLoad
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.triton_attention import DecodeAttention, PrefillAttention
 
@@ -48,8 +49,13 @@ class TritonOperators:
         product: Tensor = linear.linear(x, weight) if self.batch_invariant else F.linear(x, weight)
         return product
 
-    def moe(self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor) -> Tensor:
-        return moe.moe(x, router, w13, w2, top_k, residual=residual, batch_invariant=self.batch_invariant)
+    def moe(
+        self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor, load: LayerLoad
+    ) -> Tensor:
+        return moe.moe(
+            x, router, w13, w2, top_k, residual=residual, batch_invariant=self.batch_invariant,
+            counts=load.counts, counted=load.tokens,
+        )  # fmt: skip
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         return PrefillAttention(model, cache, chunks, num_tokens)

@@ -44,6 +44,7 @@ class RunStatistics:
             "generate_seconds": round(generate, 3),
             "device_busy": round(min(1.0, busy / generate), 4) if generate > 0 else 0.0,
             "out_of_memory": self.stats.out_of_memory,
+            "expert_tokens": self.stats.expert_tokens,
             "output_tokens_per_second": round(self.totals.completion_tokens / generate, 1) if generate > 0 else 0.0,
         }
 
