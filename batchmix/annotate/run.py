@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from batchmix.annotate.checks import checks_text, write_checks
+from batchmix.annotate.results import Results
 from batchmix.annotate.task import prepare
 from batchmix.config import Config
+from batchmix.data.source import open_source
+from batchmix.errors import BatchmixError
 from batchmix.pipeline import generate
+from batchmix.report.page import write_report
 
 
 def annotate(config: Config) -> None:
-    """Run the task on every row that is not done, as `generate` does."""
+    """Run the task on every row that is not done, as `generate` does; what is the last to end writes checks and report."""
     config = prepare(config)
+    _check_gold(config)
     generate(config)
+    results = Results(Path(config.output.dir))
+    if not results.complete or not results.paths:
+        return
+    print(checks_text(write_checks(results, config.annotate.gold, config.annotate.bootstrap)))
+    print(f"the report is {write_report(config)}")
+
+
+def _check_gold(config: Config) -> None:
+    """A gold column that is not there is better known before the run than after it."""
+    gold = config.annotate.gold
+    if gold is None:
+        return
+    kept = open_source(config.data, config.shard).schema.names
+    for name in gold.values() if isinstance(gold, dict) else [gold]:
+        if name not in kept:
+            raise BatchmixError(f"annotate.gold={gold}: the output keeps no column {name!r}; it has {', '.join(kept)}")
