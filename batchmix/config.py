@@ -124,6 +124,16 @@ class DataConfig:
 
 
 @dataclass
+class StructuredOutputs:
+    """What a row's text may be: one of the first three, which are vLLM's. See docs/guided.md."""
+
+    choice: list[str] | None = None  # one of these texts
+    regex: str | None = None  # what Python's re.fullmatch accepts
+    json: Any = None  # a JSON Schema, as a mapping or as its text
+    score_choices: bool = False  # score the choices in the prefill and decode nothing; at most 256 choices
+
+
+@dataclass
 class SamplingConfig:
     """How tokens are chosen. A row's own `sampling` column overrides any of these for that row."""
 
@@ -146,6 +156,7 @@ class SamplingConfig:
     n: int = 1  # samples per row, at most 10,000
     logprobs: int | None = None  # this many alternatives per token beside the chosen one, at most 100
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None  # guided decoding; null: any text
 
 
 @dataclass
@@ -310,6 +321,7 @@ _MAX_STOP_BYTES = 1024  # of a row's stop strings: each takes a state of an auto
 _BOOLS = {"include_stop_str_in_output", "skip_special_tokens", "ignore_eos"}
 _INTS = {"max_tokens", "min_tokens", "top_k", "n", "logprobs", "seed"}
 _SAMPLING_KEYS = {f.name: f for f in dataclasses.fields(SamplingConfig)}
+_MAX_SCORED_CHOICES = 256  # each is a prefill chunk of its own
 
 
 def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
@@ -340,7 +352,38 @@ def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
     for token, bias in (sampling.logit_bias or {}).items():
         if not math.isfinite(bias):
             raise ValueError(f"sampling.logit_bias has {bias} for token {token}, which is no number; -100 bans a token")
+    if sampling.structured_outputs is not None:
+        _check_structured(sampling.structured_outputs, sampling)
     return sampling
+
+
+def _check_structured(outputs: StructuredOutputs, sampling: SamplingConfig) -> None:
+    """ValueError where the values are of the wrong kind; what a regex or a schema says is checked by `guided`."""
+    key = "sampling.structured_outputs"
+    given = [name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"{key} has {' and '.join(given) or 'nothing'}; give one of choice, regex and json")
+    choice = outputs.choice
+    if choice is not None:
+        if not isinstance(choice, list | tuple) or not all(isinstance(text, str) and text for text in choice):
+            raise ValueError(f"{key}.choice must be a list of texts that are not empty")
+        if len(set(choice)) < max(len(choice), 1):
+            raise ValueError(f"{key}.choice {'has a text twice' if choice else 'is empty: nothing could be chosen'}")
+    if not isinstance(outputs.regex or "", str):
+        raise ValueError(f"{key}.regex={reprlib.repr(outputs.regex)} must be a text")
+    if any("\ud800" <= char <= "\udfff" for text in [*(choice or ()), outputs.regex or ""] for char in text):
+        raise ValueError(f"{key} has a text that is not valid Unicode")
+    if outputs.json is not None and not isinstance(outputs.json, str | Mapping):
+        raise ValueError(f"{key}.json={reprlib.repr(outputs.json)} must be a JSON Schema, a mapping or its text")
+    if sampling.stop:
+        raise ValueError(f"sampling.stop does not go with {key}, which says itself where the text ends")
+    if not isinstance(outputs.score_choices, bool):
+        raise ValueError(f"{key}.score_choices={reprlib.repr(outputs.score_choices)} must be true or false")
+    if outputs.score_choices:
+        if choice is None or len(choice) > _MAX_SCORED_CHOICES:
+            raise ValueError(f"{key}.score_choices needs {key}.choice, of at most {_MAX_SCORED_CHOICES} texts")
+        if sampling.logprobs is not None:
+            raise ValueError(f"sampling.logprobs does not go with {key}.score_choices, which decodes no tokens")
 
 
 def override_sampling(base: SamplingConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
@@ -366,6 +409,13 @@ def _coerce(key: str, value: Any) -> Any:
         value = [value] if isinstance(value, str) else value
         if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
             raise wrong
+    elif key == "structured_outputs":
+        if not isinstance(value, Mapping):
+            raise wrong
+        given = {name: item for name, item in value.items() if item is not None}
+        if unknown := sorted(given.keys() - {f.name for f in dataclasses.fields(StructuredOutputs)}):
+            raise ValueError(f"sampling.structured_outputs has no key {reprlib.repr(unknown[0])}")
+        value = StructuredOutputs(**given)
     elif key in ("stop_token_ids", "allowed_token_ids"):
         if not (isinstance(value, list) and all(type(token) is int for token in value)):
             raise wrong

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from batchmix.config import Config, SamplingConfig, check
+from batchmix.config import Config, SamplingConfig, StructuredOutputs, check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.errors import BatchmixError, Interrupted
 
@@ -69,6 +69,8 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise BatchmixError(explain(error)) from error
     config.sampling.logit_bias = config.sampling.logit_bias or None
+    if config.sampling.structured_outputs == StructuredOutputs():
+        config.sampling.structured_outputs = None
     config.output.dir = os.path.expanduser(config.output.dir)  # no shell does it inside a word
     return check(config)
 
@@ -90,8 +92,9 @@ def save_hydra_files(config: Config) -> None:
 
 def _schema() -> DictConfig:
     # `sampling.logit_bias={3:1.5}` needs a mapping to merge into (OmegaConf cannot merge into null) that takes keys
-    # it does not have yet; `to_config` turns an empty one back into null.
-    schema = OmegaConf.structured(Config(sampling=SamplingConfig(logit_bias={})))
+    # it does not have yet, and so do the keys of structured_outputs; `to_config` turns empty ones back into null.
+    sampling = SamplingConfig(logit_bias={}, structured_outputs=StructuredOutputs())
+    schema = OmegaConf.structured(Config(sampling=sampling))
     OmegaConf.set_struct(schema.sampling.logit_bias, False)
     return cast(DictConfig, schema)
 

@@ -23,7 +23,7 @@ from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
-from batchmix.engine.start import BLOCK_SIZE, check_engine, start_engine
+from batchmix.engine.start import BLOCK_SIZE, check_engine, open_guides, start_engine
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
@@ -65,7 +65,8 @@ def generate(config: Config) -> None:
         check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config)
         tokenizer = load_tokenizer(checkpoint.folder)
-        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size)
+        guides = open_guides(checkpoint, tokenizer)
+        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides)
         run = _describe(config, source, checkpoint)
         parts = _parts(config, source, checkpoint, tokenizer, run)
         with closing(OutputFolder(config.output, config.shard, parts, run, config.data.limit)) as output:
@@ -81,7 +82,7 @@ def generate(config: Config) -> None:
                     statistics = _run_replicas(config, source, run, output, signals)
                 else:
                     with tensor_parallel(config, _give_up) as (shards, followers):
-                        engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards)
+                        engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards, guides)
                         signals.defer()
                         statistics = _run(config, source, tokenizer, output, engine, followers, chain([first], rows))
                 signals.raise_if_received()
@@ -101,15 +102,17 @@ def plan_report(config: Config) -> None:
     _, kv_tokens = kv_room(model, gpu, config.engine.gpu_memory_utilization, checkpoint.max_model_len, itemsize)
     limits = Limits(rows_at_once, kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
     survey = Survey(naive_batch=rows_at_once)
+    tokenizer = load_tokenizer(checkpoint.folder)
     prompts = build_prompts(
         source.rows(RowSet()),
         data=config.data,
         sampling=config.sampling,
-        tokenizer=load_tokenizer(checkpoint.folder),
+        tokenizer=tokenizer,
         max_model_len=checkpoint.max_model_len,
         vocab_size=model.vocab_size,
         keep=[],
         clock=StageClock(),
+        guides=open_guides(checkpoint, tokenizer),
     )
     batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
     answer = config.plan.expected_tokens or config.sampling.max_tokens
@@ -181,6 +184,7 @@ def _completions(
         vocab_size=engine.model.config.vocab_size,
         keep=source.schema.names,
         clock=engine.clock,
+        guides=engine.guides,
     )
     limits = Limits(
         engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window,

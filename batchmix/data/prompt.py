@@ -14,6 +14,8 @@ from batchmix.data.template import RowTemplate
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import TokenIds
 from batchmix.errors import BatchmixError
+from batchmix.guided.compile import Guides
+from batchmix.guided.pattern import Unsupported
 from batchmix.records import Prompt, Row
 from batchmix.report.clock import StageClock
 
@@ -33,6 +35,7 @@ def build_prompts(
     vocab_size: int,
     keep: Sequence[str],
     clock: StageClock,
+    guides: Guides | None = None,
 ) -> Generator[Prompt, None, None]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
@@ -42,18 +45,20 @@ def build_prompts(
     user message in the model's chat format; a model without one (a base model that is not Mistral's) gets the text
     itself after its beginning-of-sequence token.
 
-    `vocab_size` and `max_model_len` are the model's. `keep` names the columns that the output keeps. Rows are read
+    `vocab_size`, `max_model_len` and `guides` are the model's. `keep` names the columns that the output keeps. Rows are read
     and encoded by a thread, ahead of the consumer; closing the iterator ends it. `clock` counts its stages read and
     tokenise.
 
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
-    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep), rows, clock)
+    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides), rows, clock)
 
 
-def check_prompts(data: DataConfig, sampling: SamplingConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+def check_prompts(
+    data: DataConfig, sampling: SamplingConfig, tokenizer: Tokenizer | None, vocab_size: int, guides: Guides | None
+) -> None:
     """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
-    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, ())
+    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides)
 
 
 def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Generator[Prompt, None, None]:
@@ -74,8 +79,10 @@ class _PromptBuilder:
         max_model_len: int,
         vocab_size: int,
         keep: Sequence[str],
+        guides: Guides | None,
     ) -> None:
         self._data = data
+        self._guides = guides
         self._sampling = sampling
         self._samplings: dict[str, SamplingConfig] = {}
         self._tokenizer = tokenizer
@@ -160,6 +167,13 @@ class _PromptBuilder:
             )
         if self._more_tokens_than_model and max(ids) >= size:
             raise PromptError(f"prompt has token {max(ids)}, which the model's vocabulary of {size} does not have")
+        room = self._max_model_len - len(ids)
+        needed = self._tokens_needed(prompt.sampling)
+        if room < min(needed, prompt.sampling.max_tokens):
+            raise PromptError(
+                f"prompt has {len(ids)} tokens, and the shortest text that sampling.structured_outputs allows {needed};"
+                f" together they do not fit model.max_model_len={self._max_model_len}"
+            )
         prompt.token_ids = ids
 
     def _content(self, columns: Mapping[str, Any]) -> TokenIds | list[Message] | str:
@@ -230,6 +244,23 @@ class _PromptBuilder:
             raise PromptError(f"sampling.logprobs={sampling.logprobs}: the model's vocabulary has {self._vocab_size}")
         if sampling.stop and self._tokenizer is None:
             raise PromptError("sampling.stop needs a tokenizer, and the model folder has none; use stop_token_ids")
+        needed = self._tokens_needed(sampling)
+        if needed > sampling.max_tokens:
+            raise PromptError(
+                f"sampling.max_tokens={sampling.max_tokens}: the shortest text that sampling.structured_outputs allows"
+                f" has {needed} tokens"
+            )
+
+    def _tokens_needed(self, sampling: SamplingConfig) -> int:
+        """The tokens of the shortest text that a row's guide allows; 0 where it has none."""
+        if sampling.structured_outputs is None:
+            return 0
+        if self._guides is None:
+            raise PromptError("sampling.structured_outputs needs a tokenizer, and the model folder has none")
+        try:
+            return self._guides.get(sampling).tokens_needed(sampling.min_tokens)
+        except Unsupported as error:
+            raise PromptError(str(error)) from None
 
 
 def _check_swap(data: DataConfig, sampling: SamplingConfig, template: RowTemplate | None) -> tuple[str, str]:

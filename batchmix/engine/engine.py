@@ -21,9 +21,10 @@ from batchmix.data.stop_strings import StopTable
 from batchmix.engine.graphs import Step, StepGraphs, ladder, rung
 from batchmix.engine.kv_cache import BlockPool, KVCache, OutOfBlocks
 from batchmix.engine.prefix_cache import PrefixCache
-from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, Slots
+from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, Slots
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import BatchmixError
+from batchmix.guided.compile import Guides
 from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.records import Batch, Completion, FinishReason, Prompt
@@ -32,7 +33,8 @@ from batchmix.report.device_clock import DeviceClock
 
 _log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
-_FINISH_REASON: dict[int, FinishReason] = {EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", LENGTH: "length"}
+_FINISH_REASON: dict[int, FinishReason] = {EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", WHOLE: "stop",
+                                          LENGTH: "length"}  # fmt: skip
 
 
 @dataclass
@@ -82,9 +84,11 @@ class Engine:
         steps_per_read: int = 1,
         capture: Callable[[Step], Step] | None = None,
         share_prefix: bool = False,
+        guides: Guides | None = None,
     ) -> None:
         """`steps_per_read`: decode steps between two looks at what they did; more than 1 needs a backend that leaves
         ended rows alone. `capture` makes a CUDA graph of a step."""
+        self.guides = guides
         self.model = model
         self.ops = model.ops
         self.cache = cache
@@ -107,6 +111,7 @@ class Engine:
             device=self.device,
             row_tile=self.ops.row_tile,
             steps_per_read=steps_per_read,
+            guides=guides,
         )
         self._make_graphs = partial(StepGraphs, capture)
         self.slots = self._make_slots(max_num_seqs)

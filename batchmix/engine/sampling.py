@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows at once.
 
-The order is vLLM's: logit bias and allowed tokens, minimum length, penalties, temperature, min-p, top-k, top-p. Rows
-that do not use a step are not touched by it, so what one row asks for never changes another's answer. Log-probabilities
+The order is vLLM's: logit bias and allowed tokens, minimum length, penalties, the tokens that a guide allows, then
+temperature, min-p, top-k, top-p. Rows that do not use a step are not touched by it, so what one row asks for never changes another's answer. Log-probabilities
 are those of the model, before any of this.
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.engine.guide_masks import apply_guides
 from batchmix.engine.philox import uniform
 from batchmix.engine.slots import Slots
 
@@ -42,6 +43,7 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     _apply_bias(logits, slots, span)
     _forbid_stopping(logits, slots, span)
     _apply_penalties(logits, slots, span)
+    apply_guides(logits, slots, span)
     tokens = _most_likely(logits)
     random = torch.from_numpy(np.flatnonzero(slots.temperature[span].numpy() > 0))
     if len(random):

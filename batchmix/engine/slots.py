@@ -21,13 +21,19 @@ from batchmix.engine.kv_cache import SCRATCH_BLOCK
 from batchmix.engine.mirror import Mirror
 from batchmix.engine.philox import row_key
 from batchmix.engine.shared_rows import SharedTables
+from batchmix.guided.compile import Guides, guide_key
+from batchmix.guided.guide import Guide
 from batchmix.records import Prompt, TokenLogprob
 
 RUNNING, EOS, STOP_TOKEN, STOP_STRING, LENGTH = range(5)  # why a row ended
 FREE = 5  # `finish` of a slot without a row: steps leave it alone, as they do rows that have ended
+WHOLE = 6  # why a row ended: its guide allows no longer text
 
-_STATE = ("token", "context", "generated", "finish", "stop_reason", "stop_state")  # changed by steps
-_NUMBERS = ("max_tokens", "min_tokens", "top_k", "seed", "row_key", "sample", "bias_row", "stop_base")
+_STATE = ("token", "context", "generated", "finish", "stop_reason", "stop_state", "guide_state")  # changed by steps
+_NUMBERS = (
+    "max_tokens", "min_tokens", "top_k", "seed", "row_key", "sample", "bias_row", "stop_base", "guide_base",
+    "guide_class",
+)  # fmt: skip
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _FLAGS = ("penalised", "ignore_eos", "wants_logprob")
 _AS_ASKED = ("min_tokens", "top_k", "seed", *_REALS, "ignore_eos")  # fields that are the prompt's sampling key
@@ -47,6 +53,7 @@ class Slots:
     finish: Tensor
     stop_reason: Tensor  # stop token id, or ordinal of the stop string
     stop_state: Tensor
+    guide_state: Tensor  # row of the state in `guide_tables`, counted from guide_base
     # What the row asked for: int64, float32, bool.
     max_tokens: Tensor
     min_tokens: Tensor
@@ -56,6 +63,8 @@ class Slots:
     sample: Tensor
     bias_row: Tensor  # row of `biases`, -1: none
     stop_base: Tensor  # first row of the automaton in `automata`, -1: none
+    guide_base: Tensor  # first row of the guide in `guide_tables`, -1: none
+    guide_class: Tensor  # row of `guide_classes`, -1: none
     temperature: Tensor
     top_p: Tensor
     min_p: Tensor
@@ -76,11 +85,13 @@ class Slots:
         device: torch.device,
         row_tile: int = 1,
         steps_per_read: int = 1,
+        guides: Guides | None = None,
     ) -> None:
         size = -(-capacity // row_tile) * row_tile
         self.capacity = capacity
         self.vocab_size = vocab_size
         self.build_stop_table = stop_table
+        self.guides = guides
         self.num_active = 0
         self.version = 0  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
@@ -105,6 +116,9 @@ class Slots:
         self.num_logprobs = np.full(size, -1, np.int64)
         self.biases = SharedTables(vocab_size, torch.float32, device)
         self.automata = SharedTables(vocab_size + 1, torch.int64, device)  # next state; last column: string matched
+        self.guide_tables = SharedTables(2, torch.int32, device)  # see Guide.table
+        self.guide_classes = SharedTables(vocab_size, torch.int32, device)  # of each token
+        self.row_guides: list[Guide | None] = [None] * size
         # [capacity, V], made when a row first needs them.
         self.output_counts: Tensor | None = None
         self.in_prompt: Tensor | None = None
@@ -122,7 +136,10 @@ class Slots:
 
     def tables(self) -> tuple[object, ...]:
         """Where the tensors lie that are made anew when rows need larger ones: what a graph of a step relies on."""
-        grown = (self.stop_token_ids, self.biases.data, self.automata.data, self.output_counts, self.in_prompt)
+        grown = (
+            self.stop_token_ids, self.biases.data, self.automata.data, self.output_counts, self.in_prompt,
+            self.guide_tables.data, self.guide_classes.data,
+        )  # fmt: skip
         return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
 
     def upload(self) -> None:
@@ -170,6 +187,8 @@ class Slots:
         if sampling.stop:
             host["stop_base"][slot] = self.automata.acquire(_stop_key(sampling), lambda: self._automaton(sampling))
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
+        if sampling.structured_outputs is not None:
+            self._set_guide(slot, sampling)
         self._set_penalties(slot, prompt)
         return slot
 
@@ -179,6 +198,9 @@ class Slots:
             self.biases.release(_bias_key(sampling))
         if self.host["stop_base"][slot] >= 0:
             self.automata.release(_stop_key(sampling))
+        if self.host["guide_base"][slot] >= 0:
+            self.guide_tables.release(guide_key(sampling))
+            self.guide_classes.release(guide_key(sampling))
         self.num_active -= 1
         self.version += 1
         last = self.num_active
@@ -187,6 +209,7 @@ class Slots:
         for array in (self.block_table, self._stops.array, self.num_blocks, self.num_logprobs, self.num_read,
                       self._history.array, self.tokens, self.logprobs, self.top_ids, self.top_logprobs):  # fmt: skip
             array[slot] = array[last]
+        self.row_guides[slot] = self.row_guides[last]
         if self.output_counts is not None and self.in_prompt is not None:
             for table in (self.output_counts, self.in_prompt):
                 table[slot] = table[last]
@@ -197,7 +220,9 @@ class Slots:
         for mirror in self._columns:
             mirror.array[:, slot] = 0
         self.host["finish"][slot] = FREE
-        self.host["bias_row"][slot] = self.host["stop_base"][slot] = -1
+        for name in ("bias_row", "stop_base", "guide_base", "guide_class"):
+            self.host[name][slot] = -1
+        self.row_guides[slot] = None
         self.block_table[slot] = SCRATCH_BLOCK
         self._stops.array[slot] = -1
         self.num_blocks[slot] = 0
@@ -209,6 +234,15 @@ class Slots:
             self.stop_token_ids = self._stops.tensor
         self._stops.array[slot] = -1
         self._stops.array[slot, : len(ids)] = ids
+
+    def _set_guide(self, slot: int, sampling: SamplingConfig) -> None:
+        assert self.guides is not None, "rows with structured_outputs are refused where there is no tokenizer"
+        guide, key = self.guides.get(sampling), guide_key(sampling)
+        self.row_guides[slot] = guide
+        self.host["guide_base"][slot] = self.guide_tables.acquire(key, lambda: torch.from_numpy(guide.table))
+        classes = torch.from_numpy(guide.token_class)[None]
+        self.host["guide_class"][slot] = self.guide_classes.acquire(key, lambda: classes)
+        self.host["guide_state"][slot] = guide.start
 
     def _set_penalties(self, slot: int, prompt: Prompt) -> None:
         sampling = prompt.sampling
@@ -268,11 +302,26 @@ class Slots:
             self.stop_state[span] = torch.where(searched, state, old)
             hit = searched & (matched >= 0)
             finish, reason = finish.masked_fill(hit, STOP_STRING), torch.where(hit, matched, reason)
+        finish = self._advance_guides(span, tokens, finish)
         hit = (tokens[:, None] == self.stop_token_ids[span]).any(1) & may_stop
         finish, reason = finish.masked_fill(hit, STOP_TOKEN), torch.where(hit, tokens, reason)
         hit = torch.isin(tokens, self.eos_token_ids) & ~self.ignore_eos[span] & may_stop
         self.finish[span] = finish.masked_fill(hit, EOS)
         self.stop_reason[span] = reason
+
+    def _advance_guides(self, span: slice, tokens: Tensor, finish: Tensor) -> Tensor:
+        """Take the tokens in the rows' guides; `finish` with the rows whose text cannot be longer, [R] -> [R]."""
+        guided = torch.nonzero(self.guide_base[span] >= 0)[:, 0]
+        if not len(guided):
+            return finish
+        base, old = self.guide_base[span][guided], self.guide_state[span][guided]
+        token_class = self.guide_classes.data[self.guide_class[span][guided], tokens[guided]]
+        state = self.guide_tables.data[base + old + token_class, 0].long()
+        self.guide_state[span][guided] = state
+        over, longer = self.guide_tables.data[base + state].unbind(-1)
+        left = (self.max_tokens[span] - self.generated[span])[guided]
+        why = torch.where(over > 0, WHOLE, LENGTH)
+        return finish.index_copy(0, guided, torch.where(longer > left, why, finish[guided]))
 
     def log_logprobs(self, slots: np.ndarray, chosen: Tensor, top_ids: Tensor, top: Tensor) -> None:
         """Keep the log-probabilities of the step's token; call before `advance`. [N], [N], [N, k], [N, k]."""

@@ -17,6 +17,7 @@ from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.graphs import cuda_capture
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.workspace import measure_workspace
+from batchmix.guided.compile import Guides
 from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.backend import Operators
@@ -56,8 +57,12 @@ def start_engine(
     config: EngineConfig,
     should_stop: Callable[[], bool],
     shards: Shards = ALONE,
+    guides: Guides | None = None,
 ) -> Engine:
-    """Load the weights, give the memory that is left to the KV cache, and say so in one line."""
+    """Load the weights, give the memory that is left to the KV cache, and say so in one line.
+
+    `guides`: those of this checkpoint and tokenizer, where some are compiled already.
+    """
     started = time.perf_counter()
     place = choose_place(config)
     dtype, device = compute_dtype(checkpoint.dtype, place), place.device
@@ -96,7 +101,15 @@ def start_engine(
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs else None,
         # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
+        guides=guides or open_guides(checkpoint, tokenizer),
     )
+
+
+def open_guides(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Guides | None:
+    """The guides of a checkpoint's vocabulary; None without a tokenizer. Compiles nothing yet."""
+    if tokenizer is None:
+        return None
+    return Guides.of(tokenizer, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
 def open_backend(backend: Backend, config: EngineConfig) -> Operators:

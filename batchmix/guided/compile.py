@@ -1,0 +1,115 @@
+"""From `sampling.structured_outputs` to the guide of a row, compiled once for all rows that ask for the same."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from batchmix.config import SamplingConfig, StructuredOutputs
+from batchmix.data.tokenizer import Tokenizer
+from batchmix.guided.dfa import build_automaton
+from batchmix.guided.guide import Guide, build_guide
+from batchmix.guided.json_schema import json_schema_pattern
+from batchmix.guided.pattern import Pattern, Unsupported, alt, literal
+from batchmix.guided.regex import regex_pattern
+from batchmix.guided.trie import TokenTrie
+
+_KEPT = 64  # guides that are kept for rows to come
+
+
+class Guides:
+    """The guides of one model's vocabulary. Threads may share it.
+
+    `pieces` [V] are the bytes of each token, b"" for control tokens, which are never part of a guided text.
+    """
+
+    def __init__(
+        self, pieces: Sequence[bytes], *, drops_leading_space: bool, eos_token_ids: Sequence[int]
+    ) -> None:
+        self._pieces = pieces
+        self._drops_leading_space = drops_leading_space
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._tries: dict[Hashable, TokenTrie] = {}
+        self._guides: OrderedDict[Hashable, Guide] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Guides:
+        """Those of a tokenizer, for a model whose vocabulary may be larger or smaller."""
+        pieces = tokenizer.token_bytes(True)[:vocab_size]
+        pieces = pieces + [b""] * (vocab_size - len(pieces))
+        return cls(pieces, drops_leading_space=tokenizer.drops_leading_space, eos_token_ids=eos_token_ids)
+
+    def get(self, sampling: SamplingConfig) -> Guide:
+        """The guide of a row with structured_outputs. Unsupported, in one line that names the key, where there is none."""
+        key = guide_key(sampling)
+        with self._lock:
+            guide = self._guides.pop(key, None)
+            if guide is None:
+                guide = self._compile(sampling)
+                if len(self._guides) >= _KEPT:
+                    self._guides.popitem(last=False)
+            self._guides[key] = guide
+        return guide
+
+    def _compile(self, sampling: SamplingConfig) -> Guide:
+        assert sampling.structured_outputs is not None
+        ends = set(sampling.stop_token_ids or ())
+        if not sampling.ignore_eos:
+            ends |= set(self._eos_token_ids)
+        allowed = None if sampling.allowed_token_ids is None else set(sampling.allowed_token_ids)
+        if allowed is not None:
+            ends &= allowed
+        outputs = sampling.structured_outputs
+        name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
+        try:
+            return build_guide(
+                build_automaton(_pattern(outputs)),
+                self._trie(ends | set(sampling.stop_token_ids or ()), allowed),
+                end_tokens=ends,
+                drops_leading_space=self._drops_leading_space,
+            )
+        except Unsupported as error:
+            raise Unsupported(f"sampling.structured_outputs.{name}: {error}") from None
+        except RecursionError:
+            raise Unsupported(f"sampling.structured_outputs.{name}: nested too deeply") from None
+
+    def _trie(self, ends: set[int], allowed: set[int] | None) -> TokenTrie:
+        """The tokens that a text may have: not those that end it, and of the rest those allowed."""
+        key = frozenset(token for token in ends if self._pieces[token]), None if allowed is None else frozenset(allowed)
+        if key not in self._tries:
+            if len(self._tries) >= _KEPT:
+                self._tries.clear()
+            pieces = [
+                b"" if token in ends or (allowed is not None and token not in allowed) else piece
+                for token, piece in enumerate(self._pieces)
+            ]
+            self._tries[key] = TokenTrie(pieces)
+        return self._tries[key]
+
+
+def guide_key(sampling: SamplingConfig) -> tuple[Any, ...]:
+    """What makes two rows share a guide; empty where there is none."""
+    outputs = sampling.structured_outputs
+    if outputs is None:
+        return ()
+    schema = outputs.json if isinstance(outputs.json, str) else json.dumps(outputs.json)
+    allowed = None if sampling.allowed_token_ids is None else tuple(sampling.allowed_token_ids)
+    ends = tuple(sampling.stop_token_ids or ()), sampling.ignore_eos
+    return tuple(outputs.choice or ()), outputs.regex, schema, allowed, ends
+
+
+def _pattern(outputs: StructuredOutputs) -> Pattern:
+    """The texts that are allowed."""
+    if outputs.choice is not None:
+        return alt([literal(text) for text in outputs.choice])
+    if outputs.regex is not None:
+        return regex_pattern(outputs.regex)
+    try:
+        schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
+    except ValueError as error:
+        raise Unsupported(f"no JSON ({error})") from None
+    return json_schema_pattern(schema)

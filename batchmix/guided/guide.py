@@ -1,0 +1,204 @@
+"""What a row's text may be, as tables over tokens that a decode step reads on the device.
+
+A guide is a deterministic automaton over tokens. Tokens that no state tells apart form a class, so that the table is
+states by classes, not states by vocabulary: a JSON Schema of 300 states has about 300 classes for 32,000 tokens.
+
+Each entry also says how many tokens the text needs after this one, at least. A step allows the tokens whose need fits
+into what is left of max_tokens; so a text is always led to a valid end in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from batchmix.guided.dfa import ByteAutomaton
+from batchmix.guided.pattern import Unsupported
+from batchmix.guided.trie import TokenTrie
+
+NEVER_ENDS = 2**30  # tokens needed where there is no way to an end
+_MAX_TABLE_BYTES = 64 * 2**20
+_BLOCK_STATES = 128  # walked together: a block is states by vocabulary
+_CACHED_SETS = 2048  # of allowed tokens, a byte for each token of the vocabulary
+_FEW = 2048  # tokens of a set that is kept as ids too
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Some tokens of a vocabulary, in the form that is cheapest to use where there are many rows."""
+
+    allowed: npt.NDArray[np.bool_]  # [V]
+    few_allowed: npt.NDArray[np.int64] | None  # ids of those allowed, where they are few
+    few_forbidden: npt.NDArray[np.int64] | None  # ids of the others, where those are few
+
+
+@dataclass
+class Guide:
+    """An automaton over tokens. A state is the number of its first row in `table`.
+
+    Row `state` holds (is no longer text possible, fewest tokens of a longer text) if the text may end here, else zeros.
+    Row `state + token_class[token]` holds (next state, fewest tokens after that one, NEVER_ENDS: not allowed).
+    """
+
+    table: npt.NDArray[np.int32]  # [num_states * (1 + classes), 2]
+    token_class: npt.NDArray[np.int32]  # [V], from 1 on
+    start: int
+    shortest: int  # tokens of the shortest text
+    shortest_longer: int  # of the shortest text that is not empty
+    has_end: bool  # whether a token can end a text that could go on
+    forced: dict[int, int]  # by state: the only token that may come next, where there is just one
+    _sets: dict[tuple[int, int], TokenSet] = field(default_factory=dict, repr=False)
+
+    def tokens_needed(self, min_tokens: int) -> int:
+        """The fewest tokens of a row's text."""
+        return self.shortest if self.has_end and not min_tokens else self.shortest_longer
+
+    def next_state(self, state: int, token: int) -> int:
+        """The state after a token that is allowed."""
+        return int(self.table[state + self.token_class[token], 0])
+
+    def is_allowed(self, state: int, token: int, left: int) -> bool:
+        """Whether the token may come next with `left` more tokens to come after it."""
+        return bool(self.table[state + self.token_class[token], 1] <= left)
+
+    def may_end(self, state: int) -> bool:
+        """Whether the text is whole."""
+        return bool(self.table[state, 1] > 0)
+
+    def is_over(self, state: int) -> bool:
+        """Whether the text is whole and no longer one is allowed."""
+        return bool(self.table[state, 0])
+
+    def allowed_tokens(self, state: int, left: int) -> TokenSet:
+        """The tokens that `is_allowed`."""
+        classes = int(self.token_class.max())
+        need = self.table[state + 1 : state + 1 + classes, 1]
+        # All states with as much left or more are alike.
+        left = min(left, int(need[need < NEVER_ENDS].max(initial=0)))
+        found = self._sets.get((state, left))
+        if found is None:
+            if len(self._sets) >= _CACHED_SETS:
+                self._sets.clear()
+            allowed = (need <= left)[self.token_class - 1]
+            count = int(allowed.sum())
+            few, many = count <= _FEW, len(allowed) - count <= _FEW
+            found = self._sets[state, left] = TokenSet(
+                allowed, np.flatnonzero(allowed) if few else None, np.flatnonzero(~allowed) if many and not few else None
+            )
+        return found
+
+
+def build_guide(
+    automaton: ByteAutomaton, trie: TokenTrie, *, end_tokens: Iterable[int], drops_leading_space: bool
+) -> Guide:
+    """The automaton of texts over the tokens of a vocabulary.
+
+    `end_tokens` end a text where it may end and are nothing else; they must have no text in `trie`. With
+    `drops_leading_space` one space at the start of the first token is not part of the text. Unsupported where the
+    vocabulary cannot say any of the texts, or where the tables would be too large.
+    """
+    following, token_class = _classes(automaton, trie, drops_leading_space)  # [S, C], [V]
+    accepts = np.append(automaton.accepts, automaton.accepts[0])
+    end_tokens = list(end_tokens)
+    distance = _distance(following, accepts)
+    start = len(accepts) - 1
+    if distance[start] >= NEVER_ENDS:
+        raise Unsupported("the model's vocabulary has no tokens for any text that fits")
+    need = np.where(following >= 0, distance[following], NEVER_ENDS)
+    longer = np.minimum(1 + need.min(1, initial=NEVER_ENDS), NEVER_ENDS)
+
+    num_states, num_classes = following.shape
+    sizes = np.bincount(token_class, minlength=num_classes)
+    if end_tokens:  # a class of their own
+        token_class[end_tokens] = num_classes
+        following = np.column_stack((following, np.where(accepts, np.arange(num_states), -1)))
+        need = np.column_stack((need, np.where(accepts, 0, NEVER_ENDS)))
+    width = 1 + following.shape[1]
+    if num_states * width * 8 > _MAX_TABLE_BYTES:
+        raise Unsupported("the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})")
+    table = np.zeros((num_states, width, 2), np.int32)
+    table[:, 0, 0] = accepts & (longer >= NEVER_ENDS)
+    table[:, 0, 1] = np.where(accepts, longer, 0)
+    table[:, 1:, 0] = np.where(following >= 0, following, 0) * width
+    table[:, 1:, 1] = need
+
+    possible = need[:, :num_classes] < NEVER_ENDS
+    alone = np.flatnonzero(((possible * sizes).sum(1) == 1) & ~(accepts & bool(end_tokens)))
+    first_of_class = np.zeros(num_classes, np.int64)
+    first_of_class[token_class[::-1][token_class[::-1] < num_classes]] = np.flatnonzero(token_class < num_classes)[::-1]
+    forced = {int(state) * width: int(first_of_class[possible[state].argmax()]) for state in alone}
+    return Guide(
+        table.reshape(-1, 2), (token_class + 1).astype(np.int32), start * width, int(distance[start]),
+        int(longer[start]), bool(end_tokens), forced,
+    )  # fmt: skip
+
+
+def _classes(
+    automaton: ByteAutomaton, trie: TokenTrie, drops_leading_space: bool
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The state after each class of tokens, [S + 1, C], -1: none, and the class of each token, [V].
+
+    The last state is that of a text without bytes, which differs from state 0 where a leading space is dropped.
+    """
+    goto = automaton.goto
+    blocks: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] = []  # a block's classes, and each token's
+    for low in range(0, len(goto), _BLOCK_STATES):
+        states = np.arange(low, min(low + _BLOCK_STATES, len(goto)))
+        following = np.full((len(states), trie.num_tokens), -1, np.int32)
+        for origin, token, after in trie.walk(goto, states):
+            following[origin, token] = after
+        if low == 0:
+            start = following[:1].copy()
+        blocks.append(_unique_columns(following))
+    space = trie.child(ord(" ")) if drops_leading_space else None
+    if space is not None:
+        spaced = np.full(trie.num_tokens, -1, np.int32)
+        for _, token, after in trie.walk(goto, np.zeros(1, np.int64), space):
+            spaced[token] = after
+        begins_so = _tokens_below(trie, space)
+        start[0, begins_so] = spaced[begins_so]
+        if trie.token[space] >= 0:
+            start[0, trie.token[space]] = 0
+    blocks.append(_unique_columns(start))
+    # Tokens are of one class if they are in every block.
+    place = np.stack([columns for _, columns in blocks])
+    representative, token_class = _unique_columns(place.astype(np.int32), indices=True)
+    table = np.concatenate([block[:, columns[representative]] for block, columns in blocks])
+    return table, token_class
+
+
+def _tokens_below(trie: TokenTrie, node: int) -> npt.NDArray[np.int64]:
+    """The tokens whose text begins with that of `node` and goes on."""
+    everything = np.zeros((1, 256), np.int32)
+    parts = [token for _, token, _ in trie.walk(everything, np.zeros(1, np.int64), node)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _unique_columns(
+    matrix: npt.NDArray[np.int32], indices: bool = False
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The distinct columns of [S, V] (or, with `indices`, where each is found first), and which one each column is."""
+    rows = np.ascontiguousarray(matrix.T)
+    keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return (first if indices else matrix[:, first]), inverse.reshape(-1)
+
+
+def _distance(following: npt.NDArray[np.int32], accepts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The fewest tokens from each state to an accepting one, NEVER_ENDS where there is none. [S]."""
+    source, column = np.nonzero(following >= 0)
+    edges = np.unique(np.stack((following[source, column], source)), axis=1)  # (to, from), by `to`
+    first = np.searchsorted(edges[0], np.arange(len(accepts) + 1))
+    distance = np.full(len(accepts), NEVER_ENDS, np.int64)
+    frontier = np.flatnonzero(accepts)
+    steps = 0
+    while len(frontier):
+        distance[frontier] = steps
+        steps += 1
+        spans = [edges[1, first[state] : first[state + 1]] for state in frontier]
+        before = np.unique(np.concatenate(spans))
+        frontier = before[distance[before] == NEVER_ENDS]
+    return distance

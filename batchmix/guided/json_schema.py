@@ -1,0 +1,317 @@
+"""JSON Schemas (draft 2020-12) as patterns of the JSON text of their values.
+
+The text is what Python's `json.dumps(value, ensure_ascii=False)` writes: one space after a comma and a colon, keys in
+the order of `properties`. Each text that a pattern allows is a valid instance; what cannot be kept is refused by name.
+Where a schema leaves things open the pattern is narrower: objects have the properties that are named and no others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from batchmix.guided.json_strings import any_string, format_string, pattern_string
+from batchmix.guided.numbers import any_integer, any_number, integers_between, numbers_between
+from batchmix.guided.pattern import EMPTY, NEVER, Pattern, Unsupported, alt, literal, optional, repeat, seq, separated
+
+# Say nothing that a validator checks.
+_ANNOTATIONS = {"title", "description", "default", "examples", "example", "$schema", "$id", "$comment", "$defs",
+                "definitions", "deprecated", "readOnly", "writeOnly", "$anchor"}  # fmt: skip
+_KEYWORDS = {
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "object": {"properties", "required", "additionalProperties"},
+    "boolean": set[str](),
+    "null": set[str](),
+}
+_COMBINING = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
+_TYPE_OF: dict[type, str] = {
+    bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", list: "array", dict: "object",
+}  # fmt: skip
+_MAX_DEPTH = 32  # of schemas in one another, references followed
+_COMMA, _COLON = literal(", "), literal(": ")
+
+
+def json_schema_pattern(schema: Any) -> Pattern:
+    """The texts of a schema's values. Unsupported, in one line, for what is no schema or cannot be kept."""
+    return _Translation(schema).schema(schema, "", 0)
+
+
+class _Translation:
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._open: list[str] = []  # references that are being followed
+
+    def schema(self, schema: Any, path: str, depth: int) -> Pattern:
+        """`path` is where it stands, for messages."""
+        if depth > _MAX_DEPTH:
+            raise _refusal(path, "is nested too deeply")
+        if schema is True or schema == {}:
+            raise _refusal(path, "allows any value; give a type")
+        if schema is False:
+            return NEVER
+        if not isinstance(schema, Mapping):
+            raise _refusal(path, f"is no schema but {schema!r}")
+        for keyword in _COMBINING:
+            if keyword in schema:
+                return self._combined(keyword, schema, path, depth)
+        types = schema.get("type")
+        if types is None:
+            guess = [name for name, keywords in _KEYWORDS.items() if keywords & schema.keys() and name != "number"]
+            unknown = sorted(schema.keys() - _ANNOTATIONS - {key for names in _KEYWORDS.values() for key in names})
+            if unknown:
+                raise _refusal(path, f"has the keyword {unknown[0]!r}, which is not supported")
+            raise _refusal(path, f"has no type{f'; give type: {guess[0]}' if guess else ''}")
+        names = types if isinstance(types, list) else [types]
+        for name in names:
+            if name not in _KEYWORDS:
+                raise _refusal(path, f"has type {name!r}, which JSON Schema does not have")
+        known = {key for name in names for key in _KEYWORDS[name]}
+        self._check_keywords(schema, known | {"type"}, path)
+        return alt([getattr(self, f"_{name}")(schema, path, depth) for name in names])
+
+    def _check_keywords(self, schema: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+        """Unsupported where the schema has a keyword that says something else."""
+        for key in schema:
+            harmless = key in _ANNOTATIONS or (key == "uniqueItems" and schema[key] is False)
+            if key not in known and not harmless:
+                raise _refusal(path, f"has the keyword {key!r}, which is not supported here")
+
+    def _combined(self, keyword: str, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        value = schema[keyword]
+        where = f"{path}/{keyword}"
+        if keyword in ("const", "enum"):
+            self._check_keywords(schema, {keyword, "type"}, path)
+            values = [value] if keyword == "const" else value
+            if not isinstance(values, list):
+                raise _refusal(where, "must be a list")
+            return alt([literal(_dumps(one, where)) for one in values if _has_type(one, schema.get("type"))])
+        self._check_keywords(schema, {keyword}, path)
+        if keyword == "$ref":
+            return self._reference(value, where, depth)
+        if not isinstance(value, list) or not value:
+            raise _refusal(where, "must be a list of schemas")
+        if keyword == "allOf" and len(value) > 1:
+            raise _refusal(where, "of more than one schema is not supported")
+        if keyword == "oneOf":
+            self._check_apart(value, where)
+        return alt([self.schema(one, f"{where}/{i}", depth + 1) for i, one in enumerate(value)])
+
+    def _reference(self, reference: Any, path: str, depth: int) -> Pattern:
+        target = self._target(reference, path)
+        if reference in self._open:
+            raise _refusal(path, f"{reference!r} is recursive, which is not supported")
+        self._open.append(reference)
+        found = self.schema(target, reference.removeprefix("#"), depth + 1)
+        self._open.pop()
+        return found
+
+    def _target(self, reference: Any, path: str) -> Any:
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            raise _refusal(path, f"{reference!r}: only references within the schema, #/..., are supported")
+        target = self._root
+        for step in reference.removeprefix("#").split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
+                target = target[int(step)]
+            elif isinstance(target, Mapping) and step in target:
+                target = target[step]
+            else:
+                raise _refusal(path, f"{reference!r} is not there")
+        return target
+
+    def _check_apart(self, schemas: list[Any], path: str) -> None:
+        """oneOf is anyOf where no value can fit two of the schemas; that is seen by their types and constants."""
+        seen: list[tuple[str, str | None]] = []
+        for schema in schemas:
+            own = self._kinds(schema, path, 0)
+            for kind, value in own:
+                if any(kind == other and (value is None or known is None or value == known) for other, known in seen):
+                    raise _refusal(path, "is supported only for schemas of different types or constants; use anyOf")
+            seen += own
+
+    def _kinds(self, schema: Any, path: str, depth: int) -> list[tuple[str, str | None]]:
+        """What a schema's values are: types, or constants with their types."""
+        if isinstance(schema, Mapping) and depth <= _MAX_DEPTH:
+            if "$ref" in schema:
+                return self._kinds(self._target(schema["$ref"], path), path, depth + 1)
+            if "const" in schema or isinstance(schema.get("enum"), list):
+                values = [schema["const"]] if "const" in schema else schema["enum"]
+                return [(_kind(_TYPE_OF.get(type(value), "")), _normal(value)) for value in values]
+            types = schema.get("type")
+            if types is not None:
+                return [(_kind(str(name)), None) for name in (types if isinstance(types, list) else [types])]
+        raise _refusal(path, "is supported only for schemas that have a type or are constants; use anyOf")
+
+    def _string(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        low, high = _count(schema, "minLength", path, 0), _count(schema, "maxLength", path, None)
+        given = [key for key in ("pattern", "format") if key in schema]
+        if given and len(given) + (low != 0) + (high is not None) > 1:
+            raise _refusal(path, f"has {given[0]!r} together with other limits of the text, which is not supported")
+        try:
+            if "pattern" in schema:
+                return pattern_string(schema["pattern"])
+            if "format" in schema:
+                return format_string(schema["format"])
+        except Unsupported as error:
+            raise _refusal(path, str(error)) from None
+        return any_string(low or 0, high)
+
+    def _integer(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        low, open_low, high, open_high = _bounds(schema, path)
+        if low is None and high is None:
+            return any_integer()
+        # Above 2 is from 3 on, above 2.5 too.
+        least = None if low is None else Decimal(math.floor(low) + 1) if open_low else low
+        most = None if high is None else Decimal(math.ceil(high) - 1) if open_high else high
+        return integers_between(least, most)
+
+    def _number(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        low, open_low, high, open_high = _bounds(schema, path)
+        if low is None and high is None:
+            return any_number()
+        try:
+            return numbers_between(low, open_low, high, open_high)
+        except Unsupported as error:
+            raise _refusal(path, str(error)) from None
+
+    def _boolean(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        return alt([literal("true"), literal("false")])
+
+    def _null(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        return literal("null")
+
+    def _array(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        first = schema.get("prefixItems", [])
+        if not isinstance(first, list):
+            raise _refusal(f"{path}/prefixItems", "must be a list of schemas")
+        fixed = [self.schema(one, f"{path}/prefixItems/{i}", depth + 1) for i, one in enumerate(first)]
+        rest = NEVER
+        low, high = _count(schema, "minItems", path, 0) or 0, _count(schema, "maxItems", path, None)
+        if "items" in schema:
+            rest = self.schema(schema["items"], f"{path}/items", depth + 1)
+        elif high is None or high > len(fixed):
+            if not fixed:
+                raise _refusal(path, "is an array of any values; give items")
+            high = len(fixed)
+        return seq([literal("["), _listed(fixed, rest, low, high), literal("]")])
+
+    def _object(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
+        properties = schema.get("properties", {})
+        required = schema.get("required", [])
+        if not isinstance(properties, Mapping):
+            raise _refusal(f"{path}/properties", "must be an object")
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise _refusal(f"{path}/required", "must be a list of names")
+        missing = [name for name in required if name not in properties]
+        if missing:
+            raise _refusal(f"{path}/required", f"names {missing[0]!r}, which properties does not have")
+        extra = schema.get("additionalProperties")
+        if not properties:
+            if extra is False:
+                return literal("{}")
+            if extra is None or extra is True:
+                raise _refusal(path, "is an object of any properties; give properties")
+            value = self.schema(extra, f"{path}/additionalProperties", depth + 1)
+            member = seq([any_string(0, None), _COLON, value])
+            return seq([literal("{"), _listed([], member, 0, None), literal("}")])
+        members = [
+            (seq([literal(_dumps(name, path)), _COLON, self.schema(one, f"{path}/properties/{name}", depth + 1)]),
+             name in required)
+            for name, one in properties.items()
+        ]  # fmt: skip
+        return seq([literal("{"), _members(members), literal("}")])
+
+
+def _listed(fixed: list[Pattern], rest: Pattern, low: int, high: int | None) -> Pattern:
+    """low to high items with commas between them: the first ones of `fixed`, then any number of `rest`."""
+    if high is not None and high < low:
+        return NEVER
+    found = []
+    for count in range(low, min(len(fixed), len(fixed) if high is None else high) + 1):
+        found.append(separated(fixed[:count], _COMMA))  # fewer than all, or just all
+    if high is None or high > len(fixed):
+        more_low, more_high = max(1, low - len(fixed)), None if high is None else high - len(fixed)
+        another = repeat(seq([_COMMA, rest]), more_low - (not fixed), None if more_high is None else more_high - (not fixed))
+        found.append(seq([*([separated(fixed, _COMMA)] if fixed else [rest]), another]))
+    return alt([one for one in found if one != NEVER])
+
+
+def _members(members: list[tuple[Pattern, bool]]) -> Pattern:
+    """Members in their order, commas between those that are there; those that are not required may be left out."""
+    after = EMPTY  # what may follow once a member is there
+    alone = EMPTY  # what may follow while there is none
+    for member, required in reversed(members):
+        first = seq([member, after])
+        alone = first if required else alt([first, alone])
+        later = seq([_COMMA, member])
+        after = seq([later if required else optional(later), after])
+    return alone
+
+
+def _bounds(schema: Mapping[str, Any], path: str) -> tuple[Decimal | None, bool, Decimal | None, bool]:
+    """The lower bound, whether it is exclusive, and the upper one likewise."""
+    values: dict[str, Decimal] = {}
+    for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+        if key in schema:
+            value = schema[key]
+            finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+            if isinstance(value, bool) or not finite:
+                raise _refusal(f"{path}/{key}", f"must be a number, not {value!r}")
+            values[key] = Decimal(repr(value))
+    low, open_low = max(
+        [(values[key], key == "exclusiveMinimum") for key in ("minimum", "exclusiveMinimum") if key in values],
+        default=(None, False),
+    )  # type: ignore[type-var]
+    high, closed = min(
+        [(values[key], key == "maximum") for key in ("maximum", "exclusiveMaximum") if key in values],
+        default=(None, True),
+    )  # type: ignore[type-var]
+    return low, open_low, high, not closed
+
+
+def _count(schema: Mapping[str, Any], key: str, path: str, default: int | None) -> int | None:
+    value = schema.get(key, default)
+    if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise _refusal(f"{path}/{key}", f"must be a count, not {value!r}")
+    return value
+
+
+def _has_type(value: Any, types: Any) -> bool:
+    """Whether a constant is of the schema's type, where that gives one."""
+    if types is None:
+        return True
+    names = types if isinstance(types, list) else [types]
+    own = _TYPE_OF.get(type(value), "")
+    whole = own == "number" and float(value).is_integer()
+    return own in names or (own == "integer" and "number" in names) or (whole and "integer" in names)
+
+
+def _kind(name: str) -> str:
+    return "number" if name == "integer" else name
+
+
+def _normal(value: Any) -> str:
+    """The same text for values that JSON Schema takes for equal: 1 and 1.0 are."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(Fraction(value))
+    return json.dumps(value, sort_keys=True)
+
+
+def _dumps(value: Any, path: str) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError):  # of lone surrogates too
+        raise _refusal(path, f"has {value!r}, which is no JSON value in Unicode") from None
+    return text
+
+
+def _refusal(path: str, reason: str) -> Unsupported:
+    return Unsupported(f"{path or 'the schema'} {reason}")

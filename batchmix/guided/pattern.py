@@ -1,0 +1,157 @@
+"""Patterns: sets of texts, built from sets of characters by sequence, choice and repetition.
+
+What a regex, a JSON Schema or a list of choices allows is one pattern; dfa.py makes an automaton of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+Range: TypeAlias = tuple[int, int]  # code points, both ends included
+_LAST = 0x10FFFF
+_SURROGATES = (0xD800, 0xDFFF)  # no characters: UTF-8 has no bytes for them
+
+
+@dataclass(frozen=True)
+class Chars:
+    """One character of the set; ranges ascend and neither touch nor overlap."""
+
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Seq:
+    """One after the other; none: the empty text."""
+
+    items: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True)
+class Alt:
+    """One of them; none: no text at all."""
+
+    items: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """`item`, at least `low` and at most `high` times (None: any number)."""
+
+    item: Pattern
+    low: int
+    high: int | None
+
+
+Pattern: TypeAlias = Chars | Seq | Alt | Repeat
+EMPTY, NEVER = Seq(()), Alt(())
+
+
+class Unsupported(ValueError):
+    """What a guide cannot do; the message is one line that names the feature."""
+
+
+def chars(ranges: Iterable[Range]) -> Pattern:
+    """One character of these ranges, which may overlap, without surrogates; NEVER where none is left."""
+    merged: list[Range] = []
+    for low, high in sorted(ranges):
+        for start, end in ((low, min(high, _SURROGATES[0] - 1)), (max(low, _SURROGATES[1] + 1), min(high, _LAST))):
+            if start > end:
+                continue
+            if merged and start <= merged[-1][1] + 1:
+                merged[-1] = merged[-1][0], max(merged[-1][1], end)
+            else:
+                merged.append((start, end))
+    return Chars(tuple(merged)) if merged else NEVER
+
+
+def complement(ranges: Iterable[Range]) -> list[Range]:
+    """All code points but these."""
+    rest, start = [], 0
+    for low, high in sorted(ranges):
+        if low > start:
+            rest.append((start, low - 1))
+        start = max(start, high + 1)
+    return [*rest, (start, _LAST)] if start <= _LAST else rest
+
+
+def intersection(left: Iterable[Range], right: Iterable[Range]) -> list[Range]:
+    """The code points of both."""
+    return complement([*complement(left), *complement(right)])
+
+
+def literal(text: str) -> Pattern:
+    """This text and no other."""
+    return seq(chars([(ord(char), ord(char))]) for char in text)
+
+
+def seq(items: Iterable[Pattern]) -> Pattern:
+    """`items` one after the other."""
+    flat: list[Pattern] = []
+    for item in items:
+        if item == NEVER:
+            return NEVER
+        flat += item.items if isinstance(item, Seq) else [item]
+    return flat[0] if len(flat) == 1 else Seq(tuple(flat))
+
+
+def alt(items: Iterable[Pattern]) -> Pattern:
+    """One of `items`."""
+    flat: list[Pattern] = []
+    for item in items:
+        flat += item.items if isinstance(item, Alt) else [item]
+    flat = list(dict.fromkeys(flat))
+    return flat[0] if len(flat) == 1 else Alt(tuple(flat))
+
+
+def repeat(item: Pattern, low: int, high: int | None) -> Pattern:
+    """`item`, from `low` to `high` times (None: no limit)."""
+    if high == 0 or item == EMPTY:
+        return EMPTY
+    if item == NEVER:
+        return EMPTY if low == 0 else NEVER
+    return item if (low, high) == (1, 1) else Repeat(item, low, high)
+
+
+def optional(item: Pattern) -> Pattern:
+    """`item` or nothing."""
+    return repeat(item, 0, 1)
+
+
+def separated(items: Iterable[Pattern], separator: Pattern) -> Pattern:
+    """All of `items`, with the separator between them."""
+    parts: list[Pattern] = []
+    for item in items:
+        parts += [separator, item] if parts else [item]
+    return seq(parts)
+
+
+@cache
+def utf8(ranges: tuple[Range, ...]) -> tuple[tuple[Range, ...], ...]:
+    """Character ranges as sequences of byte ranges: a character's bytes fall into exactly one of the sequences."""
+    found: list[tuple[Range, ...]] = []
+    for low, high in ranges:
+        for start, end in ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, _LAST)):
+            if low <= end and high >= start:
+                _split(max(low, start), min(high, end), found)
+    return tuple(found)
+
+
+def _split(low: int, high: int, found: list[tuple[Range, ...]]) -> None:
+    """Characters low..high of one encoded length, cut so that every byte runs over a range of its own."""
+    first, last = chr(low).encode(errors="surrogatepass"), chr(high).encode(errors="surrogatepass")
+    for place in range(1, len(first)):  # from the longest tail of continuation bytes on
+        tail = 6 * (len(first) - place)
+        mask = (1 << tail) - 1
+        if low >> tail != high >> tail:
+            if low & mask:
+                _split(low, low | mask, found)
+                _split((low | mask) + 1, high, found)
+                return
+            if high & mask != mask:
+                _split(low, (high & ~mask) - 1, found)
+                _split(high & ~mask, high, found)
+                return
+    found.append(tuple(zip(first, last, strict=True)))
