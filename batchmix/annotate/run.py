@@ -22,8 +22,9 @@ def annotate(config: Config) -> None:
     results = Results(Path(config.output.dir))
     if not results.complete or not results.paths:
         return
-    print(checks_text(write_checks(results, config.annotate.gold, config.annotate.bootstrap)))
-    print(f"the report is {write_report(config)}")
+    checks = write_checks(results, config.annotate.gold, config.annotate.bootstrap)
+    print(checks_text(checks))
+    print(f"the report is {write_report(config, checks)}")
 
 
 def _check_gold(config: Config) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Text
-from batchmix.config import AnnotateConfig, Config
+from batchmix.config import AnnotateConfig, Config, SamplingConfig, StructuredOutputs
 from batchmix.data.messages import PromptError
 from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
@@ -45,7 +45,7 @@ def prepare(config: Config) -> Config:
         raise AssertionError("annotate.input is set")
     data = dataclasses.replace(config.data, template=_template(task, answer))
     _check_swap(task, config)
-    return dataclasses.replace(config, annotate=task, data=data)
+    return dataclasses.replace(config, annotate=task, data=data, sampling=_guided(config.sampling, task))
 
 
 def answer_of(task: AnnotateConfig) -> Answer | None:
@@ -59,6 +59,17 @@ def answer_of(task: AnnotateConfig) -> Answer | None:
     if task.json_schema is not None:
         return Json(task.field, task.json_schema)
     return Text(task.field)
+
+
+def _guided(sampling: SamplingConfig, task: AnnotateConfig) -> SamplingConfig:
+    """Sampling that gives nothing but answers of the task."""
+    if sampling.structured_outputs is not None:
+        raise BatchmixError("sampling.structured_outputs: a task makes it from annotate.choice, regex or json_schema; leave it"
+                            " out")  # fmt: skip
+    if task.choice is None and task.regex is None and task.json_schema is None:
+        return sampling
+    outputs = StructuredOutputs(choice=task.choice, regex=task.regex, json=task.json_schema)
+    return dataclasses.replace(sampling, structured_outputs=outputs)
 
 
 def _json_schema(task: AnnotateConfig) -> Any:

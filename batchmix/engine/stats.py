@@ -29,14 +29,12 @@ class EngineStats:
         for field in fields(self):
             values = [value for other in others if (value := getattr(other, field.name)) is not None]
             if values:
-                unite: Callable[[Any], Any] = {
-                    "first_prefill_time": min,
-                    "last_token_time": max,
-                    "expert_tokens": _add,
-                }.get(field.name, sum)
-                setattr(self, field.name, unite(values))
+                setattr(self, field.name, _UNITE.get(field.name, sum)(values))
 
 
 def _add(tables: Iterable[list[list[int]]]) -> list[list[int]]:
     """Tables of one shape, added up."""
     return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+
+
+_UNITE: dict[str, Callable[[Any], Any]] = {"first_prefill_time": min, "last_token_time": max, "expert_tokens": _add}

@@ -26,9 +26,7 @@ class Guides:
     `pieces` [V] are the bytes of each token, b"" for control tokens, which are never part of a guided text.
     """
 
-    def __init__(
-        self, pieces: Sequence[bytes], *, drops_leading_space: bool, eos_token_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, pieces: Sequence[bytes], *, drops_leading_space: bool, eos_token_ids: Sequence[int]) -> None:
         self._pieces = pieces
         self._drops_leading_space = drops_leading_space
         self._eos_token_ids = tuple(eos_token_ids)

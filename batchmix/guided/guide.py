@@ -86,7 +86,9 @@ class Guide:
             count = int(allowed.sum())
             few, many = count <= _FEW, len(allowed) - count <= _FEW
             found = self._sets[state, left] = TokenSet(
-                allowed, np.flatnonzero(allowed) if few else None, np.flatnonzero(~allowed) if many and not few else None
+                allowed,
+                np.flatnonzero(allowed) if few else None,
+                np.flatnonzero(~allowed) if many and not few else None,
             )
         return found
 
@@ -118,7 +120,9 @@ def build_guide(
         need = np.column_stack((need, np.where(accepts, 0, NEVER_ENDS)))
     width = 1 + following.shape[1]
     if num_states * width * 8 > _MAX_TABLE_BYTES:
-        raise Unsupported("the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})")
+        raise Unsupported(
+            "the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})"
+        )
     table = np.zeros((num_states, width, 2), np.int32)
     table[:, 0, 0] = accepts & (longer >= NEVER_ENDS)
     table[:, 0, 1] = np.where(accepts, longer, 0)

@@ -238,7 +238,9 @@ def _listed(fixed: list[Pattern], rest: Pattern, low: int, high: int | None) -> 
         found.append(separated(fixed[:count], _COMMA))  # fewer than all, or just all
     if high is None or high > len(fixed):
         more_low, more_high = max(1, low - len(fixed)), None if high is None else high - len(fixed)
-        another = repeat(seq([_COMMA, rest]), more_low - (not fixed), None if more_high is None else more_high - (not fixed))
+        another = repeat(
+            seq([_COMMA, rest]), more_low - (not fixed), None if more_high is None else more_high - (not fixed)
+        )
         found.append(seq([*([separated(fixed, _COMMA)] if fixed else [rest]), another]))
     return alt([one for one in found if one != NEVER])
 

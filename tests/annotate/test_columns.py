@@ -162,7 +162,7 @@ def test_swapping_that_cannot_work_is_refused(names: list[str], n: int, template
 
     data = DataConfig(path="x", template=template, swap_columns=names)
     with pytest.raises(BatchmixError, match=message):
-        check_prompts(data, SamplingConfig(n=n), None, 100)
+        check_prompts(data, SamplingConfig(n=n), None, 100, None)
 
 
 @pytest.mark.slow  # a model answers 200 messages
