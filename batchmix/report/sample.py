@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 
 from batchmix.annotate.checks import Gold, certainty_of, label_of
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, INVALID
+from batchmix.annotate.prompts import RowPrompts
 from batchmix.annotate.results import Results
-from batchmix.data.messages import PromptError
-from batchmix.data.template import RowTemplate
 
 _TEXT_CHARS = 4000  # of a prompt or an answer
 _SHARED_CHARS = 200  # a beginning that prompts share is shown once from this length on
@@ -101,11 +100,7 @@ class _Shown:
         self._gold = (
             Gold(results, results.answer.fields, gold) if results.answer is not None and gold is not None else None
         )
-        data = results.run["config"]["data"]
-        self._template = None if data.get("template") is None else RowTemplate(data["template"])
-        names = [*(self._template.variables if self._template else ()), data["messages_column"], data["prompt_column"]]
-        self._columns = {name: results.column_of(name) for name in names}
-        self._messages, self._prompt = data["messages_column"], data["prompt_column"]
+        self._prompts = RowPrompts(results)
 
     def of(self, row: dict[str, Any]) -> dict[str, Any]:
         gold = self._gold.of(row) if self._gold is not None and row["error"] is None else None
@@ -115,26 +110,13 @@ class _Shown:
         return {
             "row": row["row"],
             "id": row["id"],
-            "prompt": self._prompt_of(row),
+            "prompt": self._prompts.of(row),
             "answer": row["generated_text"] or "",
             "confidence": certainty_of(row) if self._answer is not None else None,
             "gold": "" if gold is None else json.dumps(gold, ensure_ascii=False),
             "right": right,
             "error": row["error"] if row["error"] is not None else row.get(INVALID.name),
         }
-
-    def _prompt_of(self, row: dict[str, Any]) -> str:
-        """The row's prompt, made again from the columns that the output kept; empty where they are not there."""
-        values = {name: row[column] for name, column in self._columns.items() if column is not None}
-        if self._template is not None:
-            try:
-                return self._template.render(values)
-            except PromptError:
-                return ""
-        messages = values.get(self._messages)
-        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-            return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
-        return str(messages or values.get(self._prompt) or "")
 
 
 def _common_beginning(texts: list[str]) -> str:
