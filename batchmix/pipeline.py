@@ -186,9 +186,10 @@ def _completions(
         clock=engine.clock,
         guides=engine.guides,
     )
+    state = engine.state
     limits = Limits(
-        engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, config.engine.sort_window,
-        share_prefix=engine.prefixes is not None,
+        state.slots.capacity, state.pool.num_blocks, state.cache.block_size, config.engine.sort_window,
+        share_prefix=state.prefixes is not None,
     )  # fmt: skip
     with closing(prompts):
         for completion in engine.generate(followers.lead(plan(prompts, limits))):

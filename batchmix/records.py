@@ -75,6 +75,7 @@ class Completion:
     num_tokens: int = 0  # generated tokens, stop token included
     cumulative_logprob: float | None = None
     logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
+    choice_probabilities: Sequence[float] | None = None  # of structured_outputs.choice, in its order, where scored
     error: str | None = None
     text: str | None = None
 

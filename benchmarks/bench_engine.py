@@ -52,7 +52,7 @@ def open_batchmix(folder: Path, dtype: str) -> Generate:
     """Ours: planned batches through the engine."""
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[dtype], max_model_len=1024))
     engine = start_engine(checkpoint, None, EngineConfig(max_num_seqs=256), lambda: False)
-    limits = Limits(engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, 16384)
+    limits = Limits(engine.state.slots.capacity, engine.state.pool.num_blocks, engine.state.cache.block_size, 16384)
 
     def run(ids: list[list[int]], new: int) -> list[list[int]]:
         sampling = SamplingConfig(temperature=0.0, max_tokens=new, ignore_eos=True)

@@ -3,7 +3,7 @@
     python benchmarks/bench_step.py [--rows N] [--steps N] [--save]
 
 The stand-in gives the same hidden states and logits at every call, over a vocabulary of 64 tokens, so that what is left
-is the engine's own work in `Engine._decode`: it does not grow with the model. Choosing the tokens is told apart, since
+is the engine's own work in `Engine.decode`: it does not grow with the model. Choosing the tokens is told apart, since
 it is arithmetic over [rows, vocabulary] that a GPU does in a kernel. One thread.
 """
 
@@ -24,6 +24,7 @@ from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.model import torch_backend
 from batchmix.model.config import MixtralConfig
+from batchmix.model.shards import ALONE
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
 
@@ -42,6 +43,7 @@ class NoModel:
     """As Mixtral, at no cost."""
 
     config = CONFIG
+    shards = ALONE
 
     def __init__(self, most: int) -> None:
         self.cos = self.sin = torch.zeros(CONFIG.max_position_embeddings, CONFIG.head_dim // 2)
@@ -76,16 +78,16 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
     )  # type: ignore[arg-type]  # fmt: skip
     lengths = np.linspace(100, 1100, rows).astype(int)
     prompts = [Prompt(i, str(i), {}, np.full(length, 5), sampling) for i, length in enumerate(lengths)]
-    for batch in plan(prompts, Limits(rows, engine.pool.num_blocks, 64, rows)):
-        for _ in engine._enqueue(batch):
+    for batch in plan(prompts, Limits(rows, engine.state.pool.num_blocks, 64, rows)):
+        for _ in engine.enqueue(batch):
             pass
     with torch.inference_mode():
-        engine._admit()
-        assert len(engine.rows) == rows
+        engine.refill()
+        assert len(engine.state.rows) == rows
         seconds = np.empty((steps, 2))
         for step in range(steps):
             started = time.perf_counter()
-            engine._decode()
+            engine.decode()
             seconds[step] = time.perf_counter() - started, choosing
     return seconds
 

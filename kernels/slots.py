@@ -1,4 +1,4 @@
-"""What a new token does to its row: batchmix/engine/slots.py's `Slots.advance`, for all rows in one kernel.
+"""What a new token does to its row: batchmix/engine/advance.py, for all rows in one kernel.
 
 The engine reads the result every few steps, not after each, so a row that has ended may still be in the batch: it is
 left alone, and what it ended with stays.
@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 RUNNING, EOS, STOP_TOKEN, STOP_STRING, LENGTH = range(5)  # why a row ended: engine/slots.py's numbers
+WHOLE = 6
 _RUNNING, _EOS, _STOP_TOKEN = tl.constexpr(RUNNING), tl.constexpr(EOS), tl.constexpr(STOP_TOKEN)
-_STOP_STRING, _LENGTH = tl.constexpr(STOP_STRING), tl.constexpr(LENGTH)
+_STOP_STRING, _LENGTH, _WHOLE = tl.constexpr(STOP_STRING), tl.constexpr(LENGTH), tl.constexpr(WHOLE)
 _BLOCK_ROWS = 32  # a program of one warp; every load waits for memory, so many small programs. Untuned
 
 
@@ -24,7 +25,8 @@ _BLOCK_ROWS = 32  # a program of one warp; every load waits for memory, so many 
 def advance_kernel(
     tokens_ptr, logprobs_ptr, token_ptr, context_ptr, generated_ptr, finish_ptr, reason_ptr, state_ptr, history_ptr,
     logprob_history_ptr, counts_ptr, penalised_ptr, max_tokens_ptr, min_tokens_ptr, ignore_eos_ptr, eos_ptr, stop_ptr,
-    stop_base_ptr, automata_ptr, R, V, num_eos, num_stop, history_length, BLOCK: tl.constexpr,
+    stop_base_ptr, automata_ptr, guide_state_ptr, guide_base_ptr, guide_class_ptr, guide_tables_ptr, guide_classes_ptr, R,
+    V, num_eos, num_stop, history_length, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     running = row < R
@@ -59,6 +61,20 @@ def advance_kernel(
     finish = tl.where(matched >= 0, _STOP_STRING, finish)
     reason = tl.where(matched >= 0, matched, reason)
 
+    # A guide's rows are states by classes of tokens, a state's first row saying how it may end (engine/slots.py).
+    if guide_tables_ptr is not None:
+        guide = tl.load(guide_base_ptr + row, mask=running, other=-1).to(tl.int64)
+        guided = running & (guide >= 0)
+        kinds = tl.load(guide_class_ptr + row, mask=guided, other=0).to(tl.int64)
+        kind = tl.load(guide_classes_ptr + kinds * V + token, mask=guided, other=0)
+        state = guide + tl.load(guide_state_ptr + row, mask=guided, other=0).to(tl.int64) + kind
+        state = tl.load(guide_tables_ptr + state * 2, mask=guided, other=0).to(tl.int64)
+        tl.store(guide_state_ptr + row, state, mask=guided)
+        over = tl.load(guide_tables_ptr + (guide + state) * 2, mask=guided, other=0)
+        longer = tl.load(guide_tables_ptr + (guide + state) * 2 + 1, mask=guided, other=0)
+        left = tl.load(max_tokens_ptr + row, mask=running, other=0) - generated
+        finish = tl.where(guided & (longer > left), tl.where(over > 0, _WHOLE, _LENGTH), finish)
+
     stopped = token < 0
     for i in range(num_stop):
         stopped |= token == tl.load(stop_ptr + row * num_stop + i, mask=running, other=-1)
@@ -79,7 +95,7 @@ def advance_kernel(
     "batchmix::advance",
     mutates_args=(
         "token", "context", "generated", "finish", "stop_reason", "stop_state", "history", "logprob_history",
-        "output_counts",
+        "output_counts", "guide_state",
     ),
 )  # fmt: skip
 def advance(
@@ -102,6 +118,11 @@ def advance(
     stop_token_ids: Tensor,
     stop_base: Tensor,
     automata: Tensor,
+    guide_state: Tensor | None = None,
+    guide_base: Tensor | None = None,
+    guide_class: Tensor | None = None,
+    guide_tables: Tensor | None = None,
+    guide_classes: Tensor | None = None,
 ) -> None:
     """Append a token to each running row and see which rows have ended. Rows with finish != RUNNING stay as they are.
 
@@ -110,7 +131,7 @@ def advance(
 
     - token, the last one; generated, how many; context, the tokens before it whose keys and values are in the cache:
       one more after a decode step, None after a prefill
-    - finish, why the row ended: RUNNING, EOS, STOP_TOKEN, STOP_STRING or LENGTH, which count in this order where
+    - finish, why the row ended: RUNNING, EOS, STOP_TOKEN, WHOLE, STOP_STRING or LENGTH, which count in this order where
       several hold; stop_reason, the stop token, or the ordinal of the stop string
     - stop_state, of the row's automaton
     - history int32 [R, L] and logprob_history float32 [R, L] (where there are logprobs): the n-th token goes to
@@ -121,12 +142,18 @@ def advance(
     int64 [R, W] (-1 where there are fewer), stop_base int64, the row of `automata` (any integers, [states, V + 1]: next
     state by token, then the string complete in a state or -1) at which the row's automaton begins, -1: none.
     eos_token_ids int64 [N].
+
+    Guides, as `sample` takes them, all None where no row has one: guide_state, changed in place, becomes the first column
+    of the token's row in guide_tables. A state's own row says whether its text is over (WHOLE), and how many tokens a
+    longer text takes, 0 where the text may not end: a row for which max_tokens leaves fewer ends (LENGTH).
     """
     rows, vocab = len(tokens), automata.shape[1] - 1
     arguments = [
         tokens, logprobs, token, context, generated, finish, stop_reason, stop_state, history, logprob_history,
         output_counts, penalised, max_tokens, min_tokens, ignore_eos, eos_token_ids, stop_token_ids, stop_base, automata,
+        guide_state, guide_base, guide_class, guide_tables, guide_classes,
     ]  # fmt: skip
+    assert len({tensor is None for tensor in arguments[-5:]}) == 1
     assert all(tensor is None or tensor.is_contiguous() for tensor in arguments)
     assert history.dtype == torch.int32, history.dtype
     assert (logprobs is None) == (logprob_history is None)

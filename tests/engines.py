@@ -14,6 +14,8 @@ import torch
 from batchmix.config import Dtype, ModelConfig, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.link import Arrival, Link
+from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
@@ -63,6 +65,31 @@ def make_engine(model: Mixtral, **options: Any) -> Engine:
     return Engine(model, cache, **{**defaults, **options})
 
 
+class LateLink(Link):
+    """As to a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
+
+    late = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.num_queued = 0
+        self.queued_behind: list[int] = []  # at each wait: how many later windows the device had been given by then
+
+    def read_back(self, tensors: Sequence[torch.Tensor]) -> Arrival:
+        number = self.num_queued
+        self.num_queued += 1
+        copies = [tensor.clone().numpy() for tensor in tensors]
+        seen = [np.full_like(copy, 99) for copy in copies]
+
+        def wait() -> list[np.ndarray]:
+            self.queued_behind.append(self.num_queued - 1 - number)
+            for array, copy in zip(seen, copies, strict=True):
+                array[:] = copy
+            return seen
+
+        return wait
+
+
 def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sampling: Any) -> list[Prompt]:
     """Rows of random ids and ragged lengths."""
     source = random.Random(seed)
@@ -81,16 +108,17 @@ def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sa
 
 def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict[tuple[str, int], Completion]:
     """All completions by (row id, sample)."""
+    state = engine.state
     limits = Limits(
-        engine.slots.capacity, engine.pool.num_blocks, engine.cache.block_size, sort_window,
-        share_prefix=engine.prefixes is not None,
+        state.slots.capacity, state.pool.num_blocks, state.cache.block_size, sort_window,
+        share_prefix=state.prefixes is not None,
     )  # fmt: skip
     found = list(engine.generate(plan(rows, limits)))
     by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
     assert len(by_key) == len(found), "a sample came out twice"
-    kept = 0 if engine.prefixes is None else engine.prefixes.num_unused()
-    assert engine.pool.num_used == kept, "blocks were not returned"
-    assert engine.slots.num_active == 0
+    kept = 0 if state.prefixes is None else state.prefixes.num_unused()
+    assert state.pool.num_used == kept, "blocks were not returned"
+    assert state.slots.num_active == 0
     return by_key
 
 
@@ -107,13 +135,14 @@ def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
     """Logits of every position of every row, all rows in one packed step."""
     engine = make_engine(model)
     total = sum(map(len, rows))
-    tokens, chunks, start = np.zeros(engine._pad(total), np.int64), [], 0
+    tokens, chunks, start = np.zeros(pad(total, model.ops.row_tile), np.int64), [], 0
     for row in rows:
         tokens[start : start + len(row)] = row
-        blocks = engine.pool.take(-(-len(row) // engine.cache.block_size))
+        blocks = engine.state.pool.take(-(-len(row) // engine.state.cache.block_size))
         chunks.append(Chunk(start, 0, len(row), blocks))
         start += len(row)
     hidden = model(
-        torch.from_numpy(tokens).to(engine.device), model.ops.prefill(model, engine.cache, chunks, len(tokens))
+        torch.from_numpy(tokens).to(model.weights.embedding.device),
+        model.ops.prefill(model, engine.state.cache, chunks, len(tokens)),
     )
     return list(model.logits(hidden)[:total].cpu().split([len(row) for row in rows]))

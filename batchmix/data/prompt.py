@@ -252,12 +252,14 @@ class _PromptBuilder:
             )
 
     def _tokens_needed(self, sampling: SamplingConfig) -> int:
-        """The tokens of the shortest text that a row's guide allows; 0 where it has none."""
+        """The tokens of the shortest text that a row's guide allows, of the longest choice that is scored; else 0."""
         if sampling.structured_outputs is None:
             return 0
         if self._guides is None:
             raise PromptError("sampling.structured_outputs needs a tokenizer, and the model folder has none")
         try:
+            if sampling.structured_outputs.score_choices:
+                return max(map(len, self._guides.choice_tokens(sampling)))
             return self._guides.get(sampling).tokens_needed(sampling.min_tokens)
         except Unsupported as error:
             raise PromptError(str(error)) from None

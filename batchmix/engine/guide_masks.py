@@ -1,49 +1,70 @@
-"""The torch backend's form of a guide's mask: -inf for the tokens that a row's guide does not allow next.
+"""The torch backend's form of a guide's mask: which tokens a row may choose from.
 
-Most states allow few tokens (a key, a digit) or forbid few (inside a string). Of such rows only those tokens are
-touched, all rows together, which costs less than a pass over the logits.
+Most states allow few tokens (a key, a digit): such rows choose among those logits alone, which costs a fraction of a
+row's usual sampling. Most others forbid few (inside a string): only those are set to -inf.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import RUNNING, Slots
+
+_NARROWEST = 128  # columns; widths are powers of two, so that a row's own set alone decides how its sums are rounded
 
 
-def apply_guides(logits: Tensor, slots: Slots, span: slice) -> None:
-    """logits float32 [R, V], contiguous, of the slots in `span`, changed in place."""
-    rows = np.flatnonzero(slots.guide_base[span].numpy() >= 0)
+@dataclass(frozen=True)
+class FewTokens:
+    """Rows that may choose from few tokens, all of one width."""
+
+    rows: Tensor  # int64 [N], ordinals within the span
+    token_ids: Tensor  # int64 [N, width], ascending; 0 beyond a row's own
+    logits: Tensor  # float32 [N, width]; -inf beyond
+
+
+def apply_guides(logits: Tensor, slots: Slots, span: slice) -> tuple[Tensor, list[FewTokens]]:
+    """Split the rows of a step: those that choose from all of `logits` [R, V], and those that choose from few of them.
+
+    Of the first, int64 [N], the logits that a guide forbids become -inf, in place.
+    """
+    rows = np.flatnonzero((slots.guide_base[span].numpy() >= 0) & (slots.finish[span].numpy() == RUNNING))
     if not len(rows):
-        return
+        return torch.arange(len(logits)), []
     states = slots.guide_state[span].numpy()
     left = slots.max_tokens[span].numpy() - slots.generated[span].numpy() - 1
-    kept: list[tuple[int, np.ndarray]] = []
     dropped: list[tuple[int, np.ndarray]] = []
+    narrow: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for row in rows.tolist():
-        guide = slots.row_guides[span.start + row]
+        guide = slots.guides.of_slot[span.start + row]
         assert guide is not None
         tokens = guide.allowed_tokens(int(states[row]), int(left[row]))
         if tokens.few_allowed is not None:
-            kept.append((row, tokens.few_allowed))
+            width = max(_NARROWEST, 1 << (len(tokens.few_allowed) - 1).bit_length())
+            narrow[width].append((row, tokens.few_allowed))
         elif tokens.few_forbidden is not None:
             dropped.append((row, tokens.few_forbidden))
         else:
             logits[row].masked_fill_(torch.from_numpy(~tokens.allowed), float("-inf"))
-    flat = logits.view(-1)
     if dropped:
-        flat.index_fill_(0, _places(dropped, logits.shape[1]), float("-inf"))
-    if kept:
-        places = _places(kept, logits.shape[1])
-        values = flat[places]
-        logits.index_fill_(0, torch.tensor([row for row, _ in kept]), float("-inf"))
-        flat[places] = values
+        starts = np.repeat([row * logits.shape[1] for row, _ in dropped], [len(ids) for _, ids in dropped])
+        places = torch.from_numpy(starts + np.concatenate([ids for _, ids in dropped]))
+        logits.view(-1).index_fill_(0, places, float("-inf"))
+    groups = [_few(logits, width, entries) for width, entries in narrow.items()]
+    wide = np.ones(len(logits), bool)
+    for group in groups:
+        wide[group.rows.numpy()] = False
+    return torch.from_numpy(np.flatnonzero(wide)), groups
 
 
-def _places(tokens: list[tuple[int, np.ndarray]], vocab: int) -> Tensor:
-    """Where the tokens of these rows lie in the flattened logits."""
-    counts = [len(ids) for _, ids in tokens]
-    starts = np.repeat([row * vocab for row, _ in tokens], counts)
-    return torch.from_numpy(starts + np.concatenate([ids for _, ids in tokens]))
+def _few(logits: Tensor, width: int, entries: list[tuple[int, np.ndarray]]) -> FewTokens:
+    token_ids = np.zeros((len(entries), width), np.int64)
+    inside = np.arange(width) < np.array([len(ids) for _, ids in entries])[:, None]
+    token_ids[inside] = np.concatenate([ids for _, ids in entries])
+    rows, ids = torch.tensor([row for row, _ in entries]), torch.from_numpy(token_ids)
+    chosen = logits[rows[:, None], ids].masked_fill_(torch.from_numpy(~inside), float("-inf"))
+    return FewTokens(rows, ids, chosen)

@@ -57,11 +57,16 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Which blocks are free. Blocks are counted references, and low numbers go first so that those in use stay dense."""
+    """Which blocks are free. Blocks are counted references, and low numbers go first so that those in use stay dense.
+
+    A prefix cache's reference is told from a row's, so that blocks that only it holds are counted as they come and go.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK
         self._references = np.zeros(num_blocks, np.int32)
+        self._kept = np.zeros(num_blocks, np.bool_)  # one of the references is the prefix cache's
+        self.num_only_kept = 0  # blocks that no row holds
         self.num_blocks = num_blocks - 1
 
     @property
@@ -82,15 +87,31 @@ class BlockPool:
 
     def share(self, blocks: list[int]) -> None:
         """One more reference to each."""
+        self.num_only_kept -= self._count_only_kept(blocks)
         self._references[blocks] += 1
 
     def release(self, blocks: list[int]) -> None:
         """One reference less to each; those with none left are free again."""
         self._references[blocks] -= 1
+        self.num_only_kept += self._count_only_kept(blocks)
         for block in blocks:
             if self._references[block] == 0:
                 heapq.heappush(self._free, block)
 
-    def num_references(self, block: int) -> int:
-        """How many hold the block."""
-        return int(self._references[block])
+    def keep(self, block: int) -> None:
+        """The prefix cache's reference to a block that a row holds."""
+        self.share([block])
+        self._kept[block] = True
+
+    def drop(self, block: int) -> None:
+        """Give up the prefix cache's reference to a block that no row holds: it is free again."""
+        self._kept[block] = False
+        self.num_only_kept -= 1
+        self.release([block])
+
+    def is_only_kept(self, block: int) -> bool:
+        """Whether the prefix cache alone holds the block."""
+        return bool(self._kept[block]) and int(self._references[block]) == 1
+
+    def _count_only_kept(self, blocks: list[int]) -> int:
+        return int(np.count_nonzero(self._kept[blocks] & (self._references[blocks] == 1)))

@@ -1,32 +1,40 @@
-"""A tensor that lives on the device and in host memory."""
+"""A table of the host's with a copy on the device."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from batchmix.engine.link import to_device
+
 
 class Mirror:
-    """`array` on the host, `tensor` on the device. On the CPU the two are one memory and nothing is ever copied."""
+    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along `axis`."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int = 0) -> None:
-        # Pinned memory is what a GPU copies from and to while the host goes on.
-        self._host = torch.full(shape, fill, dtype=dtype, pin_memory=device.type != "cpu")
-        self.array: np.ndarray = self._host.numpy()
-        self.tensor = self._host if device.type == "cpu" else self._host.to(device)
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int = 0, axis: int = 0
+    ) -> None:
+        host = torch.full(shape, fill, dtype=dtype)
+        self.array: np.ndarray = host.numpy()
+        self.tensor = host.to(device, copy=True)
+        self._axis = axis
 
-    def upload(self) -> None:
-        """Host to device, in the order of the device's work; leave `array` alone until a `fetch`."""
-        if self.tensor is not self._host:
-            self.tensor.copy_(self._host, non_blocking=True)
+    def upload(self, slots: np.ndarray) -> None:
+        """Copy these slots, int64 [N], to the device."""
+        device = self.tensor.device
+        self.tensor.index_copy_(
+            self._axis, to_device(slots, device), to_device(self.array.take(slots, self._axis), device)
+        )
 
-    def fetch(self) -> None:
-        """Device to host; waits for the device."""
-        if self.tensor is not self._host:
-            self._host.copy_(self.tensor)
+    def move(self, targets: np.ndarray, sources: np.ndarray) -> None:
+        """On the device, let slots `targets` be as slots `sources` are, int64 [N] each, all at the same time."""
+        device = self.tensor.device
+        moved = self.tensor.index_select(self._axis, to_device(sources, device))
+        self.tensor.index_copy_(self._axis, to_device(targets, device), moved)
 
     def widened(self, width: int, fill: int) -> Mirror:
-        """A [rows, width] mirror of this [rows, fewer] one, the new columns filled; not uploaded yet."""
-        wider = Mirror((len(self.array), width), self._host.dtype, self.tensor.device, fill)
+        """A [rows, width] mirror of this [rows, fewer] one, the new columns filled."""
+        wider = Mirror((len(self.array), width), self.tensor.dtype, self.tensor.device, fill)
         wider.array[:, : self.array.shape[1]] = self.array
+        wider.upload(np.arange(len(self.array)))
         return wider

@@ -49,23 +49,25 @@ class PrefixCache:
             key = (before, tokens)
             if key not in self._blocks:
                 self._blocks[key] = block
-                self._pool.share([block])
+                self._pool.keep(block)
             keys.append(key)
             before = block
         self._touch(keys)
 
     def num_unused(self) -> int:
         """Blocks that no row reads, which `release` could free."""
-        return sum(self._pool.num_references(block) == 1 for block in self._blocks.values())
+        return self._pool.num_only_kept
 
     def release(self, count: int) -> None:
         """Free up to `count` blocks that no row reads."""
+        if count <= 0:
+            return
         for key, block in list(self._blocks.items()):
-            if count <= 0:
+            if count == 0:
                 return
-            if self._pool.num_references(block) == 1:
+            if self._pool.is_only_kept(block):
                 del self._blocks[key]
-                self._pool.release([block])
+                self._pool.drop(block)
                 count -= 1
 
     def _tokens(self, token_ids: Sequence[int], shared_tokens: int) -> list[bytes]:

@@ -43,19 +43,34 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     _apply_bias(logits, slots, span)
     _forbid_stopping(logits, slots, span)
     _apply_penalties(logits, slots, span)
-    apply_guides(logits, slots, span)
-    tokens = _most_likely(logits)
-    random = torch.from_numpy(np.flatnonzero(slots.temperature[span].numpy() > 0))
-    if len(random):
-        scaled = logits[random]
-        scaled -= scaled.amax(-1, keepdim=True)  # before the division, which a tiny temperature would make overflow
-        scaled /= slots.temperature[span][random, None]
-        tokens[random] = _draw(_filter(scaled, slots, span, random), _uniform(slots, span, random))
+    wide, narrow = apply_guides(logits, slots, span)
+    if not narrow:
+        tokens = _choose_among(logits, slots, span, wide)
+    else:
+        tokens = wide.new_empty(len(logits))
+        if len(wide):
+            tokens[wide] = _choose_among(logits[wide], slots, span, wide)
+        for few in narrow:
+            place = _choose_among(few.logits, slots, span, few.rows)
+            tokens[few.rows] = few.token_ids.gather(1, place[:, None])[:, 0]
     if raw is None:
         return tokens, None
     chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
     top_ids, top = largest(raw, slots.num_logprobs[span][wanted])
     return tokens, Logprobs(wanted, chosen, top_ids, top)
+
+
+def _choose_among(logits: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
+    """The column that each of `rows` (of the span) chooses: logits [N, any number of columns], spent -> int64 [N]."""
+    columns = _most_likely(logits)
+    random = torch.nonzero(slots.temperature[span][rows] > 0)[:, 0]
+    if len(random):
+        scaled = logits[random]
+        scaled -= scaled.amax(-1, keepdim=True)  # before the division, which a tiny temperature would make overflow
+        drawing = rows[random]
+        scaled /= slots.temperature[span][drawing, None]
+        columns[random] = _draw(_filter(scaled, slots, span, drawing), _uniform(slots, span, drawing))
+    return columns
 
 
 def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from batchmix.config import SamplingConfig
+from batchmix.data.stop_strings import StopTable
+from batchmix.engine.link import to_device
 
 _KEEP_UNUSED = 16  # tables that nobody uses just now are kept, because the next row often wants the same one
 
@@ -24,7 +29,7 @@ class SharedTables:
     def acquire(self, key: Hashable, build: Callable[[], Tensor]) -> int:
         """The first row of the key's table, built on first use; call `release` when the user is done."""
         if key not in self._spans:
-            table = build().to(self.data)
+            table = to_device(build().to(self.data.dtype), self.data.device)
             self._spans[key] = self._place(len(table)), len(table)
             first = self._spans[key][0]
             self.data[first : first + len(table)] = table
@@ -51,3 +56,32 @@ class SharedTables:
             grown[: len(self.data)] = self.data
             self.data = grown
         return first
+
+
+def bias_key(sampling: SamplingConfig) -> tuple[object, ...]:
+    """What makes two rows share a bias table; empty where there is none."""
+    if sampling.logit_bias is None and sampling.allowed_token_ids is None:
+        return ()
+    allowed = None if sampling.allowed_token_ids is None else tuple(sampling.allowed_token_ids)
+    return tuple(sorted((sampling.logit_bias or {}).items())), allowed
+
+
+def bias_table(sampling: SamplingConfig, vocab_size: int) -> Tensor:
+    """What is added to the logits, float32 [1, V]."""
+    bias = torch.zeros(1, vocab_size)
+    if sampling.allowed_token_ids is not None:
+        bias.fill_(float("-inf"))
+        bias[0, sampling.allowed_token_ids] = 0.0
+    for token, value in (sampling.logit_bias or {}).items():
+        bias[0, token] += value
+    return bias
+
+
+def stop_key(sampling: SamplingConfig) -> tuple[object, ...]:
+    """What makes two rows share an automaton; empty where there is none."""
+    return (tuple(sampling.stop), sampling.skip_special_tokens) if sampling.stop else ()
+
+
+def automaton(table: StopTable) -> Tensor:
+    """int64 [states, V + 1]: the next state by token, then the string that is complete in a state or -1."""
+    return torch.from_numpy(np.concatenate((table.next_state, table.matched[:, None]), 1).astype(np.int64))

@@ -14,10 +14,12 @@ class EngineStats:
     prompt_tokens: int = 0  # prefilled
     shared_tokens: int = 0  # of prompts, not prefilled because an earlier prompt begins alike
     completion_tokens: int = 0
+    forced_tokens: int = 0  # of guided rows, appended without a decode step of their own
     running: int = 0  # rows in the last decode step
     waiting: int = 0  # prompts in the engine without a slot
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    put_back: int = 0  # rows that gave way when blocks ran out, and started again
     out_of_memory: int = 0  # steps that failed for want of memory; after each the batch is half as large
     first_prefill_time: float | None = None
     last_token_time: float | None = None

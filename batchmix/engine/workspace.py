@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from batchmix.config import SamplingConfig
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.slots import RUNNING, Slots
+from batchmix.engine.link import link_to
+from batchmix.engine.slots import Slots
 from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
+from batchmix.records import Prompt
 
 
 def measure_workspace(
@@ -52,9 +55,10 @@ def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: in
     """A token for `rows` rows of full length, sampled, all of them in the scratch block."""
     ops, cache = model.ops, _scratch(model, block_size)
     width = -(-max_model_len // block_size)
-    slots = Slots(rows, model.config.vocab_size, width, (), None, cache.keys.device, ops.row_tile)
-    for name, value in (("finish", RUNNING), ("context", max_model_len - 1), ("temperature", 1.0), ("top_p", 0.9)):
-        slots.host[name][:rows] = value
+    slots = Slots(rows, model.config.vocab_size, width, (), None, link_to(cache.keys.device), ops.row_tile)
+    prompt = Prompt(0, "", {}, range(max_model_len - 1), SamplingConfig(temperature=1.0, top_p=0.9))
+    for sample in range(rows):
+        slots.add(prompt, sample, max_tokens=1)
     slots.upload()
     ops.find_shared(model, cache, slots, len(slots.token))
     hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))

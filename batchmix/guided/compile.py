@@ -6,10 +6,14 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 from batchmix.config import SamplingConfig, StructuredOutputs
+from batchmix.data.messages import PromptError
 from batchmix.data.tokenizer import Tokenizer
+from batchmix.data.vocabulary import join, strip_start
+from batchmix.guided.canonical import Encode, canonical_tokens
 from batchmix.guided.dfa import build_automaton
 from batchmix.guided.guide import Guide, build_guide
 from batchmix.guided.json_schema import json_schema_pattern
@@ -26,12 +30,23 @@ class Guides:
     `pieces` [V] are the bytes of each token, b"" for control tokens, which are never part of a guided text.
     """
 
-    def __init__(self, pieces: Sequence[bytes], *, drops_leading_space: bool, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        *,
+        drops_leading_space: bool,
+        eos_token_ids: Sequence[int],
+        encode: Encode | None = None,
+    ) -> None:
+        """`encode`: texts as the tokens that would be generated for them; without it, choices cannot be
+        scored, and a forced text may be said in any tokens."""
         self._pieces = pieces
         self._drops_leading_space = drops_leading_space
         self._eos_token_ids = tuple(eos_token_ids)
         self._tries: dict[Hashable, TokenTrie] = {}
         self._guides: OrderedDict[Hashable, Guide] = OrderedDict()
+        self._encode = encode
+        self._choice_tokens: OrderedDict[Hashable, list[list[int]]] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -39,7 +54,12 @@ class Guides:
         """Those of a tokenizer, for a model whose vocabulary may be larger or smaller."""
         pieces = tokenizer.token_bytes(True)[:vocab_size]
         pieces = pieces + [b""] * (vocab_size - len(pieces))
-        return cls(pieces, drops_leading_space=tokenizer.drops_leading_space, eos_token_ids=eos_token_ids)
+        return cls(
+            pieces,
+            drops_leading_space=tokenizer.drops_leading_space,
+            eos_token_ids=eos_token_ids,
+            encode=partial(_encode_answers, tokenizer),
+        )
 
     def get(self, sampling: SamplingConfig) -> Guide:
         """The guide of a row with structured_outputs. Unsupported, in one line that names the key, where there is none."""
@@ -53,22 +73,51 @@ class Guides:
             self._guides[key] = guide
         return guide
 
+    def end_tokens(self, sampling: SamplingConfig) -> list[int]:
+        """The tokens that end a guided text, ascending."""
+        ends = set(sampling.stop_token_ids or ()) | set(() if sampling.ignore_eos else self._eos_token_ids)
+        return sorted(ends if sampling.allowed_token_ids is None else ends & set(sampling.allowed_token_ids))
+
+    def choice_tokens(self, sampling: SamplingConfig) -> list[list[int]]:
+        """The tokens of each choice. Unsupported where the tokenizer cannot encode one so that its text comes back."""
+        assert sampling.structured_outputs is not None
+        texts = tuple(sampling.structured_outputs.choice or ())
+        with self._lock:
+            found = self._choice_tokens.pop(texts, None)
+            if found is None:
+                assert self._encode is not None
+                found = self._encode(texts)
+                for text, ids in zip(texts, found, strict=True):
+                    data = strip_start(join(ids, self._pieces), self._drops_leading_space)
+                    if data != text.encode() or not ids or max(ids) >= len(self._pieces):
+                        raise Unsupported(
+                            f"sampling.structured_outputs.choice: the tokenizer cannot encode {text!r} so that it comes back"
+                        )
+                if len(self._choice_tokens) >= _KEPT:
+                    self._choice_tokens.popitem(last=False)
+            self._choice_tokens[texts] = found
+        return found
+
     def _compile(self, sampling: SamplingConfig) -> Guide:
         assert sampling.structured_outputs is not None
-        ends = set(sampling.stop_token_ids or ())
-        if not sampling.ignore_eos:
-            ends |= set(self._eos_token_ids)
+        ends = self.end_tokens(sampling)
         allowed = None if sampling.allowed_token_ids is None else set(sampling.allowed_token_ids)
-        if allowed is not None:
-            ends &= allowed
         outputs = sampling.structured_outputs
         name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
         try:
+            automaton = build_automaton(_pattern(outputs))
+            trie = self._trie({*ends, *(sampling.stop_token_ids or ())}, allowed)
+            only: dict[int, int] = {}
+            first = None
+            if self._encode is not None and allowed is None:
+                only, first = canonical_tokens(automaton, trie, self._pieces, self._encode, self._drops_leading_space)
             return build_guide(
-                build_automaton(_pattern(outputs)),
-                self._trie(ends | set(sampling.stop_token_ids or ()), allowed),
+                automaton,
+                trie,
                 end_tokens=ends,
                 drops_leading_space=self._drops_leading_space,
+                only=only,
+                only_first=first,
             )
         except Unsupported as error:
             raise Unsupported(f"sampling.structured_outputs.{name}: {error}") from None
@@ -98,6 +147,20 @@ def guide_key(sampling: SamplingConfig) -> tuple[Any, ...]:
     allowed = None if sampling.allowed_token_ids is None else tuple(sampling.allowed_token_ids)
     ends = tuple(sampling.stop_token_ids or ()), sampling.ignore_eos
     return tuple(outputs.choice or ()), outputs.regex, schema, allowed, ends
+
+
+def _encode_answers(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Each text as an answer, without the tokens that the tokenizer puts around a whole text."""
+    around = {tokenizer.bos_id, tokenizer.eos_id}
+    found = []
+    for ids in tokenizer.encode_texts(texts):
+        answer = [] if isinstance(ids, PromptError) else list(ids)
+        while answer and answer[0] in around:
+            answer = answer[1:]
+        while answer and answer[-1] in around:
+            answer = answer[:-1]
+        found.append(answer)
+    return found
 
 
 def _pattern(outputs: StructuredOutputs) -> Pattern:

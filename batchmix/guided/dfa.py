@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -149,7 +150,7 @@ def _determinise(nfa: _Nfa, start: int, end: int) -> ByteAutomaton:
         row = np.full(256, -1, np.int32)
         edges = [edge for state in subset for edge in nfa.edges[state]]
         cuts = sorted({0, 256, *(low for low, _, _ in edges), *(high + 1 for _, high, _ in edges)})
-        for low, beyond in zip(cuts, cuts[1:], strict=False):
+        for low, beyond in pairwise(cuts):
             targets = frozenset(target for first, last, target in edges if first <= low <= last)
             if targets:
                 row[low:beyond] = number(targets)

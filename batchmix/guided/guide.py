@@ -9,7 +9,7 @@ into what is left of max_tokens; so a text is always led to a valid end in time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ NEVER_ENDS = 2**30  # tokens needed where there is no way to an end
 _MAX_TABLE_BYTES = 64 * 2**20
 _BLOCK_STATES = 128  # walked together: a block is states by vocabulary
 _CACHED_SETS = 2048  # of allowed tokens, a byte for each token of the vocabulary
+_LONGEST_RUN = 256  # forced tokens appended at once
 _FEW = 2048  # tokens of a set that is kept as ids too
 
 
@@ -50,6 +51,7 @@ class Guide:
     shortest_longer: int  # of the shortest text that is not empty
     has_end: bool  # whether a token can end a text that could go on
     forced: dict[int, int]  # by state: the only token that may come next, where there is just one
+    _runs: dict[int, list[int]] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[int, int], TokenSet] = field(default_factory=dict, repr=False)
 
     def tokens_needed(self, min_tokens: int) -> int:
@@ -59,6 +61,26 @@ class Guide:
     def next_state(self, state: int, token: int) -> int:
         """The state after a token that is allowed."""
         return int(self.table[state + self.token_class[token], 0])
+
+    def after(self, state: int, tokens: Iterable[int]) -> int:
+        """The state after tokens that are allowed one after the other."""
+        for token in tokens:
+            state = self.next_state(state, token)
+        return state
+
+    def forced_run(self, state: int) -> list[int]:
+        """The tokens that must come next, up to a choice or to the last one before the text may end."""
+        run = self._runs.get(state)
+        if run is None:
+            run, place = [], state
+            while place in self.forced and len(run) < _LONGEST_RUN:
+                following = self.next_state(place, self.forced[place])
+                if self.may_end(following):
+                    break
+                run.append(self.forced[place])
+                place = following
+            self._runs[state] = run
+        return run
 
     def is_allowed(self, state: int, token: int, left: int) -> bool:
         """Whether the token may come next with `left` more tokens to come after it."""
@@ -94,15 +116,22 @@ class Guide:
 
 
 def build_guide(
-    automaton: ByteAutomaton, trie: TokenTrie, *, end_tokens: Iterable[int], drops_leading_space: bool
+    automaton: ByteAutomaton,
+    trie: TokenTrie,
+    *,
+    end_tokens: Iterable[int],
+    drops_leading_space: bool,
+    only: Mapping[int, int] | None = None,
+    only_first: int | None = None,
 ) -> Guide:
     """The automaton of texts over the tokens of a vocabulary.
 
     `end_tokens` end a text where it may end and are nothing else; they must have no text in `trie`. With
-    `drops_leading_space` one space at the start of the first token is not part of the text. Unsupported where the
+    `drops_leading_space` one space at the start of the first token is not part of the text. A state that `only` has, and the
+    text's start if `only_first` is given, allows that token alone (canonical.py). Unsupported where the
     vocabulary cannot say any of the texts, or where the tables would be too large.
     """
-    following, token_class = _classes(automaton, trie, drops_leading_space)  # [S, C], [V]
+    following, token_class = _classes(automaton, trie, drops_leading_space, only or {}, only_first)  # [S, C], [V]
     accepts = np.append(automaton.accepts, automaton.accepts[0])
     end_tokens = list(end_tokens)
     distance = _distance(following, accepts)
@@ -141,7 +170,11 @@ def build_guide(
 
 
 def _classes(
-    automaton: ByteAutomaton, trie: TokenTrie, drops_leading_space: bool
+    automaton: ByteAutomaton,
+    trie: TokenTrie,
+    drops_leading_space: bool,
+    only: Mapping[int, int],
+    only_first: int | None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """The state after each class of tokens, [S + 1, C], -1: none, and the class of each token, [V].
 
@@ -156,7 +189,10 @@ def _classes(
             following[origin, token] = after
         if low == 0:
             start = following[:1].copy()
-        blocks.append(_unique_columns(following))
+        for state in states.tolist():
+            if state in only:
+                _keep(following[state - low], only[state])
+        blocks.append(_classed(following))
     space = trie.child(ord(" ")) if drops_leading_space else None
     if space is not None:
         spaced = np.full(trie.num_tokens, -1, np.int32)
@@ -166,12 +202,20 @@ def _classes(
         start[0, begins_so] = spaced[begins_so]
         if trie.token[space] >= 0:
             start[0, trie.token[space]] = 0
-    blocks.append(_unique_columns(start))
+    if only_first is not None:
+        _keep(start[0], only_first)
+    blocks.append(_classed(start))
     # Tokens are of one class if they are in every block.
     place = np.stack([columns for _, columns in blocks])
-    representative, token_class = _unique_columns(place.astype(np.int32), indices=True)
+    representative, token_class = _distinct(place.astype(np.int32))
     table = np.concatenate([block[:, columns[representative]] for block, columns in blocks])
     return table, token_class
+
+
+def _keep(row: npt.NDArray[np.int32], token: int) -> None:
+    """Forbid all other tokens, unless the vocabulary at hand lacks this one."""
+    if row[token] >= 0:
+        row[np.arange(len(row)) != token] = -1
 
 
 def _tokens_below(trie: TokenTrie, node: int) -> npt.NDArray[np.int64]:
@@ -181,14 +225,18 @@ def _tokens_below(trie: TokenTrie, node: int) -> npt.NDArray[np.int64]:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _unique_columns(
-    matrix: npt.NDArray[np.int32], indices: bool = False
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The distinct columns of [S, V] (or, with `indices`, where each is found first), and which one each column is."""
+def _classed(following: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The distinct columns of [S, V], and which one each column is, [V]."""
+    first, inverse = _distinct(following)
+    return following[:, first], inverse
+
+
+def _distinct(matrix: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each distinct column is found first, and the number of that place for every column."""
     rows = np.ascontiguousarray(matrix.T)
     keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return (first if indices else matrix[:, first]), inverse.reshape(-1)
+    return first.astype(np.int64), inverse.reshape(-1).astype(np.int64)
 
 
 def _distance(following: npt.NDArray[np.int32], accepts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from batchmix.guided.json_strings import any_string, format_string, pattern_string
 from batchmix.guided.numbers import any_integer, any_number, integers_between, numbers_between
-from batchmix.guided.pattern import EMPTY, NEVER, Pattern, Unsupported, alt, literal, optional, repeat, seq, separated
+from batchmix.guided.pattern import EMPTY, NEVER, Pattern, Unsupported, alt, literal, optional, repeat, separated, seq
 
 # Say nothing that a validator checks.
 _ANNOTATIONS = {"title", "description", "default", "examples", "example", "$schema", "$id", "$comment", "$defs",
@@ -270,11 +270,11 @@ def _bounds(schema: Mapping[str, Any], path: str) -> tuple[Decimal | None, bool,
     low, open_low = max(
         [(values[key], key == "exclusiveMinimum") for key in ("minimum", "exclusiveMinimum") if key in values],
         default=(None, False),
-    )  # type: ignore[type-var]
+    )
     high, closed = min(
         [(values[key], key == "maximum") for key in ("maximum", "exclusiveMaximum") if key in values],
         default=(None, True),
-    )  # type: ignore[type-var]
+    )
     return low, open_low, high, not closed
 
 

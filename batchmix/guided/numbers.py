@@ -77,7 +77,7 @@ def _same_length(low: str, high: str) -> Pattern:
         first -= 1
     if set(high[1:]) <= {"9"}:
         last += 1
-    parts = [seq([_digit(first + 1, last - 1), _digits(rest)])]
+    parts: list[Pattern] = [seq([_digit(first + 1, last - 1), _digits(rest)])]
     if set(low[1:]) - {"0"}:
         parts.append(seq([_digit(first, first), _same_length(low[1:], "9" * rest)]))
     if set(high[1:]) - {"9"}:
@@ -141,7 +141,7 @@ def _continuation(
     """Up to `room` digits of a fraction between .low and .high; none, which stands for 0, only where it `may_end`."""
     if low is None and high is None:
         return _digits(0 if may_end else 1, room)
-    parts = [EMPTY] if may_end and _holds_zero(low, open_low, high, open_high) else []
+    parts: list[Pattern] = [EMPTY] if may_end and _holds_zero(low, open_low, high, open_high) else []
     for digit in range(10 if room else 0):
         least = int(low[:1] or 0) if low is not None else 0
         most = 9 if high is None else int(high[:1] or 0)

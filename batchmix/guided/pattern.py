@@ -46,7 +46,8 @@ class Repeat:
 
 
 Pattern: TypeAlias = Chars | Seq | Alt | Repeat
-EMPTY, NEVER = Seq(()), Alt(())
+EMPTY: Pattern = Seq(())
+NEVER: Pattern = Alt(())
 
 
 class Unsupported(ValueError):

@@ -42,12 +42,22 @@ class TokenTrie:
                 order.append(child)
         self.token = np.array([token_at.get(old, -1) for old in order])
 
-    def child(self, byte: int) -> int | None:
-        """The node of this one byte."""
-        for node in range(self.first_child[0], self.first_child[0] + self.num_children[0]):
-            if self.byte[node] == byte:
-                return node
-        return None
+    def goes_on(self, text: bytes) -> bool:
+        """Whether a token begins with this text and is longer."""
+        node = 0
+        for byte in text:
+            child = self.child(byte, node)
+            if child is None:
+                return False
+            node = child
+        return bool(self.num_children[node])
+
+    def child(self, byte: int, node: int = 0) -> int | None:
+        """The node of one more byte."""
+        first = int(self.first_child[node])
+        children = self.byte[first : first + int(self.num_children[node])]
+        place = int(np.searchsorted(children, byte))
+        return first + place if place < len(children) and children[place] == byte else None
 
     def walk(self, goto: npt.NDArray[np.int32], states: Ints, node: int = 0) -> Iterator[tuple[Ints, Ints, Ints]]:
         """Run each state over the texts below `node`: (which of `states`, token, state after it), in several parts.

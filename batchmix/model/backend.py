@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.sampling import Logprobs
 from batchmix.engine.slots import Slots
@@ -68,7 +69,9 @@ class Operators(Protocol):
     def find_shared(self, model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
         """See which KV blocks the rows of the next steps have in common; outside of captured steps."""
 
-    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
+    def decode(
+        self, model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int
+    ) -> Attend:
         """Attention of the last tokens of slots 0..rows-1, whose contexts lie in `width` blocks at most.
 
         The tokens behind those rows' are padding.

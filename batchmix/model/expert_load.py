@@ -1,4 +1,8 @@
-"""How many tokens each expert of each layer has worked on, counted on the device where tokens are routed anyway."""
+"""How many tokens each expert of each layer has worked on, counted on the device where tokens are routed anyway.
+
+Counted are the tokens of rows: none of what pads a step, but also those of a row that has ended without the host knowing
+yet, which runs along for a step or a few.
+"""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class DecodeAttention:
         last = int(block.max())
         used = np.zeros(last + 1, bool)
         used[block] = True
-        self.in_place = len(block) >= _DENSE_ENOUGH * last and used.sum() == len(block)
+        self.in_place = len(block) >= _DENSE_ENOUGH * last and used.sum() == len(block) and not used[SCRATCH_BLOCK]
         if self.in_place:
             owner, valid, item = np.zeros(last, np.int64), np.full(last, size), block - 1
             owner[item], valid[item] = row, length

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.advance import advance
+from batchmix.engine.forced import Lanes
+from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import RUNNING, Slots
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
@@ -46,16 +48,13 @@ def find_shared(model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -
     """See `Operators`. Every row attends to its blocks on its own here."""
 
 
-def decode(model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
+def decode(model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int) -> Attend:
     """See `Operators`."""
-    context = slots.host["context"][:rows] + 1
+    running = slots.finish[:rows].numpy() == RUNNING
+    context = slots.context[:rows].numpy() * running + 1
     table = slots.block_table[:rows, :width].astype(np.int64)
+    table[~running] = SCRATCH_BLOCK  # rows that have ended write there
     return _rotating(model, slots.context[:num_tokens], DecodeAttention(cache, table, context))
-
-
-def advance(slots: Slots, first: int, tokens: Tensor, decoded: bool) -> None:
-    """See `Operators`."""
-    slots.advance(first, tokens, decoded)
 
 
 def _rotating(model: Mixtral, positions: Tensor, attention: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Attend:

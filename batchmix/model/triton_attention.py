@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
+from batchmix.engine.link import to_device
 from batchmix.engine.slots import RUNNING, Slots
 from batchmix.kernels.attention_decode import SharedSplits, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
@@ -49,9 +51,9 @@ class PrefillAttention(_Paged):
             places[:, chunk.offset : chunk.offset + chunk.length] = (
                 position, table[row, position // size], position % size
             )  # fmt: skip
-        super().__init__(model, cache, *torch.from_numpy(places).to(device).unbind())
+        super().__init__(model, cache, *to_device(places, device).unbind())
         spans = [(chunk.offset, chunk.start, chunk.length) for chunk in chunks]
-        blocks = torch.from_numpy(table).to(device)
+        blocks = to_device(table, device)
         self.plan = plan_prefill(spans, blocks, num_tokens, self.ratio, model.weights.embedding.dtype)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -67,7 +69,13 @@ class DecodeAttention(_Paged):
     """
 
     def __init__(
-        self, model: Mixtral, cache: KVCache, slots: Slots, num_slots: int, width: int, shared: SharedSplits | None
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        slots: Slots | Lanes,
+        num_slots: int,
+        width: int,
+        shared: SharedSplits | None,
     ) -> None:
         running = slots.finish[:num_slots] == RUNNING
         position = slots.context[:num_slots] * running

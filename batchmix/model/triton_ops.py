@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.link import to_device
 from batchmix.engine.sampling import Logprobs, largest
 from batchmix.engine.slots import Slots
 from batchmix.kernels import linear, moe, norm, sampling
@@ -69,18 +71,20 @@ class TritonOperators:
             return
         ratio = model.config.num_attention_heads // model.config.num_key_value_heads
         table = torch.from_numpy(slots.block_table[:num_tokens])
-        context = torch.from_numpy(slots.host["context"][:num_tokens])
+        context = torch.from_numpy(slots.prompt_tokens[:num_tokens])  # rows share what is of their prompts
         found = find_shared_splits(table, context, cache.block_size, ratio, capacity=_SHARED_SPLITS * num_tokens)
         if known is None:
             splits = found.to(cache.keys.device)
         else:  # into the same memory, which a captured step reads
             splits = known[1]
             for kept, new in zip(splits, found, strict=True):
-                kept.copy_(new)
+                kept.copy_(to_device(new, kept.device))
         self._shared[num_tokens] = state, splits
 
-    def decode(self, model: Mixtral, cache: KVCache, slots: Slots, rows: int, num_tokens: int, width: int) -> Attend:
-        shared = self._shared[num_tokens][1] if self.share_prefix else None
+    def decode(
+        self, model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int
+    ) -> Attend:
+        shared = self._shared[num_tokens][1] if self.share_prefix and isinstance(slots, Slots) else None
         return DecodeAttention(model, cache, slots, num_tokens, width, shared)
 
     def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
@@ -93,6 +97,8 @@ class TritonOperators:
             slots.penalised[span], slots.repetition_penalty[span], slots.presence_penalty[span],
             slots.frequency_penalty[span], None if counts is None else counts[span],
             None if marks is None else marks[span], slots.wants_logprob[span],
+            *((slots.guide_base[span], slots.guide_state[span], slots.guide_class[span], slots.max_tokens[span],
+               slots.guides.states.data, slots.guides.classes.data) if slots.guides.used else ()),
         )  # fmt: skip
         wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
         if not len(wanted):
@@ -110,4 +116,6 @@ class TritonOperators:
             None if counts is None else counts[span], slots.penalised[span], slots.max_tokens[span],
             slots.min_tokens[span], slots.ignore_eos[span], slots.eos_token_ids, slots.stop_token_ids[span],
             slots.stop_base[span], slots.automata.data,
+            *((slots.guide_state[span], slots.guide_base[span], slots.guide_class[span], slots.guides.states.data,
+               slots.guides.classes.data) if slots.guides.used else ()),
         )  # fmt: skip

@@ -39,6 +39,7 @@ class RunStatistics:
             "prompt_tokens": self.totals.prompt_tokens,
             "completion_tokens": self.totals.completion_tokens,
             "shared_prompt_tokens": self.stats.shared_tokens,
+            "forced_tokens": self.stats.forced_tokens,
             "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in _STAGES},
             "total_seconds": round(self.total_seconds, 3),
             "generate_seconds": round(generate, 3),
@@ -64,9 +65,14 @@ class Summary:
             "generate_seconds": max((run["generate_seconds"] for run in self.runs), default=0.0),
             "device_busy": round(self._device_busy(), 4),
             "out_of_memory": sum(run["out_of_memory"] for run in self.runs),
+            "forced_tokens": self._forced_tokens(),
             "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
             "runs": list(self.runs),
         }
+
+    def _forced_tokens(self) -> int:
+        """Of guided rows, appended without a decode step of their own."""
+        return sum(run.get("forced_tokens", 0) for run in self.runs)  # runs before there were any lack the key
 
     def _device_busy(self) -> float:
         """Share of the time between first prefill and last token, of all shards."""
@@ -83,11 +89,13 @@ class Summary:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(output.finish_reasons.items()))
         now = sum(run["rows"] for run in self.runs)
         earlier = f", {output.rows - now:,} of them from earlier runs" if now < output.rows else ""
+        forced = self._forced_tokens()
+        skipped = f" ({forced:,} of them forced, without a decode step)" if forced else ""
         stages = ", ".join(f"{stage} {whole['seconds'][stage]:.1f} s" for stage in _STAGES)
         return "\n".join(
             [
                 f"{output.rows:,} rows{earlier} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
-                f" {output.completion_tokens:,} completion tokens",
+                f" {output.completion_tokens:,} completion tokens{skipped}",
                 f"took {duration(whole['total_seconds'])}; generating {whole['generate_seconds']:.1f} s,"
                 f" {whole['output_tokens_per_second']:,.0f} output tokens/s, device busy {whole['device_busy']:.1%}",
                 f"{stages} (read, tokenise and write run beside the others)",

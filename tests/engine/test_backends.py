@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import load, make_engine, packed_logits, prompts, run
+from engines import LateLink, load, make_engine, packed_logits, prompts, run
 
 from batchmix.config import EngineConfig, ModelConfig
 from batchmix.data.stop_strings import build_stop_table
@@ -94,15 +94,13 @@ def test_rows_put_back_for_want_of_blocks(folder, model):
     rows = prompts(4, V, seed=2, longest=6, temperature=1.0, max_tokens=9, ignore_eos=True, presence_penalty=0.5)
     expected = run(engine(load(folder)), rows)
     tight = engine(model, kv_blocks=8)
-    put_back = []
-    original = tight._put_back
-    tight._put_back = lambda slot: (put_back.append(slot), original(slot))[1]
     assert_same(run(tight, rows), expected)
-    assert put_back, "the test must run out of blocks"
+    assert tight.stats.put_back, "the test must run out of blocks"
 
 
 def test_several_steps_between_looks_and_sizes_of_a_ladder(folder, model):
-    """The engine as on a GPU, but for what a graph is: steps run over free slots and rows that have ended."""
+    """The engine as on a GPU, but for what a graph is: steps run over free slots and rows that have ended, and what they
+    did is looked at one window late."""
     rows = prompts(7, V, seed=5, longest=8, temperature=1.0, max_tokens=8, presence_penalty=0.3, stop=["abc", "dd"])
     rows = [replace(row, sampling=replace(row.sampling, max_tokens=3 + row.row)) for row in rows]
     captured = []
@@ -111,10 +109,12 @@ def test_several_steps_between_looks_and_sizes_of_a_ladder(folder, model):
         captured.append(step.args)
         return step
 
-    fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture)
+    link = LateLink()
+    fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture, link=link)
     assert_same(run(fast, rows), run(engine(load(folder)), rows))
-    assert fast.graphs.num_captured == len(captured)
-    assert fast.graphs.num_replayed >= len(captured) > 1
+    assert max(link.queued_behind) == 1
+    assert fast.state.graphs.num_captured == len(captured)
+    assert fast.state.graphs.num_replayed >= len(captured) > 1
     assert {size for size, _, _ in captured} <= {1, 2, 4, 6}
 
 
@@ -131,12 +131,12 @@ def test_out_of_memory_between_graphs(folder, model, monkeypatch):
         return moe(*arguments)
 
     monkeypatch.setattr(model.ops, "moe", full_at_the_ninth)
-    short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step)
-    tables, graphs = short.slots.tables(), short.graphs
+    short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step, link=LateLink())
+    tables, graphs = short.state.slots.tables(), short.state.graphs
     assert_same(run(short, rows), run(engine(load(folder)), rows))
-    assert (short.stats.out_of_memory, short.slots.capacity, short.ladder[-1]) == (1, 3, 3)
-    assert short.graphs is not graphs
-    assert short.slots.tables() != tables
+    assert (short.stats.out_of_memory, short.state.slots.capacity, short.state.ladder[-1]) == (1, 3, 3)
+    assert short.state.graphs is not graphs
+    assert short.state.slots.tables() != tables
 
 
 def test_rows_that_begin_alike_share_prefill_and_decode(folder, monkeypatch):
@@ -192,7 +192,20 @@ def test_cuda_graphs_change_no_token(folder, batch_invariant):
     fast = engine(model, max_num_seqs=8, steps_per_read=3, capture=cuda_capture())
     found = run(fast, rows)
     assert_same(found, expected)
-    assert fast.graphs.num_replayed > fast.graphs.num_captured > 0
+    assert fast.state.graphs.num_replayed > fast.state.graphs.num_captured > 0
+
+
+@pytest.mark.gpu
+def test_no_operator_waits_for_the_gpu(folder):
+    """Compiled and captured once, an engine only ever waits for results that are a window late."""
+    rows = prompts(40, V, seed=9, longest=16, temperature=1.0, max_tokens=12, presence_penalty=0.3)
+    fast = engine(load(folder, operators=TritonOperators()), max_num_seqs=8, steps_per_read=3, capture=cuda_capture())
+    expected = run(fast, rows)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert_same(run(fast, rows), expected)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -140,7 +140,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_answer(model, caplog, cal
     engine = make_engine(short, max_num_seqs=24, max_num_batched_tokens=256, prefill_chunk=64)
     assert answers(run(engine, rows)) == expected
     assert engine.stats.out_of_memory == len(calls)
-    assert engine.slots.capacity == 24 >> len(calls)
+    assert engine.state.slots.capacity == 24 >> len(calls)
     assert engine.stats.completion_tokens == sum(answer[3] for answer in expected.values()), "each token counts once"
     lines = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
     assert len(lines) == len(calls)
@@ -226,11 +226,8 @@ def test_answers_on_several_threads_do_not_depend_on_company(model, count):
 def test_too_few_blocks_put_rows_back(model):
     rows = prompts(20, 512, seed=4, longest=20, max_tokens=120, ignore_eos=True)
     engine = make_engine(model, kv_blocks=40)
-    put_back = []
-    original = engine._put_back
-    engine._put_back = lambda slot: (put_back.append(slot), original(slot))[1]  # type: ignore[method-assign]
     found = run(engine, rows)
-    assert put_back, "the test must run out of blocks"
+    assert engine.stats.put_back, "the test must run out of blocks"
     assert answers(found) == answers(run(make_engine(model), rows))
     assert engine.stats.completion_tokens == sum(completion.num_tokens for completion in found.values())
 

@@ -6,6 +6,7 @@ import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from batchmix.engine.kv_cache import BlockPool
 from batchmix.engine.prefix_cache import PrefixCache
@@ -16,7 +17,8 @@ SIZE = 2
 @settings(deadline=None, max_examples=200)
 @given(st.integers(0, 10_000), st.integers(8, 30))
 def test_a_found_block_holds_what_the_prompt_begins_with(seed: int, num_blocks: int) -> None:
-    """Rows start and end in any order, blocks are short: what `lookup` gives was computed for the same beginning."""
+    """Rows start and end in any order, blocks are short: what `lookup` gives was computed for the same beginning, and
+    the blocks that no row reads are counted right after every operation."""
     source = random.Random(seed)
     pool = BlockPool(num_blocks)
     cache = PrefixCache(pool, SIZE)
@@ -24,6 +26,8 @@ def test_a_found_block_holds_what_the_prompt_begins_with(seed: int, num_blocks: 
     rows: list[list[int]] = []
     reused = 0
     for _ in range(60):
+        read = {block for row in rows for block in row}
+        assert cache.num_unused() == len(set(cache._blocks.values()) - read)
         if rows and source.random() < 0.4:
             pool.release(rows.pop(source.randrange(len(rows))))
             continue
@@ -78,3 +82,53 @@ def test_blocks_that_rows_read_stay() -> None:
     assert cache.lookup([1, 1, 2, 2, 8], 4) == blocks
     assert cache.lookup([1, 1, 3, 2, 8], 4) == blocks[:1]
     assert cache.lookup([1, 1, 2, 2, 8], 0) == []
+
+
+class CountedPrefixCache(RuleBasedStateMachine):
+    """The count of unread blocks against a recount, after any sequence of what pool and cache can be asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(12)
+        self.cache = PrefixCache(self.pool, SIZE)
+        self.rows: list[list[int]] = []
+
+    @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=9), shared=st.integers(0, 9))
+    def start(self, ids: list[int], shared: int) -> None:
+        shared = min(shared, len(ids) - 1)
+        blocks = self.cache.lookup(ids, shared)
+        needed = -(-len(ids) // SIZE) - len(blocks)
+        self.cache.release(needed - self.pool.num_free)
+        if needed > self.pool.num_free:
+            self.pool.release(blocks)
+            return
+        blocks += self.pool.take(needed)
+        self.cache.keep(ids, shared, blocks)
+        self.rows.append(blocks)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.pool.release(self.rows.pop(data.draw(st.integers(0, len(self.rows) - 1))))
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def another_sample(self, data: st.DataObject) -> None:
+        blocks = list(data.draw(st.sampled_from(self.rows)))
+        self.pool.share(blocks)
+        self.rows.append(blocks)
+
+    @rule(count=st.integers(0, 12))
+    def make_room(self, count: int) -> None:
+        self.cache.release(count)
+
+    @invariant()
+    def count_is_recount(self) -> None:
+        read = {block for row in self.rows for block in row}
+        kept = set(self.cache._blocks.values())
+        assert self.cache.num_unused() == len(kept - read)
+        assert self.pool.num_used == len(kept | read)
+
+
+CountedPrefixCache.TestCase.settings = settings(deadline=None, max_examples=50, stateful_step_count=40)
+test_the_count_of_unread_blocks_is_their_recount = CountedPrefixCache.TestCase

@@ -59,5 +59,5 @@ def test_refill_preemption_and_eviction_change_no_answer(model, options, lengths
 def test_rows_with_nothing_in_common_are_not_remembered(model):
     engine = make_engine(model, share_prefix=True)
     run(engine, prompts(20, 512, seed=5))
-    assert len(engine.prefixes) == 0
+    assert len(engine.state.prefixes) == 0
     assert engine.stats.shared_tokens == 0

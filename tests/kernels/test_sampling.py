@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
+from batchmix.engine.advance import advance
+from batchmix.engine.link import Link
 from batchmix.engine.philox import uniform
 from batchmix.engine.sampling import choose
 from batchmix.engine.slots import Slots
@@ -32,11 +34,12 @@ PER_ROW = [
 
 def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[int]] | None = None) -> Slots:
     """On the CPU, one slot a row: prompts of tokens 5, 6, 7, and outputs [steps][rows] already chosen."""
-    slots = Slots(len(samplings), vocab, 4, (2,), None, torch.device("cpu"))
+    slots = Slots(len(samplings), vocab, 4, (2,), None, Link(torch.device("cpu")))
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5 % vocab, 6 % vocab, 7 % vocab], sampling), 0, 1000)
+    slots.upload()
     for tokens in outputs or []:
-        slots.advance(0, torch.tensor(tokens) % vocab)
+        advance(slots, 0, torch.tensor(tokens) % vocab)
     return slots
 
 

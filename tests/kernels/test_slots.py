@@ -1,4 +1,4 @@
-"""A token's effect on its row, against the oracle and against `Slots.advance` of the torch backend."""
+"""A token's effect on its row, against the oracle and against `advance` of the torch backend."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine import slots as engine_slots
+from batchmix.engine.link import Link
 from batchmix.engine.sampling import choose
 from batchmix.engine.slots import Slots
 from batchmix.kernels import reference
 from batchmix.kernels import slots as kernel
 from batchmix.kernels.sampling import sample
 from batchmix.kernels.slots import advance
+from batchmix.model import torch_backend
 from batchmix.records import Prompt
 
 V = 40
@@ -48,10 +50,11 @@ SAMPLINGS = st.builds(
 def slots_for(samplings: list[SamplingConfig]) -> Slots:
     slots = Slots(
         len(samplings), V, 4, (2, 9), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False),
-        torch.device("cpu"),
+        Link(torch.device("cpu")),
     )  # fmt: skip
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
+    slots.upload()
     return slots
 
 
@@ -97,26 +100,22 @@ def test_steps_equal_the_oracle(device, samplings, steps, history):
 def test_steps_equal_the_torch_backend(device, samplings, steps):
     slots = slots_for(samplings)
     ours = arguments(slots, device)
-    ended: dict[int, tuple[int, int, list[int]]] = {}
     for tokens in steps:
         chosen = torch.tensor(tokens[: len(samplings)])
         advance(chosen.to(device), None, *(ours | {"logprob_history": None, "context": None}).values())
-        slots.advance(0, chosen)
-        slots.read()
-        for row in range(len(samplings)):
-            if row not in ended and slots.finish[row] != engine_slots.RUNNING:
-                count = int(slots.generated[row])
-                text = slots.tokens[row, :count].tolist()
-                ended[row] = int(slots.finish[row]), int(slots.stop_reason[row]), text
+        torch_backend.advance(slots, 0, chosen)
+        slots.look()
+        slots.hear()
     for row in range(len(samplings)):
         count = int(ours["generated"][row])
         found = int(ours["finish"][row]), int(ours["stop_reason"][row]), ours["history"][row, :count].tolist()
-        assert found == ended.get(row, (engine_slots.RUNNING, 0, slots.tokens[row, : len(steps)].tolist()))
-        if row not in ended:
-            assert ours["stop_state"][row] == slots.stop_state[row]
-            assert ours["token"][row] == slots.token[row]
-            if slots.output_counts is not None:
-                assert torch.equal(ours["output_counts"][row].cpu(), slots.output_counts[row])
+        answers = slots.answers
+        text = answers.tokens[row, : answers.count[row]].tolist()
+        assert found == (answers.finish[row], answers.stop_reason[row], text)
+        assert ours["stop_state"][row] == slots.stop_state[row]
+        assert ours["token"][row] == slots.token[row]
+        if slots.output_counts is not None:
+            assert torch.equal(ours["output_counts"][row].cpu(), slots.output_counts[row])
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 100])
@@ -174,11 +173,7 @@ def decode_steps(device: torch.device, steps: int, graph: bool) -> dict[str, Ten
         step()
         if not graph:  # the torch backend takes the same steps; rows that have ended are left alone
             tokens, _ = choose(logits.cpu().clone(), slots, 0)
-            ended = slots.finish != engine_slots.RUNNING
-            kept = {name: getattr(slots, name).clone() for name in STATE}
-            slots.advance(0, tokens)
-            for name, tensor in kept.items():
-                getattr(slots, name)[ended] = tensor[ended]
+            torch_backend.advance(slots, 0, tokens)
             for name in ("token", "generated", "finish", "stop_reason", "stop_state"):
                 assert torch.equal(state[name].cpu(), getattr(slots, name)), name
     return state

@@ -1,0 +1,85 @@
+"""What the rows have answered, as far as the host has heard of it."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from batchmix.records import TokenLogprob
+
+
+class Answers:
+    """Arrays over the slots, the longer ones grown as rows grow."""
+
+    def __init__(self, size: int) -> None:
+        self.finish = np.zeros(size, np.int64)  # RUNNING, or why the row ended
+        self.stop_reason = np.zeros(size, np.int64)
+        self.count = np.zeros(size, np.int64)  # tokens of the row in `tokens`
+        self.tokens = np.zeros((size, 64), np.int32)  # [slots, tokens so far]
+        self.logprobs = np.zeros((size, 0), np.float32)
+        self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
+        self.top_logprobs = np.zeros((size, 0, 0), np.float32)
+
+    def hear(
+        self, slots: np.ndarray, generated: np.ndarray, finish: np.ndarray, stop_reason: np.ndarray, ring: np.ndarray
+    ) -> int:
+        """Slots int64 [N] have chosen `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
+
+        Returns how many of them are new.
+        """
+        before = self.count[slots]
+        chosen = generated - before
+        self.tokens = _grow(self.tokens, int(generated.max(initial=0)))
+        for step in range(int(chosen.max(initial=0))):
+            rows = np.flatnonzero(step < chosen)
+            place = before[rows] + step
+            self.tokens[slots[rows], place] = ring[rows, place % ring.shape[1]]
+        self.count[slots], self.finish[slots], self.stop_reason[slots] = generated, finish, stop_reason
+        return int(chosen.sum())
+
+    def append(self, slot: int, tokens: list[int]) -> None:
+        """Tokens that the host itself has chosen for a row."""
+        count = int(self.count[slot])
+        self.tokens = _grow(self.tokens, count + len(tokens))
+        self.tokens[slot, count : count + len(tokens)] = tokens
+        self.count[slot] = count + len(tokens)
+
+    def hear_logprobs(self, slots: np.ndarray, place: np.ndarray, chosen: Tensor, top_ids: Tensor, top: Tensor) -> None:
+        """Of the token that is a row's number `place`; waits for the device. [N], [N], [N], [N, k], [N, k]."""
+        length, k = int(place.max()) + 1, top.shape[1]
+        self.logprobs = _grow(self.logprobs, length)
+        self.logprobs[slots, place] = chosen.cpu().numpy()
+        wider = max(0, k - self.top_ids.shape[2])
+        self.top_ids = _grow(np.pad(self.top_ids, ((0, 0), (0, 0), (0, wider))), length)
+        self.top_logprobs = _grow(np.pad(self.top_logprobs, ((0, 0), (0, 0), (0, wider))), length)
+        self.top_ids[slots, place, :k] = top_ids.cpu().numpy()
+        self.top_logprobs[slots, place, :k] = top.cpu().numpy()
+
+    def row_logprobs(self, slot: int, num_top: int) -> list[TokenLogprob]:
+        """The log-probabilities of one row's tokens so far, each with those of the `num_top` most likely ones."""
+        ids, values = self.top_ids[slot, :, :num_top], self.top_logprobs[slot, :, :num_top]
+        return [
+            TokenLogprob(
+                int(self.tokens[slot, i]),
+                float(self.logprobs[slot, i]),
+                tuple(zip(ids[i].tolist(), values[i].tolist(), strict=True)),
+            )
+            for i in range(int(self.count[slot]))
+        ]
+
+    def clear(self, slot: int) -> None:
+        """Of a row that has chosen no token."""
+        self.finish[slot] = self.stop_reason[slot] = self.count[slot] = 0
+
+    def move(self, target: int, source: int) -> None:
+        """The row of slot `source` is now in slot `target`."""
+        for array in vars(self).values():
+            array[target] = array[source]
+
+
+def _grow(log: np.ndarray, length: int) -> np.ndarray:
+    """`log` with room for `length` tokens along its second axis, doubling it where there is none."""
+    if length <= log.shape[1]:
+        return log
+    extra = max(length, 2 * log.shape[1]) - log.shape[1]
+    return np.pad(log, ((0, 0), (0, extra)) + ((0, 0),) * (log.ndim - 2))

@@ -1,0 +1,61 @@
+"""Rows that have ended, as what the engine gives out."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, Slots
+from batchmix.engine.state import Row, State
+from batchmix.records import Completion, FinishReason
+
+_FINISH_REASON: dict[int, FinishReason] = {
+    EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", WHOLE: "stop", LENGTH: "length",
+}  # fmt: skip
+
+
+def hear(state: State, all_of_it: bool) -> None:
+    """See what the steps that are queued have done, and take the rows that have ended out of the batch.
+
+    Waits for them. Unless it has to be `all_of_it`, the last window is not waited for where the link is late.
+    """
+    looks = state.slots.looks
+    while len(looks) > (state.slots.link.late and not all_of_it):
+        state.stats.completion_tokens += state.slots.hear()
+        state.stats.last_token_time = time.time()
+        _collect(state)
+
+
+def _collect(state: State) -> None:
+    ended = np.flatnonzero(state.slots.answers.finish[: len(state.rows)])
+    completions = [_completion(state.rows[slot], state.slots, slot) for slot in ended.tolist()]
+    for slot in ended[::-1].tolist():  # the highest first, so that slots below keep their rows
+        state.free(slot)
+    if completions:
+        mean = sum(completion.num_tokens for completion in completions) / len(completions)
+        state.mean_length = 0.9 * state.mean_length + 0.1 * mean if state.mean_length else mean
+        state.completed += completions
+
+
+def _completion(row: Row, slots: Slots, slot: int) -> Completion:
+    """The token that ended the row is counted and left out."""
+    sampling, answers = row.prompt.sampling, slots.answers
+    finish, count = int(answers.finish[slot]), int(answers.count[slot])
+    tokens = answers.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist()
+    stop_reason: str | int | None = None
+    if finish == STOP_TOKEN:
+        stop_reason = int(answers.stop_reason[slot])
+    elif finish == STOP_STRING:
+        stop_reason = (sampling.stop or [])[int(answers.stop_reason[slot])]
+    logprobs = answers.row_logprobs(slot, sampling.logprobs) if sampling.logprobs is not None else None
+    return Completion(
+        row.prompt,
+        row.sample,
+        tokens,
+        _FINISH_REASON[finish],
+        stop_reason,
+        num_tokens=count,
+        cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
+        logprobs=logprobs,
+    )

@@ -1,0 +1,116 @@
+"""Decode: a window of steps for all rows that run, each as one captured graph where there are graphs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from batchmix.engine.completion import hear
+from batchmix.engine.forced import append_runs, forced_runs, wants_skipping
+from batchmix.engine.graphs import rung
+from batchmix.engine.kv_cache import OutOfBlocks
+from batchmix.engine.state import State
+from batchmix.engine.step import choose, pad
+from batchmix.model.mixtral import Mixtral
+from batchmix.report.device_clock import DeviceClock
+
+
+class Decode:
+    """Runs `state.rows`."""
+
+    def __init__(self, model: Mixtral, state: State, device_clock: DeviceClock, steps_per_read: int) -> None:
+        self.model, self.state, self.device_clock, self.steps_per_read = model, state, device_clock, steps_per_read
+
+    def run(self) -> None:
+        """Queue a few tokens for every active row, or one if their log-probabilities are wanted, which the host keeps.
+
+        Nothing is queued where all rows will have ended once what is queued already is done.
+        """
+        state, model, slots = self.state, self.model, self.state.slots
+        wants_logprobs = bool(slots.host["wants_logprob"][: len(state.rows)].any())
+        skipping = wants_skipping(slots)
+        if wants_logprobs or skipping:
+            hear(state, all_of_it=True)
+        if skipping:
+            slots.planned[: len(state.rows)] += np.array([len(run) for run in forced_runs(slots)], np.int64)
+        steps = self._take_blocks(1 if wants_logprobs or skipping else self.steps_per_read)
+        if not steps:
+            hear(state, all_of_it=True)
+            return
+        active = len(state.rows)
+        runs = forced_runs(slots) if skipping else []
+        # A power of two, so that a graph serves for a while.
+        width = 1 << int(slots.num_blocks[:active].max() - 1).bit_length()
+        width = min(width, slots.block_table.shape[1])
+        captured = state.graphs.enabled and not wants_logprobs and not any(runs)
+        # A captured step runs over free slots too, so that few sizes serve all.
+        size = rung(state.ladder, active) if captured else pad(active, model.ops.row_tile)
+        slots.upload()
+        if any(runs):
+            self._forced_step(runs, width)
+            return
+        model.ops.find_shared(model, state.cache, slots, size)
+        model.expert_load.count_first(active)
+        with self.device_clock.work("decode"):
+            for _ in range(steps):
+                if not captured:
+                    self._step(active, size, width)
+                else:
+                    state.graphs.run((size, width), slots.tables(), partial(self._step, size, size, width))
+        self._end(active, steps)
+
+    def _end(self, active: int, steps: int) -> None:
+        """So many steps are queued."""
+        self.state.slots.queued(0, active, steps)
+        self.state.slots.look()
+        self.state.stats.running = active
+        self.state.stats.kv_blocks_used = self.state.pool.num_used
+
+    def _forced_step(self, runs: list[list[int]], width: int) -> None:
+        """A step in which rows with forced tokens take them all, and one more."""
+        model, slots, active = self.model, self.state.slots, len(self.state.rows)
+        lanes = append_runs(slots, runs)
+        size, rows = len(lanes.token), active + sum(map(len, runs))
+        self.state.stats.forced_tokens += rows - active
+        self.state.stats.completion_tokens += rows - active
+        model.expert_load.count_first(rows)
+        with self.device_clock.work("decode"):
+            hidden = model(lanes.token, model.ops.decode(model, self.state.cache, lanes, rows, size, width))
+            first = hidden[: pad(active, model.ops.row_tile)]
+            choose(model, slots, 0, model.logits(first)[:active], decoded=True)
+        self._end(active, 1)
+
+    def _step(self, rows: int, size: int, width: int) -> None:
+        """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""
+        model, slots = self.model, self.state.slots
+        attend = model.ops.decode(model, self.state.cache, slots, rows, size, width)
+        hidden = model(slots.token[:size], attend)
+        choose(model, slots, 0, model.logits(hidden)[:rows], decoded=True)
+
+    def _take_blocks(self, most: int) -> int:
+        """The blocks that rows write to in up to so many steps; returns how many steps, 0 where no row is left.
+
+        Where there are too few, rows that have ended meanwhile make room, then the youngest rows give way.
+        """
+        state, slots = self.state, self.state.slots
+        while state.rows:
+            left = slots.left()
+            steps = min(most, int(left.max()))
+            # The position that is written last: what is planned ends with a token that is not in the cache yet.
+            last = slots.prompt_tokens[: len(left)] + slots.planned[: len(left)] - 2 + np.minimum(steps, left)
+            missing = np.maximum(last // state.cache.block_size + 1 - slots.num_blocks[: len(left)], 0)
+            needing = np.repeat(np.arange(len(left)), missing)  # a slot as often as it needs blocks
+            try:
+                blocks = state.take(len(needing))
+            except OutOfBlocks:
+                if slots.looks:
+                    hear(state, all_of_it=True)
+                else:
+                    state.put_back(max(range(len(left)), key=lambda slot: state.rows[slot].order))
+                continue
+            for slot, block in zip(needing.tolist(), blocks, strict=True):
+                slots.give_blocks(slot, [block])
+                state.rows[slot].blocks.append(block)
+            return steps
+        return 0

@@ -1,0 +1,99 @@
+"""Stretches of a guided text that are the only possible one: their tokens are appended without a step for each.
+
+A row whose guide leaves one token, then one token again, gets all of them at once. Their keys and values are computed in
+the decode step that follows, as lanes of their own behind the rows' lanes: to the attention a lane is a row with its own
+position, and a layer writes all keys and values before it attends. So each token is computed just as in a step of its
+own, with the same bits wherever those do not depend on a row's company, and the model runs once instead of many times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchmix.engine.kv_cache import SCRATCH_BLOCK
+from batchmix.engine.link import to_device
+from batchmix.engine.slots import FREE, RUNNING, Slots
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The tokens of a step: those of the slots first, then forced ones. What `Operators.decode` reads of slots."""
+
+    token: Tensor  # int64 [size]
+    context: Tensor  # int64 [size]
+    finish: Tensor  # int64 [size]
+    block_table: np.ndarray  # int32 [size, blocks per row]
+    device_blocks: Tensor
+
+
+def wants_skipping(slots: Slots) -> bool:
+    """Whether a row is there whose guide may have forced stretches."""
+    return any(guide is not None and guide.forced for guide in slots.guides.of_slot[: slots.num_active])
+
+
+def forced_runs(slots: Slots) -> list[list[int]]:
+    """The tokens that must come next, of each active row; all that was queued has been heard of.
+
+    The last token of max_tokens and one after which the text may end are left to a step of their own, which sees that.
+    Rows with penalties or log-probabilities take every step, which counts and logs each token.
+    """
+    found: list[list[int]] = []
+    host, answers = slots.host, slots.answers
+    for slot in range(slots.num_active):
+        guide = slots.guides.of_slot[slot]
+        if guide is None or host["penalised"][slot] or host["wants_logprob"][slot]:
+            found.append([])
+            continue
+        count = int(answers.count[slot])
+        state = slots.guides.follow(slot, answers.tokens[slot, :count].tolist())
+        found.append(guide.forced_run(state)[: max(0, int(host["max_tokens"][slot]) - count - 1)])
+    return found
+
+
+def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
+    """Append each active row's run to its answer, on host and device; the lanes of the step that computes them."""
+    answers, device = slots.answers, slots.link.device
+    skipping = np.flatnonzero([len(run) > 0 for run in runs])
+    owners: list[int] = []
+    tokens: list[int] = []
+    positions: list[int] = []
+    states = []
+    for slot in skipping.tolist():
+        run, count = runs[slot], int(answers.count[slot])
+        guide = slots.guides.of_slot[slot]
+        assert guide is not None
+        states.append(guide.after(slots.guides.follow(slot, answers.tokens[slot, :count].tolist()), run))
+        last = int(answers.tokens[slot, count - 1])
+        context = int(slots.prompt_tokens[slot]) + count - 1
+        owners += [slot] * len(run)
+        tokens += [last, *run[:-1]]
+        positions += range(context, context + len(run))
+        answers.append(slot, run)
+    lengths = np.array([len(runs[slot]) for slot in skipping])
+    index, more = to_device(skipping, device), to_device(lengths, device)
+    last_tokens = np.array([runs[slot][-1] for slot in skipping])
+    slots.token.index_copy_(0, index, to_device(last_tokens, device))
+    slots.guide_state.index_copy_(0, index, to_device(np.array(states), device))
+    slots.context.index_add_(0, index, more)
+    slots.generated.index_add_(0, index, more)
+
+    active, tile = slots.num_active, slots.row_tile
+    padding = -(active + len(owners)) % tile
+    scratch = np.full((padding, slots.block_table.shape[1]), SCRATCH_BLOCK, np.int32)
+    table = np.concatenate((slots.block_table[:active], slots.block_table[owners], scratch))
+
+    def lanes(of_slots: Tensor, forced: list[int], beyond: int) -> Tensor:
+        behind = to_device(np.array([*forced, *[beyond] * padding]), device)
+        return torch.cat((of_slots[:active], behind))
+
+    return Lanes(
+        lanes(slots.token, tokens, 0),
+        lanes(slots.context, positions, 0),
+        lanes(slots.finish, [RUNNING] * len(owners), FREE),
+        table,
+        to_device(table, device),
+    )

@@ -1,0 +1,52 @@
+"""The guides of running rows: their tables on the device, and which slot's row follows which."""
+
+from __future__ import annotations
+
+import torch
+
+from batchmix.config import SamplingConfig
+from batchmix.engine.shared_rows import SharedTables
+from batchmix.guided.compile import Guides, guide_key
+from batchmix.guided.guide import Guide
+
+
+class GuideTables:
+    """`states` [rows, 2] are the tables of all guides in use, `classes` [guides, V] their tokens' classes: see Guide."""
+
+    def __init__(self, guides: Guides | None, vocab_size: int, device: torch.device, size: int) -> None:
+        self._guides = guides
+        self.states = SharedTables(2, torch.int32, device)
+        self.classes = SharedTables(vocab_size, torch.int32, device)
+        self.of_slot: list[Guide | None] = [None] * size
+        self._followed = [(0, 0)] * size  # tokens of the row, and the guide's state after them, as far as it was asked
+
+    @property
+    def used(self) -> bool:
+        """Whether there has been a row with a guide: without any, steps do not look for them."""
+        return len(self.states.data) > 0
+
+    def acquire(self, slot: int, sampling: SamplingConfig) -> tuple[int, int, int]:
+        """The row's guide: where it begins in `states`, its row in `classes`, and the state of a text without tokens."""
+        assert self._guides is not None, "rows with structured_outputs are refused where there is no tokenizer"
+        guide, key = self._guides.get(sampling), guide_key(sampling)
+        self.of_slot[slot], self._followed[slot] = guide, (0, guide.start)
+        base = self.states.acquire(key, lambda: torch.from_numpy(guide.table))
+        return base, self.classes.acquire(key, lambda: torch.from_numpy(guide.token_class)[None]), guide.start
+
+    def follow(self, slot: int, tokens: list[int]) -> int:
+        """The state of the slot's row after its tokens so far."""
+        guide = self.of_slot[slot]
+        assert guide is not None
+        count, state = self._followed[slot]
+        self._followed[slot] = len(tokens), guide.after(state, tokens[count:])
+        return self._followed[slot][1]
+
+    def move(self, target: int, source: int) -> None:
+        """The row of slot `source` is now in slot `target`."""
+        self.of_slot[target], self._followed[target] = self.of_slot[source], self._followed[source]
+
+    def release(self, sampling: SamplingConfig) -> None:
+        """A row with this guide is gone."""
+        if key := guide_key(sampling):
+            self.states.release(key)
+            self.classes.release(key)

@@ -1,0 +1,70 @@
+"""How host and device reach each other's memory, so that neither waits: all copies are queued with the device's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Arrival = Callable[[], list[np.ndarray]]  # waits for copies on their way to the host, and gives them
+
+
+def to_device(data: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, made in the order of its work; on the CPU `data` itself. Host memory may change at once."""
+    tensor = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    if device.type == "cpu":
+        return tensor
+    # From pinned memory, which torch does not give away before the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Link:
+    """To a device that is the host itself: copies are there at once.
+
+    `late`: results are looked at one window of steps late, once the next one is queued, so that the device always has
+    work. Where the host does the work it would only keep rows that have ended in the batch.
+    """
+
+    late = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def read_back(self, tensors: Sequence[Tensor]) -> Arrival:
+        """The tensors as they are once the device has done what is queued by now."""
+        copies = [tensor.clone().numpy() for tensor in tensors]
+        return lambda: copies
+
+
+class GpuLink(Link):
+    """To a GPU: results come back on a stream of their own, into pinned memory."""
+
+    late = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def read_back(self, tensors: Sequence[Tensor]) -> Arrival:
+        copies = [tensor.clone() for tensor in tensors]  # what is queued behind may change the tensors meanwhile
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        on_host = [torch.empty(copy.shape, dtype=copy.dtype, pin_memory=True) for copy in copies]
+        with torch.cuda.stream(self._stream):
+            for target, copy in zip(on_host, copies, strict=True):
+                target.copy_(copy, non_blocking=True)
+                copy.record_stream(self._stream)
+            arrived.record()
+
+        def wait() -> list[np.ndarray]:
+            arrived.synchronize()
+            return [tensor.numpy() for tensor in on_host]
+
+        return wait
+
+
+def link_to(device: torch.device) -> Link:
+    """The link that suits the device."""
+    return GpuLink(device) if device.type == "cuda" else Link(device)

@@ -1,0 +1,120 @@
+"""What guided decoding costs: decode throughput with and without structured_outputs, in turns, in one run.
+
+    python benchmarks/bench_guided.py [--save] [--rows N] [--tokens N] [--repeats N]
+
+The random Mixtral of 39 M parameters and the Mixtral tokenizer's vocabulary of 32,000; 256 rows of one short prompt each,
+64 tokens at temperature 1, on the device that engine.device=auto picks. `records`: an array of small objects, mostly keys,
+choices and numbers; `text`: one long string. Only decode steps with a row in every slot count, so that rows which end
+early do not. What compiling a guide takes is shown apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import random_prompts, save, save_tiny_random
+
+from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig, StructuredOutputs
+from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.completion import hear
+from batchmix.engine.engine import Engine
+from batchmix.engine.start import start_engine
+from batchmix.model.checkpoint import open_checkpoint
+from batchmix.plan.planner import Limits, plan
+from batchmix.records import Prompt
+
+RECORD = {
+    "type": "object",
+    "properties": {
+        "sentiment": {"enum": ["positive", "negative", "neutral"]},
+        "topic": {"enum": ["billing", "shipping", "login", "bug"]},
+        "urgent": {"type": "boolean"},
+        "score": {"type": "integer", "minimum": 1, "maximum": 5},
+    },
+    "required": ["sentiment", "topic", "urgent", "score"],
+}
+SCHEMAS: dict[str, Any] = {
+    "records": {"type": "array", "items": RECORD},
+    "text": {"type": "object", "properties": {"summary": {"type": "string"}}, "required": ["summary"]},
+}
+
+
+def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
+    """Tokens per second of the decode steps in which all slots have a row."""
+    seconds, tokens = 0.0, 0
+    decode, state = engine.decode, engine.state
+
+    def timed() -> None:
+        nonlocal seconds, tokens
+        before, started = state.stats.completion_tokens, time.perf_counter()
+        decode()
+        hear(state, all_of_it=True)
+        if state.stats.running == state.slots.capacity:
+            seconds += time.perf_counter() - started
+            tokens += state.stats.completion_tokens - before
+
+    engine.decode = timed  # type: ignore[method-assign]
+    limits = Limits(state.slots.capacity, state.pool.num_blocks, state.cache.block_size, 16384)
+    for _ in engine.generate(plan(rows, limits)):
+        pass
+    engine.decode = decode  # type: ignore[method-assign]
+    return tokens / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-guided.json")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    free = SamplingConfig(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
+    samplings = {"unguided": free}
+    for name, schema in SCHEMAS.items():
+        outputs = StructuredOutputs(json=schema)
+        samplings[name] = SamplingConfig(
+            temperature=1.0, max_tokens=args.tokens, ignore_eos=True, structured_outputs=outputs
+        )
+    prompts = random_prompts(args.rows, 16, 64)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_tiny_random(Path(temporary))
+        checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype.float32, max_model_len=256))
+        tokenizer = load_tokenizer(open_checkpoint(ModelConfig()).folder)
+        engine = start_engine(checkpoint, tokenizer, EngineConfig(max_num_seqs=args.rows), lambda: False)
+    assert engine.guides is not None
+    compile_seconds = {}
+    for name in SCHEMAS:
+        started = time.perf_counter()
+        engine.guides.get(samplings[name])
+        compile_seconds[name] = round(time.perf_counter() - started, 3)
+    rates: dict[str, list[float]] = {name: [] for name in samplings}
+    forced = {}
+    for _ in range(args.repeats):  # in turns, since other users of a machine come and go
+        for name, sampling in samplings.items():
+            rows = [Prompt(row, str(row), {}, ids, sampling) for row, ids in enumerate(prompts)]
+            before = engine.stats.forced_tokens, engine.stats.completion_tokens
+            rates[name].append(decode_rate(engine, rows))
+            tokens = engine.stats.completion_tokens - before[1]
+            forced[name] = (engine.stats.forced_tokens - before[0]) / tokens
+    best = {name: max(runs) for name, runs in rates.items()}
+    for name, rate in best.items():
+        cost = 1 - rate / best["unguided"]
+        note = f", {cost:+.1%} cost; {forced[name]:.0%} of the tokens forced; compiled in {compile_seconds.get(name)} s"
+        print(f"{name:<10} {rate:8,.0f} tokens/s in steps of {args.rows} rows{'' if name == 'unguided' else note}")
+    if args.save:
+        save("guided", {"rows": args.rows, "tokens": args.tokens, "device": str(engine.state.cache.keys.device),
+                        "decode_tokens_per_second": {name: round(rate, 1) for name, rate in best.items()},
+                        "cost": {name: round(1 - best[name] / best["unguided"], 4) for name in SCHEMAS},
+                        "forced_share": {name: round(forced[name], 3) for name in SCHEMAS},
+                        "compile_seconds": compile_seconds})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
