@@ -321,7 +321,7 @@ _MAX_STOP_BYTES = 1024  # of a row's stop strings: each takes a state of an auto
 _BOOLS = {"include_stop_str_in_output", "skip_special_tokens", "ignore_eos"}
 _INTS = {"max_tokens", "min_tokens", "top_k", "n", "logprobs", "seed"}
 _SAMPLING_KEYS = {f.name: f for f in dataclasses.fields(SamplingConfig)}
-_MAX_SCORED_CHOICES = 256  # each is a prefill chunk of its own
+MAX_SCORED_CHOICES = 256  # each is a prefill chunk of its own
 
 
 def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
@@ -380,8 +380,8 @@ def _check_structured(outputs: StructuredOutputs, sampling: SamplingConfig) -> N
     if not isinstance(outputs.score_choices, bool):
         raise ValueError(f"{key}.score_choices={reprlib.repr(outputs.score_choices)} must be true or false")
     if outputs.score_choices:
-        if choice is None or len(choice) > _MAX_SCORED_CHOICES:
-            raise ValueError(f"{key}.score_choices needs {key}.choice, of at most {_MAX_SCORED_CHOICES} texts")
+        if choice is None or len(choice) > MAX_SCORED_CHOICES:
+            raise ValueError(f"{key}.score_choices needs {key}.choice, of at most {MAX_SCORED_CHOICES} texts")
         if sampling.logprobs is not None:
             raise ValueError(f"sampling.logprobs does not go with {key}.score_choices, which decodes no tokens")
 

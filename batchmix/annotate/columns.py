@@ -103,7 +103,11 @@ class AnnotationColumns:
 
 
 def confidence(sample: Completion) -> float | None:
-    """The probability of the sample's tokens, where sampling.logprobs asked for them."""
+    """The probability of the sample's choice among all choices, where they were scored; else that of its tokens, where
+    sampling.logprobs asked for them."""
+    outputs = sample.prompt.sampling.structured_outputs
+    if sample.choice_probabilities is not None and outputs is not None and outputs.choice is not None:
+        return float(sample.choice_probabilities[outputs.choice.index((sample.text or "").strip())])
     if sample.cumulative_logprob is None:
         return None
     return min(1.0, math.exp(sample.cumulative_logprob))

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Text
-from batchmix.config import AnnotateConfig, Config, SamplingConfig, StructuredOutputs
+from batchmix.config import MAX_SCORED_CHOICES, AnnotateConfig, Config, SamplingConfig, StructuredOutputs
 from batchmix.data.messages import PromptError
 from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
@@ -68,7 +68,9 @@ def _guided(sampling: SamplingConfig, task: AnnotateConfig) -> SamplingConfig:
                             " out")  # fmt: skip
     if task.choice is None and task.regex is None and task.json_schema is None:
         return sampling
-    outputs = StructuredOutputs(choice=task.choice, regex=task.regex, json=task.json_schema)
+    # Few choices are all scored, exactly and without decoding; logprobs ask for the tokens to be decoded.
+    scored = task.choice is not None and len(task.choice) <= MAX_SCORED_CHOICES and sampling.logprobs is None
+    outputs = StructuredOutputs(choice=task.choice, regex=task.regex, json=task.json_schema, score_choices=scored)
     return dataclasses.replace(sampling, structured_outputs=outputs)
 
 

@@ -19,7 +19,6 @@ from batchmix.annotate.columns import AnnotationColumns
 from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig
 from batchmix.data.columns import OutputColumns
 from batchmix.errors import BatchmixError
-from batchmix.pipeline import generate
 from batchmix.records import Completion, Prompt
 
 TICKETS = Path(__file__).parents[2] / "examples/support_tickets.jsonl"
@@ -118,12 +117,13 @@ def run(
     return ds.dataset(folder / "out", format="arrow")
 
 
-def test_both_orders_of_a_row_are_prompted_and_come_out_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("logprobs", [None, pytest.param(0, marks=pytest.mark.slow)], ids=["scored", "decoded"])
+def test_both_orders_of_a_row_are_prompted_and_come_out_once(logprobs: int | None, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"a": f"first {i}", "b": f"second, {'longer ' * i}"} for i in range(6)]
     rows[3]["b"] = None  # cannot be printed: an error row, once
     rows[4]["sampling"] = {"n": 1}
     task = AnnotateConfig(input="{{ a }} or {{ b }}", choice=["A", "B"], swap_labels=["A", "B"])
-    found = run(tmp_path, rows, task, {"swap_columns": ["a", "b"]}, n=4, logprobs=0).to_table().sort_by(
+    found = run(tmp_path, rows, task, {"swap_columns": ["a", "b"]}, n=4, logprobs=logprobs).to_table().sort_by(
         [("row", "ascending"), ("sample_index", "ascending")])  # fmt: skip
     keys = list(zip(found["row"].to_pylist(), found["sample_index"].to_pylist(), strict=True))
     assert keys == [(row, sample) for row in range(6) for sample in range(1 if row == 4 else 4)]
@@ -131,20 +131,19 @@ def test_both_orders_of_a_row_are_prompted_and_come_out_once(tmp_path: Path) -> 
     assert errors[3].startswith("data.template fails")
     assert errors[4] == "the row's own sampling.n is 1, and data.swap_columns needs a sample for each order"
     assert set(errors) == {3, 4}
-    plain = tmp_path / "plain"
-    plain.mkdir()
     for flipped in (False, True):  # the same prompts as rows of their own
+        plain = tmp_path / f"flipped-{flipped}"
+        plain.mkdir()
         order = [{"a": row["b"], "b": row["a"]} if flipped else row for row in rows[:3]]
-        (plain / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
-        generate(Config(data=DataConfig(path=str(plain / "rows.jsonl"), template="{{ a }} or {{ b }}"),
-                        output=OutputConfig(dir=str(plain / f"out{flipped}")),
-                        sampling=SamplingConfig(temperature=0.0, max_tokens=4)))  # fmt: skip
-        texts = (
-            ds.dataset(plain / f"out{flipped}", format="arrow").to_table().sort_by("row")["generated_text"].to_pylist()
-        )
-        ours = [r["generated_text"] for r in found.to_pylist() if r["row"] < 3 and r["sample_index"] % 2 == flipped]
-        assert ours == [text for text in texts for _ in range(2)]
-    assert found["input_a" if "input_a" in found.column_names else "a"].to_pylist()[:4] == ["first 0"] * 4
+        once = AnnotateConfig(input=task.input, choice=task.choice)
+        expected = run(plain, order, once, {}, logprobs=logprobs).to_table().sort_by("row").to_pylist()
+        for record in found.to_pylist():
+            if record["row"] < 3 and record["sample_index"] % 2 == flipped:
+                alone = expected[record["row"]]
+                assert record["generated_text"] == alone["generated_text"]
+                assert record["confidence"] == pytest.approx(alone["confidence"])
+                assert (record["label"] == alone["label"]) != flipped
+    assert found["a"].to_pylist()[:4] == ["first 0"] * 4
 
 
 @pytest.mark.parametrize(
