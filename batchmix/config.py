@@ -208,7 +208,7 @@ class AnnotateConfig:
 
     input: str | None = None  # Jinja over the row's columns: the row's own text, which ends the prompt
     instruction: str | None = None  # Jinja too; begins the prompt, so rows share what it does not take from columns
-    examples: Any = None  # list of {column: value, ..., answer: value}, or a .jsonl, .json or .yaml file of them
+    examples: Any = None  # list of {input: text, answer: value}, or a .jsonl, .json or .yaml file of them
     field: str = "label"  # name of the column of an answer that is no JSON object
     choice: list[str] | None = None  # the labels that there are
     regex: str | None = None  # what an answer matches as a whole; named groups become columns

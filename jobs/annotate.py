@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from batchmix.config import Config
 from batchmix.hydra_app import job
 
@@ -24,15 +26,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     if not first.endswith((".yaml", ".yml")):
         return _run([f"annotate={first}", *arguments[1:]])
-    path = Path(first)
-    if not path.is_file():
-        print(f"batchmix: error: {first}: no such task file", file=sys.stderr)
+    return _run_file(Path(first), arguments[1:])
+
+
+def _run_file(path: Path, arguments: Sequence[str]) -> int:
+    """Hydra takes the files of a group from folders, so the task file is copied into one. Its keys need no package."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        print(f"batchmix: error: {path}: cannot be read as a task file ({reason})", file=sys.stderr)
         return 1
-    # Hydra takes groups from folders: a copy, in the global package that the file's keys are written for.
+    name = path.stem if path.stem.replace("-", "_").isidentifier() else "task"
     with tempfile.TemporaryDirectory(prefix="batchmix-") as folder:
         (Path(folder) / "annotate").mkdir()
-        (Path(folder) / "annotate" / "task.yaml").write_bytes(b"# @package _global_\n" + path.read_bytes())
-        return _run(["--config-dir", folder, "annotate=task", *arguments[1:]])
+        (Path(folder) / "annotate" / f"{name}.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
+        return _run(["--config-dir", folder, f"annotate={name}", *arguments])
 
 
 if __name__ == "__main__":

@@ -75,7 +75,10 @@ WRONG_LINES = {
     (): (2, "no job given; the jobs are annotate, benchmark, export, generate, plan, report, review, tune"),
     ("annotate", *GIVEN): (1, "annotate.input is not set: name a task, as in batchmix annotate sentiment"),
     ("annotate", "sentimnt", *GIVEN): (1, "annotate=sentimnt: no such choice, did you mean sentiment?"),
-    ("annotate", "nowhere.yaml", *GIVEN): (1, "nowhere.yaml: no such task file"),
+    ("annotate", "nowhere.yaml", *GIVEN): (
+        1,
+        "nowhere.yaml: cannot be read as a task file (No such file or directory)",
+    ),
     ("genrate",): (2, "genrate: no such job, did you mean generate?"),
     ("data.path=prompts.jsonl",): (2, "the job comes first, as in batchmix generate data.path=prompts.jsonl"),
     **{("generate", *GIVEN, override): (1, line) for override, line in WRONG_OVERRIDES.items()},

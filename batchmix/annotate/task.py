@@ -123,12 +123,10 @@ def _examples(examples: Any) -> list[dict[str, Any]]:
     if isinstance(examples, str):
         examples = _read(examples, "annotate.examples")
     if not isinstance(examples or [], list):
-        raise BatchmixError("annotate.examples must be a list of {column: value, ..., answer: value}, or a file of it")
+        raise BatchmixError("annotate.examples must be a list of {input: text, answer: value}, or a file of it")
     for number, example in enumerate(examples or []):
         if not isinstance(example, dict) or "answer" not in example:
-            raise BatchmixError(
-                f"annotate.examples[{number}] has no answer: it must be {{column: value, ..., answer: value}}"
-            )
+            raise BatchmixError(f"annotate.examples[{number}] has no answer: it must be {{input: text, answer: value}}")
     return examples or []
 
 
@@ -139,8 +137,10 @@ def _template(task: AnnotateConfig, answer: Answer) -> str:
     parts = [(task.instruction or "").strip()]
     if parts[0]:
         parts.append(_literal(answer.describe()))
+    if parts[0]:
+        RowTemplate(parts[0], "annotate.instruction")  # says which of the two cannot be parsed
+    template = RowTemplate(own, "annotate.input")
     if task.examples:
-        template = RowTemplate(own)
         for number, example in enumerate(task.examples):
             parts.append(_literal(_example(template, example, answer, f"annotate.examples[{number}]")))
         parts.append(f"Input: {own}\nAnswer:")
@@ -151,10 +151,12 @@ def _template(task: AnnotateConfig, answer: Answer) -> str:
 
 def _example(template: RowTemplate, example: dict[str, Any], answer: Answer, where: str) -> str:
     given = example["answer"]
+    columns = {name: value for name, value in example.items() if name != "answer"}
     text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     try:
         answer.parse(text)
-        shown = template.render({name: value for name, value in example.items() if name != "answer"})
+        as_it_is = set(columns) == {"input"} and "input" not in template.variables
+        shown = str(columns["input"]) if as_it_is else template.render(columns)
     except (Invalid, PromptError) as error:
         raise BatchmixError(f"{where}: {error}") from None
     return f"Input: {shown}\nAnswer: {text}"

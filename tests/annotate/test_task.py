@@ -78,6 +78,13 @@ def test_no_text_of_an_example_is_taken_for_jinja(shown: str, answer: str) -> No
     assert prompt(task, {"text": "{{ row }}"}) == f"Input: {shown}\nAnswer: {answer}\n\nInput: {{{{ row }}}}\nAnswer:"
 
 
+def test_an_example_may_be_columns_or_the_text_itself() -> None:
+    task = AnnotateConfig(
+        input="{{ a }}+{{ b }}", examples=[{"a": 1, "b": 2, "answer": "3"}, {"input": "{{ 5 }}", "answer": "5"}]
+    )
+    assert prompt(task, {"a": 3, "b": 4}) == "Input: 1+2\nAnswer: 3\n\nInput: {{ 5 }}\nAnswer: 5\n\nInput: 3+4\nAnswer:"
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "yaml"])
 def test_examples_and_schemas_may_be_files(suffix: str, tmp_path: Path) -> None:
     example = {"text": "a", "answer": {"n": 1}}
@@ -115,7 +122,10 @@ def test_a_pydantic_class_gives_its_schema() -> None:
         ({"examples": {"text": "a"}}, "annotate.examples must be a list"),
         ({"examples": [{"text": "a"}]}, "annotate.examples[0] has no answer"),
         ({"examples": [{"text": "a", "answer": "c"}], "choice": ["a"]}, "annotate.examples[0]: the answer 'c' is none of a"),
-        ({"examples": [{"txt": "a", "answer": "a"}]}, "annotate.examples[0]: data.template fails on this row: 'text' is undefined"),
+        ({"examples": [{"txt": "a", "answer": "a"}]}, "annotate.examples[0]: annotate.input fails on this row: 'text' is undefined"),
+        ({"input": "{{ text"}, "annotate.input, line 1: unexpected end of template"),
+        ({"instruction": "{% if %}"}, "annotate.instruction, line 1: "),
+        ({"input": " "}, "annotate.input=: is empty"),
         ({"swap_labels": ["a", "b"], "choice": ["a", "b"]}, "annotate.swap_labels and data.swap_columns: give both"),
     ],
 )  # fmt: skip
