@@ -39,6 +39,7 @@ def test_the_example_tickets_give_typed_columns_that_people_agree_with(batchmix:
     assert len(summary["runs"][0]["expert_tokens"]) == 3  # layers
 
 
+@pytest.mark.slow  # starts a process that loads the model
 def test_a_task_file_of_ones_own(batchmix: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         '{"who": "a", "text": "hello", "label": "wanted"}\n{"who": "b", "text": null}\n'

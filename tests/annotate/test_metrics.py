@@ -42,6 +42,7 @@ def test_scores_are_sklearns(pairs: list[tuple[str, str]]) -> None:
         assert found["kappa"]["value"] is None
 
 
+@pytest.mark.slow  # 1,500 resamples of 300 rows through scikit-learn
 def test_intervals_are_those_of_a_bootstrap_over_rows() -> None:
     source = np.random.default_rng(3)
     gold = source.choice(["a", "b", "c"], 300, p=[0.6, 0.3, 0.1])

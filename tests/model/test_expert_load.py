@@ -52,7 +52,7 @@ def counts(folder: Path, triton: bool, monkeypatch: pytest.MonkeyPatch) -> tuple
     return model.expert_load.counts.cpu(), forwarded[0], needed
 
 
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["torch", "triton"])
 def test_every_token_of_a_row_is_counted_once_in_each_layer(
     folder: Path, triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +62,7 @@ def test_every_token_of_a_row_is_counted_once_in_each_layer(
     assert needed <= forwarded <= needed + 2 * 4, "a row that has ended runs along for a step or two"
 
 
+@pytest.mark.slow  # Triton's interpreter runs the model
 def test_the_backends_count_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(counts(folder, True, monkeypatch)[0], counts(folder, False, monkeypatch)[0])
 
