@@ -2,10 +2,10 @@
 
     python benchmarks/bench_guided.py [--save] [--rows N] [--tokens N] [--repeats N]
 
-The random Mixtral of 39 M parameters and the Mixtral tokenizer's vocabulary of 32,000; 256 rows of one short prompt each,
+The random Mixtral of 39 M parameters and the Mixtral tokenizer's vocabulary of 32,000; 256 slots, twice as many short prompts,
 64 tokens at temperature 1, on the device that engine.device=auto picks. `records`: an array of small objects, mostly keys,
-choices and numbers; `text`: one long string. Only decode steps with a row in every slot count, so that rows which end
-early do not. What compiling a guide takes is shown apart.
+choices and numbers; `text`: one long string. Only decode steps with a row in nine of ten slots count, so that rows which
+end early do not; twice as many rows as slots refill them. What compiling a guide takes is shown apart.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ RECORD = {
     "required": ["sentiment", "topic", "urgent", "score"],
 }
 SCHEMAS: dict[str, Any] = {
-    "records": {"type": "array", "items": RECORD},
+    "records": {"type": "array", "items": RECORD, "minItems": 2},
     "text": {"type": "object", "properties": {"summary": {"type": "string"}}, "required": ["summary"]},
 }
 
 
 def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
-    """Tokens per second of the decode steps in which all slots have a row."""
+    """Tokens per second of the decode steps in which nine of ten slots have a row."""
     seconds, tokens = 0.0, 0
     decode, state = engine.decode, engine.state
 
@@ -54,7 +54,7 @@ def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
         before, started = state.stats.completion_tokens, time.perf_counter()
         decode()
         hear(state, all_of_it=True)
-        if state.stats.running == state.slots.capacity:
+        if state.stats.running >= 0.9 * state.slots.capacity:
             seconds += time.perf_counter() - started
             tokens += state.stats.completion_tokens - before
 
@@ -82,7 +82,7 @@ def main() -> None:
         samplings[name] = SamplingConfig(
             temperature=1.0, max_tokens=args.tokens, ignore_eos=True, structured_outputs=outputs
         )
-    prompts = random_prompts(args.rows, 16, 64)
+    prompts = random_prompts(2 * args.rows, 16, 64)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_tiny_random(Path(temporary))
         checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype.float32, max_model_len=256))

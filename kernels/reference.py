@@ -309,6 +309,12 @@ def sample(
     output_counts: Tensor | None,
     in_prompt: Tensor | None,
     wants_logprob: Tensor,
+    guide_base: Tensor | None = None,
+    guide_state: Tensor | None = None,
+    guide_class: Tensor | None = None,
+    max_tokens: Tensor | None = None,
+    guide_tables: Tensor | None = None,
+    guide_classes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and meaning as the kernel's: -> tokens int64 [R], log-probabilities float32 [R]."""
     tokens, logprobs = [], []
@@ -325,6 +331,16 @@ def sample(
                     x[token] = x[token] / repetition_penalty[r] if x[token] > 0 else x[token] * repetition_penalty[r]
                 x[token] -= frequency_penalty[r] * count
                 x[token] -= presence_penalty[r] * (count > 0)
+        if guide_base is not None and guide_base[r] >= 0:
+            assert guide_state is not None
+            assert guide_class is not None
+            assert max_tokens is not None
+            assert guide_tables is not None
+            assert guide_classes is not None
+            first = int(guide_base[r] + guide_state[r])
+            for token, kind in enumerate(guide_classes[guide_class[r]].tolist()):
+                if guide_tables[first + kind, 1] > max_tokens[r] - generated[r] - 1:
+                    x[token] = float("-inf")
         token = x.tolist().index(max(x.tolist()))
         if temperature[r] > 0 and x[token] > float("-inf"):
             weights = ((x - x[token]) / temperature[r]).exp()
@@ -358,6 +374,11 @@ def advance(
     stop_token_ids: Tensor,
     stop_base: Tensor,
     automata: Tensor,
+    guide_state: Tensor | None = None,
+    guide_base: Tensor | None = None,
+    guide_class: Tensor | None = None,
+    guide_tables: Tensor | None = None,
+    guide_classes: Tensor | None = None,
 ) -> None:
     """Shapes and meaning as the kernel's."""
     running, eos, stop_token, stop_string, length = range(5)
@@ -380,6 +401,16 @@ def advance(
             stop_state[r] = automata[stop_base[r] + stop_state[r], new]
             if automata[stop_base[r] + stop_state[r], -1] >= 0:
                 why, reason = stop_string, int(automata[stop_base[r] + stop_state[r], -1])
+        if guide_base is not None and guide_base[r] >= 0:
+            assert guide_state is not None
+            assert guide_class is not None
+            assert guide_tables is not None
+            assert guide_classes is not None
+            kind = guide_classes[guide_class[r], new]
+            guide_state[r] = guide_tables[guide_base[r] + guide_state[r] + kind, 0]
+            over, longer = guide_tables[guide_base[r] + guide_state[r]].tolist()
+            if longer > max_tokens[r] - generated[r]:
+                why = 6 if over else length
         if generated[r] >= min_tokens[r]:
             if new in stop_token_ids[r].tolist():
                 why, reason = stop_token, new

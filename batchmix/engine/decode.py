@@ -32,14 +32,16 @@ class Decode:
         skipping = wants_skipping(slots)
         if wants_logprobs or skipping:
             hear(state, all_of_it=True)
-        if skipping:
-            slots.planned[: len(state.rows)] += np.array([len(run) for run in forced_runs(slots)], np.int64)
+        runs = forced_runs(slots) if skipping else []
+        slots.planned[: len(runs)] += np.array([len(run) for run in runs], np.int64)
+        version = slots.version
         steps = self._take_blocks(1 if wants_logprobs or skipping else self.steps_per_read)
         if not steps:
             hear(state, all_of_it=True)
             return
         active = len(state.rows)
-        runs = forced_runs(slots) if skipping else []
+        if slots.version != version:  # rows gave way
+            runs = forced_runs(slots) if skipping else []
         # A power of two, so that a graph serves for a while.
         width = 1 << int(slots.num_blocks[:active].max() - 1).bit_length()
         width = min(width, slots.block_table.shape[1])

@@ -49,7 +49,7 @@ def forced_runs(slots: Slots) -> list[list[int]]:
             found.append([])
             continue
         count = int(answers.count[slot])
-        state = slots.guides.follow(slot, answers.tokens[slot, :count].tolist())
+        state = slots.guides.follow(slot, answers.tokens[slot], count)
         found.append(guide.forced_run(state)[: max(0, int(host["max_tokens"][slot]) - count - 1)])
     return found
 
@@ -66,7 +66,7 @@ def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
         run, count = runs[slot], int(answers.count[slot])
         guide = slots.guides.of_slot[slot]
         assert guide is not None
-        states.append(guide.after(slots.guides.follow(slot, answers.tokens[slot, :count].tolist()), run))
+        states.append(guide.after(slots.guides.follow(slot, answers.tokens[slot], count), run))
         last = int(answers.tokens[slot, count - 1])
         context = int(slots.prompt_tokens[slot]) + count - 1
         owners += [slot] * len(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from batchmix.config import SamplingConfig
@@ -25,21 +26,24 @@ class GuideTables:
         """Whether there has been a row with a guide: without any, steps do not look for them."""
         return len(self.states.data) > 0
 
-    def acquire(self, slot: int, sampling: SamplingConfig) -> tuple[int, int, int]:
+    def acquire(self, slot: int, sampling: SamplingConfig, max_tokens: int) -> tuple[int, int, int]:
         """The row's guide: where it begins in `states`, its row in `classes`, and the state of a text without tokens."""
         assert self._guides is not None, "rows with structured_outputs are refused where there is no tokenizer"
         guide, key = self._guides.get(sampling), guide_key(sampling)
+        assert guide.tokens_needed(sampling.min_tokens) <= max_tokens, "rows without room for an answer are refused"
         self.of_slot[slot], self._followed[slot] = guide, (0, guide.start)
         base = self.states.acquire(key, lambda: torch.from_numpy(guide.table))
         return base, self.classes.acquire(key, lambda: torch.from_numpy(guide.token_class)[None]), guide.start
 
-    def follow(self, slot: int, tokens: list[int]) -> int:
-        """The state of the slot's row after its tokens so far."""
+    def follow(self, slot: int, tokens: np.ndarray, count: int) -> int:
+        """The state of the slot's row after its first `count` tokens; never fewer than at the last call."""
         guide = self.of_slot[slot]
         assert guide is not None
-        count, state = self._followed[slot]
-        self._followed[slot] = len(tokens), guide.after(state, tokens[count:])
-        return self._followed[slot][1]
+        known, state = self._followed[slot]
+        if known < count:
+            state = guide.after(state, tokens[known:count].tolist())
+            self._followed[slot] = count, state
+        return state
 
     def move(self, target: int, source: int) -> None:
         """The row of slot `source` is now in slot `target`."""

@@ -225,7 +225,7 @@ class Slots:
             host["stop_base"][slot] = self.automata.acquire(stop, lambda: self._automaton(sampling))
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
         if sampling.structured_outputs is not None:
-            base, token_class, start = self.guides.acquire(slot, sampling)
+            base, token_class, start = self.guides.acquire(slot, sampling, max_tokens)
             host["guide_base"][slot], host["guide_class"][slot], host["guide_state"][slot] = base, token_class, start
         self._set_penalties(slot, prompt)
         self._fresh[slot] = self._changed[slot] = True

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from batchmix.guided.pattern import NEVER, Alt, Chars, Pattern, Range, Repeat, Seq, Unsupported, utf8
 
 MAX_STATES = 16_384  # of an automaton; a string of up to 1,000 characters takes 9,000
-_MAX_NFA_STATES = 500_000
+_MAX_NFA_STATES = 150_000
 _TOO_LARGE = "the automaton is too large; shorten counted repetitions (maxLength, maxItems, {low,high}) or the choices"
 
 

@@ -139,33 +139,36 @@ class _Translation:
         if op is c.ANY:
             return chars([(0, sys.maxunicode)] if self.flags & re.DOTALL else complement([(10, 10)]))
         if op in (c.LITERAL, c.NOT_LITERAL):
-            return chars(self._cased([(argument, argument)], negated=op is c.NOT_LITERAL))
+            return self._set([(c.LITERAL, argument)], negated=op is c.NOT_LITERAL)
         if op is c.IN:
             negated = argument[0][0] is c.NEGATE
-            ranges = [part for item in argument[negated:] for part in self._set(*item)]
-            return chars(self._cased(ranges, negated))
+            return self._set(argument[negated:], negated)
         raise Unsupported(f"{op} is not supported")
 
-    def _set(self, op: Any, argument: Any) -> list[Range]:
-        if op is c.LITERAL:
-            return [(argument, argument)]
-        if op is c.RANGE:
-            return [argument]
-        assert op is c.CATEGORY, op
-        return list(_category(str(argument), bool(self.flags & re.ASCII)))
-
-    def _cased(self, ranges: list[Range], negated: bool) -> list[Range]:
-        """The characters that a set of these matches; with the flag i they are the ones that `re` itself finds."""
-        if not self.flags & re.IGNORECASE:
-            return complement(ranges) if negated else ranges
-        inside = "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in ranges)
-        return list(_matching(f"[{'^' * negated}{inside}]+", self.flags & (re.IGNORECASE | re.ASCII)))
+    def _set(self, items: Sequence[tuple[Any, Any]], negated: bool) -> Pattern:
+        """A set of characters; with the flag i it is written out again, and `re` itself says what it matches."""
+        flags = self.flags & (re.IGNORECASE | re.ASCII)
+        if flags & re.IGNORECASE:
+            inside = "".join(_written(op, argument) for op, argument in items)
+            return chars(_matching(f"[{'^' * negated}{inside}]+", flags))
+        ranges = [part for op, argument in items for part in _ranges(op, argument, flags)]
+        return chars(complement(ranges) if negated else ranges)
 
 
-def _category(name: str, ascii_only: bool) -> tuple[Range, ...]:
-    """The ranges of \\d, \\s, \\w and their opposites, as `re` sees them."""
-    letter = {"DIGIT": "d", "SPACE": "s", "WORD": "w"}[name.rpartition("_")[2]]
-    return _matching("[\\" + (letter.upper() if "NOT" in name else letter) + "]+", re.ASCII if ascii_only else 0)
+def _ranges(op: Any, argument: Any, flags: int) -> Sequence[Range]:
+    """An item of a set."""
+    if op is c.CATEGORY:
+        return _matching(f"{_written(op, argument)}+", flags)
+    return [argument if op is c.RANGE else (argument, argument)]
+
+
+def _written(op: Any, argument: Any) -> str:
+    """An item of a set as it stands between brackets."""
+    if op is c.CATEGORY:
+        letter = {"DIGIT": "d", "SPACE": "s", "WORD": "w"}[str(argument).rpartition("_")[2]]
+        return "\\" + (letter.upper() if "NOT" in str(argument) else letter)
+    low, high = argument if op is c.RANGE else (argument, argument)
+    return f"\\U{low:08x}-\\U{high:08x}"
 
 
 @cache

@@ -275,7 +275,8 @@ def sampling() -> None:
 
     rows = 512
     integers = [empty(rows, dtype=torch.int64) for _ in range(5)]
-    for vocab, penalties in ((V, True), (V, False), (32002, True), (32768, False), (300, False)):
+    sizes = (V, True, False), (V, False, False), (V, True, True), (32002, True, False), (32768, False, False)
+    for vocab, penalties, guided in (*sizes, (300, False, False)):
         numbers = [empty(rows, dtype=torch.float32) for _ in range(6)]
         counts = empty(rows, vocab, dtype=torch.int32) if penalties else None
         in_prompt = empty(rows, vocab, dtype=torch.bool) if penalties else None
@@ -284,6 +285,8 @@ def sampling() -> None:
             empty(1, dtype=torch.int64), empty(rows, 4, dtype=torch.int64), integers[0],
             empty(3, vocab, dtype=torch.float32), empty(rows, dtype=torch.bool), *numbers[3:], counts, in_prompt,
             empty(rows, dtype=torch.bool),
+            *((*integers[1:4], integers[4], empty(1000, 2, dtype=torch.int32), empty(3, vocab, dtype=torch.int32))
+              if guided else ()),
         )  # fmt: skip
 
 
@@ -300,3 +303,5 @@ def slots() -> None:
     advance(tokens, None, token, None, *state, history, None, None, *limits)
     counts = empty(rows, V, dtype=torch.int32)
     advance(tokens, logprobs, token, context, *state, history, history.float(), counts, *limits)
+    guides = empty(1000, 2, dtype=torch.int32), empty(3, V, dtype=torch.int32)
+    advance(tokens, None, token, context, *state, history, None, counts, *limits, *integers[4:7], *guides)

@@ -118,6 +118,40 @@ def test_tokens_are_the_oracles(device, samplings, seed):
     assert_close(logprobs, expected_logprobs)
 
 
+def random_guides(slots: Slots, seed: int, states: int = 4, classes: int = 3) -> dict[str, Tensor]:
+    """Two guides of any needs, for two rows of three; in each state one class of tokens is allowed throughout."""
+    source, vocab, rows = torch.Generator().manual_seed(seed), slots.vocab_size, slots.capacity
+    tables = torch.randint(0, 7, (2 * states * (1 + classes), 2), generator=source, dtype=torch.int32)
+    tables[1 :: 1 + classes, 1] = 0
+    token_class = torch.randint(1, 1 + classes, (2, vocab), generator=source, dtype=torch.int32)
+    token_class[:, 0] = 1
+    guide = torch.arange(rows) % 3 - 1
+    state = torch.randint(0, states, (rows,), generator=source) * (1 + classes)
+    base = torch.where(guide < 0, -1, guide * states * (1 + classes))
+    room = torch.randint(1, 5, (rows,), generator=source)
+    return {
+        "guide_base": base, "guide_state": state, "guide_class": guide, "max_tokens": slots.generated + room,
+        "guide_tables": tables, "guide_classes": token_class,
+    }  # fmt: skip
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(SAMPLINGS, min_size=2, max_size=4), st.integers(0, 2**31))
+def test_guides_are_the_oracles(device, samplings, seed):
+    samplings = [replace(sampling, allowed_token_ids=None) for sampling in samplings]
+    slots = slots_for(samplings, 300, [[9] * len(samplings)])
+    logits, guides = random_logits(seed, len(samplings), 300), random_guides(slots, seed)
+    on_device = {name: tensor.to(device) for name, tensor in guides.items()}
+    tokens, _ = sample(logits.to(device), **wishes(slots, device), **on_device)
+    expected, _ = reference.sample(logits, **wishes(slots, torch.device("cpu")), **guides)
+    assert tokens.tolist() == expected.tolist()
+    for row, token in enumerate(tokens.tolist()):
+        if guides["guide_base"][row] >= 0:
+            kind = guides["guide_classes"][guides["guide_class"][row], token]
+            need = guides["guide_tables"][guides["guide_base"][row] + guides["guide_state"][row] + kind, 1]
+            assert need < guides["max_tokens"][row] - slots.generated[row]
+
+
 @pytest.mark.slow  # 10 s under the interpreter
 @settings(max_examples=6, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=2, max_size=6), st.integers(0, 2**31))
@@ -252,4 +286,5 @@ def test_custom_op_is_well_formed(device):
     slots = slots_for([SamplingConfig(temperature=0.0, presence_penalty=1.0)] * 2, 9)
     rest = wishes(slots, device)
     names = sample._opoverload._schema.arguments[1:]
+    rest |= {name: tensor.to(device) for name, tensor in random_guides(slots, 1).items()}
     torch.library.opcheck(sample, (random_logits(0, 2, 9).to(device), *(rest[name.name] for name in names)))

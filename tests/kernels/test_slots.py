@@ -95,6 +95,28 @@ def test_steps_equal_the_oracle(device, samplings, steps, history):
         assert_same(ours, theirs)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.lists(SAMPLINGS, min_size=3, max_size=6), TOKENS, st.integers(0, 2**31))
+def test_guided_steps_equal_the_oracle(device, samplings, steps, seed):
+    slots, source, states, width = slots_for(samplings), torch.Generator().manual_seed(seed), 5, 4
+    tables = torch.randint(0, 4, (2 * states * width, 2), generator=source, dtype=torch.int32)
+    tables[:, 0] = torch.randint(0, states, (len(tables),), generator=source) * width  # next states
+    tables[::width, 0] = torch.randint(0, 2, (2 * states,), generator=source)
+    guide = torch.arange(len(samplings)) % 3 - 1
+    shared = {"guide_base": torch.where(guide < 0, -1, guide * states * width), "guide_class": guide,
+              "guide_tables": tables,
+              "guide_classes": torch.randint(1, width, (2, V), generator=source, dtype=torch.int32)}  # fmt: skip
+    shared = {name: tensor.to(device) for name, tensor in shared.items()}
+    ours, theirs = (arguments(slots, device) | {"guide_state": torch.zeros_like(guide).to(device)} for _ in range(2))
+    for tokens in steps:
+        chosen = torch.tensor(tokens[: len(samplings)], device=device)
+        for step, state in ((advance, ours), (reference.advance, theirs)):
+            given = {**state, **shared}
+            step(chosen, -chosen.float(), **given)
+        assert_same(ours, theirs)
+        assert_bitwise_equal(ours["guide_state"], theirs["guide_state"])
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=1, max_size=6), TOKENS)
 def test_steps_equal_the_torch_backend(device, samplings, steps):
@@ -190,7 +212,7 @@ def test_decoding_can_be_captured_in_a_graph(device):
 
 
 def test_the_numbers_of_reasons_are_the_engines():
-    for name in ("RUNNING", "EOS", "STOP_TOKEN", "STOP_STRING", "LENGTH"):
+    for name in ("RUNNING", "EOS", "STOP_TOKEN", "STOP_STRING", "LENGTH", "WHOLE"):
         assert getattr(kernel, name) == getattr(engine_slots, name)
 
 

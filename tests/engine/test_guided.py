@@ -1,0 +1,297 @@
+"""Guided rows through the engine: every answer of a model with random weights fits, on both backends."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import replace
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from checkpoints import random_mixtral, save_hub
+from engines import LateLink, answers, load, make_engine, prompts, run
+from guided_strategies import REGEXES, SCHEMAS
+from hypothesis import assume, given, settings
+
+from batchmix.config import SamplingConfig, StructuredOutputs
+from batchmix.data.vocabulary import Vocabulary
+from batchmix.engine import decode
+from batchmix.guided.compile import Guides
+from batchmix.guided.pattern import Unsupported
+from batchmix.model.triton_ops import TritonOperators
+from batchmix.records import Completion, Prompt
+
+WORDS = ["ab", "aa", " a", "  ", "é", "日本", "true", '{"', '": ', '", ', '"}', " 1", "neg", "ative", "12", '"a']
+PIECES = [b"", b"", b"", *(bytes([byte]) for byte in range(256)), *(word.encode() for word in WORDS)]
+V = 288
+PIECES += [b""] * (V - len(PIECES))
+VOCABULARY = Vocabulary(PIECES, {}, drops_leading_space=True)
+# Small, because the interpreter takes about a millisecond for each program of a kernel.
+SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 32, "head_dim": 32, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "num_local_experts": 4}  # fmt: skip
+TICKET = {
+    "type": "object",
+    "properties": {"sentiment": {"enum": ["positive", "negative"]}, "urgent": {"type": "boolean"},
+                   "note": {"type": "string"}},
+    "required": ["sentiment", "urgent"],
+}  # fmt: skip
+
+
+def encode(texts: Any) -> list[list[int]]:
+    """As SentencePiece would: a space before the text, single characters."""
+    return [[PIECES.index(bytes([byte])) for byte in f" {text}".encode()] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return random_mixtral(**SHAPE)
+
+
+@pytest.fixture(scope="module")
+def folder(reference, tmp_path_factory):
+    return save_hub(reference, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def guides():
+    return Guides(PIECES, drops_leading_space=True, eos_token_ids=[2], encode=encode)
+
+
+def engine(model, guides, **options):
+    return make_engine(
+        model, **{"block_size": 8, "max_model_len": 128, "prefill_chunk": 16, "guides": guides, **options}
+    )
+
+
+def guided(rows: list[Prompt], **asked: Any) -> list[Prompt]:
+    return [replace(row, sampling=replace(row.sampling, structured_outputs=StructuredOutputs(**asked))) for row in rows]
+
+
+def text_of(completion: Completion) -> str:
+    return VOCABULARY.decode([completion.token_ids], True)[0]
+
+
+def fits(completion: Completion) -> bool:
+    outputs, text = completion.prompt.sampling.structured_outputs, text_of(completion)
+    if outputs.choice is not None:
+        return text in outputs.choice
+    if outputs.regex is not None:
+        return re.fullmatch(outputs.regex, text) is not None
+    return jsonschema.Draft202012Validator(outputs.json).is_valid(json.loads(text))
+
+
+def check_fuzzed(model, guides, asked: dict[str, Any], seed: int, count: int = 6) -> None:
+    """Rows with little room and with some; those for which there is too little are the prompt stage's."""
+    rows = []
+    sampling = SamplingConfig(temperature=1.0, seed=seed, structured_outputs=StructuredOutputs(**asked))
+    try:
+        needed = max(guides.get(sampling).tokens_needed(0), 1)
+    except Unsupported as error:
+        assume("too large" not in str(error) and "no text" not in str(error))
+        raise
+    assume(needed <= 60)
+    for row in prompts(count, V, seed=seed, longest=8, temperature=1.0):
+        room = needed + (0, 1, 5, 20, 50)[row.row % 5]
+        rows.append(replace(row, sampling=replace(sampling, max_tokens=room)))
+    for completion in run(engine(model, guides), rows).values():
+        assert fits(completion), (asked, text_of(completion))
+        assert completion.num_tokens <= completion.prompt.sampling.max_tokens
+
+
+@settings(max_examples=8, deadline=None)
+@given(REGEXES)
+def test_fuzzed_regexes(model, guides, regex):
+    check_fuzzed(model, guides, {"regex": regex}, 1)
+
+
+@settings(max_examples=8, deadline=None)
+@given(SCHEMAS)
+def test_fuzzed_schemas(model, guides, schema):
+    check_fuzzed(model, guides, {"json": schema}, 2)
+
+
+@pytest.mark.slow  # 40 s
+@settings(max_examples=150, deadline=None)
+@given(REGEXES, SCHEMAS)
+def test_many_fuzzed_regexes_and_schemas(model, guides, regex, schema):
+    check_fuzzed(model, guides, {"regex": regex}, 3)
+    check_fuzzed(model, guides, {"json": schema}, 4)
+
+
+@pytest.mark.slow  # 30 s under the interpreter
+@settings(max_examples=6, deadline=None)
+@given(REGEXES, SCHEMAS)
+def test_fuzzed_regexes_and_schemas_on_the_triton_backend(folder, guides, regex, schema):
+    triton = load(folder, operators=TritonOperators())
+    for asked in ({"regex": regex}, {"json": schema}):
+        check_fuzzed(triton, guides, asked, 5, count=3)
+
+
+MIXED: list[dict[str, Any]] = [
+    {"json": TICKET},
+    {"choice": ["positive", "negative", "neg", " a"]},
+    {"regex": "[a-z]+\\d?"},
+    {"regex": "(ab){2,}"},
+    {},
+]
+WISHES: list[dict[str, Any]] = [
+    {"max_tokens": 50},
+    {"max_tokens": 45, "min_tokens": 5, "logprobs": 1},
+    {"max_tokens": 40, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+    {"max_tokens": 40, "logit_bias": {100: 5.0, 2: 3.0}, "top_p": 0.8},
+    {"max_tokens": 41, "stop_token_ids": [1, 100], "n": 2},
+    {"max_tokens": 42, "ignore_eos": True, "top_k": 20},
+    {"max_tokens": 60, "allowed_token_ids": list(range(3, 259))},
+    {"max_tokens": 40, "temperature": 0.0},
+]
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Every guide with every other wish."""
+    rows = prompts(len(MIXED) * len(WISHES), V, seed=7, longest=30, temperature=1.0)
+    found = []
+    for row in rows:
+        asked = MIXED[row.row % len(MIXED)]
+        sampling = replace(row.sampling, **WISHES[row.row // len(MIXED)])
+        found.append(
+            replace(row, sampling=replace(sampling, structured_outputs=StructuredOutputs(**asked) if asked else None))
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def unskipped(model, guides, mixed):
+    """Their answers with a step for each token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "wants_skipping", lambda slots: False)
+        plain = engine(model, guides)
+        found = run(plain, mixed)
+    assert plain.stats.forced_tokens == 0
+    return found
+
+
+def test_guides_go_with_everything_else_that_a_row_may_ask_for(unskipped):
+    reasons = set()
+    for completion in unskipped.values():
+        sampling = completion.prompt.sampling
+        if sampling.structured_outputs is None:
+            continue
+        assert fits(completion), (sampling, text_of(completion))
+        assert not set(completion.token_ids) & {0, 1, 2, *(sampling.stop_token_ids or ())}
+        if sampling.allowed_token_ids:
+            assert set(completion.token_ids) <= set(sampling.allowed_token_ids)
+        if sampling.min_tokens and sampling.structured_outputs.regex == "(ab){2,}":
+            assert completion.num_tokens >= sampling.min_tokens, "these texts can be longer"
+        reasons.add((completion.finish_reason, completion.stop_reason))
+    assert {("stop", None), ("length", None)} <= reasons
+
+
+def test_forced_stretches_save_their_steps_and_change_no_bit(model, guides, mixed, unskipped):
+    skipping = engine(model, guides)
+    steps = []
+    original = skipping.decode
+    skipping.decode = lambda: (steps.append(1), original())[1]  # type: ignore[method-assign]
+    found = run(skipping, mixed)
+    assert answers(found) == answers(unskipped)
+    assert skipping.stats.forced_tokens > 300
+    assert skipping.stats.completion_tokens == sum(completion.num_tokens for completion in found.values())
+    only = [row for row in mixed if row.row == 0]
+    alone = engine(model, guides)
+    steps.clear()
+    original_alone = alone.decode
+    alone.decode = lambda: (steps.append(1), original_alone())[1]  # type: ignore[method-assign]
+    completion = next(iter(run(alone, only).values()))
+    assert len(steps) == completion.num_tokens - 1 - alone.stats.forced_tokens, "each forced token is a step less"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 3},
+        {"kv_blocks": 40, "max_num_seqs": 16},
+        {"link": LateLink(), "steps_per_read": 3, "max_num_seqs": 7},
+    ],
+    ids=["few slots", "few blocks", "late looks"],
+)
+def test_answers_do_not_depend_on_company(model, guides, mixed, unskipped, options):
+    shuffled = random.Random(1).sample(mixed, len(mixed))
+    tried = engine(model, guides, **options)
+    assert answers(run(tried, shuffled, sort_window=9)) == answers(unskipped)
+    assert (tried.stats.put_back > 0) == ("kv_blocks" in options)
+
+
+@pytest.mark.parametrize(
+    "capture", [None, pytest.param(lambda step: step, marks=pytest.mark.slow)], ids=["steps", "graphs"]
+)
+def test_the_triton_backend_gives_the_same_tokens(folder, guides, mixed, unskipped, capture):
+    triton = load(folder, operators=TritonOperators(share_prefix=capture is not None))
+    some = [replace(row, token_ids=row.token_ids[:6]) for row in mixed[1:4] + mixed[22:24]]
+    some = [
+        replace(row, sampling=replace(row.sampling, max_tokens=60 if row.row == 0 else 9 if capture else 6))
+        for row in some[:: 1 if capture else 2]
+    ]
+    expected = run(engine(load(folder), guides), some)
+    tried = engine(triton, guides, max_num_seqs=4, capture=capture, share_prefix=capture is not None,
+                   steps_per_read=1 if capture is None else 2)  # fmt: skip
+    for key, completion in run(tried, some).items():
+        assert list(completion.token_ids) == list(expected[key].token_ids)
+        assert completion.finish_reason == expected[key].finish_reason
+    assert tried.stats.forced_tokens > 0 or capture is None
+
+
+CHOICES = ["positive", "negative", "neg", "é"]
+
+
+def brute_force(reference, token_ids: list[int], ends: bool = True) -> list[float]:
+    """The choices' probabilities by transformers, one sequence at a time."""
+    scores = []
+    for choice in encode(CHOICES):
+        ids = [*token_ids, *choice, *([2] if ends else [])]
+        with torch.inference_mode():
+            logits = reference(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        places = range(len(token_ids), len(ids))
+        scores.append(sum(logits[place - 1, ids[place]].item() for place in places))
+    return torch.tensor(scores).double().softmax(0).tolist()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_scored_choices_are_those_of_transformers(folder, reference, guides, backend):
+    triton = backend == "triton"
+    loaded = load(folder, operators=TritonOperators(share_prefix=True)) if triton else load(folder)
+    rows = guided(prompts(3 if triton else 12, V, seed=9, longest=40, n=3), choice=CHOICES, score_choices=True)
+    rows[1] = replace(rows[1], sampling=replace(rows[1].sampling, ignore_eos=True))
+    same = [*rows[0].token_ids[:1], *range(50, 70)]
+    for i in (0, 2):
+        rows[i] = replace(rows[i], token_ids=[*same, 5 + i], shared_tokens=len(same))
+    tried = engine(loaded, guides, share_prefix=triton, max_num_batched_tokens=64, kv_blocks=40)
+    found = run(tried, rows)
+    for row in rows:
+        expected = brute_force(reference, list(row.token_ids), ends=row.row != 1)
+        for sample in range(3):
+            completion = found[row.id, sample]
+            assert completion.choice_probabilities == pytest.approx(expected, abs=1e-4)
+            assert text_of(completion) == CHOICES[max(range(4), key=expected.__getitem__)]
+            assert completion.finish_reason == "stop"
+    assert not triton or tried.stats.shared_tokens > 0
+
+
+def test_scored_answers_are_drawn_and_do_not_depend_on_company(model, guides):
+    rows = prompts(30, V, seed=10, longest=40, temperature=40.0, n=4)
+    rows = [*guided(rows[:20], choice=CHOICES, score_choices=True), *rows[20:]]
+    expected = run(engine(model, guides), rows)
+    drawn = {text_of(completion) for completion in expected.values() if completion.choice_probabilities is not None}
+    assert drawn == set(CHOICES)
+    for options in ({"max_num_seqs": 2}, {"max_num_batched_tokens": 32}, {"kv_blocks": 17, "max_num_seqs": 4}):
+        found = run(engine(model, guides, **options), rows[::-1], sort_window=4)
+        assert answers(found) == answers(expected)
+        for key, completion in found.items():
+            assert completion.choice_probabilities == expected[key].choice_probabilities

@@ -1,0 +1,146 @@
+"""JSON Schemas as automata, against the jsonschema library."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from guided_strategies import SCHEMAS
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from batchmix.guided.dfa import ByteAutomaton, build_automaton
+from batchmix.guided.json_schema import json_schema_pattern
+from batchmix.guided.pattern import Unsupported
+
+Validator = jsonschema.Draft202012Validator
+
+
+def validator(schema: Any) -> jsonschema.Draft202012Validator:
+    Validator.check_schema(schema)
+    return Validator(schema, format_checker=Validator.FORMAT_CHECKER)
+
+
+def texts(automaton: ByteAutomaton, source: random.Random, count: int) -> list[str]:
+    """Random walks that turn to the nearest end after a while."""
+    distance = np.where(automaton.accepts, 0, 10**6)
+    while True:
+        nearer = np.minimum(distance, 1 + np.where(automaton.goto >= 0, distance[automaton.goto], 10**6).min(1))
+        if (nearer == distance).all():
+            break
+        distance = nearer
+    found = []
+    for _ in range(count):
+        data, state, most = bytearray(), 0, source.choice([0, 5, 20, 80])
+        while True:
+            options = [byte for byte in range(256) if automaton.goto[state, byte] >= 0]
+            if automaton.accepts[state] and (not options or len(data) >= most or source.random() < 0.2):
+                break
+            if len(data) >= most:
+                options = [byte for byte in options if distance[automaton.goto[state, byte]] < distance[state]]
+            data.append(source.choice(options))
+            state = int(automaton.goto[state, data[-1]])
+        found.append(data.decode())
+    return found
+
+
+@settings(max_examples=12, deadline=None)
+@given(SCHEMAS, st.integers(0, 2**32))
+def test_every_text_is_a_valid_instance(schema, seed):
+    check = validator(schema)
+    try:
+        automaton = build_automaton(json_schema_pattern(schema))
+    except Unsupported as error:
+        assume("no text fits" not in str(error))  # bounds that leave nothing
+        raise
+    for text in texts(automaton, random.Random(seed), 10):
+        value = json.loads(text)
+        assert check.is_valid(value), (schema, text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["integer", "number"]),
+    st.dictionaries(
+        st.sampled_from(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"]),
+        st.one_of(st.integers(-130, 130), st.floats(-3, 3).map(lambda x: round(x, 3)), st.just(0)),
+    ),
+)
+def test_bounds_leave_out_no_number(kind, bounds):
+    schema = {"type": kind, **bounds}
+    check = validator(schema)
+    try:
+        automaton = build_automaton(json_schema_pattern(schema))
+    except Unsupported:
+        automaton = None
+    near = [format(value + step, "f") for value in bounds.values() for step in (-1, -0.001, 0, 0.001, 1)]
+    for text in ["0", "1", "-1", "10", "0.5", "-0.5", "-2.75", "100", "-129", *near]:
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+        if (kind == "integer" and "." in text) or text in ("", "-") or len(text.partition(".")[2]) > 6:
+            continue
+        state = 0 if automaton is not None else -1
+        for byte in text.encode():
+            state = int(automaton.goto[state, byte]) if automaton is not None and state >= 0 else -1
+        accepted = automaton is not None and state >= 0 and bool(automaton.accepts[state])
+        assert accepted == check.is_valid(json.loads(text)), (schema, text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "feature"),
+    [
+        ({"type": "integer", "multipleOf": 2}, "the keyword 'multipleOf'"),
+        ({"type": "array", "items": {"type": "null"}, "uniqueItems": True}, "the keyword 'uniqueItems'"),
+        ({"type": "array", "items": {"type": "null"}, "contains": {}}, "the keyword 'contains'"),
+        ({"not": {}}, "the keyword 'not'"),
+        ({"if": {}, "type": "object", "properties": {"a": {"const": 1}}}, "the keyword 'if'"),
+        ({"type": "object", "properties": {"a": {"patternProperties": {}}}}, "/properties/a has the keyword"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf is supported only for"),
+        ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "/oneOf is supported only for"),
+        ({"allOf": [{"type": "integer"}, {"type": "number"}]}, "/allOf of more than one"),
+        ({"$ref": "#"}, "'#' is recursive"),
+        ({"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}, "is recursive"),
+        ({"$ref": "http://x/y"}, "only references within the schema"),
+        ({"$ref": "#/$defs/none"}, "is not there"),
+        ({"type": "string", "format": "hostname"}, "the format 'hostname'; supported are date"),
+        ({"type": "string", "pattern": "(?=a)"}, "the pattern .*look-around"),
+        ({"type": "string", "pattern": "a", "maxLength": 3}, "together with other limits"),
+        ({"type": "number", "minimum": 1e10}, "the bound 1"),
+        ({"type": "object"}, "an object of any properties; give properties"),
+        ({"type": "array"}, "an array of any values; give items"),
+        ({}, "allows any value; give a type"),
+        ({"type": "text"}, "has type 'text'"),
+        ({"minimum": 3}, "has no type; give type: integer"),
+        ({"type": "object", "properties": {}, "required": ["q"]}, "names 'q', which properties does not have"),
+        ({"type": "string", "maxLength": 1_000_000}, "the automaton is too large"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "no text fits"),
+        ([1], "is no schema"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(schema, feature):
+    with pytest.raises(Unsupported, match=feature):
+        build_automaton(json_schema_pattern(schema))
+
+
+def test_one_of_constants_and_types_is_any_of():
+    schema = {"oneOf": [{"const": "a"}, {"enum": ["b", None]}, {"type": "integer", "maximum": 3}]}
+    found = set(texts(build_automaton(json_schema_pattern(schema)), random.Random(0), 60))
+    assert {'"a"', '"b"', "null"} < found
+
+
+def test_what_pydantic_writes():
+    from pydantic import BaseModel, Field
+
+    class Entity(BaseModel):
+        name: str = Field(max_length=8, description="as it stands in the text")
+        kind: str | None = None
+
+    class Answer(BaseModel):
+        entities: list[Entity] = Field(max_length=2)
+        score: float = Field(ge=0, le=1)
+
+    for text in texts(build_automaton(json_schema_pattern(Answer.model_json_schema())), random.Random(1), 40):
+        Answer.model_validate_json(text)
