@@ -166,12 +166,14 @@ def test_swapping_that_cannot_work_is_refused(names: list[str], n: int, template
 
 @pytest.mark.slow  # a model answers 200 messages
 @pytest.mark.parametrize("form", ["arrow", "jsonl"])
-def test_killed_anywhere_the_columns_are_those_of_a_run_never_killed(form: str, tmp_path: Path, batchmix: Any) -> None:
+def test_a_run_that_went_on_halfway_has_the_columns_of_one_run_at_once(
+    form: str, tmp_path: Path, batchmix: Any
+) -> None:
     arguments = ("annotate", "tickets", f"data.path={TICKETS}", "data.limit=30", f"output.format={form}", "sampling.n=2",
                  "sampling.temperature=0.7", "output.order=input", "engine.max_num_seqs=16")  # fmt: skip
     whole = batchmix(*arguments, "output.dir=whole")
     assert whole.returncode == 0, whole.stderr
-    # Half of it first, as rows that were committed before a kill: limit is free to grow.
+    # Half of it first, as the rows that a kill leaves committed: limit is free to grow.
     half = batchmix(*arguments, "output.dir=half", "data.limit=14")
     assert half.returncode == 0, half.stderr
     rest = batchmix(*arguments, "output.dir=half")
