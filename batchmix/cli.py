@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchmix import __version__
+from batchmix.signals import hear_interrupts
 
 JOBS = Path(__file__).with_name("jobs")
-EXIT_USAGE = 2
+EXIT_USAGE, EXIT_KEYBOARD = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_job(name: str, arguments: Sequence[str]) -> int:
     """Import `jobs/<name>.py` and run its `main`."""
-    exit_code: int = importlib.import_module(f"batchmix.jobs.{name}").main(arguments)
+    try:
+        with hear_interrupts():
+            exit_code: int = importlib.import_module(f"batchmix.jobs.{name}").main(arguments)
+    except KeyboardInterrupt:
+        print("batchmix: interrupted", file=sys.stderr)
+        return EXIT_KEYBOARD
     return exit_code
 
 

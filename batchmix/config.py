@@ -26,6 +26,12 @@ class ModelFormat(Enum):
     random = "random"
 
 
+class ConvertFormat(Enum):
+    hf = "hf"
+    fused = "fused"
+    mistral = "mistral"
+
+
 class Dtype(Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -265,7 +271,7 @@ class BenchmarkConfig:
     only: list[str] | None = None
     rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
     layers: int | None = None  # of throughput's model; null: as many as fit
-    peers: list[str] | None = None  # of throughput, of transformers, generate_batch, vllm; null: all that are installed
+    peers: list[str] | None = None  # of throughput: transformers, generate_batch, vllm, sglang; null: all installed
     peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
     tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536
@@ -284,6 +290,18 @@ class TuneConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """What `batchmix convert` writes into output.dir."""
+
+    # hf: config.json, the hub's names; fused: the same with transformers 5's own names; mistral: params.json
+    format: ConvertFormat = ConvertFormat.hf
+    dtype: Dtype = Dtype.auto  # auto: every tensor as it is stored
+    max_shard_size: str = (
+        "5GB"  # of a file, 10^9 bytes each; format=mistral has one file, as mistral_inference reads it
+    )
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -299,6 +317,7 @@ class Config:
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     review: ReviewConfig = field(default_factory=ReviewConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
 
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from batchmix.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+_interrupted_early = False
+
+
+@contextmanager
+def hear_interrupts() -> Iterator[None]:
+    """Hear Ctrl-C from here on, for the seconds that imports take before there are StopSignals.
+
+    Python alone may not: it ignores Ctrl-C where its parent did, as a shell without job control does for what it starts
+    in the background, and the KeyboardInterrupt that it raises is dropped where it comes in a finaliser or in a callback
+    of a weak reference, of which every import runs some. So it is remembered, too, and StopSignals raise it again.
+    """
+    global _interrupted_early
+    _interrupted_early = False
+    old = signal.signal(signal.SIGINT, _interrupt_early)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def _interrupt_early(number: int, frame: FrameType | None) -> None:
+    global _interrupted_early
+    _interrupted_early = True
+    raise KeyboardInterrupt
 
 
 class StopSignals:
@@ -20,6 +47,8 @@ class StopSignals:
         self._deferred = False
 
     def __enter__(self) -> StopSignals:
+        if _interrupted_early:
+            raise Interrupted(signal.SIGINT.name)
         self._old = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 

@@ -47,7 +47,7 @@ SCHEMAS: dict[str, Any] = {
 def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
     """Tokens per second of the decode steps in which nine of ten slots have a row."""
     seconds, tokens = 0.0, 0
-    decode, state = engine.decode, engine.state
+    decode, state = engine.decode.run, engine.state
 
     def timed() -> None:
         nonlocal seconds, tokens
@@ -58,11 +58,11 @@ def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
             seconds += time.perf_counter() - started
             tokens += state.stats.completion_tokens - before
 
-    engine.decode = timed  # type: ignore[method-assign]
+    engine.decode.run = timed  # type: ignore[method-assign]
     limits = Limits(state.slots.capacity, state.pool.num_blocks, state.cache.block_size, 16384)
     for _ in engine.generate(plan(rows, limits)):
         pass
-    engine.decode = decode  # type: ignore[method-assign]
+    engine.decode.run = decode  # type: ignore[method-assign]
     return tokens / seconds
 
 

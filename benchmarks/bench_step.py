@@ -3,7 +3,7 @@
     python benchmarks/bench_step.py [--rows N] [--steps N] [--save]
 
 The stand-in gives the same hidden states and logits at every call, over a vocabulary of 64 tokens, so that what is left
-is the engine's own work in `Engine.decode`: it does not grow with the model. Choosing the tokens is told apart, since
+is the engine's own work in decode steps: it does not grow with the model. Choosing the tokens is told apart, since
 it is arithmetic over [rows, vocabulary] that a GPU does in a kernel. One thread.
 """
 
@@ -20,6 +20,8 @@ from common import save
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
+from batchmix.engine.admission import admit
+from batchmix.engine.completion import hear
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.model import torch_backend
@@ -82,12 +84,15 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
         for _ in engine.enqueue(batch):
             pass
     with torch.inference_mode():
-        engine.refill()
+        admit(engine.state)
+        engine.prefill.run()
+        hear(engine.state, all_of_it=True)
         assert len(engine.state.rows) == rows
         seconds = np.empty((steps, 2))
         for step in range(steps):
             started = time.perf_counter()
-            engine.decode()
+            engine.decode.run()
+            hear(engine.state, all_of_it=False)
             seconds[step] = time.perf_counter() - started, choosing
     return seconds
 

@@ -104,6 +104,25 @@ def save_mistral(model: MixtralForCausalLM, folder: Path, pth: bool = False) -> 
     return folder
 
 
+def save_stacked(model: MixtralForCausalLM, folder: Path) -> Path:
+    """As 8x7B's consolidated.00.pt to .07.pt on the hub: config.json, and all experts of a layer in one matrix."""
+    state = torch.load(save_mistral(model, folder, pth=True) / "consolidated.00.pth", weights_only=True)
+    (folder / "consolidated.00.pth").unlink()
+    (folder / "params.json").unlink()
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
+    experts = model.config.num_local_experts
+    for i in range(model.config.num_hidden_layers):
+        state[f"layers.{i}.block_sparse_moe.gate.weight"] = state.pop(f"layers.{i}.feed_forward.gate.weight")
+        for matrix in ("w1", "w2", "w3"):
+            parts = [state.pop(f"layers.{i}.feed_forward.experts.{e}.{matrix}.weight") for e in range(experts)]
+            parts = [part.T for part in parts] if matrix == "w2" else parts
+            state[f"layers.{i}.block_sparse_moe.{matrix}"] = torch.cat(parts)
+    for number in range(8):
+        names = sorted(state)[number::8]
+        torch.save({name: state[name] for name in names}, folder / f"consolidated.{number:02}.pt")
+    return folder
+
+
 def side_by_side(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """A projection's rows from rotary halves (the hub's) to interleaved rotary pairs (Mistral's)."""
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[1])

@@ -72,7 +72,7 @@ WRONG_LINES = {
     ("generate", *GIVEN, "--config-name", "nowhere"): (1, "Cannot find primary config 'nowhere'"),
     ("generate", *GIVEN, "--frobnicate"): (2, "unrecognized arguments: --frobnicate (see batchmix generate --help)"),
     ("generate", *GIVEN, "--multirun", "shard.idx=0,1"): (1, "shard.idx: no such key, did you mean shard.index?"),
-    (): (2, "no job given; the jobs are annotate, benchmark, export, generate, plan, report, review, tune"),
+    (): (2, "no job given; the jobs are annotate, benchmark, convert, export, generate, plan, report, review, tune"),
     ("annotate", *GIVEN): (1, "annotate.input is not set: name a task, as in batchmix annotate sentiment"),
     ("annotate", "sentimnt", *GIVEN): (1, "annotate=sentimnt: no such choice, did you mean sentiment?"),
     ("annotate", "nowhere.yaml", *GIVEN): (
@@ -248,7 +248,7 @@ def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("job", ["generate", "plan", "tune"])
+@pytest.mark.parametrize("job", ["convert", "generate", "plan", "tune"])
 def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -> None:
     overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
@@ -260,7 +260,7 @@ def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("batchmix ", {"annotate", "benchmark", "export", "generate", "plan", "report", "review", "tune"}),
+        ("batchmix ", {"annotate", "benchmark", "convert", "export", "generate", "plan", "report", "review", "tune"}),
         ("batchmix gen", {"generate"}),
         ("batchmix generate sampling=", {"sampling=default", "sampling=greedy"}),
         ("batchmix generate data.path=x out", {"output=", "output."}),

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,46 @@ def test_shards_at_the_same_time(data, tmp_path, expected):
     assert json.loads((out / "_summary.json").read_text())["rows"] == 300
     files = sorted(str(path) for path in out.glob("part-*"))
     assert ds.dataset(files, format="arrow").to_table()["row"].to_pylist() == list(range(300))
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+from batchmix.cli import main
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            {how}
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.{before})
+sys.meta_path.insert(0, Interrupting())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "before", "code", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", "default_int_handler", 130, "batchmix: interrupted"),
+        ("os.kill(os.getpid(), signal.SIGINT)", "SIG_IGN", 130, "batchmix: interrupted"),
+        (
+            "Last()",
+            "default_int_handler",
+            75,
+            "batchmix: interrupted by SIGINT, run the same command again for the rest",
+        ),
+    ],
+    ids=["heard", "ignored by the parent", "lost in a finaliser"],
+)
+def test_an_interrupt_while_modules_are_imported_ends_the_run(tmp_path, how, before, code, message):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n')
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT.format(how=how, before=before), "generate",
+               f"data.path={tmp_path / 'rows.jsonl'}", f"output.dir={tmp_path / 'out'}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (code, [message]), done.stderr
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from batchmix.errors import BatchmixError
 if TYPE_CHECKING:
     from batchmix.data.mistral_tokenizer import MistralTokenizer
 
-_BUILT_IN = {"mistral-v1": "tokenizer.model.v1"}  # config.json's batchmix_tokenizer -> file of mistral-common
+BUILT_IN = {"mistral-v1": "tokenizer.model.v1"}  # config.json's batchmix_tokenizer -> file of mistral-common
 _SENTENCEPIECE_FILES = ("tokenizer.model.v3", "tokenizer.model", "tokenizer.model.v1")
 _MAX_THREADS = 8  # encoding beyond this outruns the reader
 
@@ -66,9 +66,9 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """
     name = _read_json(folder / "config.json").get("batchmix_tokenizer")
     if name is not None:
-        if name not in _BUILT_IN:
-            raise BatchmixError(f"{folder / 'config.json'}: batchmix_tokenizer={name!r}: must be one of {[*_BUILT_IN]}")
-        file = importlib.resources.files("mistral_common") / "data" / _BUILT_IN[name]
+        if name not in BUILT_IN:
+            raise BatchmixError(f"{folder / 'config.json'}: batchmix_tokenizer={name!r}: must be one of {[*BUILT_IN]}")
+        file = importlib.resources.files("mistral_common") / "data" / BUILT_IN[name]
         with importlib.resources.as_file(file) as path:
             return _load_mistral(path)
     files = [folder / file for file in _SENTENCEPIECE_FILES if (folder / file).is_file()]

@@ -64,10 +64,12 @@ class Decode:
 
     def _end(self, active: int, steps: int) -> None:
         """So many steps are queued."""
-        self.state.slots.queued(0, active, steps)
-        self.state.slots.look()
-        self.state.stats.running = active
-        self.state.stats.kv_blocks_used = self.state.pool.num_used
+        state = self.state
+        state.idle_reads += steps * state.startable / (state.startable + active)
+        state.slots.queued(0, active, steps)
+        state.slots.look()
+        state.stats.running = active
+        state.stats.kv_blocks_used = state.pool.num_used
 
     def _forced_step(self, runs: list[list[int]], width: int) -> None:
         """A step in which rows with forced tokens take them all, and one more."""

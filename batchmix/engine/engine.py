@@ -7,7 +7,6 @@ an ended row's slot is refilled.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -29,6 +28,7 @@ from batchmix.engine.state import State, Waiting
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import Guides
 from batchmix.model.mixtral import Mixtral
+from batchmix.plan.cost import full_step
 from batchmix.records import Batch, Completion
 from batchmix.report.clock import StageClock
 from batchmix.report.device_clock import DeviceClock
@@ -79,13 +79,15 @@ class Engine:
             guides=guides,
         )
         make_graphs = partial(StepGraphs, capture)
-        self.state = State(cache, max_num_seqs, max_num_batched_tokens, make_slots, make_graphs, share_prefix)
+        self.state = State(
+            cache, max_num_seqs, max_num_batched_tokens, full_step(model.config), make_slots, make_graphs, share_prefix
+        )
         self.stats = self.state.stats
         self.clock = StageClock()
         self.device_clock = DeviceClock(cache.keys.device)
-        self._prefill = Prefill(model, self.state, self.device_clock, max_model_len, prefill_chunk)
+        self.prefill = Prefill(model, self.state, self.device_clock, max_model_len, prefill_chunk)
         self.choices = Choices(model, self.state, self.device_clock, prefill_chunk, guides)
-        self._decode = Decode(model, self.state, self.device_clock, steps_per_read)
+        self.decode = Decode(model, self.state, self.device_clock, steps_per_read)
 
     @torch.inference_mode()
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
@@ -104,13 +106,12 @@ class Engine:
                     yield from self.enqueue(batch)
             if self.choices.ready():
                 self._attempt("prefill", self.choices.run)
-            elif worth_refilling(state):
-                self._attempt("prefill", self.refill)
+            elif worth_refilling(state) and admit(state):
+                self._attempt("prefill", self.prefill.run)
             elif state.rows:
-                self._attempt("decode", self.decode)
+                self._attempt("decode", self.decode.run)
             elif not more and not state.waiting and not self.choices.waiting:
                 return
-            hear(state, all_of_it=False)
             yield from self._completed()
         hear(state, all_of_it=True)
         yield from self._completed()
@@ -126,22 +127,12 @@ class Engine:
                 self.state.waiting.append(Waiting(prompt, list(prompt.samples or range(prompt.sampling.n))))
         self.stats.waiting = len(self.state.waiting)
 
-    def refill(self) -> None:
-        """Fill free slots with waiting prompts: take their blocks, prefill them packed, choose their first tokens."""
-        self.stats.first_prefill_time = self.stats.first_prefill_time or time.time()
-        admit(self.state)
-        self._prefill.run()
-        self.stats.waiting = len(self.state.waiting)
-
-    def decode(self) -> None:
-        """A window of tokens for every row."""
-        self._decode.run()
-
     def _attempt(self, name: str, step: Callable[[], None]) -> None:
-        """Run one step; where the device has no memory for it, go on with half the batch."""
+        """Queue steps and see what those before them did; where the device has no memory, go on with half the batch."""
         try:
             with self.clock.stage(name):
                 step()
+                hear(self.state, all_of_it=False)
             return
         except torch.OutOfMemoryError:
             if self.model.shards.size > 1:  # the other ranks know nothing of it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -27,6 +29,9 @@ class Prefill:
 
         A chunk that alone is longer runs alone: cutting it would change how its sums are rounded.
         """
+        stats = self.state.stats
+        stats.first_prefill_time = stats.first_prefill_time or time.time()
+        stats.refills += bool(self.state.rows)
         pack: list[tuple[Admission, int, int]] = []  # admission, start, length
         room = self.state.max_num_batched_tokens
         for admission in self.state.admissions:
@@ -42,7 +47,7 @@ class Prefill:
         if pack:
             self._run_pack(pack)
         self._start(self.state.admissions)
-        self.state.admissions = []
+        self.state.admissions, self.state.idle_reads = [], 0.0
 
     def _run_pack(self, pack: list[tuple[Admission, int, int]]) -> None:
         model, cache = self.model, self.state.cache

@@ -29,8 +29,8 @@ from batchmix.model.weights import Weights, load_weights
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
 MAX_NUM_SEQS_GPU = 1024  # 256 rows for each of Mixtral's 8 experts, about where products stop waiting for weights
-# An ended row stays for 2.5 steps: half a window, then the one that is queued before it is looked at. Of one or two
-# milliseconds of the host's (benchmarks/bench_step.py) each window hides what its steps take. Not measured on a GPU.
+# A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the host
+# does between windows (benchmarks/bench_step.py) hides behind the window that runs. Not measured on a GPU.
 STEPS_PER_READ_GPU = 2
 
 _log = logging.getLogger(__name__)

@@ -55,18 +55,22 @@ class State:
     prefixes: PrefixCache | None
     rows: list[Row]  # of slot 0, 1, ...
     admissions: list[Admission]  # taken out of `waiting` by the step that runs
+    startable: int  # rows that could start instead of the next window of decode steps
+    idle_reads: float  # readings of the weights that were lost to such rows since the last prefill
 
     def __init__(
         self,
         cache: KVCache,
         capacity: int,
         max_num_batched_tokens: int,
+        full_prefill: int,
         make_slots: Callable[[int], Slots],
         make_graphs: Callable[[], StepGraphs],
         share_prefix: bool,
     ) -> None:
         self.cache = cache
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.full_prefill = full_prefill  # tokens of a prefill step from which more do not make it run better
         self.waiting: deque[Waiting] = deque()
         self.stats = EngineStats(kv_blocks_total=cache.num_blocks - 1)
         self.completed: list[Completion] = []  # to be handed out
@@ -82,6 +86,7 @@ class State:
         self.prefixes = PrefixCache(self.pool, self.cache.block_size) if self._share_prefix else None
         self.slots, self.graphs = self._make_slots(capacity), self._make_graphs()
         self.ladder = ladder(capacity)
+        self.startable, self.idle_reads = 0, 0.0
 
     def num_available(self) -> int:
         """Blocks that are free, or can be: prefixes stay in the cache only for as long as there is room."""

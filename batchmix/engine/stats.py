@@ -19,6 +19,7 @@ class EngineStats:
     waiting: int = 0  # prompts in the engine without a slot
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    refills: int = 0  # prefills of rows that took the slots of others, while more still ran
     put_back: int = 0  # rows that gave way when blocks ran out, and started again
     out_of_memory: int = 0  # steps that failed for want of memory; after each the batch is half as large
     first_prefill_time: float | None = None

@@ -20,7 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PEERS = {"transformers": "transformers", "generate_batch": "transformers", "vllm": "vllm"}  # name -> package
+PEERS = {
+    "transformers": "transformers",
+    "generate_batch": "transformers",
+    "vllm": "vllm",
+    "sglang": "sglang",
+}  # name -> package
 _BATCH_ROWS, _BATCH_TOKENS = 64, 65536  # of transformers' static batches: rows, padded prompt tokens
 _START_SECONDS = 240.0  # for imports, weights and warm-up, before a peer's process is ended
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
@@ -60,7 +65,8 @@ def run_peer(name: str, work: Path) -> Iterator[Found]:
 def main() -> None:
     name, path = sys.argv[1:]
     content = json.loads(Path(path).read_text())
-    openers = {"transformers": _open_generate, "generate_batch": _open_generate_batch, "vllm": _open_vllm}
+    openers = {"transformers": _open_generate, "generate_batch": _open_generate_batch, "vllm": _open_vllm,
+               "sglang": _open_sglang}  # fmt: skip
     longest = max(
         len(prompt) + answer
         for work in content["workloads"].values()
@@ -204,6 +210,30 @@ def _open_vllm(folder: str, device: str, dtype: str, longest: int) -> Iterator[R
         return rows, time.perf_counter() - started
 
     yield run
+
+
+@contextlib.contextmanager
+def _open_sglang(folder: str, device: str, dtype: str, longest: int) -> Iterator[Run]:
+    """SGLang's offline engine with its defaults (prefix caching too), random weights by load_format=dummy."""
+    import sglang
+
+    engine = sglang.Engine(model_path=folder, load_format="dummy", skip_tokenizer_init=True, dtype=dtype,
+                           context_length=longest + 8, max_running_requests=1024, log_level="error")  # fmt: skip
+
+    def run(prompts: list[list[int]], answers: list[int], limit: float) -> tuple[list[int], float]:
+        sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in answers]
+        started = time.perf_counter()
+        found = engine.generate(input_ids=prompts, sampling_params=sampling)
+        seconds = time.perf_counter() - started
+        counts = [answer["meta_info"]["completion_tokens"] for answer in found]
+        if counts != answers:
+            raise RuntimeError(f"{sum(counts)} tokens came for the {sum(answers)} asked for")
+        return list(range(len(prompts))), seconds
+
+    try:
+        yield run
+    finally:
+        engine.shutdown()  # ends its processes
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
-"""Mixtral's weights: how they lie in memory, and how each checkpoint layout's names map onto them.
+"""Mixtral's weights: how they lie in memory, and where in them each tensor of a checkpoint goes.
 
 Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads, C head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from batchmix.config import ModelFormat
-from batchmix.errors import BatchmixError
-from batchmix.model.checkpoint import Checkpoint
+from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
+from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
+from batchmix.model.places import DensePlace, Place
+from batchmix.model.reading import fill
 from batchmix.model.shards import ALONE, Shards
+from batchmix.model.sources import TensorFiles
+from batchmix.model.staging import Staging, open_staging
+from batchmix.report.loading import LoadProgress
 
 
 @dataclass
@@ -77,38 +80,65 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
 def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shards: Shards = ALONE) -> Weights:
     """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`.
 
-    model.format=random: the same random weights at every start, made on the device; the same slice on every rank.
+    All files' headers are checked before anything is allocated. model.format=random: the same random weights at every
+    start, made on the device; the same slice on every rank.
     """
     config = shards.slice_config(checkpoint.config)
-    weights = empty_weights(config, dtype, device)
     if checkpoint.format is ModelFormat.random:
+        weights = empty_weights(config, dtype, device)
         _draw(weights)
         return weights
-    whole = empty_weights(checkpoint.config, dtype, torch.device("meta"))  # shapes
-    layouts = [_mistral_places] if checkpoint.format is ModelFormat.mistral else [_hub_places, _fused_places]
-    names = {name for name, _ in _tensors(checkpoint.files, names_only=True)}
-    # The layout whose names are there; where some are missing, the closest, so that the message names what lacks.
-    layout = max(layouts, key=lambda layout: len(names & layout(checkpoint.config, whole).keys()))
-    places, shapes = layout(config, weights), layout(checkpoint.config, whole)
-    missing = sorted(places.keys() - names)
-    if missing:
-        raise BatchmixError(f"{checkpoint.folder}: tensor {missing[0]} is missing"
-                            + (f", and {len(missing) - 1} more" if missing[1:] else ""))  # fmt: skip
-    for name, tensor in _tensors(checkpoint.files):
-        place = places.get(name)
-        if place is None:
-            continue  # rotary inv_freq and the like, which are computed; a tied checkpoint's second copy
-        shape = shapes[name].shape
-        if tensor.shape != shape:
-            raise BatchmixError(f"{checkpoint.folder}: tensor {name} is {list(tensor.shape)}, not {list(shape)}")
-        if checkpoint.format is ModelFormat.mistral and name.endswith((".wq.weight", ".wk.weight")):
-            tensor = _to_half_split(tensor, checkpoint.config.head_dim)
-        halves = 2 if name.endswith(".gate_up_proj") else 1  # [E, 2F, D]: gate, then up
-        for part, its_place in zip(
-            tensor.chunk(halves, tensor.ndim - 2), place.chunk(halves, tensor.ndim - 2), strict=True
-        ):
-            its_place.copy_(shards.cut(part, its_place.shape).to(checkpoint.dtype))
+    source = open_tensors(checkpoint)
+    weights = empty_weights(config, dtype, device)
+    staging = open_staging(device)
+    places = _places(checkpoint, weights, shards, staging)
+    elements = sum(math.prod(place.shape) for place in places.values())
+    with LoadProgress("loading weights", checkpoint.num_bytes(), elements) as progress:
+        fill(source, places, progress)
+        staging.finish()
     return weights
+
+
+def open_tensors(checkpoint: Checkpoint) -> HubNames:
+    """The checkpoint's tensors under the hub's names; BatchmixError where a file or a tensor is not as it should be."""
+    files = TensorFiles(checkpoint.files)
+    if checkpoint.format is ModelFormat.hf:
+        check_index(checkpoint.folder, files)
+    layouts = [mistral, stacked] if checkpoint.format is ModelFormat.mistral else [hub, fused]
+    layout = choose_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
+    return HubNames(files, layout, checkpoint.config)
+
+
+def _places(checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging) -> dict[str, Place]:
+    shapes = hub_shapes(checkpoint.config)
+    targets = _hub_targets(shards.slice_config(checkpoint.config), weights)
+    return {
+        name: DensePlace(shapes[name], target, checkpoint.dtype, shards, staging) for name, target in targets.items()
+    }
+
+
+def _hub_targets(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
+    """Where in the weights each of the hub's tensors lies."""
+    targets = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    if not config.tie_word_embeddings:
+        targets["lm_head.weight"] = weights.lm_head
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for i, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{i}"
+        wq, wk, wv = torch.split(layer.wqkv, [queries, keys, keys])
+        targets |= {
+            f"{prefix}.self_attn.q_proj.weight": wq,
+            f"{prefix}.self_attn.k_proj.weight": wk,
+            f"{prefix}.self_attn.v_proj.weight": wv,
+            f"{prefix}.self_attn.o_proj.weight": layer.wo,
+            f"{prefix}.input_layernorm.weight": layer.attention_norm,
+            f"{prefix}.post_attention_layernorm.weight": layer.ffn_norm,
+            f"{prefix}.block_sparse_moe.gate.weight": layer.router,
+        }
+        for e, (w13, w2) in enumerate(zip(layer.w13, layer.w2, strict=True)):
+            w1, w3 = w13.chunk(2)
+            targets |= {expert_name(i, e, "w1"): w1, expert_name(i, e, "w3"): w3, expert_name(i, e, "w2"): w2}
+    return targets
 
 
 def _draw(weights: Weights) -> None:
@@ -120,96 +150,3 @@ def _draw(weights: Weights) -> None:
             tensor.fill_(1.0)
         else:
             tensor.normal_(0.0, 0.02, generator=source)
-
-
-def _tensors(files: tuple[Path, ...], names_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        if path.suffix == ".pth":
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            yield from state.items()
-            continue
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (a safe_open handle is no dict)
-                    yield name, torch.empty(0) if names_only else file.get_tensor(name)
-        except SafetensorError as error:
-            raise BatchmixError(f"{path}: is damaged or no safetensors file ({error})") from None
-
-
-def _to_half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder a projection's rows from interleaved rotary pairs (Mistral's own) to half-split ones (ours, the hub's).
-
-    Row 2i of a head becomes row i, row 2i+1 becomes row head_dim/2 + i: the permutation that transformers'
-    convert_mixtral_weights_to_hf.py applies.
-    """
-    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def _attention_places(config: MixtralConfig, layer: LayerWeights, q: str, k: str, v: str) -> dict[str, Tensor]:
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    wq, wk, wv = torch.split(layer.wqkv, [queries, keys, keys])
-    return {q: wq, k: wk, v: wv}
-
-
-def _expert_places(layer: LayerWeights, prefix: str) -> dict[str, Tensor]:
-    places: dict[str, Tensor] = {}
-    for e, (w13, w2) in enumerate(zip(layer.w13, layer.w2, strict=True)):
-        w1, w3 = w13.chunk(2)
-        places |= {f"{prefix}.{e}.w1.weight": w1, f"{prefix}.{e}.w3.weight": w3, f"{prefix}.{e}.w2.weight": w2}
-    return places
-
-
-def _hf_places(config: MixtralConfig, weights: Weights, experts_key: str) -> dict[str, Tensor]:
-    places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
-    if not config.tie_word_embeddings:
-        places["lm_head.weight"] = weights.lm_head
-    for i, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{i}"
-        attention = f"{prefix}.self_attn"
-        places |= _attention_places(
-            config, layer, f"{attention}.q_proj.weight", f"{attention}.k_proj.weight", f"{attention}.v_proj.weight"
-        )
-        places |= {
-            f"{attention}.o_proj.weight": layer.wo,
-            f"{prefix}.input_layernorm.weight": layer.attention_norm,
-            f"{prefix}.post_attention_layernorm.weight": layer.ffn_norm,
-            f"{prefix}.{experts_key}.gate.weight": layer.router,
-        }
-    return places
-
-
-def _hub_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
-    """The names on the hub: one w1, w2, w3 per expert."""
-    places = _hf_places(config, weights, "block_sparse_moe")
-    for i, layer in enumerate(weights.layers):
-        places |= _expert_places(layer, f"model.layers.{i}.block_sparse_moe.experts")
-    return places
-
-
-def _fused_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
-    """The names of transformers 5 in memory: all experts in one tensor."""
-    places = _hf_places(config, weights, "mlp")
-    for i, layer in enumerate(weights.layers):
-        experts = f"model.layers.{i}.mlp.experts"
-        places |= {f"{experts}.gate_up_proj": layer.w13, f"{experts}.down_proj": layer.w2}
-    return places
-
-
-def _mistral_places(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
-    """The names of mistral_inference."""
-    places = {"tok_embeddings.weight": weights.embedding, "norm.weight": weights.norm, "output.weight": weights.lm_head}
-    for i, layer in enumerate(weights.layers):
-        prefix = f"layers.{i}"
-        attention = f"{prefix}.attention"
-        places |= _attention_places(
-            config, layer, f"{attention}.wq.weight", f"{attention}.wk.weight", f"{attention}.wv.weight"
-        )
-        places |= {
-            f"{attention}.wo.weight": layer.wo,
-            f"{prefix}.attention_norm.weight": layer.attention_norm,
-            f"{prefix}.ffn_norm.weight": layer.ffn_norm,
-            f"{prefix}.feed_forward.gate.weight": layer.router,
-        }
-        places |= _expert_places(layer, f"{prefix}.feed_forward.experts")
-    return places

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from batchmix.model.config import MixtralConfig
 from batchmix.plan.gpus import GPU
 
+# Tokens from which a matrix product takes longer to compute than its weights take to read: b bytes a weight are read in
+# b / BW and used in 2 / P for each token, P b / (2 BW) = 184 on an H200 in bfloat16 (790 TFLOP/s and 4.3 TB/s, measured
+# once); rounded up to tiles of 128 tokens.
+FULL_PRODUCT = 256
 EFFICIENCY = 0.6  # share of the roofline assumed to be reached: an assumption, not a measurement
 
 
@@ -61,6 +65,11 @@ def weight_bytes(config: MixtralConfig, bytes_per_weight: int) -> int:
     """Bytes of all weights; tied embeddings count once."""
     tables = 1 if config.tie_word_embeddings else 2
     return (parameters(config)[0] + tables * config.vocab_size * config.hidden_size) * bytes_per_weight
+
+
+def full_step(config: MixtralConfig) -> int:
+    """Tokens of a step from which reading the weights is no loss: FULL_PRODUCT for each expert, K of E a token."""
+    return FULL_PRODUCT * config.num_local_experts // config.num_experts_per_tok
 
 
 def kv_bytes_per_token(config: MixtralConfig, bytes_per_value: int) -> int:

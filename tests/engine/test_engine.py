@@ -65,7 +65,7 @@ def test_answers_do_not_depend_on_company(model, sampling):
         (7, 512, 2000, rows, 10),
         (64, 2048, 2000, shuffled, 1000),
         (16, 64, 2000, rows, 1),
-        (32, 512, 60, shuffled, 1000),  # too few blocks: rows are put back and start again
+        (32, 512, 60, shuffled, 1000),  # blocks for about ten rows at a time
     ]:
         engine = make_engine(
             model, max_num_seqs=seqs, max_num_batched_tokens=batched, kv_blocks=blocks, prefill_chunk=64

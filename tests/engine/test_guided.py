@@ -198,8 +198,8 @@ def test_guides_go_with_everything_else_that_a_row_may_ask_for(unskipped):
 def test_forced_stretches_save_their_steps_and_change_no_bit(model, guides, mixed, unskipped):
     skipping = engine(model, guides)
     steps = []
-    original = skipping.decode
-    skipping.decode = lambda: (steps.append(1), original())[1]  # type: ignore[method-assign]
+    original = skipping.decode.run
+    skipping.decode.run = lambda: (steps.append(1), original())[1]  # type: ignore[method-assign]
     found = run(skipping, mixed)
     assert answers(found) == answers(unskipped)
     assert skipping.stats.forced_tokens > 300
@@ -207,8 +207,8 @@ def test_forced_stretches_save_their_steps_and_change_no_bit(model, guides, mixe
     only = [row for row in mixed if row.row == 0]
     alone = engine(model, guides)
     steps.clear()
-    original_alone = alone.decode
-    alone.decode = lambda: (steps.append(1), original_alone())[1]  # type: ignore[method-assign]
+    original_alone = alone.decode.run
+    alone.decode.run = lambda: (steps.append(1), original_alone())[1]  # type: ignore[method-assign]
     completion = next(iter(run(alone, only).values()))
     assert len(steps) == completion.num_tokens - 1 - alone.stats.forced_tokens, "each forced token is a step less"
 

@@ -130,5 +130,5 @@ class CountedPrefixCache(RuleBasedStateMachine):
         assert self.pool.num_used == len(kept | read)
 
 
-CountedPrefixCache.TestCase.settings = settings(deadline=None, max_examples=50, stateful_step_count=40)
+CountedPrefixCache.TestCase.settings = settings(deadline=None, max_examples=30, stateful_step_count=40)
 test_the_count_of_unread_blocks_is_their_recount = CountedPrefixCache.TestCase

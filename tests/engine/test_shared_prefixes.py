@@ -49,11 +49,15 @@ def test_answers_stay_the_same_and_the_prefix_is_computed_once(model, sampling):
 )
 def test_refill_preemption_and_eviction_change_no_answer(model, options, lengths):
     rows = with_headers(prompts(20, 512, seed=2, longest=20, max_tokens=40), lengths)
+    rows = [replace(row, sampling=replace(row.sampling, max_tokens=10 + row.row * 7 % 31)) for row in rows]
     expected = tokens(run(make_engine(model, max_model_len=400), rows))
     for order in (rows, random.Random(4).sample(rows, len(rows))):
         engine = make_engine(model, share_prefix=True, **options)
+        engine.state.mean_length = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
         assert tokens(run(engine, [replace(row) for row in order], sort_window=11)) == expected
         assert engine.stats.shared_tokens > 0
+        assert engine.stats.refills > 0 or "max_num_seqs" not in options
+        assert (engine.stats.put_back > 0) == ("kv_blocks" in options)
 
 
 def test_rows_with_nothing_in_common_are_not_remembered(model):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,12 +64,44 @@ def test_peers_run_on_the_same_prompts(batchmix, tmp_path):
         assert found[peer]["output_tokens"] == found["work"]["output_tokens"]
 
 
+SGLANG = """
+import json
+class Engine:
+    def __init__(self, **options):
+        print("OPTIONS " + json.dumps(options))
+    def generate(self, *, input_ids, sampling_params):
+        assert all(one["ignore_eos"] and one["temperature"] == 0 for one in sampling_params)
+        return [{"output_ids": [7] * one["max_new_tokens"], "meta_info": {"completion_tokens": one["max_new_tokens"]}}
+                for one in sampling_params]
+    def shutdown(self):
+        print("SHUTDOWN")
+"""
+
+
+def test_sglang_is_asked_for_the_same_work(tmp_path, monkeypatch):
+    """A stand-in for a package that is not at hand: what it is given, and what is made of its answers."""
+    (tmp_path / "sglang.py").write_text(SGLANG)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    work = {"model": "folder", "device": "cuda", "dtype": "bfloat16", "seconds": 5,
+            "workloads": {"annotate": {"prompts": [[5, 6, 7], [5]], "answers": [4, 9]}}}  # fmt: skip
+    (tmp_path / "work.json").write_text(json.dumps(work))
+    command = [sys.executable, "-m", "batchmix.measure.peers", "sglang", str(tmp_path / "work.json")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    options = json.loads(lines[0].removeprefix("OPTIONS "))
+    assert options == {"model_path": "folder", "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
+                       "context_length": 18, "max_running_requests": 1024, "log_level": "error"}  # fmt: skip
+    result = json.loads(lines[1].removeprefix("RESULT "))
+    assert (result["peer"], result["rows"], result["complete"], result["output_tokens"]) == ("sglang", 2, True, 13)
+    assert lines[2] == "SHUTDOWN"
+
+
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
         ({"shape": "7b"}, "benchmark.shape=7b: the shapes are 8x7b, 8x22b, tiny"),
         ({"only": ["anotate"]}, "benchmark.only has 'anotate'; the workloads are annotate, synthesise, long"),
-        ({"peers": ["sglang"]}, "benchmark.peers has 'sglang'; the peers are transformers, generate_batch, vllm"),
+        ({"peers": ["tgi"]}, "benchmark.peers has 'tgi'; the peers are transformers, generate_batch, vllm, sglang"),
+        ({"peers": ["sglang"]}, "benchmark.peers has 'sglang', which cannot be imported here"),
         ({"rows": 0}, "benchmark.rows=0: must be at least 1"),
         ({}, "there is no GPU, and benchmark.shape=8x7b would take days on a CPU"),
     ],

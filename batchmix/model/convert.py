@@ -1,0 +1,175 @@
+"""`batchmix convert`: a checkpoint of any layout into a new folder of another, one tensor at a time."""
+
+from __future__ import annotations
+
+import errno
+import importlib.resources
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelFormat
+from batchmix.data.tokenizer import BUILT_IN
+from batchmix.errors import BatchmixError
+from batchmix.model.checkpoint import CONFIG, DTYPES, PARAMS, Checkpoint, open_checkpoint, read_json
+from batchmix.model.layouts import HubNames, Layout, Stored, from_hub, fused, hub, mistral
+from batchmix.model.safetensors_writer import Entry, write_safetensors, write_sharded
+from batchmix.model.weights import open_tensors
+from batchmix.report.loading import LoadProgress
+from batchmix.signals import StopSignals
+
+_LAYOUTS = {ConvertFormat.hf: hub, ConvertFormat.fused: fused, ConvertFormat.mistral: mistral}
+_COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "tekken.json", "LICENSE*")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+_log = logging.getLogger(__name__)
+
+
+def convert(config: Config) -> None:
+    """Write `output.dir`, whole or not at all; BatchmixError where it exists or the checkpoint cannot be converted."""
+    target = Path(config.output.dir)
+    if not config.output.dir:
+        raise BatchmixError("output.dir: not given; it is the folder to write")
+    if target.exists():
+        raise BatchmixError(f"output.dir={target}: exists already; convert writes a new folder, so choose another name")
+    if config.model.format is ModelFormat.random:
+        raise BatchmixError("model.format=random: there are no weights to convert")
+    if config.model.dtype is not Dtype.auto:
+        raise BatchmixError(f"model.dtype={config.model.dtype.value}: convert.dtype says in what type to write")
+    limit = _num_bytes(config.convert.max_shard_size)
+    with StopSignals():
+        started = time.perf_counter()
+        checkpoint = open_checkpoint(config.model)
+        entries = _entries(checkpoint, config.convert)
+        num_bytes = sum(entry.nbytes for entry in entries)
+        with _appearing(target) as folder:
+            _check_space(folder, num_bytes)
+            elements = sum(math.prod(entry.shape) for entry in entries)
+            with LoadProgress("converting", num_bytes, elements) as progress:
+                if config.convert.format is ConvertFormat.mistral:
+                    write_safetensors(folder / "consolidated.safetensors", entries, progress.count)
+                else:
+                    write_sharded(folder, entries, limit, progress.count)
+            _write_config(checkpoint, config.convert, folder)
+            _copy_tokenizer(checkpoint, folder)
+    seconds = time.perf_counter() - started
+    print(f"{target}: {num_bytes / 1e9:.2f} GB in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
+
+
+def _entries(checkpoint: Checkpoint, config: ConvertConfig) -> list[Entry]:
+    """What is written, in the order of the network. Weights are read when an entry's turn comes."""
+    source = open_tensors(checkpoint)
+    shape = checkpoint.config
+    tied = shape.tie_word_embeddings and config.format is ConvertFormat.mistral  # which has no word for it
+    layout: Layout = _LAYOUTS[config.format](replace(shape, tie_word_embeddings=False) if tied else shape)
+    given = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+
+    def dtype(stored: Stored) -> torch.dtype:
+        first = stored.parts[0]
+        return source.dtype(given.get(first, first)) if config.dtype is Dtype.auto else DTYPES[config.dtype.value]
+
+    def pieces(stored: Stored) -> Callable[[], Iterable[Tensor]]:
+        names = [given.get(part, part) for part in stored.parts]
+        return lambda: _read(source, names, stored, shape.head_dim)
+
+    return [Entry(name, stored.shape, dtype(stored), pieces(stored)) for name, stored in layout.items()]
+
+
+def _read(source: HubNames, names: list[str], stored: Stored, head_dim: int) -> Iterator[Tensor]:
+    for name in names:
+        tensor = from_hub(source.read(name), stored.form, head_dim)
+        yield tensor.flatten(0, -2) if tensor.ndim > 2 else tensor
+        source.release(name)
+
+
+def _write_config(checkpoint: Checkpoint, config: ConvertConfig, folder: Path) -> None:
+    """config.json or params.json; a file of the same kind is kept but for what changes."""
+    params, hf = checkpoint.folder / PARAMS, checkpoint.folder / CONFIG
+    if config.format is ConvertFormat.mistral:
+        kept = checkpoint.format is ModelFormat.mistral and params.is_file()
+        _write_json(folder / PARAMS, read_json(params) if kept else checkpoint.config.to_mistral())
+        if checkpoint.eos_token_ids != (2,):
+            _log.warning(
+                "params.json has no place for eos_token_id=%s; answers will end at 2", checkpoint.eos_token_ids
+            )
+        return
+    if checkpoint.format is ModelFormat.hf or not params.is_file():
+        values = read_json(hf)
+    else:
+        values = checkpoint.config.to_hf() | {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": None}
+    values.pop("torch_dtype", None)
+    dtype = checkpoint.dtype if config.dtype is Dtype.auto else DTYPES[config.dtype.value]
+    _write_json(folder / CONFIG, values | {"dtype": str(dtype).removeprefix("torch.")})
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tokenizer and licence files as they are: the readers of all layouts take the same ones."""
+    for pattern in _COPIED:
+        for path in checkpoint.folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    config = checkpoint.folder / CONFIG
+    if not (folder / CONFIG).is_file() and config.is_file():
+        built_in = BUILT_IN.get(read_json(config).get("batchmix_tokenizer", ""))  # a file that mistral-common brings
+        if built_in is not None:
+            data = importlib.resources.files("mistral_common") / "data" / built_in
+            (folder / built_in).write_bytes(data.read_bytes())
+
+
+def _write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that becomes it at the end of the block, or goes if that fails."""
+    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        folder.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise BatchmixError(f"output.dir={target}: cannot be written ({reason})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise BatchmixError(
+            f"output.dir: {num_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free there"
+        )
+
+
+def _num_bytes(text: str) -> int:
+    """`5GB` and the like, powers of ten as in transformers."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(|KB|MB|GB|TB)", text.strip(), re.IGNORECASE)
+    number = float(match[1]) * _UNITS[match[2].upper()] if match else 0
+    if number < 1:
+        raise BatchmixError(f"convert.max_shard_size={text}: must be a size such as 5GB or 500MB")
+    return int(number)

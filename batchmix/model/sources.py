@@ -1,0 +1,138 @@
+"""The tensors in a checkpoint's files, memory-mapped: safetensors, and torch's own .pth and .pt.
+
+Opening reads and checks headers alone. What is wrong with a file is a BatchmixError of one line that names it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from batchmix.errors import BatchmixError
+
+_libc = ctypes.CDLL(None)
+
+
+class SafetensorsFile:
+    """One safetensors file. The library checks that the header is whole and covers the file exactly."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = file = cast(Any, safe_open(path, "pt"))  # its methods have no types
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = _cut_off(path) or f"is damaged or no safetensors file ({_first_line(error)})"
+            raise BatchmixError(f"{path}: {reason}") from None
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+class PthFile:
+    """One file of torch.save with tensors by name. Read with weights_only, so that nothing in it is executed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # what a damaged pickle or zip raises is anything
+            raise BatchmixError(
+                f"{path}: is damaged, cut off or no file of tensors saved by torch 1.6 or later ({_first_line(error)})"
+            ) from None
+        if not isinstance(state, dict):
+            raise BatchmixError(f"{path}: holds a {type(state).__name__}, not tensors by name")
+        # detach: a parameter would take its gradient along to where it is copied
+        self._state = {str(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        self.dtypes = {name: _header_name(tensor.dtype) for name, tensor in self._state.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        return self._state[name]
+
+
+class TensorFiles:
+    """All tensors of a checkpoint under their own names: a `TensorSource`."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files: dict[str, SafetensorsFile | PthFile] = {}
+        for path in paths:
+            file = SafetensorsFile(path) if path.suffix == ".safetensors" else PthFile(path)
+            twice = next((name for name in file.shapes if name in self._files), None)
+            if twice is not None:
+                raise BatchmixError(
+                    f"{path}: tensor {twice} is in {self._files[twice].path.name} too; slices of a tensor-parallel run"
+                    " cannot be joined here (each tensor must be whole and in one file)"
+                )
+            self._files |= dict.fromkeys(file.shapes, file)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: file.shapes[name] for name, file in self._files.items()}
+
+    def dtype(self, name: str) -> str:
+        """As a safetensors header has it: F32, BF16, I8, ..."""
+        return self._files[name].dtypes[name]
+
+    def dtypes(self) -> set[str]:
+        """All that there are."""
+        return {dtype for file in self._files.values() for dtype in file.dtypes.values()}
+
+    def path(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files[name].path
+
+    def read(self, name: str) -> Tensor:
+        return self._files[name].read(name)
+
+    def release(self, name: str) -> None:
+        release_pages(self.read(name))
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Take the pages of a view of a mapped file out of this process; they stay in the page cache, to be mapped again.
+
+    The kernel would do so itself only when memory is short, and until then a loader looks as large as its checkpoint.
+    """
+    start = tensor.data_ptr()
+    length = (sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
+    if tensor.numel() and last > first:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _header_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}.get(
+        dtype, str(dtype).removeprefix("torch.")
+    )
+
+
+def _cut_off(path: Path) -> str | None:
+    """What to say of a file that ends too early, for which its header must be whole."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        cut = min((end, name) for name, end in ends.items() if end > size)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+    return f"is cut off: tensor {cut[1]} ends at byte {cut[0]:,}, the file at {size:,}"
