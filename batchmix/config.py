@@ -50,6 +50,11 @@ class KVCacheDtype(Enum):
     fp8 = "fp8"
 
 
+class Offload(Enum):
+    auto = "auto"
+    never = "never"
+
+
 class DataFormat(Enum):
     auto = "auto"
     jsonl = "jsonl"
@@ -79,6 +84,11 @@ class Order(Enum):
     input = "input"
 
 
+class ClusterKind(Enum):
+    none = "none"
+    ray = "ray"
+
+
 class Redo(Enum):
     length = "length"
     error = "error"
@@ -103,10 +113,13 @@ class ModelConfig:
     # hf: config.json + safetensors; mistral: params.json + consolidated; random: config.json alone, to measure with
     format: ModelFormat = ModelFormat.auto
     dtype: Dtype = Dtype.auto  # auto: as the checkpoint was saved
-    quantization: Quantization | None = None
-    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
+    quantization: Quantization | None = None  # of the experts; null: as the checkpoint has them
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto  # auto: as dtype
     max_model_len: int | None = None  # prompt + completion tokens; null: what the checkpoint allows
     tensor_parallel_size: int = 1  # processes, each on a GPU of its own, that share one model
+    # Where the experts are that do not fit the GPU. auto: in host memory, whence they are streamed; never: out of memory
+    offload: Offload = Offload.auto
+    offload_dir: str | None = None  # for experts that do not fit host memory either: a folder on a fast disk
     revision: str | None = None  # of a hub id
 
 
@@ -188,7 +201,7 @@ class EngineConfig:
 class OutputConfig:
     """Where the answers go."""
 
-    dir: str = MISSING
+    dir: str = MISSING  # a folder, or a place in an object store such as s3://bucket/run
     format: OutputFormat = OutputFormat.arrow
     rows_per_shard: int = 10_000
     flush_seconds: float = 60.0  # at most this much finished work is lost when the process is killed
@@ -205,6 +218,20 @@ class ShardConfig:
 
     index: int = 0
     count: int = 1
+    heartbeat_seconds: float = 10.0  # how often this worker says that it is alive, see docs/clusters.md
+    takeover_seconds: float = 90.0  # without a heartbeat, after which another process may take this shard over
+
+
+@dataclass
+class ClusterConfig:
+    """Other machines that run the rows for this process; `cluster=ray` sets `kind`."""
+
+    kind: ClusterKind = ClusterKind.none
+    # Of a Ray cluster: auto, HOST:PORT or local; null: the one that RAY_ADDRESS names or this machine belongs to, else local
+    address: str | None = None
+    workers: int | None = None  # models at once; null: as many as the cluster has room for, also while it grows
+    cpus_per_worker: int = 1
+    rows_per_unit: int = 4096  # rows that a worker is given at a time
 
 
 @dataclass
@@ -259,19 +286,21 @@ class PlanConfig:
     gpu: str = "h200"  # a name in batchmix/plan/gpus.py
     histogram: str | None = None  # PNG file; null: lengths.png in output.dir where that is set, else none
     expected_tokens: int | None = None  # answer length to assume; null: sampling.max_tokens
+    host_memory_gb: float | None = None  # of the machine that the GPU is in; null: as this one has
 
 
 @dataclass
 class BenchmarkConfig:
     """What `batchmix benchmark` measures."""
 
-    name: str = "kernels"  # kernels or throughput; batchmix benchmark NAME is short for it
+    name: str = "kernels"  # kernels, throughput or offload; batchmix benchmark NAME is short for it
     shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for machines without a GPU
     # Of kernels' moe, prefill, decode, linear, elementwise, sampling; of throughput's annotate, synthesise, long.
     only: list[str] | None = None
     rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
     layers: int | None = None  # of throughput's model; null: as many as fit
-    peers: list[str] | None = None  # of throughput: transformers, generate_batch, vllm, sglang; null: all installed
+    # Of throughput's transformers, generate_batch, vllm, sglang, of offload's accelerate; null: all that are installed
+    peers: list[str] | None = None
     peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
     tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536
@@ -302,6 +331,13 @@ class ConvertConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """What `batchmix evaluate` compares answers with."""
+
+    gold_column: str = "gold"  # of the data; compared as text, spaces at both ends aside
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -311,6 +347,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -318,6 +355,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     review: ReviewConfig = field(default_factory=ReviewConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
@@ -471,27 +509,29 @@ def check(config: Config) -> Config:
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
                        ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens"),
+                       ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit"),
                        ("export", "rows_per_file"), ("review", "rows"), ("annotate", "bootstrap")):  # fmt: skip
         value = getattr(getattr(config, group), key)
         if value is not None and value < 1:
             raise refuse(f"{group}.{key}", value, "must be at least 1")
+    if config.cluster.kind is ClusterKind.ray:
+        if config.engine.data_parallel_size > 1:
+            raise refuse(
+                "engine.data_parallel_size",
+                config.engine.data_parallel_size,
+                "cluster=ray has a model on each GPU without it; leave it at 1",
+            )
+        if config.engine.trace:
+            raise refuse("engine.trace", "true", "traces one machine; leave it out with cluster=ray")
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"
         )
-    for key, value, default in (
-        ("model.quantization", config.model.quantization, None),
-        ("model.kv_cache_dtype", config.model.kv_cache_dtype, KVCacheDtype.auto),
-    ):
-        if value != default:
-            shown = value.value if isinstance(value, Enum) else value
-            raise refuse(key, shown, "not available in this version; leave it out")
-    if "://" in config.output.dir:
-        raise refuse(
-            "output.dir", config.output.dir, "must be a folder of this machine; copy the files when they are all there"
-        )
     if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
         raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
+    if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:
+        raise refuse("shard.heartbeat_seconds", config.shard.heartbeat_seconds,
+                     f"must be above 0 and at most a third of shard.takeover_seconds={config.shard.takeover_seconds}")  # fmt: skip
     if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

@@ -37,6 +37,8 @@ def explain(error: Exception) -> str:
         return _explain_syntax(error.override)
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _explain_choice(error.missing_cfg_file or "", error.options)
+    if isinstance(error, MissingConfigException) and "hydra/launcher" in str(error.missing_cfg_file):
+        return "hydra/launcher=slurm: needs submitit; pip install 'batchmix[cluster]'"
     if ambiguous := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
         key, _, value = ambiguous[1].partition("=")
         return f"{key}={value}: quote it if it is one text, \"{key}='{value}'\", write {key}=[{value}] if it is a list"

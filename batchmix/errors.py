@@ -6,7 +6,7 @@ class BatchmixError(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGTERM, SIGINT or SIGUSR1 arrived: what is finished has been committed, run the command again for the rest.
+    """SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 arrived: what is finished has been committed, run the command again for the rest.
 
     No Exception, as KeyboardInterrupt is none: it can come while a file is read, whose errors are caught and renamed.
     """

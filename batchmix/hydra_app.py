@@ -12,8 +12,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import hydra.version
 from hydra._internal.utils import _run_hydra, get_args_parser
@@ -28,6 +28,10 @@ from yaml import YAMLError
 from batchmix.config import Config, SamplingConfig, StructuredOutputs, check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.errors import BatchmixError, Interrupted
+from batchmix.parallel import slurm
+
+if TYPE_CHECKING:
+    from batchmix.data.storage import Storage
 
 EXIT_ERROR, EXIT_USAGE, EXIT_REQUEUE, EXIT_KEYBOARD = 1, 2, 75, 130
 
@@ -53,7 +57,7 @@ def register() -> None:
     store = ConfigStore.instance()
     schema = _schema()
     store.store(name="schema", node=schema)
-    for group in ("data", "sampling", "engine", "output"):
+    for group in ("data", "sampling", "engine", "output", "cluster"):
         store.store(group=group, name="default", node=schema[group])
 
 
@@ -75,19 +79,20 @@ def to_config(composed: DictConfig) -> Config:
     return check(config)
 
 
-def save_hydra_files(config: Config) -> None:
-    """Write `config.yaml` and `overrides.yaml` under `output.dir/.hydra`, in a folder of its own for each shard.
+def save_hydra_files(config: Config, storage: Storage) -> None:
+    """Write `config.yaml` and `overrides.yaml` under `output.dir/.hydra` in `storage`, in a folder of its own for each shard.
 
     For the job to call once it has accepted the directory; does nothing where the job was not started by Hydra.
     """
     if not HydraConfig.initialized():
         return
-    folder = Path(config.output.dir, ".hydra")
+    folder = ".hydra"
     if config.shard.count > 1:
-        folder /= f"shard-{config.shard.index}-of-{config.shard.count}"
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
-    OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
+        folder += f"/shard-{config.shard.index}-of-{config.shard.count}"
+    storage.make_folder(folder)
+    files = {"config.yaml": OmegaConf.structured(config), "overrides.yaml": HydraConfig.get().overrides.task}
+    for name, content in files.items():
+        storage.replace(f"{folder}/{name}", OmegaConf.to_yaml(content).encode())
 
 
 def _schema() -> DictConfig:
@@ -114,17 +119,22 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
     @functools.wraps(function)  # Hydra names the job after the module of the function
     def task(composed: DictConfig) -> None:
         nonlocal failed
+        elsewhere = os.getpid() != started_in  # in a launcher's worker
+        if elsewhere:
+            with suppress(OSError):
+                os.rmdir(scratch)  # Hydra has made it here too
         try:
+            _check_launcher()
             function(to_config(composed))
         except BatchmixError as error:
-            if os.getpid() != started_in:  # a launcher's worker: only the exception crosses to the process that waits
+            if elsewhere:  # only the exception crosses to the process that waits
                 raise
             # Not raised further, so that the other jobs of a multirun still run.
             failed = True
             _report(error)
         except Interrupted as interrupted:
             reason = f" by {interrupted}" if str(interrupted) else ""
-            print(f"batchmix: interrupted{reason}, run the same command again for the rest", file=sys.stderr)
+            print(f"batchmix: interrupted{reason}, {slurm.requeue()}", file=sys.stderr)
             sys.exit(EXIT_REQUEUE)
 
     register()
@@ -141,18 +151,31 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             _report(error)
             failed = True
         except KeyboardInterrupt:
-            print("batchmix: interrupted", file=sys.stderr)
+            jobs = "; the jobs in Slurm's queue go on (squeue shows them, scancel ends them)"
+            print(f"batchmix: interrupted{jobs if slurm.is_waiting() else ''}", file=sys.stderr)
             return EXIT_KEYBOARD
         except BrokenPipeError:
             if not (args.help or args.hydra_help or args.cfg or args.info):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
         except Exception as error:
-            if not _is_about_config(error):
-                raise
-            _report(BatchmixError(explain(error)))
+            if (line := slurm.explain(error)) is None:
+                if not _is_about_config(error):
+                    raise
+                line = explain(error)
+            _report(BatchmixError(line))
             failed = True
     return EXIT_ERROR if failed else 0
+
+
+def _check_launcher() -> None:
+    """BatchmixError where a launcher is given that would not be used: the model would run on the login node."""
+    hydra_config = HydraConfig.get()
+    choice = hydra_config.runtime.choices.get("hydra/launcher")
+    if hydra_config.mode == RunMode.RUN and choice != "basic":
+        raise BatchmixError(
+            f"hydra/launcher={choice}: used only with --multirun; add shard.count=16 --multirun shard.index='range(0,16)'"
+        )
 
 
 def _is_about_config(error: Exception) -> bool:

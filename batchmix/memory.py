@@ -17,7 +17,9 @@ _CGROUPS = (  # limit, use: of control groups version 2 and 1
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT_BYTES = 1 << 30
+HOST_SHARE = 0.9  # of host memory, for weights and KV cache; the rest is for rows on their way and the page cache
 LOGITS_COPIES = 4  # float32 copies of a step's logits that sampling works on
+WIDENED_COPIES = 2  # float32 copies of one expert that is widened to run
 PREFILL_COPIES = 8  # activations of a prefill step, in units of tokens x hidden size x 4 bytes, beside the expert rows
 
 
@@ -32,18 +34,36 @@ def free_bytes() -> int:
     return free
 
 
+def host_bytes() -> float:
+    """Memory that weights and KV cache may take of a machine like this one."""
+    return HOST_SHARE * int(psutil.virtual_memory().total)
+
+
 def resident_bytes() -> int:
     """Memory that this process holds now."""
     return int(psutil.Process().memory_info().rss)
 
 
-def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """An estimate of what the largest prefill step and a decode step take beside weights and KV cache."""
+def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int, quantized: bool) -> int:
+    """An estimate of what the largest prefill step and a decode step take beside weights and KV cache, on a CPU."""
     activations = max_num_batched_tokens * 4 * config.hidden_size * PREFILL_COPIES
     experts = (
         max_num_batched_tokens * config.num_experts_per_tok * 4 * (3 * config.intermediate_size + config.hidden_size)
     )
+    if quantized:
+        experts += 3 * config.hidden_size * config.intermediate_size * 4 * WIDENED_COPIES
     return activations + experts + max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
+
+
+def gpu_workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int, itemsize: int) -> int:
+    """As `workspace_bytes`, of the Triton backend, before the weights are there to measure it with.
+
+    Of a layer: 8 activations of hidden size, and the experts' inputs, hidden values and outputs.
+    """
+    hidden = config.hidden_size
+    experts = config.num_experts_per_tok * (2 * hidden + config.intermediate_size)
+    logits = max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
+    return max_num_batched_tokens * itemsize * (8 * hidden + experts) + logits
 
 
 def gpu_cache_bytes(free: int, total: int, workspace: int, utilization: float) -> int:

@@ -15,21 +15,29 @@ from typing import Any
 
 import batchmix
 from batchmix.config import Config
-from batchmix.data.files import create_json, write_json
+from batchmix.data.storage import Storage, create_json, read_json, write_json
 from batchmix.errors import BatchmixError
 
 NAME = "_run.json"
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers")
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.
-_FREE = {"model.path", "model.revision", "model.format", "data.path", "data.format", "data.split", "data.limit",
-         "data.on_error"}  # fmt: skip
+_FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",
+         "data.split", "data.limit", "data.on_error"}  # fmt: skip
 _FIXED = {"output.format", "output.token_ids", "annotate.field", "annotate.choice", "annotate.regex", "annotate.json_schema",
           "annotate.swap_labels"}  # fmt: skip
 
 
 def describe_run(
-    config: Config, *, model: str, tokenizer: str | None, data: Mapping[str, Any], dtype: str, max_model_len: int
+    config: Config,
+    *,
+    openai_model: str | None,
+    model: str,
+    tokenizer: str | None,
+    data: Mapping[str, Any],
+    dtype: str,
+    quantization: str | None,
+    max_model_len: int,
 ) -> dict[str, Any]:
     """All that goes into `_run.json`. `identity` is what a rerun must share."""
     resolved = to_plain(config)
@@ -40,6 +48,7 @@ def describe_run(
     }
     identity |= {
         "model.dtype": dtype,
+        "model.quantization": quantization,
         "model.max_model_len": max_model_len,
         "model": model,
         "tokenizer": tokenizer,
@@ -51,32 +60,37 @@ def describe_run(
         "config": resolved,
         "versions": {"batchmix": batchmix.__version__, "python": platform.python_version(), **versions},
         "git_revision": git_revision(),
+        "openai_model": openai_model,  # in the responses; null where the output is no OpenAI batch
         "redone": [],
     }
 
 
-def accept_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Write `_run.json`, or compare with the one there: BatchmixError naming the keys that differ. Returns the file's."""
-    path = folder / NAME
-    if create_json(path, run):
+def accept_run(storage: Storage, run: dict[str, Any], folder: str = "") -> dict[str, Any]:
+    """Write `_run.json`, or compare with the one there: BatchmixError naming the keys that differ. Returns the file's.
+
+    `folder`: the output folder itself, or one within it such as `_redo/`.
+    """
+    if create_json(storage, folder + NAME, run):
         return run
-    old = read_run(folder)
+    old = read_run(storage, folder)
     differing = differences(old["identity"], run["identity"])
     if differing:
         raise BatchmixError(
-            f"output.dir={folder} holds rows made with other settings ({'; '.join(differing)}); choose another output.dir,"
+            f"output.dir={storage.url} holds rows made with other settings ({'; '.join(differing)}); choose another output.dir,"
             " or set output.overwrite=true to delete them and start afresh"
         )
     return old
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(storage: Storage, folder: str = "") -> dict[str, Any]:
     """What `_run.json` says."""
     try:
-        run: dict[str, Any] = json.loads((folder / NAME).read_text())
+        run: dict[str, Any] = read_json(storage, folder + NAME)
         run["identity"], run["redone"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BatchmixError(f"{folder / NAME}: cannot be read ({error}); it is not a file of batchmix") from None
+        raise BatchmixError(
+            f"{storage.url}/{folder}{NAME}: cannot be read ({error}); it is not a file of batchmix"
+        ) from None
     return run
 
 
@@ -94,11 +108,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def record_redo(folder: Path, redo: dict[str, Any]) -> None:
+def record_redo(storage: Storage, redo: dict[str, Any]) -> None:
     """Note in `_run.json` that rows were replaced, and with which settings."""
-    run = read_run(folder)
+    run = read_run(storage)
     run["redone"].append(redo)
-    write_json(folder / NAME, run)
+    write_json(storage, NAME, run)
 
 
 def to_plain(value: Any) -> Any:
@@ -131,6 +145,8 @@ def provenance(run: Mapping[str, Any]) -> dict[str, str]:
         "model": run["config"]["model"]["path"],
         "model_sha256": identity["model"],
         "dtype": identity["model.dtype"],
+        "quantization": identity["model.quantization"] or "",
+        "kv_cache_dtype": identity["model.kv_cache_dtype"],
         "tokenizer_sha256": identity["tokenizer"] or "",
         "template_sha256": hashlib.sha256((run["config"]["data"]["template"] or "").encode()).hexdigest(),
         "sampling": json.dumps(sampling),

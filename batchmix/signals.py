@@ -1,4 +1,6 @@
-"""SIGTERM, SIGUSR1 (Slurm's warning before the time limit) and Ctrl-C as a request to stop."""
+"""SIGTERM, SIGUSR1 and SIGUSR2 (Slurm's warning before the time limit; submitit asks for the latter) and Ctrl-C as a
+request to stop.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from types import FrameType
 
 from batchmix.errors import Interrupted
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 _interrupted_early = False
 

@@ -22,11 +22,13 @@ from common import save
 
 from batchmix.config import DataConfig, OutputConfig, OutputFormat, SamplingConfig, ShardConfig
 from batchmix.data.columns import OutputColumns
-from batchmix.data.parts import Parts, part_format
+from batchmix.data.part_formats import part_format
+from batchmix.data.parts import PartLog, Parts
 from batchmix.data.prompt import build_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.sink import Sink
 from batchmix.data.source import open_source
+from batchmix.data.storage import LocalFolder
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.model.checkpoint import TINY
 from batchmix.plan.planner import Limits, plan
@@ -75,8 +77,9 @@ def main() -> None:
         )  # fmt: skip
         limits = Limits(max_num_seqs=256, kv_blocks=20_000, block_size=64, sort_window=16384)
         columns = OutputColumns(source.schema, token_ids=False, logprobs=False)
-        parts = Parts(out, part_format(OutputFormat.arrow, columns, OutputConfig().compression, None))
-        sink = Sink(parts, out, 0, tokenizer=tokenizer, rows_per_shard=10_000, flush_seconds=60.0, clock=clock)
+        parts = Parts(LocalFolder(out), part_format(OutputFormat.arrow, columns, OutputConfig().compression, None))
+        log = PartLog(parts, "", 0, 0, lambda: None)
+        sink = Sink(log, tokenizer=tokenizer, rows_per_shard=10_000, flush_seconds=60.0, clock=clock)
         with closing(prompts), sink:
             for completion in answer(plan(prompts, limits)):
                 tokens += len(completion.prompt.token_ids)

@@ -1,13 +1,16 @@
 """Compare the demo's answers with the gold labels: python examples/demo.py FOLDER
 
-Prints the accuracy and a few rows, and fails below 95 %.
+Prints the accuracy, as `batchmix evaluate evaluate.gold_column=gold` does, and a few rows, and fails below 95 %.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pyarrow.dataset as ds
+
+from batchmix.evaluate import score
 
 NEEDED = 0.95
 
@@ -17,9 +20,9 @@ def main(folder: str) -> int:
     for row in rows[:: len(rows) // 4][:4]:
         message = " ".join(row["messages"][0]["content"].split())
         print(f"\n  message  {message[:100]}{'…' * (len(message) > 100)}\n  answer   {row['generated_text']}")
-    right = sum(row["generated_text"] == row["gold"] for row in rows)
-    print(f"\naccuracy: {right:,} of {len(rows):,} answers exactly right ({right / len(rows):.1%})")
-    return int(right < NEEDED * len(rows))
+    accuracy = score(Path(folder), "gold")
+    print(f"\n{accuracy.text()}")
+    return int(accuracy.right < NEEDED * accuracy.answers)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure what this GPU reaches: `batchmix benchmark kernels`, `batchmix benchmark throughput`."""
+"""Measure what this GPU reaches: `batchmix benchmark kernels`, `throughput`, `offload`."""
 
 import sys
 from collections.abc import Sequence
@@ -18,9 +18,13 @@ def _run(config: Config) -> None:
         from batchmix.measure.throughput import benchmark_throughput
 
         path = benchmark_throughput(config)
+    elif config.benchmark.name == "offload":
+        from batchmix.measure.offload import benchmark_offload
+
+        path = benchmark_offload(config)
     else:
         raise BatchmixError(
-            f"benchmark.name={config.benchmark.name}: no such benchmark; there are kernels and throughput"
+            f"benchmark.name={config.benchmark.name}: no such benchmark; there are kernels, throughput and offload"
         )
     print(f"written: {path}")
 

@@ -2,7 +2,7 @@
 # Everything there is to check and measure on a GPU, on a machine that has torch >= 2.11, triton >= 3.6,
 # transformers >= 5.17 and maybe nothing else, no network either:
 #
-#   jobs/gpu_check.sh                      # all steps: tests load kernels tune annotate synthesise long
+#   jobs/gpu_check.sh                      # all steps: tests load kernels tune annotate synthesise long offload
 #   jobs/gpu_check.sh tests annotate       # some of them
 #
 # What Python packages the machine lacks is installed from wheels/, made where there is a network by
@@ -55,11 +55,11 @@ print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, transform
 PY
 
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  SIZE=("benchmark.rows=$ROWS") KERNELS=() TUNE=(tune.seconds=$((LIMIT - 90)))
+  SIZE=("benchmark.rows=$ROWS") OFFLOAD=(benchmark.rows=400) KERNELS=() TUNE=(tune.seconds=$((LIMIT - 90)))
   LOAD=(--device cuda --gb 20 --readers 1 2 4 8 --turns 1)
 else
   export TRITON_INTERPRET=1
-  SIZE=(benchmark.shape=tiny benchmark.rows=4)
+  SIZE=(benchmark.shape=tiny benchmark.rows=4) OFFLOAD=(benchmark.shape=tiny benchmark.rows=4)
   KERNELS=(benchmark.shape=tiny 'benchmark.only=[sampling,linear]' 'benchmark.tokens=[3]')
   TUNE=(tune.shape=tiny 'tune.formats=[int4]' 'tune.rows=[4]' tune.seconds=2 "tune.dir=$OUT/tiles")
   LOAD=(--gb 0.1 --turns 1)
@@ -79,7 +79,7 @@ step() {
 }
 
 for name in "${@:-all}"; do
-  for each in $([ "$name" = all ] && echo tests load kernels tune annotate synthesise long || echo "$name"); do
+  for each in $([ "$name" = all ] && echo tests load kernels tune annotate synthesise long offload || echo "$name"); do
     case $each in
       # Compilation for GPUs that are not there needs no GPU: it is part of the ordinary tests.
       tests) step tests "$PYTHON" -m pytest -q -m "gpu and not slow" --ignore tests/kernels/test_compile.py \
@@ -92,8 +92,10 @@ for name in "${@:-all}"; do
       annotate | synthesise | long)
         step "$each" "$PYTHON" -m batchmix benchmark throughput "benchmark.only=[$each]" "benchmark.dir=$OUT" \
           "benchmark.peers=$PEERS" benchmark.peer_seconds=60 "${SIZE[@]}" ;;
+      offload) # a short peer: its rate is that of one batch
+        step offload "$PYTHON" -m batchmix benchmark offload "benchmark.dir=$OUT" benchmark.peer_seconds=30 "${OFFLOAD[@]}" ;;
       *)
-        echo "gpu_check: $each: no such step; the steps are tests, load, kernels, tune, annotate, synthesise, long" >&2
+        echo "gpu_check: $each: no such step; the steps are tests, load, kernels, tune, annotate, synthesise, long, offload" >&2
         exit 2 ;;
     esac
   done

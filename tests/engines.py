@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchmix.config import Dtype, ModelConfig, SamplingConfig
+from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.link import Arrival, Link
+from batchmix.engine.readback import Arrival, Readback
+from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.link import Link
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.offload import Offload
 from batchmix.model.weights import load_weights
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Completion, Prompt
@@ -42,19 +45,27 @@ def load(
     dtype: torch.dtype = torch.float32,
     max_model_len: int = 512,
     operators: Operators = torch_backend,
+    quantization: Quantization | None = None,
+    offload: Offload | None = None,
 ) -> Mixtral:
-    checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[str(dtype).removeprefix("torch.")]))
+    name = Dtype[str(dtype).removeprefix("torch.")]
+    checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=name, quantization=quantization))
     on_gpu = operators is not torch_backend and torch.cuda.is_available()
-    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"))
-    return Mixtral(checkpoint.config, weights, operators, max_model_len)
+    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"), offload=offload)
+    return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
-def make_engine(model: Mixtral, **options: Any) -> Engine:
-    """An engine of 16-token blocks; `kv_blocks` of them."""
+def make_engine(model: Mixtral, host: Link | None = None, **options: Any) -> Engine:
+    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the `host` where there is one."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
     embedding = model.weights.embedding
-    cache = KVCache(model.config, blocks + 1, block_size, embedding.dtype, embedding.device)
+    kv_dtype = options.pop("kv_dtype", embedding.dtype)
+    cache = (
+        KVCache(model.config, blocks + 1, block_size, kv_dtype, embedding.device)
+        if host is None
+        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, host, 1024)
+    )
     defaults: dict[str, Any] = {
         "max_num_seqs": 32,
         "max_num_batched_tokens": 512,
@@ -65,8 +76,8 @@ def make_engine(model: Mixtral, **options: Any) -> Engine:
     return Engine(model, cache, **{**defaults, **options})
 
 
-class LateLink(Link):
-    """As to a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
+class LateReadback(Readback):
+    """As from a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
 
     late = True
 
@@ -131,9 +142,9 @@ def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, i
 
 
 @torch.inference_mode()
-def packed_logits(model: Mixtral, rows: list[list[int]]) -> list[torch.Tensor]:
+def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list[torch.Tensor]:
     """Logits of every position of every row, all rows in one packed step."""
-    engine = make_engine(model)
+    engine = make_engine(model, **options)
     total = sum(map(len, rows))
     tokens, chunks, start = np.zeros(pad(total, model.ops.row_tile), np.int64), [], 0
     for row in rows:

@@ -53,7 +53,6 @@ WRONG_OVERRIDES = {
     "output.flush_seconds=nan": "output.flush_seconds=nan: must be above 0",
     "sampling.temperature=inf": "sampling.temperature=inf is no number",
     "output.dir=": "output.dir=: give a folder, for example output.dir=out",
-    "output.dir=s3://bucket/out": "output.dir=s3://bucket/out: must be a folder of this machine",
     "output.dir=${nothing}": "output.dir: Interpolation key 'nothing' not found",
     "sampling.top_p=2": "sampling.top_p=2.0 must be above 0 and at most 1",
     "shard.index=3": "shard.index=3: must be from 0 to shard.count - 1 = 0",
@@ -72,12 +71,16 @@ WRONG_LINES = {
     ("generate", *GIVEN, "--config-name", "nowhere"): (1, "Cannot find primary config 'nowhere'"),
     ("generate", *GIVEN, "--frobnicate"): (2, "unrecognized arguments: --frobnicate (see batchmix generate --help)"),
     ("generate", *GIVEN, "--multirun", "shard.idx=0,1"): (1, "shard.idx: no such key, did you mean shard.index?"),
-    (): (2, "no job given; the jobs are annotate, benchmark, convert, export, generate, plan, report, review, tune"),
     ("annotate", *GIVEN): (1, "annotate.input is not set: name a task, as in batchmix annotate sentiment"),
     ("annotate", "sentimnt", *GIVEN): (1, "annotate=sentimnt: no such choice, did you mean sentiment?"),
     ("annotate", "nowhere.yaml", *GIVEN): (
         1,
         "nowhere.yaml: cannot be read as a task file (No such file or directory)",
+    ),
+    ("generate", *GIVEN, "hydra/launcher=slurm"): (1, "hydra/launcher=slurm: "),  # needs submitit, or --multirun
+    (): (
+        2,
+        "no job given; the jobs are annotate, benchmark, convert, evaluate, export, finalize, generate, plan, report, review, status, tune",
     ),
     ("genrate",): (2, "genrate: no such job, did you mean generate?"),
     ("data.path=prompts.jsonl",): (2, "the job comes first, as in batchmix generate data.path=prompts.jsonl"),
@@ -88,12 +91,13 @@ WRONG_LINES = {
 JOB = """
 import sys
 from pathlib import Path
+from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.hydra_app import job, save_hydra_files
 
 @job("generate")
 def main(config):
-    save_hydra_files(config)
+    save_hydra_files(config, LocalFolder(Path(config.output.dir)))
     if config.data.path == "user_error":
         raise BatchmixError("model.path=nowhere: no such folder")
     if config.data.path == "bug":
@@ -248,7 +252,7 @@ def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("job", ["convert", "generate", "plan", "tune"])
+@pytest.mark.parametrize("job", ["convert", "evaluate", "generate", "plan", "status", "finalize", "tune"])
 def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -> None:
     overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
@@ -260,11 +264,14 @@ def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("batchmix ", {"annotate", "benchmark", "convert", "export", "generate", "plan", "report", "review", "tune"}),
+        (
+            "batchmix ",
+            set("annotate benchmark convert evaluate export finalize generate plan report review status tune".split()),
+        ),
         ("batchmix gen", {"generate"}),
         ("batchmix generate sampling=", {"sampling=default", "sampling=greedy"}),
         ("batchmix generate data.path=x out", {"output=", "output."}),
-        ("batchmix plan shard.", {"shard.index=", "shard.count="}),
+        ("batchmix plan shard.i", {"shard.index="}),
     ],
 )
 def test_the_shell_completes(line: str, expected: set[str], batchmix: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -26,8 +25,11 @@ from batchmix.config import (
     SamplingConfig,
     ShardConfig,
 )
+from batchmix.data.lease import Lease, shard_name
+from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError, Interrupted
-from batchmix.pipeline import generate, plan_report
+from batchmix.pipeline import generate
+from batchmix.plan.job import plan_report
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -253,11 +255,13 @@ def test_a_run_that_left_no_rows_binds_nobody(tmp_path, rows, monkeypatch):
         with pytest.raises(Interrupted):
             generate(job(data, out))
     other = {"sampling": {"temperature": 0.0, "max_tokens": 2}}
-    (out / "_lock-00001").touch()
-    with (out / "_lock-00001").open() as file:  # of another shard, which is loading its model
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(BatchmixError, match=r"sampling\.max_tokens was 24, is now 2"):
-            generate(job(data, out, **other))
+    half = {"shard": {"index": 0, "count": 2}}
+    another = Lease(LocalFolder(out), shard_name(1, 2), ShardConfig(1, 2), "shard 1 of 2")  # which is loading its model
+    with pytest.raises(BatchmixError, match=r"sampling\.max_tokens was 24, is now 2"):
+        generate(job(data, out, **other, **half))
+    with pytest.raises(BatchmixError, match=r"another process .* is writing shard 1 of 2 there"):
+        generate(job(data, out, **other))
+    another.close()
     generate(job(data, out, **other))
     assert [row["completion_tokens"] for row in read(out)] == [2, 2]
 

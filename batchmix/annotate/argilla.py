@@ -16,7 +16,7 @@ from typing import Any
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.corrections import Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
-from batchmix.data.files import write_json
+from batchmix.data.local_files import write_json
 from batchmix.errors import BatchmixError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")

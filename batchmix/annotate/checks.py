@@ -13,7 +13,7 @@ from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, INVALID
 from batchmix.annotate.metrics import agreement_report, calibration_bin, calibration_report, share_report
 from batchmix.annotate.results import Results
-from batchmix.data.files import write_json
+from batchmix.data.local_files import write_json
 from batchmix.errors import BatchmixError
 
 NAME = "_checks.json"

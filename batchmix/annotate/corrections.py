@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.columns import INVALID
-from batchmix.data.files import atomic_file
+from batchmix.data.local_files import atomic_file
 from batchmix.errors import BatchmixError
 
 REVIEWED = "reviewed"  # column: a person's answer stands here

@@ -20,7 +20,7 @@ from batchmix.annotate.columns import INVALID, MAJORITY
 from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
 from batchmix.annotate.results import Results
 from batchmix.config import Config, ExportConfig, ExportFormat
-from batchmix.data.files import atomic_file
+from batchmix.data.local_files import atomic_file
 from batchmix.errors import BatchmixError
 
 _LEFT_OUT = ("logprobs", "generated_token_ids")  # of use to the engine's users rather than the data's

@@ -17,7 +17,7 @@ import pyarrow as pa
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.corrections import Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
-from batchmix.data.files import atomic_file, write_json
+from batchmix.data.local_files import atomic_file, write_json
 from batchmix.errors import BatchmixError
 
 _SHOWN = "prompt_text"  # name of the object that the controls belong to

@@ -19,6 +19,7 @@ from batchmix.annotate.task import answer_of
 from batchmix.config import AnnotateConfig
 from batchmix.data.columns import FIRST, LAST
 from batchmix.data.schema import LOOSE, as_json_text, infer_schema, settle
+from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError
 from batchmix.run_info import read_run
 
@@ -34,9 +35,9 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         if not str(folder) or not folder.is_dir():
-            raise BatchmixError(f"output.dir={folder}: no such folder")
+            raise BatchmixError(f"output.dir={folder}: no such folder on this machine")
         self.folder = folder
-        self.run = read_run(folder)
+        self.run = read_run(LocalFolder(folder))
         config = self.run["config"]
         self.format: str = config["output"]["format"]
         self.task = AnnotateConfig(**config.get("annotate", {}))

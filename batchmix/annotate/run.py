@@ -17,6 +17,8 @@ from batchmix.report.page import write_report
 def annotate(config: Config) -> None:
     """Run the task on every row that is not done, as `generate` does; what is the last to end writes checks and report."""
     config = prepare(config)
+    if "://" in config.output.dir:  # checks and the report read the run's files as they lie there
+        raise BatchmixError(f"output.dir={config.output.dir}: batchmix annotate writes to a folder of this machine")
     _check_gold(config)
     generate(config)
     results = Results(Path(config.output.dir))

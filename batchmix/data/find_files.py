@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import fsspec
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from batchmix.config import DataFormat
 from batchmix.data.data_file import DataFile
 from batchmix.data.formats import JSON_LINES, check_magic, guess_format, read_chunks
+from batchmix.data.in_parallel import in_parallel
 from batchmix.data.openai_batch import is_request
 from batchmix.errors import BatchmixError
 
@@ -46,10 +48,10 @@ def find_files(path: str, wanted: DataFormat) -> list[DataFile]:
                 continue  # a folder's README and the like
             names = ", ".join(form.value for form in DataFormat if form is not DataFormat.auto)
             raise BatchmixError(f"{name}: its name does not say what it is; set data.format ({names})")
-        files.append(_check(DataFile(filesystem, match, name, form), wanted))
+        files.append(DataFile(filesystem, match, name, form))
     if not files:
         raise BatchmixError(f"data.path={path}: no data files there")
-    return files
+    return in_parallel(partial(_check, wanted=wanted), files)
 
 
 def _is_data(relative: str) -> bool:

@@ -18,6 +18,7 @@ from batchmix.data.chunk import BadRecord, Chunk, Record, Wanted, everything
 from batchmix.data.csv_types import infer_csv_schema, parse_field
 from batchmix.data.data_file import DataFile
 from batchmix.data.formats import count_rows, read_chunks, stated_schema
+from batchmix.data.in_parallel import in_parallel
 from batchmix.data.openai_batch import OPENAI_SCHEMA
 from batchmix.data.schema import LOOSE, infer_schema, loose, settle
 from batchmix.data.text_readers import csv_header
@@ -75,8 +76,8 @@ class FileInput:
             return
         merged = _Merged()
         pools = {form: [file for file in files if file.format is form] for form in (DataFormat.jsonl, DataFormat.csv)}
-        for file in files:
-            if (stated := stated_schema(file)) is not None:
+        for file, stated in zip(files, in_parallel(stated_schema, files), strict=True):
+            if stated is not None:
                 stated = pa.schema([field.with_type(plain(field.type)).remove_metadata() for field in stated])
                 self._stated[file] = stated
                 self.columns.append((file.name, stated.names))
@@ -97,11 +98,11 @@ class FileInput:
         return infer_csv_schema(chain((dict.fromkeys(header) for _, header in headers), _sample(files)), as_text)
 
     def num_rows(self) -> int | None:
-        counts = [count_rows(file) for file in self._files]
+        counts = in_parallel(count_rows, self._files)
         return None if None in counts else sum(count or 0 for count in counts)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"files": [_fingerprint(file) for file in self._files]}
+        return {"files": in_parallel(_fingerprint, self._files)}
 
     def read(self, wanted: Wanted, columns: list[str] | None, limit: int) -> Iterator[InputChunk]:
         offset = 0

@@ -2,107 +2,125 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from batchmix.config import Order, OutputConfig, ShardConfig
-from batchmix.data.files import finish_exchange, write_json
-from batchmix.data.lock import FolderLock
-from batchmix.data.merge import STAGING as MERGE_STAGING
-from batchmix.data.merge import merge_in_order
-from batchmix.data.parts import Parts
+from batchmix.config import OutputConfig, ShardConfig
+from batchmix.data.finalize import (
+    SUCCESS,
+    Marker,
+    close_lost,
+    describe,
+    finalize,
+    finalizing,
+    marker_name,
+    open_leases,
+    read_marker,
+    read_markers,
+    read_runs,
+    settle,
+    statistics_name,
+    success,
+)
+from batchmix.data.lease import FOLDER, Lease, Record, shard_name, wait_until_lost
+from batchmix.data.parts import PartLog, Parts
 from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.redo import replace_rows, rows_to_redo
 from batchmix.data.rowset import AllBut, RowSet
-from batchmix.data.sink import Sink, done_rows
-from batchmix.data.tokenizer import Tokenizer
+from batchmix.data.storage import read_json, write_json
 from batchmix.errors import BatchmixError
-from batchmix.report.clock import StageClock
 from batchmix.report.summary import RunStatistics, Summary
 from batchmix.run_info import NAME as RUN_INFO
 from batchmix.run_info import accept_run, differences, read_run, record_redo
 
-SUCCESS = "_SUCCESS"
 _PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
-_OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics.jsonl", "_summary*.json", "_trace*.json", "_done-*",
-         "_journal.json", SUCCESS)  # fmt: skip
-_OUR_FOLDERS = (".hydra", MERGE_STAGING, REDO_STAGING)
+_OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics*.jsonl", "_summary*.json", "_evaluation.json", "_checks.json",
+         "_trace*.json", "_done-*", "_journal-*.json", SUCCESS)  # fmt: skip
+_OUR_FOLDERS = (".hydra", REDO_STAGING, "_report")
 
 _log = logging.getLogger(__name__)
 
 
 class OutputFolder:
-    """One shard's hold on the output folder, from the lock to `finish`.
+    """One shard's hold on the output folder, from its lease to `finish`.
 
-    `folder` is where this run's parts go: `output.dir`, or its subfolder `_redo`. `skip` has the rows not to run.
-    BatchmixError where another process writes there or it holds something else.
+    `folder` is where this run's parts go: "", or `_redo/`. `skip` has the rows not to run; there is none where all is
+    `complete`. `num_workers` processes commit parts, each of an index of its own. BatchmixError where another process has
+    this shard or the folder holds something else.
     """
 
-    def __init__(self, output: OutputConfig, shard: ShardConfig, parts: Parts, run: dict[str, Any], limit: int | None):
-        self.root = self.folder = parts.folder
-        self._output, self._shard, self._parts = output, shard, parts
-        self._state = {"limit": limit, "order": output.order.value}
+    def __init__(self, output: OutputConfig, shard: ShardConfig, parts: Parts, run: dict[str, Any],
+                 limit: int | None, num_workers: int = 1) -> None:  # fmt: skip
+        self.storage = parts.storage
+        self.folder = "" if output.redo is None else f"{REDO_STAGING}/"
+        self._output, self._shard, self._parts, self._limit = output, shard, parts, limit
         self._make()
-        self._lock = FolderLock(self.root, shard)
+        self._check_contents()
+        what = f"shard {shard.index} of {shard.count}"
+        self._lease = Lease(self.storage, shard_name(shard.index, shard.count), shard, what)
         try:
-            self._check_contents()
-            with self._finalizing():
-                finish_exchange(self.root)
+            if self.complete and not output.overwrite:  # nothing will be committed, so nobody needs to be kept from it
+                accept_run(self.storage, run)
+                return
+            self._meet_others()
+            settle(self.storage, shard)
+            for record in self._lease.predecessors:
+                self._check_overwrite(record)
+                parts.seal(record)
+            if output.overwrite and self.storage.exists(RUN_INFO):
+                self._delete_ours()
+            self._lease.forget_predecessors()
+            self.first_number = parts.next_number()
+            indices = [shard.index + shard.count * place for place in range(num_workers)]
+            self._lease.publish(indices, self.first_number, self.folder)
             self.skip = self._open_redo(run) if output.redo else self._open(run)
         except BaseException:
-            self._lock.release()
+            self._lease.close()
             raise
 
     def _open(self, run: dict[str, Any]) -> RowSet:
-        with self._finalizing():
-            if self._is_void(run):
-                self._delete_ours()
-            accept_run(self.root, run)
-        if (self.root / REDO_STAGING).exists():
+        if self._is_void(run):
+            self._delete_ours()
+        accept_run(self.storage, run)
+        if self.storage.exists(f"{REDO_STAGING}/{RUN_INFO}"):
             raise BatchmixError(
-                f"output.dir={self.root}: rows are being redone there; finish that with output.redo, or delete"
-                f" {self.root / REDO_STAGING} to give it up"
+                f"output.dir={self.storage.url}: rows are being redone there; finish that with output.redo, or delete"
+                f" {self.storage.url}/{REDO_STAGING} to give it up"
             )
-        self._remove_temporary(self.root)
-        done = done_rows(self._parts, self._parts.paths())
+        self.storage.delete_unfinished("", self._is_mine)
+        done = self._parts.rows(self._parts.names())
         self.num_done = len(done)
         return done
 
     def _open_redo(self, run: dict[str, Any]) -> AllBut:
-        redo = self._output.redo
+        redo, url = self._output.redo, self.storage.url
         assert redo is not None
         if self._shard.count > 1:
             raise BatchmixError(f"output.redo={redo.value} runs as one process; leave shard.count at 1")
-        if not (self.root / RUN_INFO).is_file() or not (self.root / SUCCESS).is_file():
+        if not self.storage.exists(RUN_INFO) or not self.storage.exists(SUCCESS):
             raise BatchmixError(
-                f"output.redo={redo.value}: output.dir={self.root} holds no finished run; finish it first, without output.redo"
+                f"output.redo={redo.value}: output.dir={url} holds no finished run; finish it first, without output.redo"
             )
-        self._redo = {"redo": redo.value, "data.limit": self._state["limit"]} | {
+        self._redo = {"redo": redo.value, "data.limit": self._limit} | {
             key: value for key, value in run["identity"].items() if key.startswith("sampling.")
         }
-        done_before = read_run(self.root)
+        done_before = read_run(self.storage)
         old = {key: value for key, value in done_before["identity"].items() if not key.startswith("sampling.")}
         new = {key: value for key, value in run["identity"].items() if not key.startswith("sampling.")}
         if differing := differences(old, new):
             raise BatchmixError(
-                f"output.redo={redo.value}: only sampling.* may differ from the run in {self.root} ({'; '.join(differing)})"
+                f"output.redo={redo.value}: only sampling.* may differ from the run in {url} ({'; '.join(differing)})"
             )
-        self.folder = self.root / REDO_STAGING
         wanted = RowSet()
         if self._redo not in done_before["redone"]:
             wanted = rows_to_redo(self._parts, redo)
-            self.folder.mkdir(exist_ok=True)
-            accept_run(self.folder, {**run, "identity": self._redo | new})
-            self._remove_temporary(self.folder)
+            self.storage.make_folder(REDO_STAGING)
+            accept_run(self.storage, {**run, "identity": self._redo | new}, self.folder)
+            self.storage.delete_unfinished(self.folder, self._is_mine)
         else:
             _log.info("rows that ended with %s were redone with these settings before", redo.value)
-        redone = done_rows(self._parts, self._parts.paths(self.folder))
+        redone = self._parts.rows(self._parts.names(self.folder))
         self.num_done = len(redone)
         return AllBut(wanted, redone)
 
@@ -112,143 +130,168 @@ class OutputFolder:
         if self._output.redo is not None:
             return False
         try:
-            state = json.loads((self.root / SUCCESS).read_text())
+            state = read_json(self.storage, SUCCESS)
         except (OSError, ValueError):
             return False
-        return bool(state == self._state | {"parts": len(self._parts.paths())})
+        return bool(state == success(self._limit, self._output.order, self._parts))
 
     def begin(self) -> None:
         """Rows will follow: what said that all is there goes. A redo replaces rows at its end, as one change."""
         if self._output.redo is not None:
             return
-        (self.root / SUCCESS).unlink(missing_ok=True)
-        self._marker(self._shard.index).unlink(missing_ok=True)
+        self._lease.check(look=True)
+        self.storage.delete(SUCCESS)
+        self.storage.delete(marker_name(self._shard.index, self._shard.count))
+
+    def report(self, progress: Callable[[], dict[str, Any]]) -> None:
+        """What heartbeats say of this shard's progress from now on."""
+        self._lease.progress = progress
+
+    def log(self) -> PartLog:
+        """What commits this process's rows here."""
+        return PartLog(self._parts, self.folder, self._shard.index, self.first_number, self._lease.check)
 
     @property
-    def lock_descriptors(self) -> tuple[int, int]:
-        """Of the files that keep other writers away."""
-        return self._lock.descriptors
-
-    def sink(self, tokenizer: Tokenizer | None, clock: StageClock) -> Sink:
-        """The sink that commits this run's rows here."""
-        return Sink(
-            self._parts,
-            self.folder,
-            self._shard.index,
-            tokenizer=tokenizer,
-            rows_per_shard=self._output.rows_per_shard,
-            flush_seconds=self._output.flush_seconds,
-            clock=clock,
-        )
-
-    @property
-    def trace_path(self) -> Path:
+    def trace_name(self) -> str:
         """Where this shard's trace goes."""
-        return trace_path(self.root, self._shard)
+        return trace_name(self._shard)
 
     def write_statistics(self, run: RunStatistics) -> None:
         """Keep what this run did for the summary of all shards."""
-        write_json(self._statistics(self._shard.index), run.as_json())
+        write_json(self.storage, statistics_name(self._shard.index, self._shard.count), run.as_json())
 
-    def finish(self) -> Summary | None:
-        """All rows of this shard are committed. The last shard to get here puts the whole in order and sums it up."""
+    def finish(self, end: int) -> Summary | None:
+        """All rows of this shard are committed. The last shard to get here puts the whole in order and sums it up.
+
+        `end`: rows of the whole data set, up to data.limit.
+        """
+        self._lease.check(look=True)
         if self._output.redo is not None:
-            if self.folder.exists():
-                with self._finalizing():
-                    replace_rows(self._parts)
-                record_redo(self.root, self._redo)
+            if self._parts.names(self.folder) or self.storage.exists(self.folder + RUN_INFO):
+                with finalizing(self.storage, self._shard) as lease:
+                    replace_rows(self._parts, lease.generation)
+                record_redo(self.storage, self._redo)
+            end = max((marker.end for marker in read_markers(self.storage).values()), default=0)
         else:
-            rows = done_rows(self._parts, self._parts.paths()).num_of_shard(self._shard.index, self._shard.count)
-            write_json(self._marker(self._shard.index), self._state | {"rows": rows})
-        with self._finalizing():
-            if not self._all_done():
-                (self.root / SUCCESS).unlink(missing_ok=True)
+            done = self._parts.rows(self._parts.names())
+            rows = done.num_of_shard(self._shard.index, self._shard.count)
+            marker = Marker(self._limit, self._output.order, rows, end)
+            marker.write(self.storage, self._shard.index, self._shard.count)
+        self._lease.close()
+        if not self._all_done():
+            self.storage.delete(SUCCESS)
+            return None
+        with finalizing(self.storage, self._shard) as lease:
+            if self.complete or not self._all_done() or not self._end_the_lost():
                 return None
-            if self._output.order is Order.input and self._parts.paths():
-                merge_in_order(self._parts, self._output.rows_per_shard)
-            paths = [self._statistics(index) for index in range(self._shard.count)]
-            runs = [json.loads(path.read_text()) for path in paths if path.is_file()]
-            summary = Summary(self._parts.totals(), runs)
-            summary.write(self.root / "_summary.json")
-            write_json(self.root / SUCCESS, self._state | {"parts": len(self._parts.paths())})
-        return summary
+            return finalize(
+                self._parts,
+                lease,
+                order=self._output.order,
+                limit=self._limit,
+                end=end,
+                rows_per_shard=self._output.rows_per_shard,
+                runs=read_runs(self.storage, self._shard.count),
+            )
 
     def close(self) -> None:
         """Let the next writer in."""
-        self._lock.release()
+        self._lease.close()
 
     def _make(self) -> None:
+        url = self.storage.url
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / "_lock").touch()
-        except OSError as error:
-            raise BatchmixError(f"output.dir={self.root}: cannot be written to ({error.strerror})") from None
-
-    def _check_contents(self) -> None:
-        has_run = (self.root / RUN_INFO).exists()
-        strange = next((path.name for pattern in _PARTS for path in self.root.glob(pattern)), None)
-        if strange is not None and not has_run:
-            raise BatchmixError(
-                f"output.dir={self.root}: holds {strange} but no {RUN_INFO}, so it is not ours to write to;"
-                " choose another output.dir"
-            )
-        if not self._output.overwrite or not has_run:
+            self.storage.make_folder(FOLDER)
+            exclusive = self.storage.exclusive
+        except BatchmixError:
+            raise
+        except Exception as error:  # stores have classes of their own
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            raise BatchmixError(f"output.dir={url}: cannot be written to ({reason})") from None
+        if exclusive:
             return
         if self._shard.count > 1:
+            raise BatchmixError(f"output.dir={url}: this store has no conditional writes, which several workers need to "
+                                "keep out of each other's way; run with shard.count=1 or choose another output.dir")  # fmt: skip
+        _log.warning("%s has no conditional writes: two processes that write there at once would not notice", url)
+
+    def _check_contents(self) -> None:
+        has_run = self.storage.exists(RUN_INFO)
+        strange = next((name for pattern in _PARTS for name in self.storage.names(pattern)), None)
+        if strange is not None and not has_run:
+            raise BatchmixError(
+                f"output.dir={self.storage.url}: holds {strange} but no {RUN_INFO}, so it is not ours to write to;"
+                " choose another output.dir"
+            )
+        if self._output.overwrite and has_run and self._shard.count > 1:
             raise BatchmixError(
                 "output.overwrite=true: with shard.count above 1 each shard would delete the others' rows;"
-                f" delete {self.root} yourself or choose another output.dir"
+                f" delete {self.storage.url} yourself or choose another output.dir"
             )
-        self._delete_ours()
+
+    def _meet_others(self) -> None:
+        """Workers of a run with another shard.count have ended, or this one is refused."""
+        for record in open_leases(self.storage):
+            if not record.name.endswith(f"-of-{self._shard.count:05}"):
+                wait_until_lost(self.storage, record, describe(record))
+                self._check_overwrite(record)
+                close_lost(self._parts, self._shard, record)
+
+    def _check_overwrite(self, record: Record) -> None:
+        """BatchmixError where a lost worker may only be silent: its seal would be deleted with all the rest."""
+        in_flight = record.owner.gone and record.silence <= record.takeover_seconds
+        may_write = record.needs_seal(self.storage) and (not record.owner.gone or in_flight)
+        if self._output.overwrite and record.first_number is not None and may_write:
+            raise BatchmixError(
+                f"output.overwrite=true: {record.owner} was last heard of {record.silence:.0f} s ago and may still write to"
+                f" output.dir={self.storage.url}; see that it has ended and delete {self.storage.url}/{record.path}, or"
+                " choose another output.dir"
+            )
 
     def _delete_ours(self) -> None:
-        for path in [path for pattern in _OURS for path in self.root.glob(pattern)]:
-            path.unlink()
+        for name in [name for pattern in _OURS for name in self.storage.names(pattern)]:
+            self.storage.delete(name)
         for name in _OUR_FOLDERS:
-            shutil.rmtree(self.root / name, ignore_errors=True)
+            self.storage.delete_folder(name)
 
     def _is_void(self, run: dict[str, Any]) -> bool:
         """Whether a run with other settings left no rows here, as one does that is stopped while the model is loaded."""
-        if not (self.root / RUN_INFO).exists() or any(path for pattern in _PARTS for path in self.root.glob(pattern)):
+        if not self.storage.exists(RUN_INFO) or any(self.storage.names(pattern) for pattern in _PARTS):
             return False
-        return bool(differences(read_run(self.root)["identity"], run["identity"])) and self._lock.alone()
+        return bool(differences(read_run(self.storage)["identity"], run["identity"])) and self._is_alone()
 
-    def _remove_temporary(self, folder: Path) -> None:
-        """What a killed run was writing. Only this shard's and its workers': others may be at work."""
-        for path in folder.glob(".part-*.tmp"):
-            if int(path.name.split("-")[1]) % self._shard.count == self._shard.index:
-                path.unlink()
+    def _is_mine(self, name: str) -> bool:
+        """Whether a part is this shard's or its workers': others may be at work."""
+        return int(name.split("-")[1]) % self._shard.count == self._shard.index
 
-    def _marker(self, index: int) -> Path:
-        return self.root / f"_done-{index:05}-of-{self._shard.count:05}"
+    def _is_alone(self) -> bool:
+        """Whether no other shard is at work."""
+        mine = shard_name(self._shard.index, self._shard.count)
+        return not any(record.name != mine and not record.lost for record in open_leases(self.storage))
 
-    def _statistics(self, index: int) -> Path:
-        return self.root / f"_summary-{index:05}-of-{self._shard.count:05}.json"
+    def _end_the_lost(self) -> bool:
+        """Before the whole is put in order. False where a worker is alive: it will be the last to finish."""
+        if not self._is_alone():
+            return False
+        for record in open_leases(self.storage):
+            close_lost(self._parts, self._shard, record)
+        return True
 
     def _all_done(self) -> bool:
         """Whether every shard has said that it is done and its rows still are there: a part may have been deleted."""
         if self._output.redo is not None:
             return True  # only a finished run can be redone
-        done = done_rows(self._parts, self._parts.paths())
-        for index in range(self._shard.count):
-            try:
-                said = json.loads(self._marker(index).read_text())
-            except (OSError, ValueError):
-                return False
-            there = done.num_of_shard(index, self._shard.count)
-            if said != self._state | {"rows": there}:
-                return False
-        return True
-
-    @contextmanager
-    def _finalizing(self) -> Iterator[None]:
-        """What only one process may do at a time, whatever its shard."""
-        with (self.root / "_lock-finalize").open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        markers = [read_marker(self.storage, index, self._shard.count) for index in range(self._shard.count)]
+        if any(m is None or (m.limit, m.order) != (self._limit, self._output.order) for m in markers):
+            return False
+        done = self._parts.rows(self._parts.names())
+        return all(
+            marker is not None and marker.rows == done.num_of_shard(index, self._shard.count)
+            for index, marker in enumerate(markers)
+        )
 
 
-def trace_path(root: Path, shard: ShardConfig) -> Path:
+def trace_name(shard: ShardConfig) -> str:
     """Where the trace of a shard goes."""
     part = f"-{shard.index:05}-of-{shard.count:05}" if shard.count > 1 else ""
-    return root / f"_trace{part}.json"
+    return f"_trace{part}.json"

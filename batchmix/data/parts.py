@@ -1,248 +1,70 @@
-"""Committed part files: how each output format is written, and what of it can be read back.
-
-What is in a part file is called its records: a table, or a list of JSON lines.
-"""
+"""Committed part files: `part-<index>-<number>.<extension>`. Their `row` columns are the ledger of what is done."""
 
 from __future__ import annotations
 
-import base64
-import datetime
-import io
-import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from batchmix.config import OutputFormat
-from batchmix.data.columns import OutputColumns
-from batchmix.data.openai_response import response_line
+from batchmix.data.lease import Record, lost
+from batchmix.data.part_formats import Keys, PartFormat
+from batchmix.data.rowset import RowSet
+from batchmix.data.storage import Storage
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion
 from batchmix.report.totals import Totals
 
-_BATCH_ROWS = 1024  # rows of a record batch or row group: what a reader decompresses at once
-_ROW_IN_ID = re.compile(r"batch_req_(\d+)$")
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What identifies and measures the records of one part file, in their order."""
-
-    row: npt.NDArray[np.int64]
-    sample: npt.NDArray[np.int32]
-    finish_reason: pa.Array  # string
-    prompt_tokens: npt.NDArray[np.int32]
-    completion_tokens: npt.NDArray[np.int32]
-    samples: npt.NDArray[np.int32]  # in this record: 1, but for OpenAI responses
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-
-class PartFormat(Protocol):
-    """One output format."""
-
-    extension: str
-
-    def records(self, completions: Sequence[Completion]) -> Any:
-        """Completions as records. Those of one row stand side by side, in the order of their samples."""
-
-    def write(self, file: IO[bytes], records: Any) -> None: ...
-
-    def keys(self, path: Path) -> Keys: ...
-
-    def batches(self, path: Path) -> Iterator[Any]:
-        """The file's records, a batch at a time."""
-
-    def take(self, records: Any, places: npt.NDArray[np.int64]) -> Any:
-        """The records at these places, in this order."""
-
-    def join(self, pieces: Sequence[Any]) -> Any: ...
-
-
-class _Tables:
-    """Formats whose records are an Arrow table."""
-
-    def __init__(self, columns: OutputColumns, compression: str | None) -> None:
-        self._columns = columns
-        self._compression = compression
-
-    def records(self, completions: Sequence[Completion]) -> pa.Table:
-        return self._columns.table(completions)
-
-    def take(self, records: pa.Table, places: npt.NDArray[np.int64]) -> pa.Table:
-        return records.take(pa.array(places))
-
-    def join(self, pieces: Sequence[pa.Table]) -> pa.Table:
-        return pa.concat_tables(pieces)
-
-
-_KEY_COLUMNS = ["row", "sample_index", "finish_reason", "prompt_tokens", "completion_tokens"]
-
-
-class ArrowParts(_Tables):
-    """Arrow IPC file format."""
-
-    extension = "arrow"
-
-    def write(self, file: IO[bytes], records: pa.Table) -> None:
-        options = pa.ipc.IpcWriteOptions(compression=self._compression)
-        with pa.ipc.new_file(file, records.schema, options=options) as writer:
-            writer.write_table(records, max_chunksize=_BATCH_ROWS)
-
-    def keys(self, path: Path) -> Keys:
-        with pa.memory_map(str(path)) as source:
-            names = pa.ipc.open_file(source).schema.names
-            options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in _KEY_COLUMNS])
-            return _keys(pa.ipc.open_file(source, options=options).read_all())
-
-    def batches(self, path: Path) -> Iterator[pa.Table]:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            for index in range(reader.num_record_batches):
-                yield pa.Table.from_batches([reader.get_batch(index)])
-
-
-class ParquetParts(_Tables):
-    """Parquet."""
-
-    extension = "parquet"
-
-    def __init__(self, columns: OutputColumns, compression: str | None) -> None:
-        super().__init__(columns, compression)
-        try:
-            self.write(io.BytesIO(), columns.schema.empty_table())
-        except pa.ArrowNotImplementedError as error:
-            raise BatchmixError(
-                f"output.format=parquet: {error}; use arrow, or list the columns to keep in data.columns without it"
-            ) from None
-
-    def write(self, file: IO[bytes], records: pa.Table) -> None:
-        pq.write_table(records, file, compression=self._compression or "none", row_group_size=_BATCH_ROWS)
-
-    def keys(self, path: Path) -> Keys:
-        return _keys(pq.ParquetFile(path).read(columns=_KEY_COLUMNS))
-
-    def batches(self, path: Path) -> Iterator[pa.Table]:
-        for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS):
-            yield pa.Table.from_batches([batch])
-
-
-class _Lines:
-    """Formats whose records are lines of JSON, as bytes without their ends."""
-
-    extension = "jsonl"
-
-    def write(self, file: IO[bytes], records: list[bytes]) -> None:
-        file.writelines(line + b"\n" for line in records)
-
-    def batches(self, path: Path) -> Iterator[list[bytes]]:
-        with path.open("rb") as file:
-            while lines := file.readlines(1 << 20):
-                yield [line.rstrip(b"\n") for line in lines]
-
-    def take(self, records: list[bytes], places: npt.NDArray[np.int64]) -> list[bytes]:
-        return [records[place] for place in places.tolist()]
-
-    def join(self, pieces: Sequence[list[bytes]]) -> list[bytes]:
-        return [line for piece in pieces for line in piece]
-
-
-class JsonParts(_Lines):
-    """One JSON object a line, with the columns that the other formats have."""
-
-    def __init__(self, columns: OutputColumns) -> None:
-        self._columns = columns
-
-    def records(self, completions: Sequence[Completion]) -> list[bytes]:
-        rows = self._columns.table(completions).to_pylist()
-        return [json.dumps(row, ensure_ascii=False, default=_as_json).encode() for row in rows]
-
-    def keys(self, path: Path) -> Keys:
-        found = [json.loads(line) for lines in self.batches(path) for line in lines]
-        return _keys(pa.table({name: pa.array([line[name] for line in found]) for name in _KEY_COLUMNS}))
-
-
-class OpenAIParts(_Lines):
-    """Responses of the OpenAI batch API: one line a row, whose samples are its choices."""
-
-    def __init__(self, model: str) -> None:
-        self._model = model
-
-    def records(self, completions: Sequence[Completion]) -> list[bytes]:
-        rows: dict[int, list[Completion]] = {}
-        for completion in completions:
-            rows.setdefault(completion.prompt.row, []).append(completion)
-        return [
-            json.dumps(response_line(samples, self._model), ensure_ascii=False).encode() for samples in rows.values()
-        ]
-
-    def keys(self, path: Path) -> Keys:
-        found = [_response_keys(json.loads(line)) for lines in self.batches(path) for line in lines]
-        columns = zip(*found, strict=True) if found else [[]] * 5
-        row, reason, prompt, completion, samples = columns
-        return Keys(
-            np.array(row, np.int64),
-            np.zeros(len(row), np.int32),
-            pa.array(reason, pa.string()),
-            np.array(prompt, np.int32),
-            np.array(completion, np.int32),
-            np.array(samples, np.int32),
-        )
-
-
-def _response_keys(response: dict[str, Any]) -> tuple[int, str, int, int, int]:
-    match = _ROW_IN_ID.match(response["id"])
-    if match is None:
-        raise ValueError(f"a response has the id {response['id']!r}")
-    if response["error"]:
-        return int(match[1]), "error", 0, 0, 1
-    body = response["response"]["body"]
-    cut = any(choice["finish_reason"] == "length" for choice in body["choices"])
-    usage = body["usage"]
-    return (
-        int(match[1]),
-        "length" if cut else "stop",
-        usage["prompt_tokens"],
-        usage["completion_tokens"],
-        len(body["choices"]),
-    )
+_NAME = re.compile(r"part-(\d+)-(\d+)\.")
+_READERS = 8  # parts read at once: an object store answers slowly, and many
 
 
 class Parts:
-    """The part files of one output folder, in one format. `part-<shard>-<number>.<extension>`."""
+    """The part files of one output folder, in one format. Names end with the folder they are in: "" or `_redo/`."""
 
-    def __init__(self, folder: Path, form: PartFormat) -> None:
-        self.folder = folder
+    def __init__(self, storage: Storage, form: PartFormat) -> None:
+        self.storage = storage
         self.format = form
 
-    def paths(self, folder: Path | None = None) -> list[Path]:
+    def names(self, folder: str = "") -> list[str]:
         """The committed parts, sorted by name."""
-        return sorted((folder or self.folder).glob(f"part-*.{self.format.extension}"))
+        return self.storage.names(f"{folder}part-*.{self.format.extension}")
 
-    def keys(self, path: Path) -> Keys:
+    def keys(self, name: str) -> Keys:
         """BatchmixError where the file is not what we wrote."""
         try:
-            return self.format.keys(path)
+            return self.format.keys(self.storage, name)
         except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BatchmixError(
-                f"{path}: cannot be read back ({reason}); delete it and run the command again, which does its rows anew"
+                f"{self.storage.url}/{name}: cannot be read back ({reason}); delete it and run the command again, which"
+                " does its rows anew"
             ) from None
+
+    def all_keys(self, names: Iterable[str]) -> Iterator[Keys]:
+        """Of many parts, in order; a few are read ahead."""
+        waiting = iter(names)
+        with ThreadPoolExecutor(_READERS) as pool:
+            ready = [pool.submit(self.keys, name) for name in islice(waiting, 2 * _READERS)]
+            while ready:
+                yield ready.pop(0).result()
+                ready += [pool.submit(self.keys, name) for name in islice(waiting, 1)]
+
+    def rows(self, names: Iterable[str]) -> RowSet:
+        """The rows that these parts hold."""
+        rows = RowSet()
+        for keys in self.all_keys(names):
+            rows.add_many(keys.row)
+        return rows
 
     def totals(self) -> Totals:
         """What all committed parts add up to."""
         totals = Totals()
-        for path in self.paths():
-            keys = self.keys(path)
+        for keys in self.all_keys(self.names()):
             first = keys.sample == 0
             failed = pc.equal(keys.finish_reason, "error").to_numpy(zero_copy_only=False)
             totals.rows += int(first.sum())
@@ -255,40 +77,45 @@ class Parts:
                 totals.finish_reasons[reason] = totals.finish_reasons.get(reason, 0) + entry["counts"]
         return totals
 
-    def next_number(self, shard: int, *others: Path) -> int:
-        """One above the highest number among the shard's parts, in the output folder and in others."""
-        paths = [path for folder in (self.folder, *others) for path in folder.glob(f"part-{shard:05}-*")]
-        return max((int(path.stem.rsplit("-", 1)[1]) for path in paths), default=-1) + 1
+    def name(self, index: int, number: int, folder: str = "") -> str:
+        return f"{folder}part-{index:05}-{number:06}.{self.format.extension}"
 
-    def name(self, shard: int, number: int) -> str:
-        return f"part-{shard:05}-{number:06}.{self.format.extension}"
+    def next_number(self) -> int:
+        """One above all that there are, whatever their index and also among rows that are run again."""
+        return 1 + max((number for folder in ("", "_redo/") for _, number in self._numbers(folder)), default=-1)
 
+    def create(self, name: str, records: Any) -> bool:
+        """Commit a part, unless there is one of that name."""
+        return self.storage.create(name, lambda file: self.format.write(file, records))
 
-def part_format(
-    form: OutputFormat, columns: OutputColumns, compression: str | None, openai_model: str | None
-) -> PartFormat:
-    """The format that `output.format` names; JSON lines are OpenAI responses where `openai_model` is given."""
-    if form is OutputFormat.arrow:
-        return ArrowParts(columns, compression)
-    if form is OutputFormat.parquet:
-        return ParquetParts(columns, compression)
-    return JsonParts(columns) if openai_model is None else OpenAIParts(openai_model)
+    def seal(self, lease: Record) -> None:
+        """See to it that the lease's holder commits nothing from here on (`batchmix/data/lease.py` says why so)."""
+        if lease.first_number is None or not lease.needs_seal(self.storage):
+            return
+        for index in lease.indices:
+            there = [number for found, number in self._numbers(lease.folder) if found == index]
+            number = max([lease.first_number, *(number + 1 for number in there)])
+            while not self.storage.create(self.name(index, number, lease.folder), self.format.write_empty):
+                number += 1
 
-
-def _keys(table: pa.Table) -> Keys:
-    return Keys(
-        table["row"].to_numpy(),
-        table["sample_index"].to_numpy(),
-        pc.cast(table["finish_reason"], pa.string()).combine_chunks(),
-        table["prompt_tokens"].to_numpy(),
-        table["completion_tokens"].to_numpy(),
-        np.ones(len(table), np.int32),
-    )
+    def _numbers(self, folder: str) -> Iterator[tuple[int, int]]:
+        for name in self.names(folder):
+            if match := _NAME.search(name):
+                yield int(match[1]), int(match[2])
 
 
-def _as_json(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return str(value)
+class PartLog:
+    """The parts of one index, one after another, by one writer. `check` may say early that it is too late."""
+
+    def __init__(self, parts: Parts, folder: str, index: int, first_number: int, check: Callable[[], None]) -> None:
+        self._parts, self._folder, self._index = parts, folder, index
+        self._number = first_number
+        self._check = check
+
+    def commit(self, completions: Sequence[Completion]) -> None:
+        """Lost where another writer goes on with this index: then these rows are done there."""
+        self._check()
+        records = self._parts.format.records(completions)
+        if not self._parts.create(self._parts.name(self._index, self._number, self._folder), records):
+            raise lost(self._parts.storage, f"shard index {self._index}")
+        self._number += 1

@@ -6,17 +6,14 @@ the old ones are exchanged for them as one change.
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pyarrow.compute as pc
 
 from batchmix.config import Redo
-from batchmix.data.files import atomic_file, exchange
+from batchmix.data.exchange import exchange
+from batchmix.data.lease import lost
 from batchmix.data.parts import Parts
 from batchmix.data.rowset import RowSet
-from batchmix.data.sink import done_rows
 
 STAGING = "_redo"
 
@@ -24,32 +21,33 @@ STAGING = "_redo"
 def rows_to_redo(parts: Parts, redo: Redo) -> RowSet:
     """The rows of which any sample has that finish_reason."""
     rows = RowSet()
-    for path in parts.paths():
-        keys = parts.keys(path)
+    for keys in parts.all_keys(parts.names()):
         rows.add_many(keys.row[pc.equal(keys.finish_reason, redo.value).to_numpy(zero_copy_only=False)])
     return rows
 
 
-def replace_rows(parts: Parts) -> None:
-    """Put the rows of the parts in `_redo` in the place of the same rows in the committed parts."""
-    staging = parts.folder / STAGING
-    rows = done_rows(parts, parts.paths(staging))
-    kept = staging / "kept"  # what remains of old parts; an interrupted call may have left some
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir()
-    staged = parts.paths(staging)
-    number = parts.next_number(0, staging)
-    removed: list[Path] = []
-    for path in parts.paths():
-        row = parts.keys(path).row
-        keep = np.flatnonzero([number not in rows for number in row.tolist()])
-        if len(keep) == len(row):
+def replace_rows(parts: Parts, generation: int) -> None:
+    """Put the rows of the parts in `_redo` in the place of the same rows in the committed parts.
+
+    `generation`: of the lease FINALIZE, which the caller holds.
+    """
+    storage = parts.storage
+    staged = parts.names(f"{STAGING}/")
+    rows = parts.rows(staged)
+    kept = f"{STAGING}/kept-{generation:06}/"  # what remains of old parts
+    storage.make_folder(kept)
+    number = parts.next_number()
+    removed: list[str] = []
+    names = parts.names()
+    for name, keys in zip(names, parts.all_keys(names), strict=True):
+        keep = np.flatnonzero([row not in rows for row in keys.row.tolist()])
+        if len(keep) == len(keys):
             continue
-        removed.append(path)
+        removed.append(name)
         if len(keep):
-            records = parts.format.take(parts.format.join(list(parts.format.batches(path))), keep)
-            staged.append(kept / parts.name(0, number))
+            records = parts.format.take(parts.format.join(list(parts.format.batches(storage, name))), keep)
+            staged.append(parts.name(0, number, kept))
             number += 1
-            with atomic_file(staged[-1]) as file:
-                parts.format.write(file, records)
-    exchange(parts.folder, staging, staged, removed)
+            if not parts.create(staged[-1], records):
+                raise lost(storage, "the whole")
+    exchange(storage, generation, STAGING, staged, removed)

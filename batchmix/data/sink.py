@@ -9,14 +9,10 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterable
-from pathlib import Path
 from queue import Empty, Queue
 
 from batchmix.data.detokenize import detokenize
-from batchmix.data.files import atomic_file
-from batchmix.data.parts import Parts
-from batchmix.data.rowset import RowSet
+from batchmix.data.parts import PartLog
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.records import Completion
 from batchmix.report.clock import StageClock
@@ -27,26 +23,21 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk,
 
 
 class Sink:
-    """Writes completions into `folder` as parts of shard `shard`. A context manager: leaving it commits what is whole.
+    """Commits completions to `log`. A context manager: leaving it commits what is whole.
 
     `write` and `close` raise what went wrong in the thread.
     """
 
     def __init__(
         self,
-        parts: Parts,
-        folder: Path,
-        shard: int,
+        log: PartLog,
         *,
         tokenizer: Tokenizer | None,
         rows_per_shard: int,
         flush_seconds: float,
         clock: StageClock,
     ) -> None:
-        self._parts = parts
-        self._folder = folder
-        self._shard = shard
-        self._number = parts.next_number(shard, folder)
+        self._log = log
         self._tokenizer = tokenizer
         self._rows_per_shard = rows_per_shard
         self._flush_seconds = flush_seconds
@@ -148,17 +139,5 @@ class Sink:
         if not self._pending:
             return
         with self._clock.stage("write"):
-            path = self._folder / self._parts.name(self._shard, self._number)
-            records = self._parts.format.records(self._pending)
-            with atomic_file(path) as file:
-                self._parts.format.write(file, records)
-        self._number += 1
+            self._log.commit(self._pending)
         self._pending, self._pending_rows = [], 0
-
-
-def done_rows(parts: Parts, paths: Iterable[Path]) -> RowSet:
-    """The rows that committed parts hold."""
-    done = RowSet()
-    for path in paths:
-        done.add_many(parts.keys(path).row)
-    return done

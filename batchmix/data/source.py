@@ -34,16 +34,20 @@ from batchmix.records import Row
 _LISTED = 30  # columns that an error message names
 
 
-def check_apart(data: DataConfig, folder: Path, part: str = "part-00000-000000.arrow") -> None:
+def check_apart(data: DataConfig, folder: str, part: str = "part-00000-000000.arrow") -> None:
     """BatchmixError where what is written into `folder` (the output's) would be read: by the next run, or while
     output.overwrite deletes it. `part`: how a file of it is called.
     """
-    written = folder.resolve() / part
+    remote = "://" in folder.removeprefix("file://")
+    written = Path(folder.removeprefix("file://")).resolve() / part
     for path in _paths(data.path):
         read = Path(path.removeprefix("file://")).expanduser()
-        if "://" in str(read):
-            continue
-        if read.is_dir():
+        if remote or "://" in str(read):
+            # Of a URL: a folder of it, or a pattern.
+            address = f"{folder.rstrip('/')}/{part}"
+            within = address.startswith(f"{path.rstrip('/')}/")
+            inside = within or re.match(fsspec.utils.glob_translate(path), address) is not None
+        elif read.is_dir():
             inside = written.is_relative_to(read.resolve())
         elif read.is_file():
             inside = read.resolve().parent == written.parent and read.match("part-*")
@@ -80,7 +84,7 @@ class Source:
     """A data set, open for reading.
 
     `schema`: the columns that the output keeps, with their types, in input order. `num_rows`: of the whole data set,
-    up to data.limit, where metadata tells; else None.
+    up to data.limit, where metadata tells or all have been read; else None.
     """
 
     def __init__(self, data: DataConfig, shard: ShardConfig, source: Input) -> None:
@@ -120,8 +124,11 @@ class Source:
         data.limit.
         """
         limit = sys.maxsize if self._data.limit is None else self._data.limit
+        end = 0
 
         def wanted(start: int, stop: int) -> npt.NDArray[np.bool_]:
+            nonlocal end
+            end = max(end, stop)  # readers ask about every row
             mine: npt.NDArray[np.bool_] = ~done.mask(start, stop)
             if self._shard.count > 1:
                 mine &= np.arange(start, stop) % self._shard.count == self._shard.index
@@ -133,6 +140,7 @@ class Source:
             if not chunk.typed:
                 self._conformer.check(rows)
             yield from rows
+        self.num_rows = min(end, limit)
 
     def _rows(self, chunk: InputChunk) -> list[Row]:
         id_column = self._data.id_column

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from batchmix.engine.link import to_device
 from batchmix.engine.philox import row_key, uniform
+from batchmix.engine.readback import to_device
 from batchmix.engine.state import State
 from batchmix.engine.step import pad
 from batchmix.guided.compile import Guides

@@ -18,10 +18,10 @@ _FINISH_REASON: dict[int, FinishReason] = {
 def hear(state: State, all_of_it: bool) -> None:
     """See what the steps that are queued have done, and take the rows that have ended out of the batch.
 
-    Waits for them. Unless it has to be `all_of_it`, the last window is not waited for where the link is late.
+    Waits for them. Unless it has to be `all_of_it`, the last window is not waited for where it comes late.
     """
     looks = state.slots.looks
-    while len(looks) > (state.slots.link.late and not all_of_it):
+    while len(looks) > (state.slots.readback.late and not all_of_it):
         state.stats.completion_tokens += state.slots.hear()
         state.stats.last_token_time = time.time()
         _collect(state)

@@ -87,8 +87,8 @@ class Decode:
 
     def _step(self, rows: int, size: int, width: int) -> None:
         """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""
-        model, slots = self.model, self.state.slots
-        attend = model.ops.decode(model, self.state.cache, slots, rows, size, width)
+        model, slots, cache = self.model, self.state.slots, self.state.cache
+        attend = cache.around_decode(model.ops.decode(model, cache, slots, rows, size, width), slots, rows)
         hidden = model(slots.token[:size], attend)
         choose(model, slots, 0, model.logits(hidden)[:rows], decoded=True)
 

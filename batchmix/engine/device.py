@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batchmix.config import Backend, EngineConfig
+from batchmix.config import Backend, EngineConfig, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
 
@@ -79,10 +79,14 @@ def compute_dtype(dtype: torch.dtype, place: Place) -> torch.dtype:
     return dtype if needed is None or any(there.get(name) for name in needed) else torch.float32
 
 
-def check_model(config: MixtralConfig, place: Place) -> None:
-    """BatchmixError for a model whose shape the backend's kernels do not take."""
+def check_model(config: MixtralConfig, place: Place, quantization: Quantization | None = None) -> None:
+    """BatchmixError for a model whose shape or format the backend's kernels do not take."""
     if place.backend is not Backend.triton:
         return
+    if quantization is Quantization.fp8 and place.device.type == "cuda" and not _multiplies_fp8(place.device):
+        raise BatchmixError(
+            f"model.quantization=fp8: {place.name} does not multiply e4m3; use model.quantization=int8 or int4"
+        )
     if config.head_dim not in _TRITON_HEAD_DIMS:
         raise BatchmixError(
             f"engine.backend=triton: its kernels take heads of {', '.join(map(str, _TRITON_HEAD_DIMS))} values, this"
@@ -93,6 +97,11 @@ def check_model(config: MixtralConfig, place: Place) -> None:
             f"engine.backend=triton: its sampler takes {_TRITON_VOCABULARY:,} tokens at most, this model has"
             f" {config.vocab_size:,}; use engine.backend=torch"
         )
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    """Whether Triton has products of e4m3 there: on NVIDIA from sm_89 on."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _device(engine: EngineConfig) -> torch.device:

@@ -20,8 +20,8 @@ from batchmix.engine.completion import hear
 from batchmix.engine.decode import Decode
 from batchmix.engine.graphs import Step, StepGraphs
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.link import Link, link_to
 from batchmix.engine.prefill import Prefill
+from batchmix.engine.readback import Readback, readback_from
 from batchmix.engine.restart import start_over
 from batchmix.engine.slots import Slots
 from batchmix.engine.state import State, Waiting
@@ -54,11 +54,11 @@ class Engine:
         steps_per_read: int = 1,
         capture: Callable[[Step], Step] | None = None,
         share_prefix: bool = False,
-        link: Link | None = None,
+        readback: Readback | None = None,
         guides: Guides | None = None,
     ) -> None:
         """`steps_per_read`: decode steps between two looks at what they did. `capture` makes a CUDA graph of a step.
-        `link`, to the cache's device, says when results are looked at."""
+        `readback`, to the cache's device, says when results are looked at."""
         self.model = model
         self.guides = guides
         self.max_model_len = max_model_len
@@ -73,15 +73,15 @@ class Engine:
             blocks_per_row=blocks_per_row,
             eos_token_ids=eos_token_ids,
             stop_table=stop_table,
-            link=link or link_to(cache.keys.device),
+            readback=readback or readback_from(cache.keys.device),
             row_tile=model.ops.row_tile,
             steps_per_read=steps_per_read,
             guides=guides,
         )
         make_graphs = partial(StepGraphs, capture)
-        self.state = State(
-            cache, max_num_seqs, max_num_batched_tokens, full_step(model.config), make_slots, make_graphs, share_prefix
-        )
+        # Tokens from which a prefill step takes longer to compute than its weights to come, which streamed ones take long for.
+        full = full_step(model.config) if model.stream is None else max_num_batched_tokens
+        self.state = State(cache, max_num_seqs, max_num_batched_tokens, full, make_slots, make_graphs, share_prefix)
         self.stats = self.state.stats
         self.clock = StageClock()
         self.device_clock = DeviceClock(cache.keys.device)
@@ -133,6 +133,7 @@ class Engine:
             with self.clock.stage(name):
                 step()
                 hear(self.state, all_of_it=False)
+            self._count_streamed(name)
             return
         except torch.OutOfMemoryError:
             if self.model.shards.size > 1:  # the other ranks know nothing of it
@@ -146,3 +147,9 @@ class Engine:
     def _completed(self) -> Iterator[Completion]:
         completed, self.state.completed = self.state.completed, []
         yield from completed
+
+    def _count_streamed(self, name: str) -> None:
+        total = self.model.streamed_bytes + self.state.cache.streamed_bytes
+        if name == "decode":
+            self.stats.decode_streamed_bytes += total - self.stats.streamed_bytes
+        self.stats.streamed_bytes = total

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.slots import FREE, RUNNING, Slots
 
 
@@ -56,7 +56,7 @@ def forced_runs(slots: Slots) -> list[list[int]]:
 
 def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
     """Append each active row's run to its answer, on host and device; the lanes of the step that computes them."""
-    answers, device = slots.answers, slots.link.device
+    answers, device = slots.answers, slots.readback.device
     skipping = np.flatnonzero([len(run) > 0 for run in runs])
     owners: list[int] = []
     tokens: list[int] = []

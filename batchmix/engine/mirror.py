@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 
 
 class Mirror:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import torch
 
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.state import Admission, Row, State
 from batchmix.engine.step import choose, pad
 from batchmix.model.backend import Chunk
@@ -58,7 +58,7 @@ class Prefill:
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
             tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
             chunks.append(Chunk(end - length, start, length, admission.blocks))
-        attend = model.ops.prefill(model, cache, chunks, len(tokens))
+        attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
         model.expert_load.count_first(int(ends[-1]))
         with self.device_clock.work("prefill"):
             hidden = model(to_device(tokens, cache.keys.device), attend)

@@ -23,9 +23,9 @@ from batchmix.data.stop_strings import INSIDE, START, StopTable
 from batchmix.engine.answers import Answers
 from batchmix.engine.guide_tables import GuideTables
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.link import Arrival, Link, to_device
 from batchmix.engine.mirror import Mirror
 from batchmix.engine.philox import row_key
+from batchmix.engine.readback import Arrival, Readback, to_device
 from batchmix.engine.shared_rows import SharedTables, automaton, bias_key, bias_table, stop_key
 from batchmix.guided.compile import Guides
 from batchmix.records import Prompt
@@ -97,18 +97,18 @@ class Slots:
         blocks_per_row: int,
         eos_token_ids: Sequence[int],
         stop_table: Callable[[SamplingConfig], StopTable] | None,
-        link: Link,
+        readback: Readback,
         row_tile: int = 1,
         steps_per_read: int = 1,
         guides: Guides | None = None,
     ) -> None:
         size = -(-capacity // row_tile) * row_tile
-        device = link.device
+        device = readback.device
         self.capacity = capacity
         self.vocab_size = vocab_size
         self.row_tile = row_tile
         self.build_stop_table = stop_table
-        self.link = link
+        self.readback = readback
         self.num_active = 0
         self.version = 0  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
@@ -192,7 +192,7 @@ class Slots:
         """Ask how the active rows are once all that is queued by now is done."""
         count = self.num_active
         tensors = self.state[_READ, :count], self.history[:count]
-        self.looks.append(Look(np.arange(count), self.link.read_back(tensors)))
+        self.looks.append(Look(np.arange(count), self.readback.read_back(tensors)))
 
     def hear(self) -> int:
         """Wait for the oldest look and take it into `answers`. Returns how many tokens were chosen since the last."""
@@ -296,7 +296,7 @@ class Slots:
         self.host["penalised"][slot] = needed
         if not needed:
             return
-        device = self.link.device
+        device = self.readback.device
         if self.output_counts is None or self.in_prompt is None:
             self.output_counts = torch.zeros(len(self.token), self.vocab_size, dtype=torch.int32, device=device)
             self.in_prompt = torch.zeros(len(self.token), self.vocab_size, dtype=torch.bool, device=device)

@@ -9,26 +9,31 @@ from dataclasses import dataclass
 
 import torch
 
-from batchmix.config import Backend, EngineConfig, SamplingConfig
+from batchmix.config import Backend, EngineConfig, KVCacheDtype, SamplingConfig
 from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
-from batchmix.engine.device import check_model, choose_place, compute_dtype
+from batchmix.engine.device import Place, check_model, choose_place, compute_dtype
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.graphs import cuda_capture
-from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.kv_cache import BLOCK_SIZE, KVCache
+from batchmix.engine.offloading import open_link, plan_offload
+from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.workspace import measure_workspace
 from batchmix.guided.compile import Guides
 from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
+from batchmix.model.link import Link
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.offload import BUFFERS, Offload, spread
+from batchmix.model.quantized import FP8, dense
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights, load_weights
+from batchmix.plan.cost import footprint
+from batchmix.plan.placement import RESIDENT_ROWS, Placement
 
-BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
-MAX_NUM_SEQS_GPU = 1024  # 256 rows for each of Mixtral's 8 experts, about where products stop waiting for weights
 # A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the host
 # does between windows (benchmarks/bench_step.py) hides behind the window that runs. Not measured on a GPU.
 STEPS_PER_READ_GPU = 2
@@ -49,7 +54,7 @@ class Sizes:
 def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
     """BatchmixError where this machine cannot run the checkpoint as asked; reads no weights."""
     place = choose_place(config)
-    check_model(checkpoint.config, place)
+    check_model(checkpoint.config, place, checkpoint.quantization)
     compute_dtype(checkpoint.dtype, place)
 
 
@@ -75,21 +80,27 @@ def start_engine(
             torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     else:
         torch.cuda.set_device(device)  # kernels are launched on the current one
-    weights = load_weights(checkpoint, dtype, device, shards)
+    kv_dtype, prefill_tokens = cache_dtype(checkpoint, dtype), max(PREFILL_CHUNK, config.max_num_batched_tokens)
+    link = open_link(device, processes, checkpoint.offload_dir)
+    plan, offload = None, None
+    if link is not None:
+        plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), shards)
+        if plan is not None:
+            offload = Offload(link, spread(plan.streamed, checkpoint.config.num_hidden_layers))
+    weights = load_weights(checkpoint, dtype, device, shards, offload)
     operators = open_backend(place.backend, config)
-    model = Mixtral(shards.slice_config(checkpoint.config), weights, operators, checkpoint.max_model_len, shards)
+    sliced = shards.slice_config(checkpoint.config)
+    model = Mixtral(sliced, weights, operators, checkpoint.max_model_len, shards, offload)
     loaded = time.perf_counter()
     if place.backend is Backend.torch:
-        _check_products(weights, max(PREFILL_CHUNK, config.max_num_batched_tokens))
-    sizes = choose_sizes(model, checkpoint, config)
-    cache = KVCache(model.config, sizes.kv_blocks + 1, sizes.block_size, dtype, device)
-    rounded = "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    _log.info(
-        "%s in %s%s on %s%s%s: weights %.2f GiB in %.1f s, workspace %.2f GiB, KV cache %s tokens, %d rows at once",
-        checkpoint.folder.name, _name(dtype), rounded, f"{processes} x " * (processes > 1), place.name, threads,
-        weights.num_bytes() / 2**30, loaded - started, sizes.workspace_bytes / 2**30, f"{sizes.kv_blocks * sizes.block_size:,}", sizes.max_num_seqs,
-    )  # fmt: skip
+        _check_products(weights, prefill_tokens)
+    sizes = choose_sizes(model, checkpoint, config, link, plan)
+    if link is not None and plan is not None and plan.kv_on_host:
+        step = max(prefill_tokens, sizes.max_num_seqs)
+        cache: KVCache = StagedKVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, link, step)
+    else:
+        cache = KVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, device)
+    _log.info(_start_line(checkpoint, place, processes, model, cache, sizes, plan, loaded - started))
     return Engine(
         model,
         cache,
@@ -99,12 +110,38 @@ def start_engine(
         eos_token_ids=checkpoint.eos_token_ids,
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
-        steps_per_read=1 if device.type == "cpu" else STEPS_PER_READ_GPU,
-        capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs else None,
+        # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
+        steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
+        # No graphs where weights are streamed: the host has to begin each copy, and launches take no part of such a step.
+        capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
         # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
         guides=guides or open_guides(checkpoint, tokenizer),
     )
+
+
+def _start_line(
+    checkpoint: Checkpoint, place: Place, processes: int, model: Mixtral, cache: KVCache, sizes: Sizes,
+    plan: Placement | None, seconds: float,
+) -> str:  # fmt: skip
+    """What runs where, and what it takes."""
+    dtype, cached = model.weights.embedding.dtype, cache.keys.dtype
+    weights = f"weights {model.weights.num_bytes() / 2**30:.2f} GiB"
+    if plan is not None:
+        size = footprint(model.config, dtype.itemsize, checkpoint.quantization)
+        weights += f"{plan.streamed_text(size)} at {plan.link_bandwidth / 1e9:.3g} GB/s, no CUDA graphs,"
+    return "".join([
+        f"{checkpoint.folder.name} in {_name(dtype)}",
+        "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})",
+        "" if checkpoint.quantization is None else f", experts in {checkpoint.quantization.value}",
+        f" on {f'{processes} x ' * (processes > 1)}{place.name}",
+        f", {torch.get_num_threads()} threads" if place.device.type == "cpu" else "",
+        f": {weights} in {seconds:.1f} s, workspace {sizes.workspace_bytes / 2**30:.2f} GiB,"
+        f" KV cache {sizes.kv_blocks * sizes.block_size:,} tokens",
+        " in fp8" if cached is FP8 else "",
+        " on the host" if plan is not None and plan.kv_on_host else "",
+        f", {sizes.max_num_seqs} rows at once",
+    ])  # fmt: skip
 
 
 def open_guides(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Guides | None:
@@ -127,8 +164,9 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 def _check_products(weights: Weights, max_rows: int) -> None:
     """Warn where this machine's matrix library gives a row other bits in other company, which we cannot mend."""
     layer = weights.layers[0]
-    products = {"wqkv": layer.wqkv, "wo": layer.wo, "router": layer.router, "w13": layer.w13[0], "w2": layer.w2[0],
-                "lm_head": weights.lm_head}  # fmt: skip
+    dtype = layer.wo.dtype
+    products = {"wqkv": layer.wqkv, "wo": layer.wo, "router": layer.router, "w13": dense(layer.w13[0], dtype),
+                "w2": dense(layer.w2[0], dtype), "lm_head": weights.lm_head}  # fmt: skip
     unsteady = [name for name, weight in products.items() if not torch_ops.products_keep_their_bits(weight, max_rows)]
     if unsteady:
         _log.warning(
@@ -137,25 +175,37 @@ def _check_products(weights: Weights, max_rows: int) -> None:
         )  # fmt: skip
 
 
-def choose_sizes(model: Mixtral, checkpoint: Checkpoint, config: EngineConfig) -> Sizes:
+def choose_sizes(
+    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: Link | None, plan: Placement | None
+) -> Sizes:
     """Rows and KV blocks that fit into the memory that is free now: on a GPU measured, on the CPU estimated."""
-    device, dtype = model.weights.embedding.device, model.weights.embedding.dtype
+    kv_dtype = cache_dtype(checkpoint, model.weights.embedding.dtype)
     prefill_tokens = max(PREFILL_CHUNK, config.max_num_batched_tokens)
-    if device.type == "cpu":
+    block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, kv_dtype)
+    if link is None:
         rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
-        workspace = workspace_bytes(model.config, rows, prefill_tokens)
+        workspace = workspace_bytes(model.config, rows, prefill_tokens, checkpoint.quantization is not None)
         processes = model.shards.size * config.data_parallel_size  # which share the memory
         free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
     else:
-        rows = config.max_num_seqs or MAX_NUM_SEQS_GPU
+        rows = config.max_num_seqs or (plan.max_num_seqs if plan else RESIDENT_ROWS)
+        graphs = config.cuda_graphs and not plan
         workspace = measure_workspace(
-            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, config.cuda_graphs
+            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, graphs, kv_dtype
         )
-        free = gpu_cache_bytes(*torch.cuda.mem_get_info(device), workspace, config.gpu_memory_utilization)
-    block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, dtype)
+        free = gpu_cache_bytes(*link.memory(), workspace, config.gpu_memory_utilization)
+        if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device; the scratch block is on the host too
+            landings = StagedKVCache.landing_bytes(model.config, kv_dtype, max(prefill_tokens, rows))
+            host = link.host_room - landings - block_bytes
+            free = min(free * model.config.num_hidden_layers // BUFFERS, host)
     blocks = model.shards.smallest(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
     # Each row holds a block at least.
     return Sizes(config.max_num_seqs or min(rows, blocks), blocks, BLOCK_SIZE, workspace)
+
+
+def cache_dtype(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype keys and values are kept, where all else is in `dtype`."""
+    return FP8 if checkpoint.kv_cache_dtype is KVCacheDtype.fp8 else dtype
 
 
 def stop_tables(tokenizer: Tokenizer, vocab_size: int) -> Callable[[SamplingConfig], StopTable]:

@@ -21,6 +21,8 @@ class EngineStats:
     kv_blocks_total: int = 0
     refills: int = 0  # prefills of rows that took the slots of others, while more still ran
     put_back: int = 0  # rows that gave way when blocks ran out, and started again
+    streamed_bytes: int = 0  # weights, keys and values that were copied to the device
+    decode_streamed_bytes: int = 0  # of them, in decode steps
     out_of_memory: int = 0  # steps that failed for want of memory; after each the batch is half as large
     first_prefill_time: float | None = None
     last_token_time: float | None = None

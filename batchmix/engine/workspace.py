@@ -8,7 +8,7 @@ import torch
 
 from batchmix.config import SamplingConfig
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.link import link_to
+from batchmix.engine.readback import readback_from
 from batchmix.engine.slots import Slots
 from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
@@ -16,11 +16,17 @@ from batchmix.records import Prompt
 
 
 def measure_workspace(
-    model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, block_size: int, graphs: bool
+    model: Mixtral,
+    rows: int,
+    prefill_tokens: int,
+    max_model_len: int,
+    block_size: int,
+    graphs: bool,
+    kv_dtype: torch.dtype,
 ) -> int:
     """Bytes that a GPU's largest step takes, and the memory that CUDA graphs of decode keep. Compiles kernels too."""
-    prefill = _peak(model, lambda: largest_prefill(model, prefill_tokens, max_model_len, block_size))
-    decode = _peak(model, lambda: largest_decode(model, rows, max_model_len, block_size))
+    prefill = _peak(model, lambda: largest_prefill(model, prefill_tokens, max_model_len, block_size, kv_dtype))
+    decode = _peak(model, lambda: largest_decode(model, rows, max_model_len, block_size, kv_dtype))
     return max(prefill, decode) + decode * graphs
 
 
@@ -37,9 +43,11 @@ def _peak(model: Mixtral, step: Callable[[], None]) -> int:
 
 
 @torch.inference_mode()
-def largest_prefill(model: Mixtral, num_tokens: int, max_model_len: int, block_size: int) -> None:
+def largest_prefill(
+    model: Mixtral, num_tokens: int, max_model_len: int, block_size: int, kv_dtype: torch.dtype
+) -> None:
     """Prefill `num_tokens` tokens, all of them in the scratch block."""
-    cache = _scratch(model, block_size)
+    cache = _scratch(model, block_size, kv_dtype)
     scratch = [SCRATCH_BLOCK] * -(-max_model_len // block_size)
     chunks = [
         Chunk(offset, 0, min(max_model_len, num_tokens - offset), scratch)
@@ -51,11 +59,11 @@ def largest_prefill(model: Mixtral, num_tokens: int, max_model_len: int, block_s
 
 
 @torch.inference_mode()
-def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: int) -> None:
+def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: int, kv_dtype: torch.dtype) -> None:
     """A token for `rows` rows of full length, sampled, all of them in the scratch block."""
-    ops, cache = model.ops, _scratch(model, block_size)
+    ops, cache = model.ops, _scratch(model, block_size, kv_dtype)
     width = -(-max_model_len // block_size)
-    slots = Slots(rows, model.config.vocab_size, width, (), None, link_to(cache.keys.device), ops.row_tile)
+    slots = Slots(rows, model.config.vocab_size, width, (), None, readback_from(cache.keys.device), ops.row_tile)
     prompt = Prompt(0, "", {}, range(max_model_len - 1), SamplingConfig(temperature=1.0, top_p=0.9))
     for sample in range(rows):
         slots.add(prompt, sample, max_tokens=1)
@@ -66,7 +74,6 @@ def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: in
     ops.advance(slots, 0, tokens, True)
 
 
-def _scratch(model: Mixtral, block_size: int) -> KVCache:
+def _scratch(model: Mixtral, block_size: int, kv_dtype: torch.dtype) -> KVCache:
     """A cache of the scratch block alone."""
-    embedding = model.weights.embedding
-    return KVCache(model.config, 1, block_size, embedding.dtype, embedding.device)
+    return KVCache(model.config, 1, block_size, kv_dtype, model.weights.embedding.device)

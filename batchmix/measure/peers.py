@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,13 @@ def run_peer(name: str, work: Path) -> Iterator[Found]:
 def main() -> None:
     name, path = sys.argv[1:]
     content = json.loads(Path(path).read_text())
-    openers = {"transformers": _open_generate, "generate_batch": _open_generate_batch, "vllm": _open_vllm,
-               "sglang": _open_sglang}  # fmt: skip
+    openers: dict[str, Callable[..., contextlib.AbstractContextManager[Run]]] = {
+        "transformers": _open_generate,
+        "generate_batch": _open_generate_batch,
+        "vllm": _open_vllm,
+        "sglang": _open_sglang,
+        "accelerate": partial(_open_accelerate, content.get("card_bytes")),
+    }
     longest = max(
         len(prompt) + answer
         for work in content["workloads"].values()
@@ -89,8 +95,8 @@ def main() -> None:
     os._exit(0)  # a thread of continuous batching that was cut short must not hold the process
 
 
-def _build(folder: str, device: str, dtype: str, attention: str) -> Any:
-    """transformers' Mixtral with random weights, built where it runs."""
+def _build(folder: str, device: str, dtype: str, attention: str, on_host: bool = False) -> Any:
+    """transformers' Mixtral with random weights for `device`, built there or on the host."""
     import torch
     from transformers import AutoConfig, MixtralForCausalLM
     from transformers.initialization import no_init_weights
@@ -99,12 +105,14 @@ def _build(folder: str, device: str, dtype: str, attention: str) -> Any:
     config = AutoConfig.from_pretrained(folder)
     config._attn_implementation, config._experts_implementation = attention, experts
     torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device(device), no_init_weights():
+    with torch.device("cpu" if on_host else device), no_init_weights():
         model = MixtralForCausalLM(config).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     torch.set_default_dtype(torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0)
+        elif on_host:
+            _fill_with_tiles(parameter)
         else:
             parameter.normal_(0, 0.02)
     model.generation_config.eos_token_id = None
@@ -117,9 +125,37 @@ def _build(folder: str, device: str, dtype: str, attention: str) -> Any:
 @contextlib.contextmanager
 def _open_generate(folder: str, device: str, dtype: str, longest: int) -> Iterator[Run]:
     """Static batches of prompts of like length; a batch runs until its longest answer is there."""
+    yield _generate(_build(folder, device, dtype, "sdpa"), device)
+
+
+@contextlib.contextmanager
+def _open_accelerate(card_bytes: float, folder: str, device: str, dtype: str, longest: int) -> Iterator[Run]:
+    """The same with weights where accelerate's device_map="auto" puts them on a card of `card_bytes`."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    model = _build(folder, device, dtype, "sdpa", on_host=True)
+    if device == "cuda":
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(min(1.0, card_bytes / torch.cuda.mem_get_info()[1]))
+        # As from_pretrained does it. A quarter: the cache and prefill of 64 rows, and a layer on its way, take the rest.
+        limits = {0: int(card_bytes / 4), "cpu": 1 << 50}
+        places = infer_auto_device_map(model, limits, no_split_module_classes=model._no_split_modules)
+        model = dispatch_model(model, places)
+    yield _generate(model, device)
+
+
+def _fill_with_tiles(parameter: Any) -> None:
+    """Random numbers that repeat: to draw all of a large model's on the host would take minutes."""
     import torch
 
-    model = _build(folder, device, dtype, "sdpa")
+    tile, flat = torch.empty(1 << 20, dtype=parameter.dtype).normal_(0, 0.02), parameter.view(-1)
+    for start in range(0, len(flat), len(tile)):
+        flat[start : start + len(tile)] = tile[: len(flat) - start]
+
+
+def _generate(model: Any, device: str) -> Run:
+    import torch
 
     @torch.inference_mode()
     def run(prompts: list[list[int]], answers: list[int], limit: float) -> tuple[list[int], float]:
@@ -144,7 +180,7 @@ def _open_generate(folder: str, device: str, dtype: str, longest: int) -> Iterat
             done += batch
         return done, time.perf_counter() - started
 
-    yield run
+    return run
 
 
 def _static_batches(prompts: list[list[int]]) -> list[list[int]]:

@@ -16,6 +16,7 @@ class Device:
     flops: float
     kv_tokens: int
     most_rows: int  # decoded together
+    expert_flops: float | None = None  # of products with quantised experts, where another rate
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,19 @@ class Roofline:
 
 
 def roofline(
-    model: MixtralConfig, itemsize: int, prompts: Sequence[int], answers: Sequence[int], shared: int, device: Device
+    model: MixtralConfig,
+    itemsize: int,
+    prompts: Sequence[int],
+    answers: Sequence[int],
+    shared: int,
+    device: Device,
+    *,
+    expert_itemsize: float | None = None,
+    kv_itemsize: int | None = None,
 ) -> Roofline:
     """Of prompts and answers of so many tokens each, the first `shared` tokens of every prompt being the same.
 
-    `itemsize`: bytes of a weight and of a cached value.
+    `itemsize`: bytes of a weight and, if not given, of an expert's weight with its scales and of a cached value.
     """
     layers, hidden = model.num_hidden_layers, model.hidden_size
     heads, kv_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
@@ -46,12 +55,16 @@ def roofline(
     weights = (model.num_local_experts * expert, projections, head)  # parameters that a step reads
     active = (model.num_experts_per_tok * expert, projections, head)  # parameters that a token is multiplied with
     per_key = 4.0 * layers * heads * dim  # operations for each (query, key)
-    kv_bytes = 2.0 * layers * kv_heads * dim * itemsize
+    sizes = (expert_itemsize or itemsize, itemsize, itemsize)
+    rates = (device.expert_flops or device.flops, device.flops, device.flops)
+    kv_bytes = 2.0 * layers * kv_heads * dim * (kv_itemsize or itemsize)
 
     tokens = shared + sum(length - shared for length in prompts)
     pairs = shared**2 / 2 + sum((length**2 - shared**2) / 2 for length in prompts)
-    flops = 2.0 * (active[0] + active[1]) * tokens + 2.0 * head * len(prompts) + per_key * pairs
-    prefill = max(flops / device.flops, sum(weights) * itemsize / device.bandwidth)
+    computing = 2.0 * active[0] * tokens / rates[0]
+    computing += (2.0 * active[1] * tokens + 2.0 * head * len(prompts) + per_key * pairs) / device.flops
+    reading = sum(number * size for number, size in zip(weights, sizes, strict=True)) / device.bandwidth
+    prefill = max(computing, reading)
 
     steps_of = [answer - 1 for answer in answers]  # prefill gives the first token
     output = sum(steps_of)
@@ -62,8 +75,8 @@ def roofline(
     steps = max(output / rows_at_once, max(steps_of))
     rows = output / steps
     decode = steps * sum(
-        max(read * itemsize / device.bandwidth, 2.0 * used * rows / device.flops)
-        for read, used in zip(weights, active, strict=True)
+        max(read * size / device.bandwidth, 2.0 * used * rows / rate)
+        for read, used, size, rate in zip(weights, active, sizes, rates, strict=True)
     )
     read = (own_keys + steps * shared) * kv_bytes
     decode += max(read / device.bandwidth, (own_keys + output * shared) * per_key / device.flops)

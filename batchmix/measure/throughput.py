@@ -19,10 +19,20 @@ from typing import Any
 import torch
 
 from batchmix import pipeline
-from batchmix.config import Config, DataConfig, Dtype, ModelConfig, ModelFormat, OutputConfig, SamplingConfig
+from batchmix.config import (
+    Config,
+    DataConfig,
+    Dtype,
+    KVCacheDtype,
+    ModelConfig,
+    ModelFormat,
+    OutputConfig,
+    Quantization,
+    SamplingConfig,
+)
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.device import choose_place
-from batchmix.engine.start import BLOCK_SIZE
+from batchmix.engine.kv_cache import BLOCK_SIZE
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
@@ -31,8 +41,7 @@ from batchmix.measure.roofline import Device, Roofline, roofline
 from batchmix.measure.timing import Ceilings, measure_ceilings
 from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.config import MixtralConfig
-from batchmix.plan.cost import kv_bytes_per_token, weight_bytes
+from batchmix.plan.cost import Footprint, footprint
 
 _RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations
 _CACHE_SHARE = 0.15  # of a GPU's memory, left for the cache where benchmark.layers is null
@@ -68,21 +77,25 @@ def benchmark_throughput(config: Config) -> Path:
         folder.mkdir()
         save_model(folder, benchmark.shape, layers, dtype_name)
         model = open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random)).config
+        kv_itemsize = 1 if config.model.kv_cache_dtype is KVCacheDtype.fp8 else dtype.itemsize
+        size = footprint(model, dtype.itemsize, config.model.quantization, kv_itemsize)
         tokenizer = load_tokenizer(folder)
         works = [draw_work(name, benchmark.rows, benchmark.shape, model, tokenizer, folder.parent) for name in names]
         # Kernels are compiled when they first run, which is no more part of a rate than the peers' warm-up is of theirs.
         few = min(_WARM_UP_ROWS, benchmark.rows or _WARM_UP_ROWS)
-        _run(
+        run_work(
             config,
             folder,
             draw_work("annotate", few, benchmark.shape, model, tokenizer, folder.parent, "warm-up"),
             device,
         )
         for work in works:
-            ours = _run(config, folder, work, device)
+            ours = run_work(config, folder, work, device)
             best = roofline(
                 model, dtype.itemsize, [len(prompt) for prompt in work.prompts], work.answers, work.shared,
-                _device(model, dtype, ceilings, device, ours),
+                _device(size, dtype, ceilings, device, ours, config.model),
+                expert_itemsize=size.layer_bytes / (3 * model.num_local_experts * model.hidden_size * model.intermediate_size),
+                kv_itemsize=kv_itemsize,
             )  # fmt: skip
             found[work.name] = {"work": _describe(work), "roofline": _roofline_json(best, work), "batchmix": ours}
             ours["share_of_roofline"] = round(best.seconds / ours["seconds"], 4)
@@ -104,6 +117,8 @@ def benchmark_throughput(config: Config) -> Path:
         "shape": benchmark.shape,
         "layers": layers,
         "dtype": dtype_name,
+        "quantization": config.model.quantization and config.model.quantization.value,
+        "kv_cache_dtype": config.model.kv_cache_dtype.value,
         "ceilings": asdict(ceilings),
         "workloads": found,
     }
@@ -153,7 +168,7 @@ def _fitting_layers(shape: str, device: torch.device) -> int:
     return min(layers, fitting)
 
 
-def _run(config: Config, folder: Path, work: Work, device: torch.device) -> dict[str, Any]:
+def run_work(config: Config, folder: Path, work: Work, device: torch.device) -> dict[str, Any]:
     """One run through the pipeline as `batchmix generate` does it, and what its own summary says."""
     out = folder.parent / f"out-{work.name}"
     longest = max(len(prompt) + answer for prompt, answer in zip(work.prompts, work.answers, strict=True))
@@ -185,6 +200,8 @@ def _run(config: Config, folder: Path, work: Work, device: torch.device) -> dict
         "peak_memory_gib": round(peak[0] / 2**30, 2),
         "kv_tokens": last["kv_blocks_total"] * BLOCK_SIZE,
         "out_of_memory": summary["out_of_memory"],
+        "streamed_bytes": summary["streamed_bytes"],
+        "decode_streamed_bytes": summary["decode_streamed_bytes"],
         "stage_seconds": summary["seconds"],
     }
 
@@ -205,15 +222,21 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 def _device(
-    model: MixtralConfig, dtype: torch.dtype, ceilings: Ceilings, device: torch.device, ours: dict[str, Any]
+    size: Footprint,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    device: torch.device,
+    ours: dict[str, Any],
+    asked: ModelConfig,
 ) -> Device:
     """The limits of the roofline. Of a GPU the cache is what its memory could hold, whatever the engine made of it."""
     rate = ceilings.matmul[str(dtype).removeprefix("torch.")]
     if device.type == "cpu":
         return Device(ceilings.copy, rate, ours["kv_tokens"], 256)
     total = torch.cuda.mem_get_info(device)[1]
-    room = total - _RESERVED - weight_bytes(model, dtype.itemsize)
-    return Device(ceilings.copy, rate, room // kv_bytes_per_token(model, dtype.itemsize), _MOST_ROWS)
+    room = total - _RESERVED - size.weight_bytes
+    experts = ceilings.matmul.get("fp8") if asked.quantization is Quantization.fp8 else None
+    return Device(ceilings.copy, rate, room // size.kv_bytes, _MOST_ROWS, experts)
 
 
 def _describe(work: Work) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from batchmix.measure.case import SHAPES
 from batchmix.model.config import MixtralConfig
 
 WORKLOADS = ("annotate", "synthesise", "long")
-ROWS = {"annotate": 4000, "synthesise": 4000, "long": 400}
+ROWS = {"annotate": 4000, "synthesise": 4000, "long": 400, "offload": 400}
 _INSTRUCTION = 700  # tokens that every annotate row begins with
 _SIGMA = 0.7  # of the logarithm of lengths
 _POSITIONS = 32768
@@ -109,6 +109,8 @@ def _draw_sizes(name: str, source: random.Random) -> tuple[int, int]:
         return _lognormal(source, 400, 8192), 48
     if name == "synthesise":
         return _lognormal(source, 200, 4096), _lognormal(source, 350, 1024)
+    if name == "offload":  # of `benchmark offload`: whole passes over the link, and not too many of them
+        return 512, 32
     return source.randint(4096, 16384 - 300), 256
 
 

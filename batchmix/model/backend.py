@@ -17,6 +17,7 @@ from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.sampling import Logprobs
 from batchmix.engine.slots import Slots
 from batchmix.model.expert_load import LayerLoad
+from batchmix.model.quantized import Weight
 
 if TYPE_CHECKING:
     from batchmix.model.mixtral import Mixtral
@@ -56,11 +57,12 @@ class Operators(Protocol):
         """x [T, in], weight [out, in] -> [T, out]."""
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 
-        `load` counts the tokens of each expert.
+        Where the experts are quantised to fp8, what they are multiplied with is too, by row. `load` counts the tokens of
+        each expert.
         """
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:

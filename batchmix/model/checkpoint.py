@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from batchmix.config import Dtype, ModelConfig, ModelFormat
+from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Offload, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
+from batchmix.model.prequantized import Packing, open_packing
+from batchmix.model.quantized import check_shape
 from batchmix.model.sources import TensorFiles
 
 TINY = Path(__file__).parent / "tiny"
@@ -34,6 +36,11 @@ class Checkpoint:
     max_model_len: int  # prompt + completion tokens
     eos_token_ids: tuple[int, ...]
     files: tuple[Path, ...]
+    quantization: Quantization | None = None  # in which the experts are kept in memory; None: dtype
+    packing: Packing | None = None  # how weights are kept in the files, where they are quantised there
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
+    offload: Offload = Offload.auto
+    offload_dir: str | None = None
 
     def num_bytes(self) -> int:
         """Bytes of the weight files."""
@@ -66,7 +73,9 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
         config = MixtralConfig.from_hf(raw)
         saved = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         eos = _hf_eos(folder, raw)
+        packing = None if random else open_packing(raw, folder)
     else:
+        packing = None
         config = MixtralConfig.from_mistral(read_json(folder / PARAMS))
         saved, eos = "", (2,)
     files = () if not weights else _hf_files(folder) if form is ModelFormat.hf else _mistral_files(folder)
@@ -78,7 +87,13 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     if model.max_model_len is not None and model.max_model_len > limit:
         raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
     form = ModelFormat.random if random else form
-    return Checkpoint(folder, form, config, DTYPES[name], model.max_model_len or limit, eos, files)
+    quantization = model.quantization or (packing.runs if packing is not None else None)
+    check_shape(quantization, config)
+    return Checkpoint(
+        folder, form, config, DTYPES[name], model.max_model_len or limit, eos, files,
+        quantization=quantization, packing=packing, kv_cache_dtype=model.kv_cache_dtype,
+        offload=model.offload, offload_dir=model.offload_dir,
+    )  # fmt: skip
 
 
 def _find_folder(model: ModelConfig, weights: bool) -> Path:

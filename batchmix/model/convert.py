@@ -19,11 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelFormat
+from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelFormat, Quantization
 from batchmix.data.tokenizer import BUILT_IN
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import CONFIG, DTYPES, PARAMS, Checkpoint, open_checkpoint, read_json
+from batchmix.model.compressed_tensors_format import quantization_config
+from batchmix.model.convert_quantized import QuantizedExperts
 from batchmix.model.layouts import HubNames, Layout, Stored, from_hub, fused, hub, mistral
+from batchmix.model.prequantized import PackedTensors
+from batchmix.model.quantized import dense
 from batchmix.model.safetensors_writer import Entry, write_safetensors, write_sharded
 from batchmix.model.weights import open_tensors
 from batchmix.report.loading import LoadProgress
@@ -51,7 +55,9 @@ def convert(config: Config) -> None:
     with StopSignals():
         started = time.perf_counter()
         checkpoint = open_checkpoint(config.model)
-        entries = _entries(checkpoint, config.convert)
+        source = open_tensors(checkpoint)
+        experts = _quantized_experts(checkpoint, config, source)
+        entries = _entries(checkpoint, config.convert, source, experts)
         num_bytes = sum(entry.nbytes for entry in entries)
         with _appearing(target) as folder:
             _check_space(folder, num_bytes)
@@ -61,15 +67,34 @@ def convert(config: Config) -> None:
                     write_safetensors(folder / "consolidated.safetensors", entries, progress.count)
                 else:
                     write_sharded(folder, entries, limit, progress.count)
-            _write_config(checkpoint, config.convert, folder)
+            _write_config(checkpoint, config.convert, folder, None if experts is None else experts.format)
             _copy_tokenizer(checkpoint, folder)
+            report = None if experts is None else experts.report(folder)
+    if report is not None:
+        print(report)
     seconds = time.perf_counter() - started
     print(f"{target}: {num_bytes / 1e9:.2f} GB in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
 
 
-def _entries(checkpoint: Checkpoint, config: ConvertConfig) -> list[Entry]:
+def _quantized_experts(
+    checkpoint: Checkpoint, config: Config, source: HubNames | PackedTensors
+) -> QuantizedExperts | None:
+    """Where the experts are to be written quantised: asked for, or they are and no other dtype is asked for."""
+    format = checkpoint.quantization
+    if format is None or (config.model.quantization is None and config.convert.dtype is not Dtype.auto):
+        return None
+    if config.convert.format is not ConvertFormat.hf:
+        raise BatchmixError(
+            f"convert.format={config.convert.format.value}: experts in {format.value} are written as hf only;"
+            " convert.dtype=bfloat16 writes their values"
+        )
+    return QuantizedExperts(source, format, checkpoint.dtype)
+
+
+def _entries(
+    checkpoint: Checkpoint, config: ConvertConfig, source: HubNames | PackedTensors, experts: QuantizedExperts | None
+) -> list[Entry]:
     """What is written, in the order of the network. Weights are read when an entry's turn comes."""
-    source = open_tensors(checkpoint)
     shape = checkpoint.config
     tied = shape.tie_word_embeddings and config.format is ConvertFormat.mistral  # which has no word for it
     layout: Layout = _LAYOUTS[config.format](replace(shape, tie_word_embeddings=False) if tied else shape)
@@ -77,23 +102,32 @@ def _entries(checkpoint: Checkpoint, config: ConvertConfig) -> list[Entry]:
 
     def dtype(stored: Stored) -> torch.dtype:
         first = stored.parts[0]
-        return source.dtype(given.get(first, first)) if config.dtype is Dtype.auto else DTYPES[config.dtype.value]
+        kept = source.dtype(given.get(first, first)) or checkpoint.dtype
+        return kept if config.dtype is Dtype.auto else DTYPES[config.dtype.value]
 
     def pieces(stored: Stored) -> Callable[[], Iterable[Tensor]]:
         names = [given.get(part, part) for part in stored.parts]
         return lambda: _read(source, names, stored, shape.head_dim)
 
-    return [Entry(name, stored.shape, dtype(stored), pieces(stored)) for name, stored in layout.items()]
+    entries = []
+    for name, stored in layout.items():
+        if experts is not None and ".experts." in name:
+            entries += experts.entries(name, stored.shape)
+        else:
+            entries.append(Entry(name, stored.shape, dtype(stored), pieces(stored)))
+    return entries
 
 
-def _read(source: HubNames, names: list[str], stored: Stored, head_dim: int) -> Iterator[Tensor]:
+def _read(source: HubNames | PackedTensors, names: list[str], stored: Stored, head_dim: int) -> Iterator[Tensor]:
     for name in names:
-        tensor = from_hub(source.read(name), stored.form, head_dim)
+        tensor = from_hub(dense(source.read(name), torch.float32), stored.form, head_dim)
         yield tensor.flatten(0, -2) if tensor.ndim > 2 else tensor
         source.release(name)
 
 
-def _write_config(checkpoint: Checkpoint, config: ConvertConfig, folder: Path) -> None:
+def _write_config(
+    checkpoint: Checkpoint, config: ConvertConfig, folder: Path, quantization: Quantization | None
+) -> None:
     """config.json or params.json; a file of the same kind is kept but for what changes."""
     params, hf = checkpoint.folder / PARAMS, checkpoint.folder / CONFIG
     if config.format is ConvertFormat.mistral:
@@ -108,7 +142,10 @@ def _write_config(checkpoint: Checkpoint, config: ConvertConfig, folder: Path) -
         values = read_json(hf)
     else:
         values = checkpoint.config.to_hf() | {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": None}
-    values.pop("torch_dtype", None)
+    for key in ("torch_dtype", "quantization_config", "compression_config"):
+        values.pop(key, None)
+    if quantization is not None:
+        values["quantization_config"] = quantization_config(quantization)
     dtype = checkpoint.dtype if config.dtype is Dtype.auto else DTYPES[config.dtype.value]
     _write_json(folder / CONFIG, values | {"dtype": str(dtype).removeprefix("torch.")})
     generation = checkpoint.folder / "generation_config.json"

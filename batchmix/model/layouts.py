@@ -20,7 +20,7 @@ from batchmix.model.config import MixtralConfig
 from batchmix.model.sources import TensorFiles, release_pages
 
 Shape = tuple[int, ...]
-_FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Form(Enum):
@@ -145,9 +145,9 @@ def choose_layout(files: TensorFiles, layouts: list[Layout], folder: Path) -> La
     for name, stored in layout.items():
         if shapes[name] != stored.shape:
             raise BatchmixError(f"{files.path(name)}: tensor {name} is {list(shapes[name])}, not {list(stored.shape)}")
-        if files.dtype(name) not in _FLOATS:
+        if files.dtype(name) not in FLOATS:
             raise BatchmixError(
-                f"{files.path(name)}: tensor {name} is of type {files.dtype(name)}, not one of {', '.join(_FLOATS)}"
+                f"{files.path(name)}: tensor {name} is of type {files.dtype(name)}, not one of {', '.join(FLOATS)}"
             )
     return layout
 

@@ -7,12 +7,16 @@ operators' `prefill` and `decode`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from batchmix.model.backend import Attend, Operators
 from batchmix.model.config import MixtralConfig
 from batchmix.model.expert_load import ExpertLoad
+from batchmix.model.offload import ExpertStream, Offload
+from batchmix.model.quantized import Weight
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights
 
@@ -27,9 +31,11 @@ class Mixtral:
         operators: Operators,
         max_model_len: int,
         shards: Shards = ALONE,
+        offload: Offload | None = None,
     ) -> None:
         self.config = config  # of this process's slice, as the weights
         self.weights = weights
+        self.stream = ExpertStream(weights.layers, offload) if offload is not None and offload.streamed else None
         self.shards = shards
         self.ops = operators
         device = weights.embedding.device
@@ -48,12 +54,23 @@ class Mixtral:
             attended = attend(index, ops.linear(normed, layer.wqkv))  # [T, H C]
             added = shards.add_up(ops.linear(attended, layer.wo))
             x, normed = ops.add_rms_norm(x, added, layer.ffn_norm, config.rms_norm_eps)
-            x = ops.moe(
-                normed, layer.router, layer.w13, layer.w2, config.num_experts_per_tok, shards.once(x),
-                self.expert_load[index],
-            )  # fmt: skip
+            with self._experts(index) as (w13, w2):
+                x = ops.moe(
+                    normed, layer.router, w13, w2, config.num_experts_per_tok, shards.once(x), self.expert_load[index]
+                )
             x = shards.add_up(x)
         return ops.rms_norm(x, self.weights.norm, config.rms_norm_eps)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of weights, copied to the device so far."""
+        return 0 if self.stream is None else self.stream.bytes
+
+    def _experts(self, layer: int) -> AbstractContextManager[tuple[Weight, Weight]]:
+        """w13 and w2 of a layer, on the device."""
+        if self.stream is not None:
+            return self.stream(layer)
+        return nullcontext((self.weights.layers[layer].w13, self.weights.layers[layer].w2))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] -> float32 [R, V]."""

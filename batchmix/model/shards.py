@@ -11,14 +11,18 @@ prompts and tokens. Tokens are those of rank 0.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from batchmix.config import Quantization
 from batchmix.errors import BatchmixError
 from batchmix.model.config import MixtralConfig
+from batchmix.model.quantized import Quantized, check_shape
 
+_Weight = TypeVar("_Weight", Tensor, Quantized)
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 gave it a new name
 
 
@@ -29,7 +33,7 @@ class Shards:
     rank: int = 0
     size: int = 1
 
-    def check(self, config: MixtralConfig) -> None:
+    def check(self, config: MixtralConfig, quantization: Quantization | None = None) -> None:
         """BatchmixError where the model cannot be cut into so many slices."""
         for number, what in (
             (config.num_key_value_heads, "kv heads"),
@@ -41,6 +45,8 @@ class Shards:
                     " engine.data_parallel_size runs whole models side by side"
                 )
 
+        check_shape(quantization, self.slice_config(config), f"model.tensor_parallel_size={self.size}: ")
+
     def slice_config(self, config: MixtralConfig) -> MixtralConfig:
         """The shape of one slice."""
         return replace(
@@ -50,7 +56,7 @@ class Shards:
             intermediate_size=config.intermediate_size // self.size,
         )
 
-    def cut(self, tensor: Tensor, shape: torch.Size) -> Tensor:
+    def cut(self, tensor: _Weight, shape: torch.Size) -> _Weight:
         """This process's part of a whole tensor: of `shape`, along the one dimension in which that is smaller."""
         for dim, length in enumerate(shape):
             if tensor.shape[dim] != length:

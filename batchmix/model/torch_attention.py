@@ -61,6 +61,10 @@ class PrefillAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.write(layer, self.block, self.block_offset, k, v)
+        k, v = (
+            self.cache.as_stored(k),
+            self.cache.as_stored(v),
+        )  # so that where a prompt is cut into chunks does not show
         repeat = q.shape[1] // k.shape[1]
         out = q.new_zeros(q.shape)
         for gather, real, packed in self.groups:
@@ -88,9 +92,10 @@ class PrefillAttention:
         repeat = q.shape[1] // self.cache.keys.shape[2]
 
         def gathered(cache: Tensor) -> Tensor:
-            return cache[layer][blocks].transpose(0, 1).flatten(1, 2).repeat_interleave(repeat, 0)  # [H, blocks S, C]
+            stored = self.cache.read(cache, blocks, q.dtype)
+            return stored.transpose(0, 1).flatten(1, 2).repeat_interleave(repeat, 0)  # [H, blocks S, C]
 
-        keys, values = gathered(self.cache.keys), gathered(self.cache.values)
+        keys, values = (gathered(part) for part in self.cache.layer(layer))
         column = torch.arange(keys.shape[1], device=q.device)
         parts = []
         for low in range(0, chunk.length, _QUERY_TILE):
@@ -155,21 +160,24 @@ class DecodeAttention:
         heads, dim = q.shape[1:]
         kv_heads = k.shape[1]
         queries = (q[:rows] * dim**-0.5).view(rows, kv_heads, heads // kv_heads, dim)  # [B, G, R, C]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.cache.layer(layer)
         num_items = len(self.owner)
         partial = queries.new_empty(num_items + 1, kv_heads, heads // kv_heads, dim)  # [I + 1, G, R, C]
         lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device)
         partial[-1], lse[-1] = 0, float("-inf")
-        step = num_items if self.in_place else _GATHER_ITEMS
+        in_place = self.in_place and keys.dtype == q.dtype  # a copy widened from fp8 is made in parts
+        step = num_items if in_place else _GATHER_ITEMS
         for low in range(0, num_items, step):
             high = min(low + step, num_items)
             where = slice(low + 1, high + 1) if self.in_place else self.blocks[low:high]
-            scores = torch.matmul(queries[self.owner[low:high]], keys[where].transpose(-1, -2)).float()
+            seen = self.cache.read(keys, where, q.dtype)
+            scores = torch.matmul(queries[self.owner[low:high]], seen.transpose(-1, -2)).float()
             scores += self.bias[low:high]
             peak = scores.amax(-1, keepdim=True)
             scores = scores.sub_(peak).exp_()
             total = scores.sum(-1, keepdim=True)  # [I, G, R, 1]
-            partial[low:high] = torch.matmul((scores / total).to(q.dtype), values[where])
+            seen = self.cache.read(values, where, q.dtype)
+            partial[low:high] = torch.matmul((scores / total).to(q.dtype), seen)
             lse[low:high] = (peak + total.log())[..., 0]
         out[:rows] = self._merge(partial, lse).reshape(rows, heads, dim)
         return out

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.config import Quantization
 from batchmix.model.expert_load import LayerLoad
+from batchmix.model.quantized import Weight, dense, format_of, through_fp8
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 ROW_TILE = 16  # callers pad T to a multiple of it; the expert segments below are padded to it too
@@ -82,8 +84,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def moe(
     x: Tensor,
     router: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Weight,
+    w2: Weight,
     top_k: int,
     residual: Tensor | None = None,
     load: LayerLoad | None = None,
@@ -93,6 +95,9 @@ def moe(
     x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
     (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
     in router order.
+
+    Quantised experts are widened to x's dtype one at a time, as they run. With those of fp8 their inputs are rounded to
+    fp8 by row too, which is what the kernels multiply: x, and between the two products silu(gate) * up.
     """
     num_experts = len(router)
     probabilities = linear(x.float(), router).softmax(-1)  # [T, E]
@@ -111,11 +116,16 @@ def moe(
     token = order.new_zeros(ends[-1])  # padding rows compute token 0 and are never read
     token[place] = order // top_k
     out = x.new_empty(len(token), x.shape[1])  # [P, D]
+    fp8 = format_of(w13) is Quantization.fp8
+    inputs = through_fp8(x) if fp8 else x
     for expert, (start, end) in enumerate(zip(starts.tolist(), ends, strict=True)):
+        if start == end:
+            continue
+        up, down = dense(w13[expert], x.dtype), dense(w2[expert], x.dtype)
         for low in range(start, end, _EXPERT_CHUNK):
             high = min(low + _EXPERT_CHUNK, end)
-            rows = x.index_select(0, token[low:high])  # [P_e, D]
-            out[low:high] = _product(swiglu(_product(rows, w13[expert])), w2[expert])
+            h = swiglu(_product(inputs.index_select(0, token[low:high]), up))  # [P_e, F]
+            out[low:high] = _product(through_fp8(h) if fp8 else h, down)
     row_of_pair = torch.empty_like(place)
     row_of_pair[order] = place
     chosen = out.index_select(0, row_of_pair).view(len(x), top_k, -1)  # [T, K, D]

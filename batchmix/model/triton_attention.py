@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.slots import RUNNING, Slots
 from batchmix.kernels.attention_decode import SharedSplits, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
@@ -32,8 +32,9 @@ class _Paged:
 
     def _rotate(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, (H + 2G) C] -> rotated queries [T, H, C], and the layer's keys and values, qkv's among them."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return rotate_and_cache(qkv, self.model.cos, self.model.sin, *self.places, keys, values), keys, values
+        keys, values = self.cache.layer(layer)
+        cos, sin, scales = self.model.cos, self.model.sin, self.cache.scales
+        return rotate_and_cache(qkv, cos, sin, *self.places, keys, values, *scales), keys, values
 
 
 class PrefillAttention(_Paged):
@@ -57,7 +58,7 @@ class PrefillAttention(_Paged):
         self.plan = plan_prefill(spans, blocks, num_tokens, self.ratio, model.weights.embedding.dtype)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        attended: Tensor = prefill_attention(*self._rotate(layer, qkv), *self.plan)
+        attended: Tensor = prefill_attention(*self._rotate(layer, qkv), *self.plan, *self.cache.scales)
         return attended.flatten(1)
 
 
@@ -86,5 +87,5 @@ class DecodeAttention(_Paged):
         self.plan = plan_decode(table, position + running, cache.block_size, self.ratio, shared)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        attended: Tensor = decode_attention(*self._rotate(layer, qkv), *self.plan)
+        attended: Tensor = decode_attention(*self._rotate(layer, qkv), *self.plan, *self.cache.scales)
         return attended.flatten(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.link import to_device
+from batchmix.engine.readback import to_device
 from batchmix.engine.sampling import Logprobs, largest
 from batchmix.engine.slots import Slots
 from batchmix.kernels import linear, moe, norm, sampling
@@ -20,6 +20,7 @@ from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.expert_load import LayerLoad
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.quantized import Quantized, Weight
 from batchmix.model.triton_attention import DecodeAttention, PrefillAttention
 
 _SHARED_SPLITS = 1  # items of shared splits for each row of a step; what does not fit is left to the rows
@@ -52,11 +53,13 @@ class TritonOperators:
         return product
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
     ) -> Tensor:
+        up, up_scale = (w13.codes, w13.scales) if isinstance(w13, Quantized) else (w13, None)
+        down, down_scale = (w2.codes, w2.scales) if isinstance(w2, Quantized) else (w2, None)
         return moe.moe(
-            x, router, w13, w2, top_k, residual=residual, batch_invariant=self.batch_invariant,
-            counts=load.counts, counted=load.tokens,
+            x, router, up, down, top_k, w13_scale=up_scale, w2_scale=down_scale, residual=residual,
+            batch_invariant=self.batch_invariant, counts=load.counts, counted=load.tokens,
         )  # fmt: skip
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:

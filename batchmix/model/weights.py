@@ -5,22 +5,30 @@ Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads,
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from batchmix.config import ModelFormat
+from batchmix.config import ModelFormat, Quantization
 from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
 from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
+from batchmix.model.offload import Offload
 from batchmix.model.places import DensePlace, Place
+from batchmix.model.prequantized import PackedTensors, Packing
+from batchmix.model.quantized import Empty, Quantized, Weight, allocated, quantize, tensors_of
+from batchmix.model.quantized_place import QuantizedPlace
 from batchmix.model.reading import fill
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.sources import TensorFiles
-from batchmix.model.staging import Staging, open_staging
+from batchmix.model.staging import Direct, Staging, open_staging
 from batchmix.report.loading import LoadProgress
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,8 +38,8 @@ class LayerWeights:
     wo: Tensor  # [D, H C]
     ffn_norm: Tensor  # [D]
     router: Tensor  # float32 [E, D], whatever the others are: a near-tie rounded away sends a token elsewhere
-    w13: Tensor  # [E, 2F, D]: gate (w1), then up (w3)
-    w2: Tensor  # [E, D, F]
+    w13: Weight  # [E, 2F, D]: gate (w1), then up (w3)
+    w2: Weight  # [E, D, F]
 
 
 @dataclass
@@ -43,16 +51,34 @@ class Weights:
 
     def num_bytes(self) -> int:
         """Bytes that the weights take, tied tensors counted once."""
-        tensors = {t.data_ptr(): t.nbytes for layer in self.layers for t in vars(layer).values()}
-        tensors |= {t.data_ptr(): t.nbytes for t in (self.embedding, self.norm, self.lm_head)}
-        return sum(tensors.values())
+        weights = [self.embedding, self.norm, self.lm_head, *(w for layer in self.layers for w in vars(layer).values())]
+        tensors = [tensor for weight in weights for tensor in tensors_of(weight)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Weights of the right shapes, not initialised."""
+def empty_weights(
+    config: MixtralConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    offload: Offload | None = None,
+) -> Weights:
+    """Weights of the right shapes, not initialised: on the device, but for the experts that `offload` keeps elsewhere.
+
+    `quantization` is the experts'.
+    """
+
+    def on_device(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    allocate = on_device if offload is None else offload.link.empty
+    places = [on_device if offload is None else offload.experts(layer) for layer in range(config.num_hidden_layers)]
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return allocate(shape, dtype)
+
+    def stack(place: Empty, *shape: int) -> Weight:
+        return place(shape, dtype) if quantization is None else allocated(shape, quantization, place)
 
     hidden, experts, width = config.hidden_size, config.num_local_experts, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -66,18 +92,24 @@ def empty_weights(config: MixtralConfig, dtype: torch.dtype, device: torch.devic
                 wqkv=empty(queries + 2 * keys, hidden),
                 wo=empty(hidden, queries),
                 ffn_norm=empty(hidden),
-                router=torch.empty(experts, hidden, dtype=torch.float32, device=device),
-                w13=empty(experts, 2 * width, hidden),
-                w2=empty(experts, hidden, width),
+                router=allocate((experts, hidden), torch.float32),
+                w13=stack(place, experts, 2 * width, hidden),
+                w2=stack(place, experts, hidden, width),
             )
-            for _ in range(config.num_hidden_layers)
+            for place in places
         ],
         norm=empty(hidden),
         lm_head=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
     )
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shards: Shards = ALONE) -> Weights:
+def load_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    shards: Shards = ALONE,
+    offload: Offload | None = None,
+) -> Weights:
     """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`.
 
     All files' headers are checked before anything is allocated. model.format=random: the same random weights at every
@@ -85,13 +117,13 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     """
     config = shards.slice_config(checkpoint.config)
     if checkpoint.format is ModelFormat.random:
-        weights = empty_weights(config, dtype, device)
+        weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
         _draw(weights)
         return weights
     source = open_tensors(checkpoint)
-    weights = empty_weights(config, dtype, device)
+    weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
     staging = open_staging(device)
-    places = _places(checkpoint, weights, shards, staging)
+    places = _places(checkpoint, weights, shards, staging, device)
     elements = sum(math.prod(place.shape) for place in places.values())
     with LoadProgress("loading weights", checkpoint.num_bytes(), elements) as progress:
         fill(source, places, progress)
@@ -99,27 +131,50 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     return weights
 
 
-def open_tensors(checkpoint: Checkpoint) -> HubNames:
+def open_tensors(checkpoint: Checkpoint) -> HubNames | PackedTensors:
     """The checkpoint's tensors under the hub's names; BatchmixError where a file or a tensor is not as it should be."""
     files = TensorFiles(checkpoint.files)
     if checkpoint.format is ModelFormat.hf:
         check_index(checkpoint.folder, files)
+    if checkpoint.packing is not None:
+        return _open_packed(files, checkpoint, checkpoint.packing)
     layouts = [mistral, stacked] if checkpoint.format is ModelFormat.mistral else [hub, fused]
     layout = choose_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
     return HubNames(files, layout, checkpoint.config)
 
 
-def _places(checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging) -> dict[str, Place]:
+def _open_packed(files: TensorFiles, checkpoint: Checkpoint, packing: Packing) -> PackedTensors:
+    """A checkpoint that is quantised already. Its experts must be where its codes are kept as they are."""
+    source = PackedTensors(files, packing, checkpoint.config, checkpoint.folder)
+    if checkpoint.quantization is packing.runs is not None:
+        for name in source.shapes():
+            if ".experts." in name:
+                source.require(name)
+    elif checkpoint.quantization is None:
+        _log.info(
+            "%s: no kernel here runs %s, so the weights are widened to %s; model.quantization=int4, int8 or fp8 would"
+            " quantise them again", checkpoint.folder.name, packing.name, str(checkpoint.dtype).removeprefix("torch."),
+        )  # fmt: skip
+    return source
+
+
+def _places(
+    checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging, device: torch.device
+) -> dict[str, Place]:
     shapes = hub_shapes(checkpoint.config)
     targets = _hub_targets(shards.slice_config(checkpoint.config), weights)
+    dtype = checkpoint.dtype
     return {
-        name: DensePlace(shapes[name], target, checkpoint.dtype, shards, staging) for name, target in targets.items()
+        name: QuantizedPlace(shapes[name], target, dtype, shards, device)
+        if isinstance(target, Quantized)
+        else DensePlace(shapes[name], target, dtype, shards, staging if target.device.type == device.type else Direct())
+        for name, target in targets.items()
     }
 
 
-def _hub_targets(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
+def _hub_targets(config: MixtralConfig, weights: Weights) -> dict[str, Weight]:
     """Where in the weights each of the hub's tensors lies."""
-    targets = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    targets: dict[str, Weight] = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     if not config.tie_word_embeddings:
         targets["lm_head.weight"] = weights.lm_head
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -136,17 +191,26 @@ def _hub_targets(config: MixtralConfig, weights: Weights) -> dict[str, Tensor]:
             f"{prefix}.block_sparse_moe.gate.weight": layer.router,
         }
         for e, (w13, w2) in enumerate(zip(layer.w13, layer.w2, strict=True)):
-            w1, w3 = w13.chunk(2)
+            w1, w3 = w13.chunk(2, 0)
             targets |= {expert_name(i, e, "w1"): w1, expert_name(i, e, "w3"): w3, expert_name(i, e, "w2"): w2}
     return targets
 
 
 def _draw(weights: Weights) -> None:
-    """Norms of 1, all else normal with the standard deviation of transformers' initializer_range."""
+    """Norms of 1, all else normal with the standard deviation of transformers' initializer_range.
+
+    Drawn on the device, so that they are the same wherever they lie.
+    """
     source = torch.Generator(weights.embedding.device).manual_seed(0)
+    dtype, device = weights.embedding.dtype, weights.embedding.device
     tables = [weights.embedding, weights.norm, weights.lm_head]
-    for tensor in [*tables, *(tensor for layer in weights.layers for tensor in vars(layer).values())]:
-        if tensor.ndim == 1:
-            tensor.fill_(1.0)
+    for weight in [*tables, *(weight for layer in weights.layers for weight in vars(layer).values())]:
+        if isinstance(weight, Quantized):
+            for expert in weight:
+                values = torch.empty(expert.shape, dtype=dtype, device=device)
+                expert.copy_(quantize(values.normal_(0.0, 0.02, generator=source), weight.format))
+        elif weight.ndim == 1:
+            weight.fill_(1.0)
         else:
-            tensor.normal_(0.0, 0.02, generator=source)
+            place = weight if weight.device == device else torch.empty_like(weight, device=device)
+            weight.copy_(place.normal_(0.0, 0.02, generator=source))

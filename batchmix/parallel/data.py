@@ -1,9 +1,9 @@
 """`engine.data_parallel_size`: whole models side by side on this machine, each with a share of the rows.
 
-The parent holds the output folder and its lock, and says what the whole has done: one progress, one summary, one exit
+The parent holds the output folder and its lease, and says what the whole has done: one progress, one summary, one exit
 code. Each worker runs the pipeline on the rows of a finer shard and commits them itself; what is done is known by row,
-so a rerun may have another number of workers. Workers hold the parent's lock too: killed alone, the parent leaves no
-writer behind that the next run would not know of.
+so a rerun may have another number of workers. The lease names the workers' parts too: should one outlive its parent, the
+next run seals them, and the worker's commits are refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from batchmix.config import Config, ShardConfig
@@ -23,7 +22,7 @@ from batchmix.data.rowset import Skip
 from batchmix.engine.device import choose_place, nth_device
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import Interrupted
-from batchmix.parallel.workers import Parent, SendLog, SharedFile, Worker, allow_signals
+from batchmix.parallel.workers import Parent, SendLog, Worker, allow_signals
 from batchmix.report.clock import StageClock
 from batchmix.report.totals import Totals
 from batchmix.signals import StopSignals
@@ -39,10 +38,10 @@ class Share:
     """One worker's part of the run."""
 
     shard: ShardConfig
-    folder: Path  # where its parts go
+    folder: str  # where its parts go
+    first_number: int  # of its parts
     run: dict[str, Any]  # what `_run.json` says
     skip: Skip
-    lock: Sequence[SharedFile]
     first: bool  # of the workers: the one whose log is shown, as the others would say the same
 
 
@@ -54,6 +53,14 @@ class Report:
     totals: Totals = field(default_factory=Totals)
     seconds: dict[str, float] = field(default_factory=dict)  # of StageClock
     device_seconds: float | None = None  # of DeviceClock, once it has ended; None on a CPU
+    num_rows: int | None = None  # of the whole data set, where known
+
+    @property
+    def busy_seconds(self) -> float:
+        """In which the device worked, by the host's clock where it has none of its own."""
+        if self.device_seconds is not None:
+            return self.device_seconds
+        return self.seconds.get("prefill", 0.0) + self.seconds.get("decode", 0.0)
 
 
 class Reports:
@@ -62,6 +69,7 @@ class Reports:
     def __init__(self, parent: Parent, stats: EngineStats, totals: Totals, clock: StageClock) -> None:
         self._parent, self._stats, self._totals, self._clock = parent, stats, totals, clock
         self.device_seconds: float | None = None
+        self.num_rows: int | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
 
@@ -80,7 +88,8 @@ class Reports:
 
     def _report(self) -> None:
         totals = dataclasses.replace(self._totals, finish_reasons=dict(self._totals.finish_reasons))
-        self._parent.send(Report(dataclasses.replace(self._stats), totals, self._clock.seconds, self.device_seconds))
+        stats, seconds = dataclasses.replace(self._stats), self._clock.seconds
+        self._parent.send(Report(stats, totals, seconds, self.device_seconds, self.num_rows))
 
 
 def begin_share(parent: Parent, share: Share) -> None:
@@ -103,6 +112,7 @@ class Replicas:
         self._reports: dict[Worker, Report] = {}
         self.stats = EngineStats()
         self.device_seconds = 0.0  # of an average worker
+        self.num_rows: int | None = None  # of the whole data set, once a worker has read it
 
     def __enter__(self) -> Replicas:
         size, config = self._config.engine.data_parallel_size, self._config
@@ -114,9 +124,9 @@ class Replicas:
             share = Share(
                 shard,
                 self._output.folder,
+                self._output.first_number,
                 self._run,
                 self._output.skip,
-                [SharedFile(descriptor) for descriptor in self._output.lock_descriptors],
                 first=place == 0,
             )
             name = f"data-parallel worker {place} of {size}"
@@ -155,16 +165,14 @@ class Replicas:
         for report in self._reports.values():
             for stage, seconds in report.seconds.items():
                 clock.add(stage, seconds)
-            busy = report.device_seconds
-            if busy is None:
-                busy = report.seconds.get("prefill", 0.0) + report.seconds.get("decode", 0.0)
-            self.device_seconds += busy / len(self._workers)
+            self.device_seconds += report.busy_seconds / len(self._workers)
         if failure is not None and not (signals.stopping() and isinstance(failure, Interrupted)):
             raise failure
 
     def _sum_up(self, totals: Totals) -> None:
         reports = list(self._reports.values())
         self.stats.sum_up(report.stats for report in reports)
+        self.num_rows = next((report.num_rows for report in reports if report.num_rows is not None), None)
         whole = Totals()
         for report in reports:
             whole.add(report.totals)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from batchmix.config import Config
+from batchmix.config import ClusterKind, Config
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.device import choose_place, nth_device
 from batchmix.engine.start import start_engine
@@ -44,7 +44,7 @@ class Followers:
         self._workers = workers
 
     def lead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """`batches`, each handed to the other ranks before it is given here."""
+        """`batches`, each handed to the other ranks before it is given here; for one call of `Engine.generate` each."""
         for batch in batches:
             self._send(Batch([replace(prompt, columns={}) for prompt in batch.prompts]))
             yield batch
@@ -96,8 +96,11 @@ def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
     with _joined(config, rank, store):
         shards = Shards(rank, config.model.tensor_parallel_size)
         engine = start_engine(checkpoint, tokenizer, config.engine, lambda: False, shards)
-        for _ in engine.generate(iter(parent.receive, None)):
-            pass
+        while True:
+            for _ in engine.generate(iter(parent.receive, None)):
+                pass
+            if config.cluster.kind is not ClusterKind.ray:  # there a model answers many streams, until it is killed
+                break
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 from batchmix.errors import BatchmixError, Interrupted
@@ -99,20 +98,6 @@ class Worker:
         wait(
             [w._process.sentinel for w in workers] + [w._connection for w in workers if w._process.is_alive()], seconds
         )
-
-
-class SharedFile:
-    """An open file that goes with a worker's arguments: both processes hold it, and a flock on it while either lives."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (DupFd(self.descriptor),)
-
-
-def _received(duplicate: Any) -> SharedFile:
-    return SharedFile(duplicate.detach())
 
 
 def allow_signals() -> None:

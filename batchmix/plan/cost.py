@@ -1,53 +1,60 @@
-"""What a data set will cost on a GPU: memory, floating-point operations and hours, by a roofline.
+"""How large a Mixtral is, and how many operations it takes: matrix products only, 2 for each multiply-add.
 
-The formulas count matrix products only, 2 operations for each multiply-add. Per token and layer: the projections of
-attention, the router and K of E experts; attention itself takes 4 H C operations for each key it looks at. A decode
-step reads all weights and the keys and values of its rows once.
+Per token and layer: the projections of attention, the router and K of E experts; attention itself takes 4 H C operations
+for each key it looks at.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchmix.config import Quantization
 from batchmix.model.config import MixtralConfig
-from batchmix.plan.gpus import GPU
 
 # Tokens from which a matrix product takes longer to compute than its weights take to read: b bytes a weight are read in
 # b / BW and used in 2 / P for each token, P b / (2 BW) = 184 on an H200 in bfloat16 (790 TFLOP/s and 4.3 TB/s, measured
 # once); rounded up to tiles of 128 tokens.
 FULL_PRODUCT = 256
-EFFICIENCY = 0.6  # share of the roofline assumed to be reached: an assumption, not a measurement
+# Bytes of an expert's weight, of its codes and of the float32 scales: one for an output channel, or for 128 of its inputs.
+_CODES = {Quantization.fp8: 1.0, Quantization.int8: 1.0, Quantization.int4: 0.5}
+_INT4_GROUP = 128
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Sums over the rows that can run: `squared_tokens` adds up each prompt's length squared."""
+class Footprint:
+    """Bytes and operations of one model."""
 
-    rows: int
-    prompt_tokens: int
-    squared_tokens: int
-    samples: int  # of all rows
-    output_tokens: int  # expected of each sample
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes, operations and seconds; `gpus` is how many cards hold the weights and some cache together."""
-
-    weight_bytes: int
-    kv_bytes_per_token: int
-    gpus: int
-    kv_tokens: int  # that fit beside the weights
-    rows_at_once: int
-    prefill_flops: float
-    decode_flops: float
-    prefill_seconds: float
-    decode_seconds: float
+    layers: int
+    fixed_bytes: int  # all weights but experts
+    layer_bytes: int  # the experts of one layer
+    kv_bytes: int  # of one token, over all layers
+    token_flops: float  # of one token in all layers, without attention's scores
+    key_flops: float  # for each key that a token looks at
+    head_flops: float  # of one token's logits
 
     @property
-    def hours(self) -> float:
-        """Prefill and decode together."""
-        return (self.prefill_seconds + self.decode_seconds) / 3600
+    def weight_bytes(self) -> int:
+        """Of the whole model."""
+        return self.fixed_bytes + self.layers * self.layer_bytes
+
+
+def footprint(
+    config: MixtralConfig, itemsize: int, quantization: Quantization | None = None, kv_itemsize: int | None = None
+) -> Footprint:
+    """`itemsize`: bytes of a weight that is not quantised, which only experts' are, and, if not given, of a cached value."""
+    total, active = parameters(config)
+    experts = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
+    others = total - config.num_hidden_layers * experts
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    return Footprint(
+        layers=config.num_hidden_layers,
+        fixed_bytes=(others + tables) * itemsize,
+        layer_bytes=_experts_bytes(config, itemsize, quantization),
+        kv_bytes=kv_bytes_per_token(config, kv_itemsize or itemsize),
+        token_flops=2.0 * active,
+        key_flops=4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim,
+        head_flops=2.0 * config.vocab_size * config.hidden_size,
+    )
 
 
 def parameters(config: MixtralConfig) -> tuple[int, int]:
@@ -61,10 +68,9 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
     return all_parameters, layers * (attention + router + config.num_experts_per_tok * expert)
 
 
-def weight_bytes(config: MixtralConfig, bytes_per_weight: int) -> int:
+def weight_bytes(config: MixtralConfig, itemsize: int, quantization: Quantization | None = None) -> int:
     """Bytes of all weights; tied embeddings count once."""
-    tables = 1 if config.tie_word_embeddings else 2
-    return (parameters(config)[0] + tables * config.vocab_size * config.hidden_size) * bytes_per_weight
+    return footprint(config, itemsize, quantization).weight_bytes
 
 
 def full_step(config: MixtralConfig) -> int:
@@ -77,44 +83,10 @@ def kv_bytes_per_token(config: MixtralConfig, bytes_per_value: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
 
 
-def kv_room(config: MixtralConfig, gpu: GPU, share: float, max_model_len: int, itemsize: int) -> tuple[int, int]:
-    """(GPUs, KV tokens): how many cards are needed to hold the weights and a row, and what cache that leaves."""
-    weights, per_token = weight_bytes(config, itemsize), kv_bytes_per_token(config, itemsize)
-    usable = gpu.memory_gb * 1e9 * share
-    gpus = 1
-    while gpus * usable - weights < per_token * max_model_len:
-        gpus *= 2
-    return gpus, int((gpus * usable - weights) // per_token)
-
-
-def estimate(
-    config: MixtralConfig,
-    gpu: GPU,
-    work: Workload,
-    *,
-    share: float,
-    max_model_len: int,
-    max_num_seqs: int,
-    itemsize: int,
-) -> Cost:
-    """The cost of `work`. `share` of the memory is used; `itemsize` is the bytes of a weight and of a cached value."""
-    gpus, kv_tokens = kv_room(config, gpu, share, max_model_len, itemsize)
-    samples = work.samples
-    mean_prompt = work.prompt_tokens / max(1, work.rows)
-    # Half of a row's answer is there on average, since rows start and end at different times.
-    mean_context = mean_prompt + work.output_tokens / 2
-    rows_at_once = max(1, min(max_num_seqs, samples, int(kv_tokens / max(1.0, mean_context))))
-    active = parameters(config)[1]
-    head = 2 * config.vocab_size * config.hidden_size
-    per_key = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    prefill = 2.0 * active * work.prompt_tokens + per_key * work.squared_tokens / 2 + head * work.rows
-    output = samples * work.output_tokens
-    decode = output * (2.0 * active + head + per_key * mean_context)
-    peak, bandwidth = gpus * gpu.tflops * 1e12 * EFFICIENCY, gpus * gpu.bandwidth_gbs * 1e9 * EFFICIENCY
-    weights, per_token = weight_bytes(config, itemsize), kv_bytes_per_token(config, itemsize)
-    steps = output / rows_at_once
-    read = steps * weights + output * mean_context * per_token
-    return Cost(
-        weights, per_token, gpus, kv_tokens, rows_at_once, prefill, decode, prefill / peak,
-        max(decode / peak, read / bandwidth),
-    )  # fmt: skip
+def _experts_bytes(config: MixtralConfig, itemsize: int, quantization: Quantization | None) -> int:
+    hidden, width = config.hidden_size, config.intermediate_size
+    weights, channels = 3 * hidden * width, 2 * width + hidden
+    if quantization is None:
+        return config.num_local_experts * weights * itemsize
+    scales = weights // _INT4_GROUP if quantization is Quantization.int4 else channels
+    return config.num_local_experts * (int(weights * _CODES[quantization]) + 4 * scales)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from batchmix.plan.cost import EFFICIENCY, Cost, Workload
+from batchmix.plan.cost import Footprint
+from batchmix.plan.estimate import Cost, Workload
 from batchmix.plan.gpus import GPU
+from batchmix.plan.placement import EFFICIENCY, LINK_EFFICIENCY
 from batchmix.plan.survey import Survey
 
 _REASONS = 5
 
 
-def plan_text(survey: Survey, batches: int, gpu: GPU, work: Workload, cost: Cost, answer: str) -> str:
-    """Lengths, refused rows, batches and padding, memory, operations and hours. `answer`: where its length is from."""
+def plan_text(
+    survey: Survey,
+    batches: int,
+    gpu: GPU,
+    work: Workload,
+    model: Footprint,
+    cost: Cost,
+    whole: Cost | None,
+    answer: str,
+) -> str:
+    """Lengths, refused rows, batches and padding, memory, operations and hours.
+
+    `whole`: on as many cards as hold all weights, where `cost` streams them. `answer`: where its length is from.
+    """
     refused = survey.rows - survey.runnable
     lines = [f"{survey.rows:,} rows, {survey.prompt_tokens:,} prompt tokens", survey.histogram()]
     if survey.runnable:
@@ -25,16 +39,32 @@ def plan_text(survey: Survey, batches: int, gpu: GPU, work: Workload, cost: Cost
         f"batches: {batches:,}; batches of {survey.naive_batch} rows in input order would be "
         f"{survey.naive_padding:.1%} padding, these have none"
     )
-    cards = gpu.name if cost.gpus == 1 else f"{cost.gpus} x {gpu.name}"
+    placement = cost.placement
     lines += [
-        f"on {cards}, answers of {work.output_tokens:,} tokens ({answer}):",
-        f"  weights {cost.weight_bytes / 2**30:.2f} GiB, KV cache {cost.kv_bytes_per_token / 1024:.1f} KiB a token,"
-        f" {cost.kv_tokens:,} tokens fit, {cost.rows_at_once:,} rows at once",
+        f"on {_cards(gpu, cost)}, answers of {work.output_tokens:,} tokens ({answer}):",
+        f"  weights {model.weight_bytes / 2**30:.2f} GiB{placement.streamed_text(model)};"
+        f" KV cache {model.kv_bytes / 1024:.1f} KiB a token{' on the host' if placement.kv_on_host else ''},"
+        f" {placement.kv_tokens:,} tokens fit, {placement.rows:,} rows at once",
         f"  prefill {cost.prefill_flops:.3g} FLOP, {_time(cost.prefill_seconds)};"
         f" decode {cost.decode_flops:.3g} FLOP, {_time(cost.decode_seconds)}",
-        f"  {cost.hours:.3g} hours in all, assuming {EFFICIENCY:.0%} of the card's data sheet (an estimate, not measured)",
+        f"  a decode step {_step_time(placement.step_seconds)}, bound by {placement.bound}:"
+        f" {placement.tokens_per_second:,.0f} tokens/s",
+        f"  {cost.hours:.3g} hours in all, assuming {EFFICIENCY:.0%} of the card's data sheet and {LINK_EFFICIENCY:.0%} of"
+        " its link (an estimate, not measured)",
     ]
+    if whole is not None:
+        lines.append(
+            f"  model.tensor_parallel_size={whole.gpus} would hold all weights: {whole.hours:.3g} hours on {whole.gpus} cards"
+        )
     return "\n".join(lines)
+
+
+def _cards(gpu: GPU, cost: Cost) -> str:
+    return gpu.name if cost.gpus == 1 else f"{cost.gpus} x {gpu.name}"
+
+
+def _step_time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _time(seconds: float) -> str:

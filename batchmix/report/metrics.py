@@ -1,25 +1,32 @@
-"""`_metrics.jsonl`: the engine's counters over time, a line every few seconds."""
+"""`_metrics.jsonl`: the engine's counters over time, a line every few seconds.
+
+An object store knows no appending: there each shard has a file of its own, written anew once a minute.
+"""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+from batchmix.data.storage import LocalFolder, Storage
 from batchmix.engine.stats import EngineStats
 from batchmix.memory import resident_bytes
 from batchmix.report.totals import Totals
 
-_EVERY = 10.0  # seconds
+_EVERY, _EVERY_UPLOAD = 10.0, 60.0  # seconds
 
 
 class Metrics:
-    """Appends to `path` from a thread until the end of the block, where a last line is written. Runs that resume append."""
+    """Appends to the file from a thread until the end of the block, where a last line is written. Runs that resume append."""
 
-    def __init__(self, path: Path, stats: EngineStats, totals: Totals, shard: int) -> None:
-        self._path = path
+    def __init__(self, storage: Storage, stats: EngineStats, totals: Totals, shard: int) -> None:
+        self._storage = storage
+        appends = isinstance(storage, LocalFolder)
+        self._name, self._every = (
+            ("_metrics.jsonl", _EVERY) if appends else (f"_metrics-{shard:05}.jsonl", _EVERY_UPLOAD)
+        )
         self._stats = stats
         self._totals = totals
         self._shard = shard
@@ -42,15 +49,13 @@ class Metrics:
 
     def _run(self) -> None:
         try:
-            while not self._closed.wait(_EVERY):
+            while not self._closed.wait(self._every):
                 self._append()
         except OSError as error:
             self._error = error
 
     def _append(self) -> None:
-        # One write of one line: several shards append to the same file.
-        with self._path.open("ab", buffering=0) as file:
-            file.write(json.dumps(self._line()).encode() + b"\n")
+        self._storage.append(self._name, json.dumps(self._line()).encode() + b"\n")
 
     def _line(self) -> dict[str, Any]:
         stats, (then, prompt, completion) = self._stats, self._last

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from batchmix.annotate.checks import check_results
 from batchmix.annotate.results import Results
 from batchmix.config import Config
-from batchmix.data.files import atomic_file
+from batchmix.data.local_files import atomic_file
 from batchmix.report.panels import label_plots, run_plots, score_panel, tiles
 from batchmix.report.sample import read_sample
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from batchmix.data.files import write_json
+from batchmix.data.storage import Storage, write_json
 from batchmix.engine.stats import EngineStats
 from batchmix.report.clock import StageClock
 from batchmix.report.progress import duration
@@ -47,6 +46,8 @@ class RunStatistics:
             "put_back": self.stats.put_back,
             "out_of_memory": self.stats.out_of_memory,
             "expert_tokens": self.stats.expert_tokens,
+            "streamed_bytes": self.stats.streamed_bytes,
+            "decode_streamed_bytes": self.stats.decode_streamed_bytes,
             "output_tokens_per_second": round(self.totals.completion_tokens / generate, 1) if generate > 0 else 0.0,
         }
 
@@ -67,6 +68,8 @@ class Summary:
             "device_busy": round(self._device_busy(), 4),
             "out_of_memory": sum(run["out_of_memory"] for run in self.runs),
             "forced_tokens": self._forced_tokens(),
+            "streamed_bytes": sum(run["streamed_bytes"] for run in self.runs),
+            "decode_streamed_bytes": sum(run["decode_streamed_bytes"] for run in self.runs),
             "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
             "runs": list(self.runs),
         }
@@ -80,9 +83,9 @@ class Summary:
         seconds = sum(run["generate_seconds"] for run in self.runs)
         return sum(run["device_busy"] * run["generate_seconds"] for run in self.runs) / seconds if seconds else 0.0
 
-    def write(self, path: Path) -> None:
+    def write(self, storage: Storage, name: str) -> None:
         """As JSON, atomically."""
-        write_json(path, self.as_json())
+        write_json(storage, name, self.as_json())
 
     def text(self) -> str:
         """What a person wants to know at the end."""
@@ -93,12 +96,17 @@ class Summary:
         forced = self._forced_tokens()
         skipped = f" ({forced:,} of them forced, without a decode step)" if forced else ""
         stages = ", ".join(f"{stage} {whole['seconds'][stage]:.1f} s" for stage in _STAGES)
+        decode = max(whole["seconds"]["decode"], 1e-3)
+        streamed = (
+            f"; {whole['streamed_bytes'] / 1e9:,.1f} GB streamed to the GPU,"
+            f" in decode {whole['decode_streamed_bytes'] / decode / 1e9:.1f} GB/s"
+        )
         return "\n".join(
             [
                 f"{output.rows:,} rows{earlier} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
                 f" {output.completion_tokens:,} completion tokens{skipped}",
                 f"took {duration(whole['total_seconds'])}; generating {whole['generate_seconds']:.1f} s,"
                 f" {whole['output_tokens_per_second']:,.0f} output tokens/s, device busy {whole['device_busy']:.1%}",
-                f"{stages} (read, tokenise and write run beside the others)",
+                f"{stages} (read, tokenise and write run beside the others)" + streamed * bool(whole["streamed_bytes"]),
             ]
         )

@@ -22,7 +22,7 @@ from batchmix.data.chunk import BadRecord, everything
 from batchmix.data.columns import OutputColumns
 from batchmix.data.data_file import DataFile
 from batchmix.data.formats import check_magic, count_rows, guess_format, read_chunks, stated_schema
-from batchmix.data.parts import part_format
+from batchmix.data.part_formats import part_format
 from batchmix.errors import BatchmixError
 
 JSONL, PARQUET, ARROW, CSV = DataFormat.jsonl, DataFormat.parquet, DataFormat.arrow, DataFormat.csv

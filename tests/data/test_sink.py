@@ -12,17 +12,19 @@ import pytest
 
 from batchmix.config import OutputFormat, SamplingConfig
 from batchmix.data.columns import OutputColumns
-from batchmix.data.parts import Parts, part_format
+from batchmix.data.part_formats import part_format
+from batchmix.data.parts import PartLog, Parts
 from batchmix.data.sink import Sink
+from batchmix.data.storage import LocalFolder
 from batchmix.records import Completion, Prompt
 from batchmix.report.clock import StageClock
 
 
 def sink_into(folder: Path, rows_per_shard: int, flush_seconds: float = math.inf) -> tuple[Parts, Sink]:
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
-    parts = Parts(folder, part_format(OutputFormat.arrow, columns, None, None))
+    parts = Parts(LocalFolder(folder), part_format(OutputFormat.arrow, columns, None, None))
     options = {"rows_per_shard": rows_per_shard, "flush_seconds": flush_seconds, "clock": StageClock()}
-    return parts, Sink(parts, folder, 0, tokenizer=None, **options)  # type: ignore[arg-type]
+    return parts, Sink(PartLog(parts, "", 0, 0, lambda: None), tokenizer=None, **options)  # type: ignore[arg-type]
 
 
 def failed(row: int) -> Completion:
@@ -36,7 +38,7 @@ def test_no_flush_but_by_rows(tmp_path: Path) -> None:
             sink.write(failed(row))
             sink._hand_over()
             time.sleep(0.05)  # so that the thread waits for more
-    assert [parts.keys(path).row.tolist() for path in parts.paths()] == [[0, 1], [2]]
+    assert [parts.keys(name).row.tolist() for name in parts.names()] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("rows_per_shard", [1, 10])

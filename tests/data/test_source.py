@@ -95,8 +95,9 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, ROWS)
     opened = source(path)
     assert opened.schema == SCHEMA
-    assert list(opened.rows(RowSet())) == [Row(number, str(number), row) for number, row in enumerate(ROWS)]
     assert opened.num_rows == (10 if name == "a.parquet" else None)
+    assert list(opened.rows(RowSet())) == [Row(number, str(number), row) for number, row in enumerate(ROWS)]
+    assert opened.num_rows == 10, "known once all have been read"
 
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=6)
@@ -435,15 +436,20 @@ def test_the_output_may_not_lie_in_the_input(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     for data in (tmp_path, f"file://{tmp_path}", [str(path), str(tmp_path)]):
         with pytest.raises(BatchmixError, match=r"output.dir=.* lies in data.path="):
-            check_apart(DataConfig(data), tmp_path / "out")
+            check_apart(DataConfig(data), str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     part = write(tmp_path / "out" / "part-00000-000000.jsonl", ROWS)
     for read in (part, part.parent / "*.jsonl", tmp_path / "*" / "*.jsonl", tmp_path / "**"):
         with pytest.raises(BatchmixError, match=r"output.dir=.* lies in data.path="):
-            check_apart(DataConfig(str(read)), tmp_path / "out", part.name)
+            check_apart(DataConfig(str(read)), str(tmp_path / "out"), part.name)
     for read in (path, tmp_path / "*", tmp_path / "*.jsonl", tmp_path / "out" / "*.parquet", "memory://*"):
-        check_apart(DataConfig(str(read)), tmp_path / "out", part.name)
-    check_apart(DataConfig(str(tmp_path / "out")), tmp_path)
+        check_apart(DataConfig(str(read)), str(tmp_path / "out"), part.name)
+    check_apart(DataConfig(str(tmp_path / "out")), str(tmp_path))
+    for read in ("s3://b/a", "s3://b/a/", "s3://b/*/out/*.arrow", "s3://b/a/**"):
+        with pytest.raises(BatchmixError, match=r"output.dir=s3://b/a/out lies in data.path="):
+            check_apart(DataConfig(read), "s3://b/a/out")
+    for read in (str(path), "s3://b/a/*.arrow", "s3://b/a/o", "s3://c/a", "s3://b/a/out/*.parquet"):
+        check_apart(DataConfig(read), "s3://b/a/out")
 
 
 # What a user gets wrong

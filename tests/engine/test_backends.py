@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateLink, load, make_engine, packed_logits, prompts, run
+from engines import LateReadback, load, make_engine, packed_logits, prompts, run
 
 from batchmix.config import EngineConfig, ModelConfig
 from batchmix.data.stop_strings import build_stop_table
@@ -110,10 +110,10 @@ def test_several_steps_between_looks_and_sizes_of_a_ladder(folder, model):
         captured.append(step.args)
         return step
 
-    link = LateLink()
-    fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture, link=link)
+    readback = LateReadback()
+    fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture, readback=readback)
     assert_same(run(fast, rows), run(engine(load(folder)), rows))
-    assert max(link.queued_behind) == 1
+    assert max(readback.queued_behind) == 1
     assert fast.state.graphs.num_captured == len(captured)
     assert fast.state.graphs.num_replayed >= len(captured) > 1
     assert {size for size, _, _ in captured} <= {1, 2, 4, 6}
@@ -132,7 +132,7 @@ def test_out_of_memory_between_graphs(folder, model, monkeypatch):
         return moe(*arguments)
 
     monkeypatch.setattr(model.ops, "moe", full_at_the_ninth)
-    short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step, link=LateLink())
+    short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step, readback=LateReadback())
     tables, graphs = short.state.slots.tables(), short.state.graphs
     assert_same(run(short, rows), run(engine(load(folder)), rows))
     assert (short.stats.out_of_memory, short.state.slots.capacity, short.state.ladder[-1]) == (1, 3, 3)
@@ -173,8 +173,8 @@ def test_batch_invariant_products(folder):
 
 
 def test_the_steps_that_memory_is_measured_with_run(model):
-    largest_prefill(model, 40, max_model_len=32, block_size=4)
-    largest_decode(model, rows=3, max_model_len=32, block_size=4)
+    largest_prefill(model, 40, max_model_len=32, block_size=4, kv_dtype=torch.float32)
+    largest_decode(model, rows=3, max_model_len=32, block_size=4, kv_dtype=torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 on the interpreter")

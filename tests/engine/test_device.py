@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from batchmix.config import Backend, EngineConfig
+from batchmix.config import Backend, EngineConfig, Quantization
 from batchmix.engine.device import Place, check_model, choose_place, compute_dtype
 from batchmix.errors import BatchmixError
 from batchmix.memory import gpu_cache_bytes, kv_blocks
@@ -83,6 +84,19 @@ def test_models_that_the_kernels_do_not_take(gpus):
         check_model(model(head_dim=80), ON_GPU)
     with pytest.raises(BatchmixError, match="524,287 tokens at most"):
         check_model(model(vocab_size=2**20), ON_GPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "refused"), [((8, 0), None, True), ((8, 9), None, False), ((9, 4), "6.4", False)]
+)
+def test_fp8_where_triton_has_no_products_of_it(gpus, monkeypatch, capability, hip, refused):
+    model: Any = SimpleNamespace(head_dim=128, vocab_size=32000)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    check_model(model, ON_GPU, Quantization.int4)
+    with pytest.raises(BatchmixError, match="NVIDIA A100 does not multiply e4m3; use") if refused else nullcontext():
+        check_model(model, ON_GPU, Quantization.fp8)
 
 
 def test_the_cache_gets_what_is_left_of_a_gpu():

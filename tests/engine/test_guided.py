@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateLink, answers, load, make_engine, prompts, run
+from engines import LateReadback, answers, load, make_engine, prompts, run
 from guided_strategies import REGEXES, SCHEMAS
 from hypothesis import assume, given, settings
 
@@ -218,7 +218,7 @@ def test_forced_stretches_save_their_steps_and_change_no_bit(model, guides, mixe
     [
         {"max_num_seqs": 3},
         {"kv_blocks": 40, "max_num_seqs": 16},
-        {"link": LateLink(), "steps_per_read": 3, "max_num_seqs": 7},
+        {"readback": LateReadback(), "steps_per_read": 3, "max_num_seqs": 7},
     ],
     ids=["few slots", "few blocks", "late looks"],
 )

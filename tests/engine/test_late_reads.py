@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateLink, answers, load, make_engine, prompts, run
+from engines import LateReadback, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,7 +110,7 @@ def engine(model, **options):
 def late_engine(model, out_of_memory=frozenset(), **options):
     device = Device(set(out_of_memory))
     on_device = Mixtral(model.config, model.weights, device, 512)
-    made = engine(on_device, link=LateLink(), **options)
+    made = engine(on_device, readback=LateReadback(), **options)
     return made, device
 
 
@@ -180,16 +180,16 @@ def test_the_next_window_is_queued_before_the_last_one_is_waited_for(model):
     with guarded(made, device):
         found = run(made, rows)
     assert answers(found) == answers(run(engine(model), rows))
-    behind = made.state.slots.link.queued_behind
+    behind = made.state.slots.readback.queued_behind
     assert set(behind) == {0, 1}
     assert behind.count(0) == 3, "only where all rows of a batch end at once is there nothing to queue"
 
 
-def test_a_link_that_is_not_late_is_looked_at_after_every_window(model, rows, expected):
-    link = LateLink()
-    link.late = False
-    assert answers(run(engine(model, link=link, steps_per_read=2), rows)) == expected
-    assert set(link.queued_behind) == {0}
+def test_what_is_not_late_is_looked_at_after_every_window(model, rows, expected):
+    readback = LateReadback()
+    readback.late = False
+    assert answers(run(engine(model, readback=readback, steps_per_read=2), rows)) == expected
+    assert set(readback.queued_behind) == {0}
 
 
 def test_rows_with_logprobs_are_looked_at_in_every_step(model):

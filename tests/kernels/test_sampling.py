@@ -15,8 +15,8 @@ from torch import Tensor
 
 from batchmix.config import SamplingConfig
 from batchmix.engine.advance import advance
-from batchmix.engine.link import Link
 from batchmix.engine.philox import uniform
+from batchmix.engine.readback import Readback
 from batchmix.engine.sampling import choose
 from batchmix.engine.slots import Slots
 from batchmix.kernels import reference
@@ -34,7 +34,7 @@ PER_ROW = [
 
 def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[int]] | None = None) -> Slots:
     """On the CPU, one slot a row: prompts of tokens 5, 6, 7, and outputs [steps][rows] already chosen."""
-    slots = Slots(len(samplings), vocab, 4, (2,), None, Link(torch.device("cpu")))
+    slots = Slots(len(samplings), vocab, 4, (2,), None, Readback(torch.device("cpu")))
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5 % vocab, 6 % vocab, 7 % vocab], sampling), 0, 1000)
     slots.upload()

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine import slots as engine_slots
-from batchmix.engine.link import Link
+from batchmix.engine.readback import Readback
 from batchmix.engine.sampling import choose
 from batchmix.engine.slots import Slots
 from batchmix.kernels import reference
@@ -50,7 +50,7 @@ SAMPLINGS = st.builds(
 def slots_for(samplings: list[SamplingConfig]) -> Slots:
     slots = Slots(
         len(samplings), V, 4, (2, 9), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False),
-        Link(torch.device("cpu")),
+        Readback(torch.device("cpu")),
     )  # fmt: skip
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)

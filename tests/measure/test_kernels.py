@@ -58,7 +58,7 @@ def test_a_search_writes_tables_that_launchers_read(batchmix, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("benchmark", "speed"), "benchmark.name=speed: no such benchmark; there are kernels and throughput"),
+        (("benchmark", "speed"), "benchmark.name=speed: no such benchmark; there are kernels, throughput and offload"),
         (("benchmark", "kernels", "benchmark.shape=7b"), "benchmark.shape=7b: the shapes are 8x7b, 8x22b, tiny"),
         (("benchmark", "kernels", "benchmark.shape=tiny", "benchmark.only=[mow]"), "benchmark.only has 'mow'"),
         (("tune", "tune.formats=[int3]"), "tune.formats has 'int3'; the formats are bfloat16, float16, float32, fp8,"),

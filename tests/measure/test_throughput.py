@@ -133,6 +133,13 @@ def test_the_roofline_of_prefill_and_what_sharing_and_memory_change(tmp_path):
     assert together.decode_seconds < alone.decode_seconds
     tight = Device(H200.bandwidth, H200.flops, kv_tokens=1024 * 100, most_rows=256)
     assert roofline(model, 2, [1000] * 600, [49] * 600, 0, tight).rows_at_once == pytest.approx(100, rel=0.01)
+    # Few rows wait for weights, and 97 % of those are experts': a quarter of the bytes is nearly a quarter of the time.
+    few = Device(H200.bandwidth, H200.flops, H200.kv_tokens, most_rows=4)
+    wide = roofline(model, 2, [10] * 4, [9] * 4, 0, few)
+    narrow = roofline(model, 2, [10] * 4, [9] * 4, 0, few, expert_itemsize=0.5)
+    assert narrow.decode_seconds == pytest.approx((0.97 / 4 + 0.03) * wide.decode_seconds, rel=0.03)
+    faster = Device(H200.bandwidth, H200.flops, H200.kv_tokens, most_rows=256, expert_flops=2 * H200.flops)
+    assert roofline(model, 2, [1024] * 512, [1] * 512, 0, faster).prefill_seconds < 0.65 * prefill.prefill_seconds
     # One long answer among short ones: no fewer steps than it has tokens.
     assert roofline(model, 2, [10] * 100, [2] * 99 + [1001], 0, H200).rows_at_once == pytest.approx(1.1, rel=0.01)
 

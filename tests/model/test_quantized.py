@@ -63,8 +63,8 @@ def test_slices_of_a_quantised_weight_are_quantised_slices(format):
     assert stack.shape == whole.shape
     assert torch.equal(stack[1].dequantize(torch.float32), whole[1])
     assert torch.equal(stack[2][3:7].dequantize(torch.float32), whole[2, 3:7])
-    assert torch.equal(stack.cut(1, 4, 6).dequantize(torch.float32), whole[:, 4:10])
-    assert torch.equal(stack.cut(-1, 128, 256).dequantize(torch.float32), whole[..., 128:384])
+    assert torch.equal(stack.narrow(1, 4, 6).dequantize(torch.float32), whole[:, 4:10])
+    assert torch.equal(stack.narrow(-1, 128, 256).dequantize(torch.float32), whole[..., 128:384])
     for part, expected in zip(stack.chunk(2, -2), whole.chunk(2, -2), strict=True):
         assert torch.equal(part.dequantize(torch.float32), expected)
 

@@ -179,7 +179,7 @@ def test_signals_while_workers_start(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_parent_leaves_no_writer(data, tmp_path, expected):
+def test_what_a_killed_parent_leaves_behind_commits_nothing(data, tmp_path, expected):
     out = tmp_path / "out"
     process = start(data, out, TWO)
     wait_for(lambda: list(out.glob("part-*")), process)
@@ -188,13 +188,10 @@ def test_a_killed_parent_leaves_no_writer(data, tmp_path, expected):
     process.kill()
     left[1].wait(timeout=20)
     code, output = finish(start(data, out, TWO))
-    assert code == 1, output
-    assert "is writing shard 0 of 1 there" in output, "a worker that is left must keep others away"
+    assert code == 0, output
     left[0].resume()
     psutil.wait_procs(left, timeout=20)
     process.communicate()
-    code, output = finish(start(data, out, TWO))
-    assert code == 0, output
     assert read(out) == expected
 
 

@@ -17,7 +17,18 @@ from checkpoints import random_mixtral, save_hub
 from engines import prompts
 from processes import TICKETS, finish, read, start, wait_for, workers
 
-from batchmix.config import Backend, Config, DataConfig, Dtype, EngineConfig, ModelConfig, OutputConfig, SamplingConfig
+from batchmix.config import (
+    Backend,
+    Config,
+    DataConfig,
+    Dtype,
+    EngineConfig,
+    KVCacheDtype,
+    ModelConfig,
+    OutputConfig,
+    Quantization,
+    SamplingConfig,
+)
 from batchmix.errors import BatchmixError
 from batchmix.model.mixtral import Mixtral
 from batchmix.pipeline import generate
@@ -195,3 +206,23 @@ def test_a_rank_that_hangs_gives_up(tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith("batchmix: error: tensor-parallel rank 1 of 2")
     assert time.monotonic() - started < 50
+
+
+@pytest.mark.slow  # starts two processes for each format
+@pytest.mark.parametrize("format", [None, *Quantization])
+def test_two_ranks_of_a_quantised_model(tmp_path, monkeypatch, format):
+    """Codes are those of one rank. With fp8 each rank rounds its own part of silu(gate) * up, with its own scale, which
+    may send a token to another expert now and then: hence the median of rows."""
+    model = save_hub(random_mixtral(hidden_size=128, intermediate_size=256), tmp_path / "model")
+    data = token_rows(tmp_path / "rows.jsonl", 6, 512)
+
+    def quantised(out: Path, ranks: int) -> Config:
+        config = job(model, data, out, ranks)
+        config.model.quantization, config.model.kv_cache_dtype = format, KVCacheDtype.fp8
+        return config
+
+    expected = logits_of(quantised(tmp_path / "one", 1), monkeypatch)[0]
+    found = logits_of(quantised(tmp_path / "two", 2), monkeypatch)[0]
+    rows = expected.norm(dim=1) > 0
+    error = (found - expected)[rows].norm(dim=1) / expected[rows].norm(dim=1)
+    assert error.median() <= (0.1 if format is Quantization.fp8 else 1e-5), error

@@ -10,17 +10,12 @@ from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig
 from batchmix.errors import BatchmixError
-from batchmix.model.config import MixtralConfig
-from batchmix.plan.cost import Workload, estimate, kv_bytes_per_token, parameters, weight_bytes
+from batchmix.plan.cost import footprint, kv_bytes_per_token, parameters, weight_bytes
+from batchmix.plan.estimate import Setting, Workload, estimate
 from batchmix.plan.gpus import get_gpu
 from batchmix.plan.survey import Survey
+from batchmix.plan.table import MIXTRAL_8X7B
 from batchmix.records import Prompt
-
-MIXTRAL_8X7B = MixtralConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=32768,
-    rms_norm_eps=1e-5, rope_theta=1e6,
-)  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None)
@@ -71,8 +66,11 @@ def test_mixtral_8x7b_has_the_published_size():
 def test_cost_grows_with_the_work_and_shrinks_with_the_card():
     def cost(gpu: str, rows: int):
         work = Workload(rows, rows * 500, rows * 250_000, rows, 200)
-        options = {"share": 0.9, "max_model_len": 4096, "max_num_seqs": 512, "itemsize": 2}
-        return estimate(MIXTRAL_8X7B, get_gpu(gpu), work, **options)
+        setting = Setting(
+            get_gpu(gpu), cards=1, share=0.9, host_bytes=0, has_disk=False, stream=False, max_model_len=4096,
+            max_num_seqs=512, prefill_tokens=8192, workspace=lambda rows: 1e9,
+        )  # fmt: skip
+        return estimate(footprint(MIXTRAL_8X7B, 2), setting, work)
 
     assert cost("h200", 1000).gpus == 1
     assert cost("h100", 1000).gpus == 2

@@ -20,8 +20,8 @@ def to_device(data: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Link:
-    """To a device that is the host itself: copies are there at once.
+class Readback:
+    """From a device that is the host itself: copies are there at once.
 
     `late`: results are looked at one window of steps late, once the next one is queued, so that the device always has
     work. Where the host does the work it would only keep rows that have ended in the batch.
@@ -38,8 +38,8 @@ class Link:
         return lambda: copies
 
 
-class GpuLink(Link):
-    """To a GPU: results come back on a stream of their own, into pinned memory."""
+class GpuReadback(Readback):
+    """From a GPU: results come back on a stream of their own, into pinned memory."""
 
     late = True
 
@@ -65,6 +65,6 @@ class GpuLink(Link):
         return wait
 
 
-def link_to(device: torch.device) -> Link:
-    """The link that suits the device."""
-    return GpuLink(device) if device.type == "cuda" else Link(device)
+def readback_from(device: torch.device) -> Readback:
+    """What suits the device."""
+    return GpuReadback(device) if device.type == "cuda" else Readback(device)

@@ -1,0 +1,232 @@
+"""Where output files are kept: a folder of this machine or of a shared file system, or a place in an object store.
+
+All that the output needs of a store is here. The one promise everything else rests on is `create`: a file appears under
+its name whole, at once, and only where none of that name was; of two that try, one is told that it came too late.
+Names are relative to the output folder, with `/` between folder and file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import pyarrow as pa
+
+from batchmix.errors import BatchmixError
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+Write = Callable[[IO[bytes]], object]
+"""Puts a file's bytes where it is told."""
+
+
+class Storage(Protocol):
+    """One output folder. OSError where the store fails; FileNotFoundError where a name is not there."""
+
+    url: str
+    """What messages call it, and `open_storage` opens again."""
+    acts_late: bool
+    """Whether what a process has asked for can happen after its end, as a request on its way through a network can."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether `create` keeps its promise; where it does not, only one worker may write."""
+
+    def make_folder(self, name: str = "") -> None:
+        """Nothing where it is there."""
+
+    def names(self, pattern: str) -> list[str]:
+        """Of the files that match, sorted. A pattern has wildcards in its last component only."""
+
+    def exists(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def open(self, name: str) -> IO[bytes]: ...
+
+    def arrow_file(self, name: str) -> pa.NativeFile:
+        """The file for readers of Arrow, which may fetch only what they need."""
+
+    def create(self, name: str, write: Write) -> bool:
+        """Write a new file, durably; False where there is one already, or ours was removed before it was whole."""
+
+    def replace(self, name: str, data: bytes) -> None:
+        """The same, whether there is one or not."""
+
+    def append(self, name: str, line: bytes) -> None:
+        """Add to the end; only one process may, of each name."""
+
+    def move(self, source: str, target: str) -> None:
+        """Nothing where `source` is not there."""
+
+    def delete(self, name: str) -> None:
+        """Nothing where it is not there."""
+
+    def delete_folder(self, name: str) -> None: ...
+
+    def sync(self) -> None:
+        """Make moves and deletions durable."""
+
+    def local_file(self, name: str) -> AbstractContextManager[Path]:
+        """A path to write a file to that is there in whole at the end of the block, and may be before."""
+
+    def delete_unfinished(self, folder: str, belongs: Callable[[str], bool]) -> None:
+        """What writers that were killed left of the parts with such names in a folder. Nobody ever sees it, but it takes room."""
+
+
+def open_storage(url: str) -> Storage:
+    """The store that `output.dir` names; nothing is written yet."""
+    if "://" in url and not url.startswith("file://"):
+        from batchmix.data.object_store import ObjectStore
+
+        return ObjectStore(url)
+    return LocalFolder(Path(url.removeprefix("file://")))
+
+
+class LocalFolder:
+    """A folder, of this machine or mounted from another. Its file system must have hard links."""
+
+    acts_late = False
+    exclusive = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def make_folder(self, name: str = "") -> None:
+        self.path(name).mkdir(parents=True, exist_ok=True)
+
+    def names(self, pattern: str) -> list[str]:
+        folder, _, last = pattern.rpartition("/")
+        prefix = f"{folder}/" if folder else ""
+        try:
+            entries = os.listdir(self.root / folder)
+        except FileNotFoundError:
+            return []
+        return sorted(prefix + name for name in entries if fnmatch.fnmatchcase(name, last))
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def read(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+    def open(self, name: str) -> IO[bytes]:
+        return self.path(name).open("rb")
+
+    def arrow_file(self, name: str) -> pa.NativeFile:
+        return pa.memory_map(str(self.path(name)))
+
+    def create(self, name: str, write: Write) -> bool:
+        temporary, path = self._temporary(name), self.path(name)
+        try:
+            self._write(temporary, write)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                # A network file system may have asked its server twice: the first time it was done.
+                return os.path.samestat(temporary.stat(), path.stat())
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise BatchmixError(f"output.dir={self.url}: this file system has no hard links, which commits need; "
+                                    "choose another output.dir") from None  # fmt: skip
+        except FileNotFoundError:
+            if not self.root.is_dir():
+                raise
+            return False  # whoever took over has swept up
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        sync_folder(path.parent)
+        return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        temporary, path = self._temporary(name), self.path(name)
+        try:
+            self._write(temporary, lambda file: file.write(data))
+            temporary.rename(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+    def append(self, name: str, line: bytes) -> None:
+        with self.path(name).open("ab", buffering=0) as file:  # one write: several shards may append to the same file
+            file.write(line)
+
+    def move(self, source: str, target: str) -> None:
+        with suppress(FileNotFoundError):
+            self.path(source).rename(self.path(target))
+
+    def delete(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    def delete_folder(self, name: str) -> None:
+        shutil.rmtree(self.path(name), ignore_errors=True)
+
+    def sync(self) -> None:
+        sync_folder(self.root)
+
+    def local_file(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.path(name))
+
+    def delete_unfinished(self, folder: str, belongs: Callable[[str], bool]) -> None:
+        for name in self.names(f"{folder}.part-*.tmp"):
+            if belongs(name.removeprefix(f"{folder}.")):
+                self.delete(name)
+
+    def _temporary(self, name: str) -> Path:
+        # Of this writer alone: two that try the same name must not write into one file.
+        path = self.path(name)
+        return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+    def _write(self, path: Path, write: Write) -> None:
+        with path.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(storage: Storage, name: str) -> Any:
+    """FileNotFoundError or ValueError where it cannot be read."""
+    return json.loads(storage.read(name))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    # Bytes of a path that are no UTF-8 are half surrogate pairs in it, which JSON writes as \uDCFF, as Python does.
+    return text.encode(errors="backslashreplace") + b"\n"
+
+
+def write_json(storage: Storage, name: str, value: Any) -> None:
+    """Whole or not at all."""
+    storage.replace(name, json_bytes(value))
+
+
+def create_json(storage: Storage, name: str, value: Any) -> bool:
+    """The same, unless `name` exists already: then nothing changes and False is returned."""
+    data = json_bytes(value)
+    return storage.create(name, lambda file: file.write(data))

@@ -1,0 +1,87 @@
+"""`batchmix plan`: what a run would find and cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from batchmix.config import Config, Offload
+from batchmix.data.prompt import build_prompts
+from batchmix.data.rowset import RowSet
+from batchmix.data.source import open_source
+from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.engine import PREFILL_CHUNK
+from batchmix.engine.kv_cache import BLOCK_SIZE
+from batchmix.engine.start import cache_dtype, open_guides
+from batchmix.errors import BatchmixError
+from batchmix.memory import HOST_SHARE, gpu_workspace_bytes, host_bytes
+from batchmix.model.checkpoint import Checkpoint, open_checkpoint
+from batchmix.plan.cost import footprint
+from batchmix.plan.estimate import Setting, Workload, estimate, place
+from batchmix.plan.gpus import GPU, get_gpu
+from batchmix.plan.placement import assumed
+from batchmix.plan.planner import Limits, plan
+from batchmix.plan.report import plan_text
+from batchmix.plan.survey import Survey
+from batchmix.report.clock import StageClock
+
+
+def plan_report(config: Config) -> None:
+    """Print what a run would find and cost. Reads and tokenises every row; loads no weights."""
+    gpu = get_gpu(config.plan.gpu)
+    source = open_source(config.data, config.shard)
+    checkpoint = open_checkpoint(config.model, weights=False)
+    kv_itemsize = cache_dtype(checkpoint, checkpoint.dtype).itemsize
+    model = footprint(checkpoint.config, checkpoint.dtype.itemsize, checkpoint.quantization, kv_itemsize)
+    setting = _setting(config, checkpoint, gpu)
+    _, placement = place(model, setting, assumed(checkpoint.max_model_len))  # before lengths are known
+    limits = Limits(placement.max_num_seqs, placement.kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
+    survey = Survey(naive_batch=placement.max_num_seqs)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    prompts = build_prompts(
+        source.rows(RowSet()),
+        data=config.data,
+        sampling=config.sampling,
+        tokenizer=tokenizer,
+        max_model_len=checkpoint.max_model_len,
+        vocab_size=checkpoint.config.vocab_size,
+        keep=[],
+        clock=StageClock(),
+        guides=open_guides(checkpoint, tokenizer),
+    )
+    batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
+    answer = config.plan.expected_tokens or config.sampling.max_tokens
+    where = (
+        "plan.expected_tokens" if config.plan.expected_tokens else "sampling.max_tokens; plan.expected_tokens sets it"
+    )
+    work = Workload(survey.runnable, survey.prompt_tokens, survey.squared_tokens, survey.samples, answer)
+    cost = estimate(model, setting, work)
+    whole = estimate(model, replace(setting, stream=False), work) if cost.placement.streamed else None
+    print(plan_text(survey, batches, gpu, work, model, cost, whole, where))
+    folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
+    picture = config.plan.histogram or (str(Path(folder, "_lengths.png")) if folder else None)
+    if picture is not None and survey.runnable:
+        try:
+            Path(picture).parent.mkdir(parents=True, exist_ok=True)
+            survey.save_histogram(Path(picture))
+        except OSError as error:
+            raise BatchmixError(f"plan.histogram={picture}: cannot be written ({error.strerror})") from None
+        print(f"histogram: {picture}")
+
+
+def _setting(config: Config, checkpoint: Checkpoint, gpu: GPU) -> Setting:
+    """What `batchmix plan` assumes: this run on `gpu`."""
+    host = config.plan.host_memory_gb
+    prefill = max(PREFILL_CHUNK, config.engine.max_num_batched_tokens)
+    return Setting(
+        gpu=gpu,
+        cards=config.model.tensor_parallel_size,
+        share=config.engine.gpu_memory_utilization,
+        host_bytes=host_bytes() if host is None else HOST_SHARE * host * 1e9,
+        has_disk=config.model.offload_dir is not None,
+        stream=config.model.offload is Offload.auto,
+        max_model_len=checkpoint.max_model_len,
+        max_num_seqs=config.engine.max_num_seqs,
+        prefill_tokens=prefill,
+        workspace=lambda rows: gpu_workspace_bytes(checkpoint.config, rows, prefill, checkpoint.dtype.itemsize),
+    )

@@ -1,0 +1,67 @@
+"""What the run itself and a worker on another machine do alike around the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from typing import Any
+
+from batchmix.config import Config, OnError
+from batchmix.data.parts import PartLog
+from batchmix.data.prompt import build_prompts
+from batchmix.data.sink import Sink
+from batchmix.data.source import Source
+from batchmix.data.tokenizer import Tokenizer
+from batchmix.engine.engine import Engine
+from batchmix.errors import BatchmixError
+from batchmix.plan.planner import Limits, plan
+from batchmix.records import Batch, Completion, Row
+from batchmix.report.clock import StageClock
+from batchmix.report.totals import Totals
+
+
+def planned_batches(
+    config: Config, keep: Sequence[str], tokenizer: Tokenizer | None, engine: Engine, rows: Iterable[Row]
+) -> Generator[Batch, None, None]:
+    """Rows as batches that fit `engine`, with the columns `keep`; read and tokenised in a thread of their own."""
+    prompts = build_prompts(
+        rows,
+        data=config.data,
+        sampling=config.sampling,
+        tokenizer=tokenizer,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.model.config.vocab_size,
+        keep=keep,
+        clock=engine.clock,
+        guides=engine.guides,
+    )
+    state = engine.state
+    limits = Limits(
+        state.slots.capacity, state.pool.num_blocks, state.cache.block_size, config.engine.sort_window,
+        share_prefix=state.prefixes is not None,
+    )  # fmt: skip
+    with closing(prompts):
+        yield from plan(prompts, limits)
+
+
+def check_error(config: Config, completion: Completion) -> None:
+    """BatchmixError for a row that cannot be run, where data.on_error=raise."""
+    if completion.error is not None and config.data.on_error is OnError["raise"]:
+        raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
+
+
+def make_sink(config: Config, log: PartLog, tokenizer: Tokenizer | None, clock: StageClock) -> Sink:
+    """The sink that commits parts as `config.output` says."""
+    return Sink(
+        log,
+        tokenizer=tokenizer,
+        rows_per_shard=config.output.rows_per_shard,
+        flush_seconds=config.output.flush_seconds,
+        clock=clock,
+    )
+
+
+def progress_of(source: Source, totals: Totals) -> dict[str, Any]:
+    """What a heartbeat says: counts since this process began, and rows of the whole data set where known."""
+    return {"rows": totals.rows, "error_rows": totals.error_rows, "completion_tokens": totals.completion_tokens,
+            "num_rows": source.num_rows}  # fmt: skip

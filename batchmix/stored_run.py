@@ -1,0 +1,81 @@
+"""The jobs on an output folder that need nothing but the folder: `batchmix status` and `batchmix finalize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchmix.config import Config, Order, OutputFormat
+from batchmix.data.columns import OutputColumns
+from batchmix.data.finalize import (
+    close_lost,
+    describe,
+    finalize,
+    finalizing,
+    open_leases,
+    read_markers,
+    read_runs,
+)
+from batchmix.data.lease import FOLDER
+from batchmix.data.part_formats import part_format
+from batchmix.data.parts import Parts
+from batchmix.data.storage import open_storage
+from batchmix.errors import BatchmixError
+from batchmix.report.status import Status
+from batchmix.run_info import NAME, read_run
+
+
+def open_stored(url: str) -> tuple[Parts, dict[str, Any]]:
+    """The parts of a run, and what its `_run.json` says. BatchmixError where there is none."""
+    if not url:
+        raise BatchmixError("output.dir=: give the folder of a run, for example output.dir=out")
+    storage = open_storage(url)
+    if not storage.exists(NAME):
+        raise BatchmixError(f"output.dir={url}: holds no {NAME}, so no run of batchmix has begun there")
+    run = read_run(storage)
+    output, form = run["config"]["output"], OutputFormat[run["config"]["output"]["format"]]
+    columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
+    parts = Parts(storage, part_format(form, columns, output["compression"], run["openai_model"]))
+    if form is not OutputFormat.jsonl and (names := parts.names()):
+        with storage.arrow_file(names[0]) as file:
+            columns.schema = pq.read_schema(file) if form is OutputFormat.parquet else pa.ipc.open_file(file).schema
+    return parts, run
+
+
+def read_status(config: Config) -> Status:
+    """How far the run in `output.dir` is. Reads only, so it may be called from anywhere at any time."""
+    return Status.read(open_stored(config.output.dir)[0])
+
+
+def finalize_folder(config: Config) -> str:
+    """Check that each row is there exactly once, put them in order if that was or is asked for, write `_SUCCESS`.
+
+    Returns what to print. BatchmixError where a worker is alive, or rows are missing.
+    """
+    parts, run = open_stored(config.output.dir)
+    storage = parts.storage
+    storage.make_folder(FOLDER)
+    with finalizing(storage, config.shard) as lease:
+        for record in open_leases(storage):
+            if not record.lost:
+                raise BatchmixError(f"output.dir={storage.url}: {record.owner} is writing {describe(record)} there; the last "
+                                    "worker to finish does this by itself")  # fmt: skip
+            close_lost(parts, config.shard, record)
+        markers = read_markers(storage)
+        if not markers:
+            raise BatchmixError(f"output.dir={storage.url}: no worker has read the data to its end yet; run the generate "
+                                "command again")  # fmt: skip
+        (_, count), last = max(markers.items(), key=lambda item: item[1].end)
+        asked = {config.output.order, last.order, Order[run["config"]["output"]["order"]]}
+        summary = finalize(
+            parts,
+            lease,
+            order=Order.input if Order.input in asked else Order.completion,
+            limit=last.limit,
+            end=last.end,
+            rows_per_shard=run["config"]["output"]["rows_per_shard"],
+            runs=read_runs(storage, count),
+        )
+    return f"{summary.text()}\neach of {last.end:,} rows is there once; _SUCCESS is written"

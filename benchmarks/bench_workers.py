@@ -1,0 +1,126 @@
+"""What sharing one output folder costs: many workers over one data set, with a stand-in for the engine.
+
+    python benchmarks/bench_workers.py [--workers 8] [--rows 1000000] [--ideal 240] [--save]
+
+Each worker is `batchmix generate` in a process of its own, with all its stages, leases, commits, and the last one's
+check and `_SUCCESS`; only the engine is replaced, by one that sleeps as long as a device would work: a batch of n rows
+takes n / (rows per second). The ideal split is rows / (workers x rows per second), with nothing but devices at work; the
+time is taken from the start of the first process to the end of the last, with Python's own start. What a worker's thread
+does between two batches (planning, handing over completions) stands in the way of the next, as it would of an engine's.
+On a machine with fewer cores than workers all their host work shares the cores, which a cluster's does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from common import save
+
+from batchmix import pipeline
+from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig, ShardConfig
+from batchmix.engine.stats import EngineStats
+from batchmix.records import Batch, Completion
+from batchmix.report.clock import StageClock
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
+ANSWER_TOKENS = 16
+ROWS_AT_ONCE = 1024
+
+
+class SleepingEngine:
+    """Has of an engine what the pipeline asks for."""
+
+    def __init__(self, rows_per_second: float) -> None:
+        self._rows_per_second = rows_per_second
+        self.clock, self.stats = StageClock(), EngineStats()
+        self.device_clock = SimpleNamespace(seconds=lambda: None)
+        self.max_model_len = 4096
+        self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000))
+        self.slots = SimpleNamespace(capacity=ROWS_AT_ONCE)
+        self.pool = SimpleNamespace(num_blocks=100_000)
+        self.cache = SimpleNamespace(block_size=64)
+        self.prefixes = None
+
+    def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
+        """Answers with the first tokens of the prompt."""
+        self.stats.first_prefill_time = time.time()
+        for batch in batches:
+            time.sleep(len(batch.prompts) / self._rows_per_second)
+            self.stats.last_token_time = time.time()
+            for prompt in batch.prompts:
+                ids = prompt.token_ids[:ANSWER_TOKENS]
+                yield Completion(prompt, 0, ids, "length", num_tokens=len(ids))
+
+
+def write_rows(path: Path, count: int) -> None:
+    lines = EXAMPLES.read_text(encoding="utf-8").splitlines()
+    with path.open("w", encoding="utf-8") as file:
+        for row in range(count):
+            file.write(lines[row % len(lines)] + "\n")
+
+
+def work(data: str, out: str, index: int, count: int, rows_per_second: float) -> None:
+    """One worker."""
+    pipeline.start_engine = lambda *_: SleepingEngine(rows_per_second)  # type: ignore[attr-defined,assignment]
+    pipeline.generate(
+        Config(
+            data=DataConfig(path=data),
+            sampling=SamplingConfig(max_tokens=ANSWER_TOKENS),
+            engine=EngineConfig(device="cpu"),
+            output=OutputConfig(dir=out),
+            shard=ShardConfig(index, count),
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--ideal", type=float, default=240.0, help="seconds that the ideal split takes")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-workers.json")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # data, out, index, rows per second
+    args = parser.parse_args()
+    if args.worker:
+        data, out, index, rate = args.worker
+        work(data, out, int(index), args.workers, float(rate))
+        return
+    rate = args.rows / args.workers / args.ideal
+    with tempfile.TemporaryDirectory() as temporary:
+        data, out = str(Path(temporary, "rows.jsonl")), str(Path(temporary, "out"))
+        write_rows(Path(data), args.rows)
+        command = [sys.executable, __file__, "--workers", str(args.workers), "--worker", data, out]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        load, started = os.getloadavg()[0], time.perf_counter()
+        workers = [
+            subprocess.Popen([*command, str(index), str(rate)], env=environment, stdout=subprocess.DEVNULL)
+            for index in range(args.workers)
+        ]
+        assert [worker.wait() for worker in workers] == [0] * args.workers
+        seconds = time.perf_counter() - started
+        assert Path(out, "_SUCCESS").exists()
+        summary: dict[str, Any] = json.loads(Path(out, "_summary.json").read_text())
+        assert (summary["rows"], summary["error_rows"]) == (args.rows, 0), summary
+    ratio = seconds / args.ideal
+    generating = summary["generate_seconds"] / args.ideal
+    print(f"{args.rows:,} rows, {args.workers} workers of {rate:,.0f} rows/s on {os.cpu_count()} cores: {seconds:.1f} s,"
+          f" {ratio:.3f} x the ideal split of {args.ideal:.0f} s; from the first row to the last {generating:.3f} x"
+          f" (load average before: {load:.1f})")  # fmt: skip
+    if args.save:
+        save("workers", {"rows": args.rows, "workers": args.workers, "rows_per_second_each": round(rate, 1),
+                         "ideal_seconds": args.ideal, "seconds": round(seconds, 1), "ratio": round(ratio, 3),
+                         "ratio_first_to_last_row": round(generating, 3), "load_average_before": round(load, 1)})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Changes to a folder that a crash cannot leave half done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchmix.config import ShardConfig
+from batchmix.data.exchange import exchange, finish_exchange
+from batchmix.data.lease import FINALIZE, FOLDER, Lease, Lost
+from batchmix.data.storage import LocalFolder
+
+
+class Crash(BaseException):
+    """The end of the process, which no `except Exception` sees."""
+
+
+def finalizer(storage: LocalFolder) -> Lease:
+    storage.make_folder(FOLDER)
+    return Lease(storage, FINALIZE, ShardConfig(), "the whole")
+
+
+@pytest.mark.parametrize("steps", range(20))
+def test_an_exchange_that_crashes_is_whole_once_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    storage = LocalFolder(tmp_path)
+    storage.make_folder("_merge")
+    for name in ("old1", "old2", "kept", "_merge/new1", "_merge/new2"):
+        (tmp_path / name).write_text(name)
+    left = steps
+
+    def crashing(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+            return function(*args, **options)
+
+        return call
+
+    first = finalizer(storage)
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "link"), (os, "fsync"), (shutil, "rmtree")):
+            patch.setattr(owner, name, crashing(getattr(owner, name)))
+        with contextlib.suppress(Crash):
+            exchange(storage, first.generation, "_merge", ["_merge/new1", "_merge/new2"], ["old1", "old2"])
+    first.close()
+    second = finalizer(storage)
+    finish_exchange(storage, second)
+    second.close()
+    there = {path.name for path in tmp_path.iterdir() if not path.name.startswith((".", FOLDER))}
+    assert there == ({"old1", "old2", "kept", "_merge"} if "old1" in there else {"new1", "new2", "kept"})
+
+
+def test_an_exchange_by_one_who_wakes_up_late_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalFolder(tmp_path)
+    (tmp_path / "old").write_text("old")
+    storage.make_folder("_merge")
+    (tmp_path / "_merge" / "new").write_text("new")
+    first = finalizer(storage)
+    with monkeypatch.context() as patch:
+        patch.setattr("batchmix.data.lease.Record.lost", True)  # no sign of life
+        second = finalizer(storage)
+    finish_exchange(storage, second)
+    with pytest.raises(Lost, match="the whole was taken over"):
+        exchange(storage, first.generation, "_merge", ["_merge/new"], ["old"])
+    assert (tmp_path / "old").exists()
+    assert not (tmp_path / "new").exists()
+    second.close()
+    first.close()

@@ -1,0 +1,243 @@
+"""Output in an object store: a real S3 server (moto) in a process of its own, real workers, real kills."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import boto3
+import pyarrow as pa
+import pytest
+import s3fs
+from processes import TICKETS, finish, read, start, wait_for
+
+from batchmix.config import ShardConfig
+from batchmix.data.lease import Lease, shard_name
+from batchmix.data.object_store import ObjectStore
+
+pytestmark = pytest.mark.slow  # starts a server and many processes
+
+BUCKET = "bucket"
+SERVER = """
+import sys
+from moto.server import main
+main(["-H", "127.0.0.1", "-p", sys.argv[1]])
+"""
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of a server with one bucket; the environment leads every S3 library there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path_factory.mktemp("s3") / "log").open("wb")
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    environment = {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client.create_bucket(Bucket=BUCKET)
+                break
+            except Exception:
+                assert time.monotonic() < deadline, Path(log.name).read_text()
+                time.sleep(0.2)
+        try:
+            yield client
+        finally:
+            server.kill()
+            server.wait()
+
+
+def parts(s3: Any, prefix: str) -> dict[str, bytes]:
+    found = s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/part-").get("Contents", [])
+    return {item["Key"]: s3.get_object(Bucket=BUCKET, Key=item["Key"])["Body"].read() for item in found}
+
+
+def rows(s3: Any, prefix: str) -> dict[int, tuple[Any, ...]]:
+    """As `read`, of what any reader would see; every object is a whole file."""
+    tables = [pa.ipc.open_file(data).read_all() for data in parts(s3, prefix).values()]
+    listed = pa.concat_tables(tables).to_pylist() if tables else []
+    found = {row["row"]: (row["id"], row["generated_text"], row["finish_reason"]) for row in listed}
+    assert len(found) == len(listed), "a row is there twice"
+    return found
+
+
+def leftover_uploads(s3: Any) -> list[Any]:
+    return list(s3.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(TICKETS.read_text(encoding="utf-8").splitlines(keepends=True)[:200]))
+    return path
+
+
+def test_what_the_store_promises(s3: Any) -> None:
+    store = ObjectStore(f"s3://{BUCKET}/promises")
+    assert store.exclusive
+    assert store.create("a", lambda file: file.write(b"one"))
+    assert not store.create("a", lambda file: file.write(b"two"))
+    assert store.create("a", lambda file: file.write(b"one")), "the answer to the first try may have been lost"
+    outcomes: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda i=i: outcomes.append(store.create("b", lambda file: file.write(b"%d" % i))))
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == [False] * 7 + [True]
+    big = os.urandom(120 << 20)  # more than s3fs sends in one piece unless told to
+    calls: list[str] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def watched(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        calls.append(method)
+        return await call(self, method, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", watched)
+        assert store.create("big", lambda file: file.write(big))
+    assert calls == ["put_object"]
+    assert store.read("big") == big
+    store.move("big", "moved")
+    store.move("big", "moved")  # a second time
+    assert (store.exists("big"), store.exists("moved")) == (False, True)
+    assert store.names("*") == ["a", "b", "moved"]
+    store.delete("moved")
+    store.delete("moved")
+
+
+def test_a_bucket_that_is_not_there(s3: Any, data: Path) -> None:
+    code, output = finish(start(data, "s3://nowhere/out"))  # type: ignore[arg-type]
+    assert code == 1
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("batchmix: error: output.dir=s3://nowhere/out: cannot be written to ("), output
+    assert "Traceback" not in output
+
+
+class HoldingProxy:
+    """Between workers and the server. The next upload of a part that `hold` asks for stands still in its middle."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._wanted = 0
+        self.held = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def hold(self, number: int) -> None:
+        """The `number`-th from now on."""
+        self.held.clear()
+        self._wanted = number
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            server = socket.create_connection(self._target)
+            threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
+            threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        with client, server, contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                if data.startswith(b"PUT /bucket/killed/part-") and self._wanted:
+                    self._wanted -= 1
+                    if not self._wanted:
+                        head, _, body = data.partition(b"\r\n\r\n")
+                        server.sendall(head + b"\r\n\r\n")
+                        body = body or client.recv(1 << 20)
+                        server.sendall(body[: len(body) // 2])
+                        self.held.set()
+                        client.recv(1)  # until the worker is no more
+                        return
+                server.sendall(data)
+
+    def _answer(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(1 << 20):
+                client.sendall(data)
+
+
+def test_workers_killed_in_the_middle_of_an_upload(
+    s3: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tmp_path / "undisturbed"
+    code, output = finish(start(data, expected))
+    assert code == 0, output
+    out: Any = f"s3://{BUCKET}/killed"
+    server = urlparse(os.environ["AWS_ENDPOINT_URL"])
+    proxy = HoldingProxy((server.hostname or "", server.port or 0))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    seen: set[int] = set()
+    for number, whole in ((2, 1), (4, 2), (3, 1)):  # the first upload of the second and third worker is a seal
+        proxy.hold(number)
+        process = start(data, out, "output.flush_seconds=1000")
+        wait_for(proxy.held.is_set, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = rows(s3, "killed")
+        assert len(found) == len(seen) + 10 * whole, "of what was being uploaded nothing is there"
+        assert seen <= set(found)
+        assert found.items() <= read(expected).items()
+        assert not leftover_uploads(s3)
+        seen = set(found)
+    workers = [start(data, out, "shard.count=2", f"shard.index={index}", "output.order=input") for index in range(2)]
+    for worker in workers:
+        code, output = finish(worker)
+        assert code == 0, output
+    assert rows(s3, "killed") == read(expected)
+    tables = [pa.ipc.open_file(content).read_all() for _, content in sorted(parts(s3, "killed").items())]
+    assert pa.concat_tables(tables)["row"].to_pylist() == list(range(200))
+    names = {item["Key"].split("/")[1] for item in s3.list_objects_v2(Bucket=BUCKET, Prefix="killed/")["Contents"]}
+    assert {"_SUCCESS", "_run.json", "_summary.json", "_workers", ".hydra"} <= names
+    assert not any(name.startswith(("_merge", "_journal")) for name in names)
+    command = [sys.executable, "-m", "batchmix", "status", f"output.dir={out}"]
+    status = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert status.returncode == 0, status.stdout + status.stderr
+
+
+def test_an_upload_that_is_cut_off_leaves_nothing(s3: Any) -> None:
+    """The worker dies when the server has a part of the body: what the server then has is no object."""
+    url = urlparse(os.environ["AWS_ENDPOINT_URL"])
+    signed = s3.generate_presigned_url("put_object", Params={"Bucket": BUCKET, "Key": "cut/part-00000-000000.arrow"})
+    connection = http.client.HTTPConnection(url.hostname or "", url.port)
+    connection.putrequest("PUT", signed.split(url.netloc, 1)[1])
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders()
+    connection.send(b"x" * 500)
+    connection.close()
+    time.sleep(0.5)
+    assert not parts(s3, "cut")
+    assert not leftover_uploads(s3)
+
+
+def test_another_worker_is_refused(s3: Any, data: Path) -> None:
+    store = ObjectStore(f"s3://{BUCKET}/busy")
+    lease = Lease(store, shard_name(0, 1), ShardConfig(), "shard 0 of 1")
+    code, output = finish(start(data, store.url))  # type: ignore[arg-type]
+    assert code == 1, output
+    assert f"another process (process {os.getpid()} on {os.uname().nodename}) is writing shard 0 of 1 there" in output
+    lease.close()
