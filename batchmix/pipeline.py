@@ -226,10 +226,12 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[st
 def _parts(
     config: Config, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None, run: dict[str, Any]
 ) -> Parts:
+    structured = config.sampling.structured_outputs
     columns = OutputColumns(
         source.schema,
         token_ids=config.output.token_ids or tokenizer is None,
         logprobs=config.sampling.logprobs is not None,
+        choice_probabilities=structured is not None and structured.score_choices,
         provenance=provenance(run),
         annotations=annotation_columns(config.annotate),
     )

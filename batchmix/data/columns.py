@@ -39,6 +39,7 @@ LOGPROBS = pa.field(
         )
     ),
 )
+CHOICE_PROBABILITIES = pa.field("choice_probabilities", pa.list_(pa.float64()))  # in the order of the choices
 
 
 class OutputColumns:
@@ -53,10 +54,12 @@ class OutputColumns:
         *,
         token_ids: bool,
         logprobs: bool,
+        choice_probabilities: bool = False,
         provenance: Mapping[str, str] | None = None,
         annotations: AnnotationColumns | None = None,
     ) -> None:
-        extra = [field for field, wanted in ((TOKEN_IDS, token_ids), (LOGPROBS, logprobs)) if wanted]
+        asked = (TOKEN_IDS, token_ids), (LOGPROBS, logprobs), (CHOICE_PROBABILITIES, choice_probabilities)
+        extra = [field for field, wanted in asked if wanted]
         own = {*FIRST.names, *LAST.names, *(field.name for field in extra)}
         typed = list(annotations.schema) if annotations is not None else []
         names = [field.name for field in typed]
@@ -81,6 +84,7 @@ class OutputColumns:
         self.schema = pa.schema([*FIRST, *fields, *typed, *LAST, *extra], metadata=metadata)
         self._token_ids = token_ids
         self._logprobs = logprobs
+        self._choice_probabilities = choice_probabilities
 
     def table(self, completions: Sequence[Completion]) -> pa.Table:
         """One row for each completion, in the order given."""
@@ -107,6 +111,8 @@ class OutputColumns:
             columns.append([None if c.error is not None else list(c.token_ids) for c in completions])
         if self._logprobs:
             columns.append([_logprobs(completion) for completion in completions])
+        if self._choice_probabilities:
+            columns.append([completion.choice_probabilities for completion in completions])
         arrays = [
             values if isinstance(values, pa.Array) else pa.array(values, field.type)
             for values, field in zip(columns, self.schema, strict=True)

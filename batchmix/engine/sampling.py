@@ -44,15 +44,11 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     _forbid_stopping(logits, slots, span)
     _apply_penalties(logits, slots, span)
     wide, narrow = apply_guides(logits, slots, span)
-    if not narrow:
-        tokens = _choose_among(logits, slots, span, wide)
-    else:
-        tokens = wide.new_empty(len(logits))
-        if len(wide):
-            tokens[wide] = _choose_among(logits[wide], slots, span, wide)
-        for few in narrow:
-            place = _choose_among(few.logits, slots, span, few.rows)
-            tokens[few.rows] = few.token_ids.gather(1, place[:, None])[:, 0]
+    tokens = wide.new_empty(len(logits))
+    tokens[wide] = _choose_among(logits, wide, slots, span, wide)
+    for few in narrow:
+        place = _choose_among(few.logits, torch.arange(len(few.rows)), slots, span, few.rows)
+        tokens[few.rows] = few.token_ids.gather(1, place[:, None])[:, 0]
     if raw is None:
         return tokens, None
     chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
@@ -60,14 +56,16 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     return tokens, Logprobs(wanted, chosen, top_ids, top)
 
 
-def _choose_among(logits: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
-    """The column that each of `rows` (of the span) chooses: logits [N, any number of columns], spent -> int64 [N]."""
-    columns = _most_likely(logits)
-    random = torch.nonzero(slots.temperature[span][rows] > 0)[:, 0]
+def _choose_among(logits: Tensor, places: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
+    """The column that each of `rows` (of the span) chooses, int64 [N]; its logits are in row places[i] of `logits`."""
+    columns = torch.empty_like(rows)
+    is_random = slots.temperature[span][rows] > 0
+    greedy, random = torch.nonzero(~is_random)[:, 0], torch.nonzero(is_random)[:, 0]
+    if len(greedy):
+        columns[greedy] = _most_likely(logits if len(greedy) == len(logits) else logits[places[greedy]])
     if len(random):
-        scaled = logits[random]
+        scaled, drawing = logits[places[random]], rows[random]
         scaled -= scaled.amax(-1, keepdim=True)  # before the division, which a tiny temperature would make overflow
-        drawing = rows[random]
         scaled /= slots.temperature[span][drawing, None]
         columns[random] = _draw(_filter(scaled, slots, span, drawing), _uniform(slots, span, drawing))
     return columns
