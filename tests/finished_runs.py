@@ -11,7 +11,7 @@ from batchmix.annotate.columns import annotation_columns
 from batchmix.annotate.results import Results
 from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, OutputFormat, SamplingConfig
 from batchmix.data.columns import OutputColumns
-from batchmix.data.parts import part_format
+from batchmix.data.part_formats import part_format
 from batchmix.data.schema import infer_schema
 from batchmix.records import Completion, Prompt
 from batchmix.run_info import describe_run
@@ -30,7 +30,16 @@ def finished(
     n = max(len(texts) for _, texts in rows)
     config = Config(annotate=task, data=DataConfig(path="x", template=template), output=OutputConfig(dir=str(folder), format=form),
                     sampling=SamplingConfig(n=n))  # fmt: skip
-    run = describe_run(config, model="m", tokenizer="t", data={}, dtype="bfloat16", max_model_len=64)
+    run = describe_run(
+        config,
+        openai_model=None,
+        model="m",
+        tokenizer="t",
+        data={},
+        dtype="bfloat16",
+        quantization=None,
+        max_model_len=64,
+    )
     (folder / "_run.json").write_text(json.dumps(run))
     (folder / "_SUCCESS").write_text("{}")
     kept = infer_schema(columns for columns, _ in rows)
