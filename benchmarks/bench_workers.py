@@ -1,6 +1,6 @@
 """What sharing one output folder costs: many workers over one data set, with a stand-in for the engine.
 
-    python benchmarks/bench_workers.py [--workers 8] [--rows 1000000] [--ideal 240] [--save]
+    python benchmarks/bench_workers.py [--workers 8] [--rows 1000000] [--ideal 300] [--save]
 
 Each worker is `batchmix generate` in a process of its own, with all its stages, leases, commits, and the last one's
 check and `_SUCCESS`; only the engine is replaced, by one that sleeps as long as a device would work: a batch of n rows
@@ -46,10 +46,12 @@ class SleepingEngine:
         self.device_clock = SimpleNamespace(seconds=lambda: None)
         self.max_model_len = 4096
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000))
-        self.slots = SimpleNamespace(capacity=ROWS_AT_ONCE)
-        self.pool = SimpleNamespace(num_blocks=100_000)
-        self.cache = SimpleNamespace(block_size=64)
-        self.prefixes = None
+        self.state = SimpleNamespace(
+            slots=SimpleNamespace(capacity=ROWS_AT_ONCE),
+            pool=SimpleNamespace(num_blocks=100_000),
+            cache=SimpleNamespace(block_size=64),
+            prefixes=None,
+        )
 
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
         """Answers with the first tokens of the prompt."""
@@ -87,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--ideal", type=float, default=240.0, help="seconds that the ideal split takes")
+    parser.add_argument("--ideal", type=float, default=300.0, help="seconds that the ideal split takes")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-workers.json")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # data, out, index, rows per second
     args = parser.parse_args()

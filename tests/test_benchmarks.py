@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,14 @@ def test_a_decode_step_beside_the_model_is_timed(monkeypatch: pytest.MonkeyPatch
     assert seconds.shape == (5, 2)
     assert (seconds[:, 0] > seconds[:, 1]).all()
     assert (seconds > 0).all()
+
+
+@pytest.mark.slow  # starts two workers
+def test_many_workers_share_one_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stand-in engine has what the pipeline asks of an engine, and all rows come out once."""
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root / "benchmarks"), str(root)]))
+    monkeypatch.setattr("sys.argv", ["bench_workers.py", "--workers", "2", "--rows", "2000", "--ideal", "1"])
+    importlib.import_module("bench_workers").main()
+    assert capsys.readouterr().out.startswith("2,000 rows, 2 workers of 1,000 rows/s on ")

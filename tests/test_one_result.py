@@ -10,27 +10,23 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.dataset as ds
 import pytest
 from processes import TICKETS, finish, read, start, wait_for
 
-from batchmix.cli import main
-from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig, ShardConfig
+from batchmix.config import Config, DataConfig, EngineConfig, Order, OutputConfig, SamplingConfig, ShardConfig
 from batchmix.data.lease import CLOSED, Lease, Record, shard_name
 from batchmix.data.owner import Owner
 from batchmix.data.storage import open_storage
+from batchmix.errors import BatchmixError
 from batchmix.pipeline import generate
 from batchmix.report.status import ShardStatus, Status
+from batchmix.stored_run import finalize_folder, read_status
 
 
-def batchmix(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    try:
-        code = main(arguments)
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    captured = capsys.readouterr()
-    if arguments[0] == "status":
-        assert all(len(line) <= 80 for line in captured.out.splitlines())
-    return code, captured.out + captured.err
+def command(name: str, out: str | Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "batchmix", name, f"output.dir={out}", *overrides]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
 
 def job(path: Path, out: str, index: int, count: int) -> Config:
@@ -43,19 +39,25 @@ def job(path: Path, out: str, index: int, count: int) -> Config:
     )
 
 
-@pytest.mark.parametrize("where", ["folder", "memory://store"])
-def test_status_and_finalize(tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str) -> None:
+@pytest.mark.parametrize("where", ["folder", pytest.param("memory://store", marks=pytest.mark.slow)])
+def test_status_and_finalize(tmp_path: Path, where: str) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(TICKETS.read_text().splitlines(keepends=True)[:7]) + "{broken\n")
     out = f"{tmp_path}/out" if where == "folder" else f"{where}{tmp_path}"
-    place = f"output.dir={out}"
-    code, text = batchmix(capsys, "status", place)
-    assert (code, text) == (1, f"batchmix: error: {place}: holds no _run.json, so no run of batchmix has begun there\n")
+    folder = Config(output=OutputConfig(dir=out))
+
+    def status() -> tuple[int, list[str]]:
+        found = read_status(folder)
+        lines = found.text().splitlines()
+        assert all(len(line) <= 80 for line in lines)
+        return found.exit_code, lines
+
+    with pytest.raises(BatchmixError, match=f"output.dir={out}: holds no _run.json, so no run of batchmix has begun"):
+        read_status(folder)
     generate(job(data, out, 1, 3))
-    capsys.readouterr()
-    code, text = batchmix(capsys, "status", place)
+    code, lines = status()
     assert code == 4
-    assert [line.split() for line in text.splitlines()] == [
+    assert [line.split() for line in lines] == [
         ["shard", "done", "failed", "left", "rows/s", "worker"],
         ["0/3", "0", "0", "3", "-", "not", "started"],
         ["1/3", "3", "1", "0", "-", "done"],
@@ -64,32 +66,33 @@ def test_status_and_finalize(tmp_path: Path, capsys: pytest.CaptureFixture[str],
         "0 of 3 workers alive, 2 shards wait for a worker".split(),
     ]
     workers = [Lease(open_storage(out), shard_name(i, 3), ShardConfig(i, 3), f"shard {i} of 3") for i in (0, 2)]
-    code, text = batchmix(capsys, "status", place)
+    code, lines = status()
     assert code == 3
-    assert f"0/3           0        0           3     0.0  alive, {os.getpid()} on {os.uname().nodename}"[:70] in text
-    assert text.splitlines()[-1] == "2 of 3 workers alive"
-    code, text = batchmix(capsys, "finalize", place)
-    assert (code, "is writing shard 0 of 3 there" in text) == (1, True), text
+    assert lines[1].startswith(f"    0/3           0        0           3     0.0  alive, {os.getpid()} on ")
+    assert lines[-1] == "2 of 3 workers alive"
+    with pytest.raises(BatchmixError, match="is writing shard 0 of 3 there"):
+        finalize_folder(folder)
     for worker in workers:
         worker.close()
-    code, text = batchmix(capsys, "finalize", place)
-    assert code == 1
-    assert f"{place}: 5 of 8 rows are not done (0, 2, 3, 5, 6)" in text
+    with pytest.raises(BatchmixError, match=r"5 of 8 rows are not done \(0, 2, 3, 5, 6\)"):
+        finalize_folder(folder)
     for index in range(2):
         generate(job(data, out, index, 2))
-    capsys.readouterr()
-    assert batchmix(capsys, "status", place)[0] == 0
-    code, text = batchmix(capsys, "finalize", place, "output.order=input")
-    assert code == 0
-    assert "each of 8 rows is there once; _SUCCESS is written" in text
-    assert "complete: _SUCCESS is there" in batchmix(capsys, "status", place)[1]
+    assert status()[0] == 0
+    folder.output.order = Order.input
+    assert "each of 8 rows is there once; _SUCCESS is written" in finalize_folder(folder)
+    assert status()[1][-1] == "complete: _SUCCESS is there"
     if where == "folder":
-        folder = Path(out)
-        part = sorted(folder.glob("part-*"))[-1]
-        (folder / "part-00007-000099.arrow").write_bytes(part.read_bytes())
-        code, text = batchmix(capsys, "finalize", place)
-        assert code == 1
-        assert "is there twice, in part-" in text
+        assert [row for path in sorted(Path(out).glob("part-*")) for row in rows_of(path)] == list(range(8))
+        part = sorted(Path(out).glob("part-*"))[-1]
+        (Path(out) / "part-00007-000099.arrow").write_bytes(part.read_bytes())
+        with pytest.raises(BatchmixError, match="is there twice, in part-"):
+            finalize_folder(folder)
+
+
+def rows_of(path: Path) -> list[int]:
+    rows: list[int] = ds.dataset(path, format="arrow").to_table()["row"].to_pylist()
+    return rows
 
 
 def test_exit_codes() -> None:
@@ -120,10 +123,6 @@ def test_a_stopped_worker_is_reported_taken_over_and_refused(tmp_path: Path) -> 
     def shard(index: int) -> subprocess.Popen[str]:
         return start(data, out, f"shard.index={index}", *half, threads=1)
 
-    def status() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "batchmix", "status", f"output.dir={out}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
     stuck = shard(0)
     wait_for(lambda: list(out.glob("part-00000-*")), stuck)
     stuck.send_signal(signal.SIGSTOP)
@@ -132,7 +131,7 @@ def test_a_stopped_worker_is_reported_taken_over_and_refused(tmp_path: Path) -> 
     reported = ""
     while "stuck: no heartbeat for" not in reported:
         assert time.monotonic() < stopped + 60
-        found = status()
+        found = command("status", out)
         reported = found.stdout
     assert found.returncode == 4
     code, output = finish(other)
@@ -148,6 +147,8 @@ def test_a_stopped_worker_is_reported_taken_over_and_refused(tmp_path: Path) -> 
     assert "shard index 0 was taken over" in output or "shard 0 of 2 was taken over by process" in output
     assert "Traceback" not in output
     assert read(out) == read(expected)
-    assert status().returncode == 0
+    assert command("status", out).returncode == 0
+    found = command("finalize", out)
+    assert (found.returncode, "each of 400 rows is there once" in found.stdout) == (0, True), found.stderr
     code, output = finish(shard(0))
     assert (code, "nothing to do" in output) == (0, True), output
