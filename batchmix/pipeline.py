@@ -24,8 +24,9 @@ from batchmix.data.storage import Storage, open_storage
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
-from batchmix.engine.start import check_engine, open_guides, start_engine
+from batchmix.engine.start import check_engine, start_engine
 from batchmix.errors import BatchmixError
+from batchmix.guided.compile import open_guides
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.model.shards import Shards

@@ -45,6 +45,7 @@ class NoModel:
     """As Mixtral, at no cost."""
 
     config = CONFIG
+    stream = None  # weights that are all there
     shards = ALONE
     stream = None
     streamed_bytes = 0

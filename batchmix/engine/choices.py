@@ -159,7 +159,7 @@ class Choices:
             first = end - len(piece.token_ids)
             tokens[first:end] = piece.token_ids
             chunks.append(Chunk(first, piece.start, len(piece.token_ids), piece.blocks))
-        attend = model.ops.prefill(model, cache, chunks, len(tokens))
+        attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
         model.expert_load.count_first(int(ends[-1]))
         with self.device_clock.work("prefill"):
             hidden = model(to_device(tokens, cache.keys.device), attend)

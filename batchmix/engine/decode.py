@@ -32,7 +32,7 @@ class Decode:
         skipping = wants_skipping(slots)
         if wants_logprobs or skipping:
             hear(state, all_of_it=True)
-        runs = forced_runs(slots) if skipping else []
+        runs = forced_runs(slots, state.max_num_batched_tokens) if skipping else []
         slots.planned[: len(runs)] += np.array([len(run) for run in runs], np.int64)
         version = slots.version
         steps = self._take_blocks(1 if wants_logprobs or skipping else self.steps_per_read)
@@ -41,7 +41,7 @@ class Decode:
             return
         active = len(state.rows)
         if slots.version != version:  # rows gave way
-            runs = forced_runs(slots) if skipping else []
+            runs = forced_runs(slots, state.max_num_batched_tokens) if skipping else []
         # A power of two, so that a graph serves for a while.
         width = 1 << int(slots.num_blocks[:active].max() - 1).bit_length()
         width = min(width, slots.block_table.shape[1])
@@ -79,8 +79,10 @@ class Decode:
         self.state.stats.forced_tokens += rows - active
         self.state.stats.completion_tokens += rows - active
         model.expert_load.count_first(rows)
+        cache = self.state.cache
         with self.device_clock.work("decode"):
-            hidden = model(lanes.token, model.ops.decode(model, self.state.cache, lanes, rows, size, width))
+            attend = cache.around_decode(model.ops.decode(model, cache, lanes, rows, size, width), lanes, rows)
+            hidden = model(lanes.token, attend)
             first = hidden[: pad(active, model.ops.row_tile)]
             choose(model, slots, 0, model.logits(first)[:active], decoded=True)
         self._end(active, 1)

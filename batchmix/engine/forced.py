@@ -26,6 +26,8 @@ class Lanes:
     token: Tensor  # int64 [size]
     context: Tensor  # int64 [size]
     finish: Tensor  # int64 [size]
+    prompt_tokens: np.ndarray  # int64 [lanes]: with `planned`, as in slots, where each token stands
+    planned: np.ndarray
     block_table: np.ndarray  # int32 [size, blocks per row]
     device_blocks: Tensor
 
@@ -35,8 +37,8 @@ def wants_skipping(slots: Slots) -> bool:
     return any(guide is not None and guide.forced for guide in slots.guides.of_slot[: slots.num_active])
 
 
-def forced_runs(slots: Slots) -> list[list[int]]:
-    """The tokens that must come next, of each active row; all that was queued has been heard of.
+def forced_runs(slots: Slots, most: int) -> list[list[int]]:
+    """The tokens that must come next, of each active row, `most` in all; all that was queued has been heard of.
 
     The last token of max_tokens and one after which the text may end are left to a step of their own, which sees that.
     Rows with penalties or log-probabilities take every step, which counts and logs each token.
@@ -50,7 +52,9 @@ def forced_runs(slots: Slots) -> list[list[int]]:
             continue
         count = int(answers.count[slot])
         state = slots.guides.follow(slot, answers.tokens[slot], count)
-        found.append(guide.forced_run(state)[: max(0, int(host["max_tokens"][slot]) - count - 1)])
+        run = guide.forced_run(state)[: max(0, min(most, int(host["max_tokens"][slot]) - count - 1))]
+        most -= len(run)
+        found.append(run)
     return found
 
 
@@ -94,6 +98,8 @@ def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
         lanes(slots.token, tokens, 0),
         lanes(slots.context, positions, 0),
         lanes(slots.finish, [RUNNING] * len(owners), FREE),
+        np.append(slots.prompt_tokens[:active], positions),
+        np.append(slots.planned[:active], np.ones(len(owners), np.int64)),
         table,
         to_device(table, device),
     )

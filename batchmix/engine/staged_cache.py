@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache, words
 from batchmix.engine.slots import Slots
 from batchmix.model.backend import Attend, Chunk
@@ -71,7 +72,7 @@ class StagedKVCache(KVCache):
         blocks = [np.asarray(chunk.blocks)[p // size] for chunk, p in zip(chunks, position, strict=True)]
         return _Staged(self, attend, np.array(read, np.int64), np.concatenate(blocks), np.concatenate(position) % size)
 
-    def around_decode(self, attend: Attend, slots: Slots, rows: int) -> Attend:
+    def around_decode(self, attend: Attend, slots: Slots | Lanes, rows: int) -> Attend:
         # Of a row that has ended, which the host may not have heard of, nothing is written there; it goes to its own block.
         size, context = self.block_size, slots.prompt_tokens[:rows] + slots.planned[:rows] - 1
         table = slots.block_table[:rows].astype(np.int64)

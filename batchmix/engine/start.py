@@ -19,7 +19,7 @@ from batchmix.engine.kv_cache import BLOCK_SIZE, KVCache
 from batchmix.engine.offloading import open_link, plan_offload
 from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.workspace import measure_workspace
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import Guides, open_guides
 from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.backend import Operators
@@ -142,13 +142,6 @@ def _start_line(
         " on the host" if plan is not None and plan.kv_on_host else "",
         f", {sizes.max_num_seqs} rows at once",
     ])  # fmt: skip
-
-
-def open_guides(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Guides | None:
-    """The guides of a checkpoint's vocabulary; None without a tokenizer. Compiles nothing yet."""
-    if tokenizer is None:
-        return None
-    return Guides.of(tokenizer, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
 def open_backend(backend: Backend, config: EngineConfig) -> Operators:

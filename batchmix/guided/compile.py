@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.data.messages import PromptError
@@ -20,6 +20,9 @@ from batchmix.guided.json_schema import json_schema_pattern
 from batchmix.guided.pattern import Pattern, Unsupported, alt, literal
 from batchmix.guided.regex import regex_pattern
 from batchmix.guided.trie import TokenTrie
+
+if TYPE_CHECKING:
+    from batchmix.model.checkpoint import Checkpoint
 
 _KEPT = 64  # guides that are kept for rows to come
 
@@ -136,6 +139,13 @@ class Guides:
             ]
             self._tries[key] = TokenTrie(pieces)
         return self._tries[key]
+
+
+def open_guides(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Guides | None:
+    """The guides of a checkpoint's vocabulary; None without a tokenizer. Compiles nothing yet."""
+    if tokenizer is None:
+        return None
+    return Guides.of(tokenizer, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
 
 
 def guide_key(sampling: SamplingConfig) -> tuple[Any, ...]:

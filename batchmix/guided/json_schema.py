@@ -7,14 +7,13 @@ Where a schema leaves things open the pattern is narrower: objects have the prop
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 
 from batchmix.guided.json_strings import any_string, format_string, pattern_string
+from batchmix.guided.json_values import TYPE_OF, bounds, count, dumps, has_type, kind_of, normal, refusal
 from batchmix.guided.numbers import any_integer, any_number, integers_between, numbers_between
 from batchmix.guided.pattern import EMPTY, NEVER, Pattern, Unsupported, alt, literal, optional, repeat, separated, seq
 
@@ -31,9 +30,6 @@ _KEYWORDS = {
     "null": set[str](),
 }
 _COMBINING = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
-_TYPE_OF: dict[type, str] = {
-    bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", list: "array", dict: "object",
-}  # fmt: skip
 _MAX_DEPTH = 32  # of schemas in one another, references followed
 _COMMA, _COLON = literal(", "), literal(": ")
 
@@ -51,13 +47,13 @@ class _Translation:
     def schema(self, schema: Any, path: str, depth: int) -> Pattern:
         """`path` is where it stands, for messages."""
         if depth > _MAX_DEPTH:
-            raise _refusal(path, "is nested too deeply")
+            raise refusal(path, "is nested too deeply")
         if schema is True or schema == {}:
-            raise _refusal(path, "allows any value; give a type")
+            raise refusal(path, "allows any value; give a type")
         if schema is False:
             return NEVER
         if not isinstance(schema, Mapping):
-            raise _refusal(path, f"is no schema but {schema!r}")
+            raise refusal(path, f"is no schema but {schema!r}")
         for keyword in _COMBINING:
             if keyword in schema:
                 return self._combined(keyword, schema, path, depth)
@@ -66,12 +62,12 @@ class _Translation:
             guess = [name for name, keywords in _KEYWORDS.items() if keywords & schema.keys() and name != "number"]
             unknown = sorted(schema.keys() - _ANNOTATIONS - {key for names in _KEYWORDS.values() for key in names})
             if unknown:
-                raise _refusal(path, f"has the keyword {unknown[0]!r}, which is not supported")
-            raise _refusal(path, f"has no type{f'; give type: {guess[0]}' if guess else ''}")
+                raise refusal(path, f"has the keyword {unknown[0]!r}, which is not supported")
+            raise refusal(path, f"has no type{f'; give type: {guess[0]}' if guess else ''}")
         names = types if isinstance(types, list) else [types]
         for name in names:
-            if name not in _KEYWORDS:
-                raise _refusal(path, f"has type {name!r}, which JSON Schema does not have")
+            if not isinstance(name, str) or name not in _KEYWORDS:
+                raise refusal(path, f"has type {name!r}, which JSON Schema does not have")
         known = {key for name in names for key in _KEYWORDS[name]}
         self._check_keywords(schema, known | {"type"}, path)
         return alt([getattr(self, f"_{name}")(schema, path, depth) for name in names])
@@ -81,7 +77,7 @@ class _Translation:
         for key in schema:
             harmless = key in _ANNOTATIONS or (key == "uniqueItems" and schema[key] is False)
             if key not in known and not harmless:
-                raise _refusal(path, f"has the keyword {key!r}, which is not supported here")
+                raise refusal(path, f"has the keyword {key!r}, which is not supported here")
 
     def _combined(self, keyword: str, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
         value = schema[keyword]
@@ -90,15 +86,15 @@ class _Translation:
             self._check_keywords(schema, {keyword, "type"}, path)
             values = [value] if keyword == "const" else value
             if not isinstance(values, list):
-                raise _refusal(where, "must be a list")
-            return alt([literal(_dumps(one, where)) for one in values if _has_type(one, schema.get("type"))])
+                raise refusal(where, "must be a list")
+            return alt([literal(dumps(one, where)) for one in values if has_type(one, schema.get("type"))])
         self._check_keywords(schema, {keyword}, path)
         if keyword == "$ref":
             return self._reference(value, where, depth)
         if not isinstance(value, list) or not value:
-            raise _refusal(where, "must be a list of schemas")
+            raise refusal(where, "must be a list of schemas")
         if keyword == "allOf" and len(value) > 1:
-            raise _refusal(where, "of more than one schema is not supported")
+            raise refusal(where, "of more than one schema is not supported")
         if keyword == "oneOf":
             self._check_apart(value, where)
         return alt([self.schema(one, f"{where}/{i}", depth + 1) for i, one in enumerate(value)])
@@ -106,7 +102,7 @@ class _Translation:
     def _reference(self, reference: Any, path: str, depth: int) -> Pattern:
         target = self._target(reference, path)
         if reference in self._open:
-            raise _refusal(path, f"{reference!r} is recursive, which is not supported")
+            raise refusal(path, f"{reference!r} is recursive, which is not supported")
         self._open.append(reference)
         found = self.schema(target, reference.removeprefix("#"), depth + 1)
         self._open.pop()
@@ -114,7 +110,7 @@ class _Translation:
 
     def _target(self, reference: Any, path: str) -> Any:
         if not isinstance(reference, str) or not reference.startswith("#"):
-            raise _refusal(path, f"{reference!r}: only references within the schema, #/..., are supported")
+            raise refusal(path, f"{reference!r}: only references within the schema, #/..., are supported")
         target = self._root
         for step in reference.removeprefix("#").split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
@@ -123,7 +119,7 @@ class _Translation:
             elif isinstance(target, Mapping) and step in target:
                 target = target[step]
             else:
-                raise _refusal(path, f"{reference!r} is not there")
+                raise refusal(path, f"{reference!r} is not there")
         return target
 
     def _check_apart(self, schemas: list[Any], path: str) -> None:
@@ -133,7 +129,7 @@ class _Translation:
             own = self._kinds(schema, path, 0)
             for kind, value in own:
                 if any(kind == other and (value is None or known is None or value == known) for other, known in seen):
-                    raise _refusal(path, "is supported only for schemas of different types or constants; use anyOf")
+                    raise refusal(path, "is supported only for schemas of different types or constants; use anyOf")
             seen += own
 
     def _kinds(self, schema: Any, path: str, depth: int) -> list[tuple[str, str | None]]:
@@ -143,28 +139,28 @@ class _Translation:
                 return self._kinds(self._target(schema["$ref"], path), path, depth + 1)
             if "const" in schema or isinstance(schema.get("enum"), list):
                 values = [schema["const"]] if "const" in schema else schema["enum"]
-                return [(_kind(_TYPE_OF.get(type(value), "")), _normal(value)) for value in values]
+                return [(kind_of(TYPE_OF.get(type(value), "")), normal(value)) for value in values]
             types = schema.get("type")
             if types is not None:
-                return [(_kind(str(name)), None) for name in (types if isinstance(types, list) else [types])]
-        raise _refusal(path, "is supported only for schemas that have a type or are constants; use anyOf")
+                return [(kind_of(str(name)), None) for name in (types if isinstance(types, list) else [types])]
+        raise refusal(path, "is supported only for schemas that have a type or are constants; use anyOf")
 
     def _string(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
-        low, high = _count(schema, "minLength", path, 0), _count(schema, "maxLength", path, None)
+        low, high = count(schema, "minLength", path, 0), count(schema, "maxLength", path, None)
         given = [key for key in ("pattern", "format") if key in schema]
         if given and len(given) + (low != 0) + (high is not None) > 1:
-            raise _refusal(path, f"has {given[0]!r} together with other limits of the text, which is not supported")
+            raise refusal(path, f"has {given[0]!r} together with other limits of the text, which is not supported")
         try:
             if "pattern" in schema:
                 return pattern_string(schema["pattern"])
             if "format" in schema:
                 return format_string(schema["format"])
         except Unsupported as error:
-            raise _refusal(path, str(error)) from None
+            raise refusal(path, str(error)) from None
         return any_string(low or 0, high)
 
     def _integer(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
-        low, open_low, high, open_high = _bounds(schema, path)
+        low, open_low, high, open_high = bounds(schema, path)
         if low is None and high is None:
             return any_integer()
         # Above 2 is from 3 on, above 2.5 too.
@@ -173,13 +169,13 @@ class _Translation:
         return integers_between(least, most)
 
     def _number(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
-        low, open_low, high, open_high = _bounds(schema, path)
+        low, open_low, high, open_high = bounds(schema, path)
         if low is None and high is None:
             return any_number()
         try:
             return numbers_between(low, open_low, high, open_high)
         except Unsupported as error:
-            raise _refusal(path, str(error)) from None
+            raise refusal(path, str(error)) from None
 
     def _boolean(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
         return alt([literal("true"), literal("false")])
@@ -190,39 +186,39 @@ class _Translation:
     def _array(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
         first = schema.get("prefixItems", [])
         if not isinstance(first, list):
-            raise _refusal(f"{path}/prefixItems", "must be a list of schemas")
+            raise refusal(f"{path}/prefixItems", "must be a list of schemas")
         fixed = [self.schema(one, f"{path}/prefixItems/{i}", depth + 1) for i, one in enumerate(first)]
         rest = NEVER
-        low, high = _count(schema, "minItems", path, 0) or 0, _count(schema, "maxItems", path, None)
+        low, high = count(schema, "minItems", path, 0) or 0, count(schema, "maxItems", path, None)
         if "items" in schema:
             rest = self.schema(schema["items"], f"{path}/items", depth + 1)
         elif high is None or high > len(fixed):
             if not fixed:
-                raise _refusal(path, "is an array of any values; give items")
+                raise refusal(path, "is an array of any values; give items")
             high = len(fixed)
         return seq([literal("["), _listed(fixed, rest, low, high), literal("]")])
 
     def _object(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
-        if not isinstance(properties, Mapping):
-            raise _refusal(f"{path}/properties", "must be an object")
+        if not isinstance(properties, Mapping) or not all(isinstance(name, str) for name in properties):
+            raise refusal(f"{path}/properties", "must be an object with texts as names")
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise _refusal(f"{path}/required", "must be a list of names")
+            raise refusal(f"{path}/required", "must be a list of names")
         missing = [name for name in required if name not in properties]
         if missing:
-            raise _refusal(f"{path}/required", f"names {missing[0]!r}, which properties does not have")
+            raise refusal(f"{path}/required", f"names {missing[0]!r}, which properties does not have")
         extra = schema.get("additionalProperties")
         if not properties:
             if extra is False:
                 return literal("{}")
             if extra is None or extra is True:
-                raise _refusal(path, "is an object of any properties; give properties")
+                raise refusal(path, "is an object of any properties; give properties")
             value = self.schema(extra, f"{path}/additionalProperties", depth + 1)
             member = seq([any_string(0, None), _COLON, value])
             return seq([literal("{"), _listed([], member, 0, None), literal("}")])
         members = [
-            (seq([literal(_dumps(name, path)), _COLON, self.schema(one, f"{path}/properties/{name}", depth + 1)]),
+            (seq([literal(dumps(name, path)), _COLON, self.schema(one, f"{path}/properties/{name}", depth + 1)]),
              name in required)
             for name, one in properties.items()
         ]  # fmt: skip
@@ -234,8 +230,8 @@ def _listed(fixed: list[Pattern], rest: Pattern, low: int, high: int | None) -> 
     if high is not None and high < low:
         return NEVER
     found = []
-    for count in range(low, min(len(fixed), len(fixed) if high is None else high) + 1):
-        found.append(separated(fixed[:count], _COMMA))  # fewer than all, or just all
+    for length in range(low, min(len(fixed), len(fixed) if high is None else high) + 1):
+        found.append(separated(fixed[:length], _COMMA))  # fewer than all, or just all
     if high is None or high > len(fixed):
         more_low, more_high = max(1, low - len(fixed)), None if high is None else high - len(fixed)
         another = repeat(
@@ -255,65 +251,3 @@ def _members(members: list[tuple[Pattern, bool]]) -> Pattern:
         later = seq([_COMMA, member])
         after = seq([later if required else optional(later), after])
     return alone
-
-
-def _bounds(schema: Mapping[str, Any], path: str) -> tuple[Decimal | None, bool, Decimal | None, bool]:
-    """The lower bound, whether it is exclusive, and the upper one likewise."""
-    values: dict[str, Decimal] = {}
-    for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
-        if key in schema:
-            value = schema[key]
-            finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-            if isinstance(value, bool) or not finite:
-                raise _refusal(f"{path}/{key}", f"must be a number, not {value!r}")
-            values[key] = Decimal(repr(value))
-    low, open_low = max(
-        [(values[key], key == "exclusiveMinimum") for key in ("minimum", "exclusiveMinimum") if key in values],
-        default=(None, False),
-    )
-    high, closed = min(
-        [(values[key], key == "maximum") for key in ("maximum", "exclusiveMaximum") if key in values],
-        default=(None, True),
-    )
-    return low, open_low, high, not closed
-
-
-def _count(schema: Mapping[str, Any], key: str, path: str, default: int | None) -> int | None:
-    value = schema.get(key, default)
-    if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise _refusal(f"{path}/{key}", f"must be a count, not {value!r}")
-    return value
-
-
-def _has_type(value: Any, types: Any) -> bool:
-    """Whether a constant is of the schema's type, where that gives one."""
-    if types is None:
-        return True
-    names = types if isinstance(types, list) else [types]
-    own = _TYPE_OF.get(type(value), "")
-    whole = own == "number" and float(value).is_integer()
-    return own in names or (own == "integer" and "number" in names) or (whole and "integer" in names)
-
-
-def _kind(name: str) -> str:
-    return "number" if name == "integer" else name
-
-
-def _normal(value: Any) -> str:
-    """The same text for values that JSON Schema takes for equal: 1 and 1.0 are."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(Fraction(value))
-    return json.dumps(value, sort_keys=True)
-
-
-def _dumps(value: Any, path: str) -> str:
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except (TypeError, ValueError):  # of lone surrogates too
-        raise _refusal(path, f"has {value!r}, which is no JSON value in Unicode") from None
-    return text
-
-
-def _refusal(path: str, reason: str) -> Unsupported:
-    return Unsupported(f"{path or 'the schema'} {reason}")

@@ -60,7 +60,7 @@ def pattern_string(regex: Any) -> Pattern:
 
 def format_string(name: Any) -> Pattern:
     """A JSON string of a format; years have four digits, and addresses no rare characters."""
-    if name not in _FORMATS:
+    if not isinstance(name, str) or name not in _FORMATS:
         raise Unsupported(f"has the format {name!r}; supported are {', '.join(sorted(_FORMATS))}")
     return _quoted(_encoded(regex_pattern(_FORMATS[name])))
 

@@ -12,8 +12,9 @@ from batchmix.data.source import open_source
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.engine import PREFILL_CHUNK
 from batchmix.engine.kv_cache import BLOCK_SIZE
-from batchmix.engine.start import cache_dtype, open_guides
+from batchmix.engine.start import cache_dtype
 from batchmix.errors import BatchmixError
+from batchmix.guided.compile import open_guides
 from batchmix.memory import HOST_SHARE, gpu_workspace_bytes, host_bytes
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.plan.cost import footprint

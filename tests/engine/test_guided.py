@@ -15,6 +15,7 @@ from checkpoints import random_mixtral, save_hub
 from engines import LateReadback, answers, load, make_engine, prompts, run
 from guided_strategies import REGEXES, SCHEMAS
 from hypothesis import assume, given, settings
+from links import FakeLink
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.data.vocabulary import Vocabulary
@@ -215,11 +216,12 @@ def test_each_forced_token_is_a_step_less(model, guides, mixed):
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_num_seqs": 3},
+        pytest.param({"max_num_seqs": 3}, marks=pytest.mark.slow),
         {"kv_blocks": 18, "max_num_seqs": 16},
         {"readback": LateReadback(), "steps_per_read": 3, "max_num_seqs": 7},
+        {"host": FakeLink(), "max_num_batched_tokens": 60},
     ],
-    ids=["few slots", "few blocks", "late looks"],
+    ids=["few slots", "few blocks", "late looks", "cache on the host"],
 )
 def test_answers_do_not_depend_on_company(model, guides, mixed, unskipped, options):
     shuffled = random.Random(1).sample(mixed, len(mixed))
@@ -289,7 +291,12 @@ def test_scored_answers_are_drawn_and_do_not_depend_on_company(model, guides):
     expected = run(engine(model, guides), rows)
     drawn = {text_of(completion) for completion in expected.values() if completion.choice_probabilities is not None}
     assert drawn == set(CHOICES)
-    for options in ({"max_num_seqs": 2}, {"max_num_batched_tokens": 32}, {"kv_blocks": 17, "max_num_seqs": 4}):
+    for options in (
+        {"max_num_seqs": 2},
+        {"max_num_batched_tokens": 32},
+        {"kv_blocks": 17, "max_num_seqs": 4},
+        {"host": FakeLink()},
+    ):
         found = run(engine(model, guides, **options), rows[::-1], sort_window=4)
         assert answers(found) == answers(expected)
         for key, completion in found.items():

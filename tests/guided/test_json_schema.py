@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from typing import Any
@@ -62,7 +63,7 @@ def test_every_text_is_a_valid_instance(schema, seed):
         assert check.is_valid(value), (schema, text)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(["integer", "number"]),
     st.dictionaries(
@@ -118,10 +119,33 @@ def test_bounds_leave_out_no_number(kind, bounds):
         ({"type": "string", "maxLength": 1_000_000}, "the automaton is too large"),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "no text fits"),
         ([1], "is no schema"),
+        ({"type": {}}, "has type {}"),
+        ({"type": "string", "format": []}, "the format"),
+        ({"type": "object", "properties": {1: {"const": 1}}}, "texts as names"),
     ],
 )
 def test_what_cannot_be_kept_is_named(schema, feature):
     with pytest.raises(Unsupported, match=feature):
+        build_automaton(json_schema_pattern(schema))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.recursive(
+        st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from(["string", "array", "#"])),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.dictionaries(
+                st.sampled_from(["type", "enum", "const", "items", "properties", "required", "minLength", "maximum", "$ref",
+                                 "anyOf", "oneOf", "allOf", "pattern", "format", "prefixItems", "minItems"]),
+                inner, max_size=3,
+            ),
+        ),
+        max_leaves=8,
+    )
+)  # fmt: skip
+def test_whatever_data_holds_is_an_automaton_or_a_line(schema):
+    with contextlib.suppress(Unsupported):
         build_automaton(json_schema_pattern(schema))
 
 

@@ -79,7 +79,7 @@ def test_what_cannot_be_done_is_named(regex, feature):
         build_automaton(regex_pattern(regex))
 
 
-@pytest.mark.parametrize("regex", ["(a|b)*a(a|b){24}", "(a{1000}){1000}"])
+@pytest.mark.parametrize("regex", ["(a|b)*a(a|b){24}", pytest.param("(a{1000}){1000}", marks=pytest.mark.slow)])
 def test_a_regex_that_would_fill_the_memory_is_refused(regex):
     with pytest.raises(Unsupported, match="the automaton is too large"):
         build_automaton(regex_pattern(regex))
