@@ -4,9 +4,10 @@ VENV := .venv
 RUN := PYTHONSAFEPATH=1 $(VENV)/bin/
 INSTALLED := $(VENV)/.installed
 DEMO := build/demo
+CHROMIUM ?= chromium
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster lint format bench clean
+.PHONY: help demo test test-slow test-cluster test-browser lint format bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -21,10 +22,15 @@ test: $(INSTALLED)  ## the test suite without the slow tests
 test-slow: $(INSTALLED)  ## the slow tests: packaging, kills, large inputs
 	$(RUN)python -m pytest -m slow
 
-test-cluster: $(INSTALLED)  ## tests on a a real Slurm (installed with apt) and a real Ray
+test-cluster: $(INSTALLED)  ## tests on a real Slurm (installed with apt) and a real Ray
 	@tests/cluster/install_slurm.sh
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,cluster,cluster-dev]'
 	$(RUN)python -m pytest -m cluster
+
+test-browser: $(INSTALLED)  ## the report in headless Chromium, which has to be there (or name one: make CHROMIUM=...)
+	@command -v "$(CHROMIUM)" >/dev/null || { echo "make test-browser: no $(CHROMIUM) on this machine: apt-get install chromium, or CHROMIUM=/path/of/it" >&2; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
+	CHROMIUM="$$(command -v "$(CHROMIUM)")" $(RUN)python -m pytest -m browser
 
 lint: $(INSTALLED)  ## ruff (rules and format) and mypy --strict
 	$(RUN)ruff check .

@@ -94,6 +94,17 @@ class Redo(Enum):
     error = "error"
 
 
+class ExportFormat(Enum):
+    parquet = "parquet"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+class ReviewTool(Enum):
+    label_studio = "label_studio"
+    argilla = "argilla"
+
+
 @dataclass
 class ModelConfig:
     """Which checkpoint runs, and in which precision."""
@@ -126,6 +137,7 @@ class DataConfig:
     columns: list[str] | None = None  # kept in the output; null: all
     system_prompt: str | None = None
     template: str | None = None  # Jinja over the row's columns; its result is sent as one user message
+    swap_columns: list[str] | None = None  # two that change places in data.template for samples 1, 3, 5, ...
     limit: int | None = None  # the first so many rows
     on_error: OnError = OnError["record"]
 
@@ -223,6 +235,51 @@ class ClusterConfig:
 
 
 @dataclass
+class AnnotateConfig:
+    """A labelling task, as the files of conf/annotate/ state it (docs/annotate.md). At most one of choice, regex,
+    json_schema and pydantic; with none of them an answer is any text."""
+
+    input: str | None = None  # Jinja over the row's columns: the row's own text, which ends the prompt
+    instruction: str | None = None  # Jinja too; begins the prompt, so rows share what it does not take from columns
+    examples: Any = None  # list of {input: text, answer: value}, or a .jsonl, .json or .yaml file of them
+    field: str = "label"  # name of the column of an answer that is no JSON object
+    choice: list[str] | None = None  # the labels that there are
+    regex: str | None = None  # what an answer matches as a whole; named groups become columns
+    json_schema: Any = None  # of the answer, or a file of it; properties become columns
+    pydantic: str | None = None  # package.module:Class, whose JSON schema is meant
+    swap_labels: list[str] | None = None  # labels that change places where data.swap_columns do
+    gold: Any = None  # column of people's answers, or {field: column}; the results are checked against it
+    bootstrap: int = 1000  # resamples behind an interval of the checks
+    report_rows: int = 500  # rows in the table of report.html
+
+
+@dataclass
+class ExportConfig:
+    """What `batchmix export` makes of a finished run in output.dir."""
+
+    dir: str = ""  # where the files and the data-set card go
+    format: ExportFormat = ExportFormat.parquet
+    rows_per_file: int = 1_000_000
+    samples: bool = False  # every sample of a row; else the majority's (of texts without a task, the first)
+    corrections: str | None = None  # people's answers, a file of `batchmix review import`, take the model's place
+    repo_id: str | None = None  # push to this data set on the hub
+    private: bool = True  # where repo_id is made anew
+    license: str | None = None  # of the data, as the hub spells it: apache-2.0, cc-by-4.0, ...
+    title: str | None = None  # of the card; null: the folder's name
+
+
+@dataclass
+class ReviewConfig:
+    """What `batchmix review` hands to people and takes back."""
+
+    action: str = "export"  # export or import; batchmix review ACTION is short for it
+    tool: ReviewTool = ReviewTool.label_studio
+    rows: int = 100  # the least certain ones
+    path: str = ""  # export: the file (Label Studio) or folder (Argilla) to make; import: what the tool exported
+    corrections: str = "corrections.jsonl"  # import: the file to make, for export.corrections
+
+
+@dataclass
 class PlanConfig:
     """What `batchmix plan` estimates for."""
 
@@ -294,6 +351,9 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    review: ReviewConfig = field(default_factory=ReviewConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -318,7 +378,7 @@ _MAX_STOP_BYTES = 1024  # of a row's stop strings: each takes a state of an auto
 _BOOLS = {"include_stop_str_in_output", "skip_special_tokens", "ignore_eos"}
 _INTS = {"max_tokens", "min_tokens", "top_k", "n", "logprobs", "seed"}
 _SAMPLING_KEYS = {f.name: f for f in dataclasses.fields(SamplingConfig)}
-_MAX_SCORED_CHOICES = 256  # each is a prefill chunk of its own
+MAX_SCORED_CHOICES = 256  # each is a prefill chunk of its own
 
 
 def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
@@ -377,8 +437,8 @@ def _check_structured(outputs: StructuredOutputs, sampling: SamplingConfig) -> N
     if not isinstance(outputs.score_choices, bool):
         raise ValueError(f"{key}.score_choices={reprlib.repr(outputs.score_choices)} must be true or false")
     if outputs.score_choices:
-        if choice is None or len(choice) > _MAX_SCORED_CHOICES:
-            raise ValueError(f"{key}.score_choices needs {key}.choice, of at most {_MAX_SCORED_CHOICES} texts")
+        if choice is None or len(choice) > MAX_SCORED_CHOICES:
+            raise ValueError(f"{key}.score_choices needs {key}.choice, of at most {MAX_SCORED_CHOICES} texts")
         if sampling.logprobs is not None:
             raise ValueError(f"sampling.logprobs does not go with {key}.score_choices, which decodes no tokens")
 
@@ -449,7 +509,8 @@ def check(config: Config) -> Config:
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
                        ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens"),
-                       ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit")):  # fmt: skip
+                       ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit"),
+                       ("export", "rows_per_file"), ("review", "rows"), ("annotate", "bootstrap")):  # fmt: skip
         value = getattr(getattr(config, group), key)
         if value is not None and value < 1:
             raise refuse(f"{group}.{key}", value, "must be at least 1")

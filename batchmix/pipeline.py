@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from batchmix.annotate.columns import annotation_columns
 from batchmix.config import ClusterKind, Config
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_name
@@ -122,6 +123,7 @@ def _run(
             sink.write(completion)
             progress.count(completion)
         device_seconds = engine.device_clock.seconds()
+        stats.expert_tokens = engine.model.expert_load.counts.tolist()
     return RunStatistics(progress.totals, stats, clock, time.monotonic() - started, device_seconds)
 
 
@@ -188,6 +190,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
                     sink.write(completion)
                     totals.count(completion)
                 reports.device_seconds = engine.device_clock.seconds()
+                engine.stats.expert_tokens = engine.model.expert_load.counts.tolist()
                 reports.num_rows = source.num_rows
         signals.raise_if_received()
 
@@ -231,7 +234,10 @@ def _parts(
         logprobs=config.sampling.logprobs is not None,
         choice_probabilities=structured is not None and structured.score_choices,
         provenance=provenance(run),
+        annotations=annotation_columns(config.annotate),
     )
+    if source.openai_batch and config.annotate.input is not None:
+        raise BatchmixError("data.format=openai_batch: its requests are prompts already; annotate rows with columns")
     form = part_format(config.output.format, columns, config.output.compression, run["openai_model"])
     return Parts(open_storage(config.output.dir), form)
 

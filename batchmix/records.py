@@ -39,6 +39,12 @@ class Prompt:
     sampling: SamplingConfig
     error: str | None = None
     shared_tokens: int = 0  # leading ones that other prompts of its window begin with too; set by plan
+    samples: Sequence[int] | None = None  # of the row's `sampling.n`, those that start from this prompt; None: all
+
+    @property
+    def num_samples(self) -> int:
+        """Completions that this prompt will have."""
+        return self.sampling.n if self.samples is None else len(self.samples)
 
 
 @dataclass(slots=True)

@@ -24,7 +24,8 @@ _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral
 # data.limit by the rows that are there already.
 _FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",
          "data.split", "data.limit", "data.on_error"}  # fmt: skip
-_FIXED_OUTPUT = {"output.format", "output.token_ids"}
+_FIXED = {"output.format", "output.token_ids", "annotate.field", "annotate.choice", "annotate.regex", "annotate.json_schema",
+          "annotate.swap_labels"}  # fmt: skip
 
 
 def describe_run(
@@ -43,7 +44,7 @@ def describe_run(
     identity = {
         key: value
         for key, value in flatten(resolved)
-        if (key.startswith(("model.", "data.", "sampling.")) and key not in _FREE) or key in _FIXED_OUTPUT
+        if (key.startswith(("model.", "data.", "sampling.")) and key not in _FREE) or key in _FIXED
     }
     identity |= {
         "model.dtype": dtype,

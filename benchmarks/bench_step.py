@@ -47,6 +47,8 @@ class NoModel:
     config = CONFIG
     stream = None  # weights that are all there
     shards = ALONE
+    stream = None
+    streamed_bytes = 0
 
     def __init__(self, most: int) -> None:
         self.cos = self.sin = torch.zeros(CONFIG.max_position_embeddings, CONFIG.head_dim // 2)

@@ -365,15 +365,18 @@ def moe(
     w2_scale: Tensor | None = None,
     residual: Tensor | None = None,
     batch_invariant: bool = False,
+    counts: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
     x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
     Quantised weights as kernels/quantize.py makes them, with their scales; for fp8 the activations are quantised too,
     by row. `batch_invariant`: the same tile for any T, where else tiles of one order of sums follow T.
+    `counts` and `counted`: see `sort_pairs`.
     """
     weights, experts = route(x, router, top_k)
-    order, offsets = sort_pairs(experts, len(router))
+    order, offsets = sort_pairs(experts, len(router), counts, counted)
     quantised = w13.dtype == FP8
     rows, scale = quantize_rows(x, FP8) if quantised else (x, None)
     h = experts_up(rows, scale, w13, w13_scale, order, offsets, top_k, x.dtype, batch_invariant)

@@ -96,9 +96,21 @@ def _(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _sort_kernel(experts, order, offsets, num_pairs, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+def _sort_kernel(
+    experts,
+    order,
+    offsets,
+    loads,
+    counted,
+    num_pairs,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
+):
     """A stable counting sort in one launch: every program counts all pairs itself, which for 128k pairs is 0.5 MB of
-    L2 reads a program, rather than waiting for a launch that counts."""
+    L2 reads a program, rather than waiting for a launch that counts. `loads` are sums of integers: their order is free."""
     first = tl.program_id(0) * BLOCK
     choices = tl.arange(0, E_PAD)
     places = tl.arange(0, BLOCK)
@@ -116,13 +128,22 @@ def _sort_kernel(experts, order, offsets, num_pairs, E: tl.constexpr, E_PAD: tl.
     pairs = first + places
     expert = tl.load(experts + pairs, mask=pairs < num_pairs, other=E_PAD)
     mine = (expert[:, None] == choices[None, :]).to(tl.int32)
+    if COUNT:
+        live = tl.where((pairs < tl.load(counted) * TOP_K)[:, None], mine, 0)
+        tl.atomic_add(loads + choices, tl.sum(live, 0).to(tl.int64), mask=choices < E, sem="relaxed")
     rank = tl.cumsum(mine, 0) - 1 + (begin + before)[None, :]
     tl.store(order + tl.sum(mine * rank, 1), pairs, mask=pairs < num_pairs)
 
 
-@torch.library.custom_op("batchmix::sort_pairs", mutates_args=())
-def sort_pairs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Pairs by expert, in their own order within one. experts int32 [T, K] -> order int32 [P], offsets int32 [E + 1]."""
+@torch.library.custom_op("batchmix::sort_pairs", mutates_args=("counts",))
+def sort_pairs(
+    experts: Tensor, num_experts: int, counts: Tensor | None = None, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pairs by expert, in their own order within one. experts int32 [T, K] -> order int32 [P], offsets int32 [E + 1].
+
+    counts int64 [E] grows by each expert's pairs of the first `counted` tokens, int32 [1]: both or neither are given.
+    """
+    assert (counts is None) == (counted is None)
     assert experts.is_contiguous(), experts.stride()
     num_pairs = experts.numel()
     order = torch.empty(num_pairs, dtype=torch.int32, device=experts.device)
@@ -131,11 +152,24 @@ def sort_pairs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     block = min(1024, max(16, _SORT_ELEMENTS // padded))  # more pairs spill, of however few experts
     # One program even of no pairs: the offsets are read whatever the number is.
     _sort_kernel[(max(1, triton.cdiv(num_pairs, block)),)](
-        experts, order, offsets, num_pairs, E=num_experts, E_PAD=padded, BLOCK=block, num_warps=4
+        experts,
+        order,
+        offsets,
+        counts,
+        counted,
+        num_pairs,
+        E=num_experts,
+        TOP_K=experts.shape[1],
+        E_PAD=padded,
+        BLOCK=block,
+        COUNT=counts is not None,
+        num_warps=4,
     )
     return order, offsets
 
 
 @sort_pairs.register_fake
-def _(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _(
+    experts: Tensor, num_experts: int, counts: Tensor | None = None, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return experts.new_empty(experts.numel()), experts.new_empty(num_experts + 1)

@@ -71,8 +71,17 @@ WRONG_LINES = {
     ("generate", *GIVEN, "--config-name", "nowhere"): (1, "Cannot find primary config 'nowhere'"),
     ("generate", *GIVEN, "--frobnicate"): (2, "unrecognized arguments: --frobnicate (see batchmix generate --help)"),
     ("generate", *GIVEN, "--multirun", "shard.idx=0,1"): (1, "shard.idx: no such key, did you mean shard.index?"),
+    ("annotate", *GIVEN): (1, "annotate.input is not set: name a task, as in batchmix annotate sentiment"),
+    ("annotate", "sentimnt", *GIVEN): (1, "annotate=sentimnt: no such choice, did you mean sentiment?"),
+    ("annotate", "nowhere.yaml", *GIVEN): (
+        1,
+        "nowhere.yaml: cannot be read as a task file (No such file or directory)",
+    ),
     ("generate", *GIVEN, "hydra/launcher=slurm"): (1, "hydra/launcher=slurm: "),  # needs submitit, or --multirun
-    (): (2, "no job given; the jobs are benchmark, convert, evaluate, finalize, generate, plan, status, tune"),
+    (): (
+        2,
+        "no job given; the jobs are annotate, benchmark, convert, evaluate, export, finalize, generate, plan, report, review, status, tune",
+    ),
     ("genrate",): (2, "genrate: no such job, did you mean generate?"),
     ("data.path=prompts.jsonl",): (2, "the job comes first, as in batchmix generate data.path=prompts.jsonl"),
     **{("generate", *GIVEN, override): (1, line) for override, line in WRONG_OVERRIDES.items()},
@@ -255,7 +264,10 @@ def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("batchmix ", {"benchmark", "convert", "evaluate", "finalize", "generate", "plan", "status", "tune"}),
+        (
+            "batchmix ",
+            set("annotate benchmark convert evaluate export finalize generate plan report review status tune".split()),
+        ),
         ("batchmix gen", {"generate"}),
         ("batchmix generate sampling=", {"sampling=default", "sampling=greedy"}),
         ("batchmix generate data.path=x out", {"output=", "output."}),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from batchmix.data.schema import LOOSE, as_json_text
+from batchmix.errors import BatchmixError
 from batchmix.records import Completion
+
+if TYPE_CHECKING:
+    from batchmix.annotate.columns import AnnotationColumns
 
 FIRST = pa.schema([("row", pa.int64()), ("id", pa.string()), ("sample_index", pa.int32())])
 LAST = pa.schema(
@@ -38,9 +43,9 @@ CHOICE_PROBABILITIES = pa.field("choice_probabilities", pa.list_(pa.float64())) 
 
 
 class OutputColumns:
-    """`row`, `id`, `sample_index`, the kept input columns, and what was generated. `schema` has them all, in order.
+    """`row`, `id`, `sample_index`, the kept input columns, an annotation task's, and what was generated.
 
-    An input column that is called as one of ours becomes `input_<name>`.
+    `schema` has them all, in order. An input column that is called as one of ours becomes `input_<name>`.
     """
 
     def __init__(
@@ -51,10 +56,19 @@ class OutputColumns:
         logprobs: bool,
         choice_probabilities: bool = False,
         provenance: Mapping[str, str] | None = None,
+        annotations: AnnotationColumns | None = None,
     ) -> None:
         asked = (TOKEN_IDS, token_ids), (LOGPROBS, logprobs), (CHOICE_PROBABILITIES, choice_probabilities)
         extra = [field for field, wanted in asked if wanted]
         own = {*FIRST.names, *LAST.names, *(field.name for field in extra)}
+        typed = list(annotations.schema) if annotations is not None else []
+        names = [field.name for field in typed]
+        for name in names:
+            if name in own or names.count(name) > 1:
+                raise BatchmixError(f"annotate: a field of the answers is called {name!r}, as a column that the output has"
+                                    " anyway; give it another name")  # fmt: skip
+        own |= set(names)
+        self._annotations = annotations
         self._kept = kept
         taken = own | set(kept.names)
         fields = []
@@ -67,14 +81,14 @@ class OutputColumns:
         metadata = {
             f"batchmix.{key}": value.encode(errors="backslashreplace") for key, value in (provenance or {}).items()
         }
-        self.schema = pa.schema([*FIRST, *fields, *LAST, *extra], metadata=metadata)
+        self.schema = pa.schema([*FIRST, *fields, *typed, *LAST, *extra], metadata=metadata)
         self._token_ids = token_ids
         self._logprobs = logprobs
         self._choice_probabilities = choice_probabilities
 
     def table(self, completions: Sequence[Completion]) -> pa.Table:
         """One row for each completion, in the order given."""
-        columns: list[list[object]] = [
+        columns: list[list[object] | pa.Array] = [
             [completion.prompt.row for completion in completions],
             [completion.prompt.id for completion in completions],
             [completion.sample_index for completion in completions],
@@ -82,6 +96,8 @@ class OutputColumns:
         for field in self._kept:
             values = [completion.prompt.columns.get(field.name) for completion in completions]
             columns.append([as_json_text(value) for value in values] if field.metadata == LOOSE else values)
+        if self._annotations is not None:
+            columns += self._annotations.arrays(completions)
         columns += [
             [completion.text for completion in completions],
             [completion.finish_reason for completion in completions],
@@ -97,7 +113,10 @@ class OutputColumns:
             columns.append([_logprobs(completion) for completion in completions])
         if self._choice_probabilities:
             columns.append([completion.choice_probabilities for completion in completions])
-        arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
+        arrays = [
+            values if isinstance(values, pa.Array) else pa.array(values, field.type)
+            for values, field in zip(columns, self.schema, strict=True)
+        ]
         return pa.Table.from_arrays(arrays, schema=self.schema)
 
 

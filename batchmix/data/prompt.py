@@ -38,6 +38,7 @@ def build_prompts(
     guides: Guides | None = None,
 ) -> Generator[Prompt, None, None]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
+    With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
 
     A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
     its `data.messages_column`, its `data.prompt_column`. Texts of the template and the prompt column are sent as one
@@ -99,6 +100,7 @@ class _PromptBuilder:
                 check_text(getattr(data, key) or "", f"data.{key}")
         except PromptError as error:
             raise BatchmixError(str(error)) from None
+        self._swap = None if data.swap_columns is None else _check_swap(data, sampling, self._template)
         if self._system and tokenizer is not None and not tokenizer.has_chat_format:
             raise BatchmixError(
                 "data.system_prompt: this model's tokenizer has no chat template, so there are no system messages;"
@@ -114,6 +116,8 @@ class _PromptBuilder:
                 return
             with clock.stage("tokenise"):
                 prompts = self._build(batch)
+                if self._swap:
+                    prompts = _pair_up(prompts, self._build([_swapped(row, *self._swap) for row in batch]))
             yield prompts
 
     def _build(self, rows: list[Row]) -> list[Prompt]:
@@ -259,6 +263,41 @@ class _PromptBuilder:
             return self._guides.get(sampling).tokens_needed(sampling.min_tokens)
         except Unsupported as error:
             raise PromptError(str(error)) from None
+
+
+def _check_swap(data: DataConfig, sampling: SamplingConfig, template: RowTemplate | None) -> tuple[str, str]:
+    """The two columns of data.swap_columns."""
+    names = data.swap_columns or []
+    if len(names) != 2 or len(set(names)) != 2:
+        raise BatchmixError(f"data.swap_columns={names}: must be two columns")
+    if template is None or not template.variables.issuperset(names):
+        raise BatchmixError(f"data.swap_columns={names}: needs a data.template that names both columns")
+    if sampling.n < 2:
+        raise BatchmixError(f"data.swap_columns={names}: needs sampling.n of at least 2, a sample for each order")
+    return names[0], names[1]
+
+
+def _swapped(row: Row, first: str, second: str) -> Row:
+    columns = row.columns | {first: row.columns.get(second), second: row.columns.get(first)}
+    return Row(row.row, row.id, columns, row.sampling, row.error)
+
+
+def _pair_up(plain: list[Prompt], swapped: list[Prompt]) -> list[Prompt]:
+    """The prompts of each row's two orders; one of them, as an error, where either cannot be run."""
+    prompts = []
+    for one, other in zip(plain, swapped, strict=True):
+        if one.error is None and other.error is None and one.sampling.n < 2:
+            one.error = "the row's own sampling.n is 1, and data.swap_columns needs a sample for each order"
+        elif one.error is None:
+            one.error = other.error
+        if one.error is not None:
+            one.token_ids = array("i")
+            prompts.append(one)
+            continue
+        one.samples = range(0, one.sampling.n, 2)
+        other.samples, other.columns = range(1, one.sampling.n, 2), one.columns
+        prompts += [one, other]
+    return prompts
 
 
 def _reason(error: Exception) -> str:

@@ -14,23 +14,24 @@ from batchmix.errors import BatchmixError
 
 
 class RowTemplate:
-    """A compiled `data.template`. `variables` are the columns that it names.
+    """A compiled `data.template`, or another key's. `variables` are the columns that it names.
 
     >>> RowTemplate("Translate: {{ text }}").render({"text": "bonjour"})
     'Translate: bonjour'
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, key: str = "data.template") -> None:
         if not source:
-            raise BatchmixError("data.template=: is empty; leave it out or set it to null")
+            raise BatchmixError(f"{key}=: is empty; leave it out or set it to null")
+        self._key = key
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_not_null)
         try:
             self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
             self._template = environment.from_string(source)
         except UnicodeEncodeError:
-            raise BatchmixError("data.template is not valid Unicode") from None
+            raise BatchmixError(f"{key} is not valid Unicode") from None
         except jinja2.TemplateSyntaxError as error:
-            raise BatchmixError(f"data.template, line {error.lineno}: {error.message}") from None
+            raise BatchmixError(f"{key}, line {error.lineno}: {error.message}") from None
 
     def render(self, columns: Mapping[str, Any]) -> str:
         """The prompt of one row; PromptError where the template fails on it, prints a null or gives no text."""
@@ -38,10 +39,10 @@ class RowTemplate:
             text = self._template.render(columns)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise PromptError(f"data.template fails on this row: {reason}") from None
+            raise PromptError(f"{self._key} fails on this row: {reason}") from None
         if not text:
-            raise PromptError("data.template gives an empty text for this row")
-        return check_text(text, "the text of data.template")
+            raise PromptError(f"{self._key} gives an empty text for this row")
+        return check_text(text, f"the text of {self._key}")
 
 
 def _not_null(value: object) -> object:

@@ -160,6 +160,7 @@ class Choices:
             tokens[first:end] = piece.token_ids
             chunks.append(Chunk(first, piece.start, len(piece.token_ids), piece.blocks))
         attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
+        model.expert_load.count_first(int(ends[-1]))
         with self.device_clock.work("prefill"):
             hidden = model(to_device(tokens, cache.keys.device), attend)
         self.state.stats.prompt_tokens += int(ends[-1])
@@ -207,7 +208,7 @@ class Choices:
         weights = np.exp(logprobs - logprobs.max())
         probabilities = (weights / weights.sum()).tolist()
         completions = []
-        for sample in range(sampling.n):
+        for sample in prompt.samples or range(sampling.n):
             best = int(logprobs.argmax())
             if sampling.temperature > 0:
                 running = np.exp((logprobs - logprobs.max()) / sampling.temperature).cumsum()

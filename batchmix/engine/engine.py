@@ -124,7 +124,7 @@ class Engine:
             elif prompt.sampling.structured_outputs is not None and prompt.sampling.structured_outputs.score_choices:
                 self.choices.waiting.append(prompt)
             else:
-                self.state.waiting.append(Waiting(prompt, list(range(prompt.sampling.n))))
+                self.state.waiting.append(Waiting(prompt, list(prompt.samples or range(prompt.sampling.n))))
         self.stats.waiting = len(self.state.waiting)
 
     def _attempt(self, name: str, step: Callable[[], None]) -> None:

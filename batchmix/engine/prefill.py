@@ -59,6 +59,7 @@ class Prefill:
             tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
             chunks.append(Chunk(end - length, start, length, admission.blocks))
         attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
+        model.expert_load.count_first(int(ends[-1]))
         with self.device_clock.work("prefill"):
             hidden = model(to_device(tokens, cache.keys.device), attend)
         for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):

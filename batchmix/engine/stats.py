@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass
@@ -25,6 +26,7 @@ class EngineStats:
     out_of_memory: int = 0  # steps that failed for want of memory; after each the batch is half as large
     first_prefill_time: float | None = None
     last_token_time: float | None = None
+    expert_tokens: list[list[int]] | None = None  # [layers][experts] tokens that went there, read at the end of a run
 
     def sum_up(self, others: Iterable[EngineStats]) -> None:
         """Become what several engines together are: counts and seconds added up, from the first time to the last."""
@@ -32,5 +34,12 @@ class EngineStats:
         for field in fields(self):
             values = [value for other in others if (value := getattr(other, field.name)) is not None]
             if values:
-                unite = {"first_prefill_time": min, "last_token_time": max}.get(field.name, sum)
-                setattr(self, field.name, unite(values))
+                setattr(self, field.name, _UNITE.get(field.name, sum)(values))
+
+
+def _add(tables: Iterable[list[list[int]]]) -> list[list[int]]:
+    """Tables of one shape, added up."""
+    return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+
+
+_UNITE: dict[str, Callable[[Any], Any]] = {"first_prefill_time": min, "last_token_time": max, "expert_tokens": _add}

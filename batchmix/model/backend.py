@@ -16,6 +16,7 @@ from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.sampling import Logprobs
 from batchmix.engine.slots import Slots
+from batchmix.model.expert_load import LayerLoad
 from batchmix.model.quantized import Weight
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ class Operators(Protocol):
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, in], weight [out, in] -> [T, out]."""
 
-    def moe(self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor) -> Tensor:
+    def moe(
+        self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
+    ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 
-        Where the experts are quantised to fp8, what they are multiplied with is too, by row.
+        Where the experts are quantised to fp8, what they are multiplied with is too, by row. `load` counts the tokens of
+        each expert.
         """
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:

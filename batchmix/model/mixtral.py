@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchmix.model.backend import Attend, Operators
 from batchmix.model.config import MixtralConfig
+from batchmix.model.expert_load import ExpertLoad
 from batchmix.model.offload import ExpertStream, Offload
 from batchmix.model.quantized import Weight
 from batchmix.model.shards import ALONE, Shards
@@ -38,6 +39,7 @@ class Mixtral:
         self.shards = shards
         self.ops = operators
         device = weights.embedding.device
+        self.expert_load = ExpertLoad(config.num_hidden_layers, config.num_local_experts, device)
         # Half-split rotary angles as in transformers' MixtralRotaryEmbedding, in float32 whatever the weights are.
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         angles = torch.outer(torch.arange(max_model_len).float(), 1.0 / config.rope_theta**exponent)
@@ -53,7 +55,9 @@ class Mixtral:
             added = shards.add_up(ops.linear(attended, layer.wo))
             x, normed = ops.add_rms_norm(x, added, layer.ffn_norm, config.rms_norm_eps)
             with self._experts(index) as (w13, w2):
-                x = ops.moe(normed, layer.router, w13, w2, config.num_experts_per_tok, shards.once(x))
+                x = ops.moe(
+                    normed, layer.router, w13, w2, config.num_experts_per_tok, shards.once(x), self.expert_load[index]
+                )
             x = shards.add_up(x)
         return ops.rms_norm(x, self.weights.norm, config.rms_norm_eps)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.config import Quantization
+from batchmix.model.expert_load import LayerLoad
 from batchmix.model.quantized import Weight, dense, format_of, through_fp8
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -80,7 +81,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.div(gate, scale, out=scale).to(up.dtype).mul_(up)
 
 
-def moe(x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor | None = None) -> Tensor:
+def moe(
+    x: Tensor,
+    router: Tensor,
+    w13: Weight,
+    w2: Weight,
+    top_k: int,
+    residual: Tensor | None = None,
+    load: LayerLoad | None = None,
+) -> Tensor:
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
     x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
@@ -94,6 +103,8 @@ def moe(x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual
     probabilities = linear(x.float(), router).softmax(-1)  # [T, E]
     weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K]
     weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+    if load is not None:
+        load.counts.add_(torch.bincount(experts[: int(load.tokens)].flatten(), minlength=num_experts))
 
     pair_expert, order = experts.flatten().sort(stable=True)  # [T*K]; order: pair -> its place before sorting
     counts = torch.bincount(pair_expert, minlength=num_experts)

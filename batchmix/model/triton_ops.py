@@ -18,6 +18,7 @@ from batchmix.kernels import linear, moe, norm, sampling
 from batchmix.kernels import slots as slot_kernels
 from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
 from batchmix.model.backend import Attend, Chunk
+from batchmix.model.expert_load import LayerLoad
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.quantized import Quantized, Weight
 from batchmix.model.triton_attention import DecodeAttention, PrefillAttention
@@ -51,12 +52,14 @@ class TritonOperators:
         product: Tensor = linear.linear(x, weight) if self.batch_invariant else F.linear(x, weight)
         return product
 
-    def moe(self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor) -> Tensor:
+    def moe(
+        self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
+    ) -> Tensor:
         up, up_scale = (w13.codes, w13.scales) if isinstance(w13, Quantized) else (w13, None)
         down, down_scale = (w2.codes, w2.scales) if isinstance(w2, Quantized) else (w2, None)
         return moe.moe(
             x, router, up, down, top_k, w13_scale=up_scale, w2_scale=down_scale, residual=residual,
-            batch_invariant=self.batch_invariant,
+            batch_invariant=self.batch_invariant, counts=load.counts, counted=load.tokens,
         )  # fmt: skip
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:

@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -36,6 +36,7 @@ from batchmix.signals import StopSignals
 from batchmix.stages import check_error, make_sink, progress_of
 
 _LOOK_EVERY = 5.0  # seconds, at what the cluster has
+_PAUSE = 0.2  # seconds, at most, before a signal is noticed
 # A run ends once so many workers in a row were lost, in so many seconds, and no row was answered. Ray may for some time
 # put new ones on a node that it does not know to be gone.
 _MOST_LOSSES, _PATIENCE = 5, 120.0
@@ -145,7 +146,10 @@ class RayPool:
                     break
             waited = {worker.answers if worker.loading is None else worker.loading: worker for worker in self._workers}
             waited.pop(None, None)
-            ready, _ = self._ray.wait(list(waited), num_returns=len(waited), timeout=0.2)
+            if not waited:  # all are lost, and new ones come with the next look
+                time.sleep(_PAUSE)
+                continue
+            ready, _ = self._ray.wait(list(waited), num_returns=len(waited), timeout=_PAUSE)
             for reference in ready:
                 for completion in self._hear(waited[reference]):
                     columns = waited[reference].rows[completion.prompt.row].columns
@@ -247,6 +251,7 @@ class RayPool:
     def _dismiss(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         worker.rows, worker.samples = {}, {}
+        worker.report.stats = replace(worker.report.stats, running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=0)
         self._ray.kill(worker.actor)
 
     def _gpus_per_worker(self) -> int:

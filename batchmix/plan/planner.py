@@ -52,11 +52,11 @@ def _cut(window: list[Prompt], limits: Limits) -> Iterator[Batch]:
     seqs = blocks = 0
     for prompt in runnable:
         needed = prompt_blocks(prompt, limits.block_size)
-        if batch and (seqs + prompt.sampling.n > limits.max_num_seqs or blocks + needed > limits.kv_blocks):
+        if batch and (seqs + prompt.num_samples > limits.max_num_seqs or blocks + needed > limits.kv_blocks):
             yield Batch(batch)
             batch, seqs, blocks = [], 0, 0
         batch.append(prompt)
-        seqs += prompt.sampling.n
+        seqs += prompt.num_samples
         blocks += needed
     if batch:
         yield Batch(batch)
@@ -64,4 +64,4 @@ def _cut(window: list[Prompt], limits: Limits) -> Iterator[Batch]:
 
 def prompt_blocks(prompt: Prompt, block_size: int) -> int:
     """KV blocks that a prompt takes at its start: its samples share all but the last, which each of them fills."""
-    return len(prompt.token_ids) // block_size + prompt.sampling.n
+    return len(prompt.token_ids) // block_size + prompt.num_samples

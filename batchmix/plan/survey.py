@@ -49,7 +49,7 @@ class Survey:
                 self._refuse(prompt.row, prompt.error)
             else:
                 self._count(len(prompt.token_ids))
-                self.samples += prompt.sampling.n
+                self.samples += prompt.num_samples
             yield prompt
         self._end_batch()
 

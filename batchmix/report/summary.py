@@ -45,6 +45,7 @@ class RunStatistics:
             "device_busy": round(min(1.0, busy / generate), 4) if generate > 0 else 0.0,
             "put_back": self.stats.put_back,
             "out_of_memory": self.stats.out_of_memory,
+            "expert_tokens": self.stats.expert_tokens,
             "streamed_bytes": self.stats.streamed_bytes,
             "decode_streamed_bytes": self.stats.decode_streamed_bytes,
             "output_tokens_per_second": round(self.totals.completion_tokens / generate, 1) if generate > 0 else 0.0,

@@ -113,6 +113,19 @@ def test_sort_pairs_over_several_programs(pairs: int, device: torch.device) -> N
     assert_bitwise_equal(offsets.cpu(), expected_offsets)
 
 
+@pytest.mark.parametrize("counted", [0, 1, 600, 2050, 9999])
+def test_sort_pairs_counts_the_first_tokens(counted: int, device: torch.device) -> None:
+    experts = torch.randint(5, (2050, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    counts = torch.full((5,), 2**40, dtype=torch.int64, device=device)
+    order, offsets = moe.sort_pairs(
+        experts.to(device), 5, counts, torch.tensor([counted], dtype=torch.int32, device=device)
+    )
+    expected_order, expected_offsets = reference.sort_pairs(experts, 5)
+    assert_bitwise_equal(order.cpu(), expected_order)
+    assert_bitwise_equal(offsets.cpu(), expected_offsets)
+    assert (counts - 2**40).tolist() == torch.bincount(experts[:counted].flatten(), minlength=5).tolist()
+
+
 def tiles(kind: str, format: str, device: torch.device) -> list[Tile]:
     """All that this GPU would use, and those that use what others have: descriptors, permuted rows, pointers."""
     gpu = current_gpu(device)
@@ -362,6 +375,7 @@ def test_operators_are_registered_as_they_are(device: torch.device) -> None:
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (moe.route, (x, router, 2)),
         (moe.sort_pairs, (experts, 3)),
+        (moe.sort_pairs, (experts, 3, experts.new_zeros(3, dtype=torch.int64), experts.new_ones(1))),
         (moe.experts_up, (x, None, w13, None, order, offsets, 2, torch.float32)),
         (moe.experts_down, (h, None, w2, None, order, offsets, weights.view(-1), torch.float32)),
         (moe.combine, (y, 2, x)),

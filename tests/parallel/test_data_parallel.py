@@ -55,6 +55,7 @@ def test_two_workers_are_one_run(tmp_path, capsys, caplog):
     data = tickets(tmp_path / "rows.jsonl", 40)
     generate(job(data, tmp_path / "one", 1))
     capsys.readouterr()
+    caplog.clear()
     out = tmp_path / "two"
     with caplog.at_level("INFO"):
         generate(job(data, out, 2, output={"order": Order.input, "rows_per_shard": 15}))

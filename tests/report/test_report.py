@@ -10,6 +10,7 @@ import time
 import pytest
 
 from batchmix.config import SamplingConfig
+from batchmix.data.storage import LocalFolder
 from batchmix.engine.stats import EngineStats
 from batchmix.records import Completion, Prompt
 from batchmix.report.clock import StageClock
@@ -92,7 +93,7 @@ def test_metrics_append(tmp_path):
     stats, totals = EngineStats(), Totals()
     path = tmp_path / "_metrics.jsonl"
     for run in range(2):
-        with Metrics(path, stats, totals, shard=run):
+        with Metrics(LocalFolder(tmp_path), stats, totals, shard=run):
             stats.completion_tokens += 10
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["completion_tokens"] for line in lines] == [0, 10, 10, 20]
@@ -115,7 +116,7 @@ def test_summary_of_two_shards(tmp_path):
     on_gpu = RunStatistics(Totals(), stats, clock, 5.0, device_seconds=3.9).as_json()
     assert on_gpu["device_busy"] == 0.975
     summary = Summary(Totals(10, 1, 10, 100, 200, {"stop": 9, "error": 1}), [run, run])
-    summary.write(tmp_path / "_summary.json")
+    summary.write(LocalFolder(tmp_path), "_summary.json")
     written = json.loads((tmp_path / "_summary.json").read_text())
     assert (written["rows"], written["seconds"]["decode"], written["output_tokens_per_second"]) == (10, 4.0, 40.0)
     assert (written["device_busy"], written["out_of_memory"]) == (0.75, 2)
@@ -126,5 +127,6 @@ def test_summary_of_two_shards(tmp_path):
 
 
 def test_a_metrics_file_that_cannot_be_written(tmp_path):
-    with pytest.raises(OSError, match="No such file"), Metrics(tmp_path / "none" / "m", EngineStats(), Totals(), 0):
+    nowhere = LocalFolder(tmp_path / "none")
+    with pytest.raises(OSError, match="No such file"), Metrics(nowhere, EngineStats(), Totals(), 0):
         pass

@@ -1,0 +1,153 @@
+"""What a task takes for an answer: how a text is parsed and checked, and which columns it fills."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from batchmix.annotate.arrow_types import Field, enum_field, field_of, resolve
+from batchmix.errors import BatchmixError
+
+_INT64 = 2**63
+_MOST_LABELS_SHOWN = 8
+
+
+class Invalid(ValueError):
+    """Why a text is no answer of the task, in one line."""
+
+
+class Answer(Protocol):
+    """The kind of answer that a task wants."""
+
+    fields: list[Field]
+
+    def parse(self, text: str) -> dict[str, Any]:
+        """The value of each field; Invalid where the text is no answer."""
+
+    def describe(self) -> str:
+        """The line that tells the model what to answer; empty where anything goes."""
+
+
+class Text:
+    """Any text, without the white space around it."""
+
+    def __init__(self, field: str) -> None:
+        self.fields = [Field(field, pa.string())]
+
+    def parse(self, text: str) -> dict[str, Any]:
+        stripped = text.strip()
+        if not stripped:
+            raise Invalid("the answer is empty")
+        return {self.fields[0].name: stripped}
+
+    def describe(self) -> str:
+        return ""
+
+
+class Choice:
+    """One of a few labels.
+
+    >>> Choice("label", ["yes", "no"]).parse(" yes")
+    {'label': 'yes'}
+    """
+
+    def __init__(self, field: str, labels: list[str]) -> None:
+        if not labels or len(set(labels)) < len(labels) or any(label != label.strip() or not label for label in labels):
+            raise BatchmixError(f"annotate.choice={labels}: must be different labels without white space around them")
+        self.labels = labels
+        self.fields = [enum_field(field, labels)]
+
+    def parse(self, text: str) -> dict[str, Any]:
+        label = text.strip()
+        if label not in self.labels:
+            shown = ", ".join(self.labels[:_MOST_LABELS_SHOWN]) + ", ..." * (len(self.labels) > _MOST_LABELS_SHOWN)
+            raise Invalid(f"the answer {_short(label)} is none of {shown}")
+        return {self.fields[0].name: label}
+
+    def describe(self) -> str:
+        return f"Answer with one of these words and nothing else: {', '.join(self.labels)}"
+
+
+class Pattern:
+    """A text that matches a regular expression as a whole. Its named groups are the columns, or else all of it is."""
+
+    def __init__(self, field: str, regex: str) -> None:
+        try:
+            self._regex = re.compile(regex)
+        except re.error as error:
+            raise BatchmixError(f"annotate.regex={regex}: is no regular expression ({error})") from None
+        self._groups = list(self._regex.groupindex)
+        self.fields = [Field(name, pa.string()) for name in self._groups or [field]]
+
+    def parse(self, text: str) -> dict[str, Any]:
+        match = self._regex.fullmatch(text) or self._regex.fullmatch(text.strip())
+        if match is None:
+            raise Invalid(f"the answer {_short(text)} does not match {_short(self._regex.pattern)}")
+        return match.groupdict() if self._groups else {self.fields[0].name: match[0]}
+
+    def describe(self) -> str:
+        return f"Answer with a text that matches this regular expression and nothing else: {self._regex.pattern}"
+
+
+class Json:
+    """JSON that a schema allows. The properties of an object are the columns, anything else is the column `field`."""
+
+    def __init__(self, field: str, schema: Mapping[str, Any]) -> None:
+        try:
+            import jsonschema
+        except ModuleNotFoundError:
+            raise BatchmixError("annotate.json_schema needs jsonschema: pip install 'batchmix[annotate]'") from None
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        try:
+            kind.check_schema(schema)
+        except jsonschema.SchemaError as error:
+            raise BatchmixError(
+                f"annotate.json_schema: is no JSON Schema: {error.json_path}: {error.message}"
+            ) from None
+        self.schema = schema
+        self._validator = kind(schema)
+        top = resolve(schema, schema)
+        properties = top.get("properties") if isinstance(top, Mapping) else None
+        self._is_object = bool(properties)
+        parts = properties if properties else {field: schema}
+        self.fields = [field_of(name, part, schema) for name, part in parts.items()]
+
+    def parse(self, text: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise Invalid(f"the answer {_short(text)} is no JSON: {_one_line(str(error))}") from None
+        misfit = next(self._validator.iter_errors(value), None)
+        if misfit is not None:
+            raise Invalid(f"the answer does not fit the schema: {misfit.json_path}: {_one_line(misfit.message)}")
+        values = value if self._is_object else {self.fields[0].name: value}
+        found = {}
+        for field in self.fields:
+            try:
+                found[field.name] = values.get(field.name)
+                field.column([found[field.name]])
+            except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+                raise Invalid(f"{field.name}: {_one_line(str(error))}") from None
+        return found
+
+    def describe(self) -> str:
+        return f"Answer with one line of JSON that fits this schema and nothing else: {json.dumps(self.schema, ensure_ascii=False)}"
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _short(text: str) -> str:
+    """The text in quotes, in ASCII, with an end."""
+    text = " ".join(text.split())
+    return ascii(text) if len(text) <= 60 else ascii(text[:57]) + "..."
+
+
+def _one_line(message: str) -> str:
+    message = " ".join(message.split()).encode("ascii", "backslashreplace").decode()
+    return message if len(message) <= 160 else message[:157] + "..."

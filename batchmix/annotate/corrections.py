@@ -1,0 +1,93 @@
+"""People's answers, a JSON line a row: `{"row": 7, "values": {"sentiment": "negative"}}`.
+
+`batchmix review import` writes the file and `batchmix export` puts its values in the place of the model's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from batchmix.annotate.arrow_types import Field
+from batchmix.annotate.columns import INVALID
+from batchmix.data.local_files import atomic_file
+from batchmix.errors import BatchmixError
+
+REVIEWED = "reviewed"  # column: a person's answer stands here
+
+Corrections = dict[int, dict[str, Any]]
+
+
+def write_corrections(path: Path, corrections: Corrections) -> None:
+    with atomic_file(path) as file:
+        for row, values in sorted(corrections.items()):
+            file.write(json.dumps({"row": row, "values": values}, ensure_ascii=False).encode() + b"\n")
+
+
+def read_corrections(path: Path, fields: Sequence[Field]) -> Corrections:
+    """BatchmixError where the file is none of ours, or a value does not fit its field."""
+    found: Corrections = {}
+    known = {field.name: field for field in fields}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise BatchmixError(f"export.corrections={path}: cannot be read ({error})") from None
+    for number, line in enumerate(filter(str.strip, lines), 1):
+        where = f"export.corrections={path}, line {number}"
+        try:
+            entry = json.loads(line)
+            row, values = int(entry["row"]), dict(entry["values"])
+        except (ValueError, KeyError, TypeError):
+            raise BatchmixError(f'{where}: must be {{"row": number, "values": {{field: value}}}}') from None
+        for name, value in values.items():
+            if name not in known:
+                raise BatchmixError(f"{where}: {name} is no field of the answers; those are {', '.join(known)}")
+            check_value(known[name], value, where)
+        found[row] = values
+    return found
+
+
+def check_value(field: Field, value: Any, where: str) -> Any:
+    """The value; BatchmixError where the field's column cannot hold it."""
+    try:
+        if field.type == pa.bool_() and not isinstance(value, bool | None):
+            raise ValueError
+        field.column([value])
+    except (KeyError, ValueError, TypeError, OverflowError, pa.ArrowException):
+        kind = f"one of {', '.join(field.labels)}" if field.labels is not None else str(field.type)
+        raise BatchmixError(f"{where}: {field.name}={value!r} must be {kind}") from None
+    return value
+
+
+def settle(values: Iterable[Any]) -> Any:
+    """What most people say; of equals, the first to say it."""
+    given = list(values)
+    texts = [json.dumps(value, sort_keys=True) for value in given]
+    return given[texts.index(Counter(texts).most_common(1)[0][0])]
+
+
+def corrected(table: pa.Table, corrections: Mapping[int, Mapping[str, Any]], fields: Sequence[Field]) -> pa.Table:
+    """The records with people's answers in the place of the model's, and the column `reviewed`."""
+    rows = table["row"].to_pylist()
+    for field in fields:
+        if any(field.name in corrections.get(row, ()) for row in rows):
+            values = table[field.name].to_pylist()
+            if field.as_json:
+                values = [None if value is None else json.loads(value) for value in values]
+            values = [corrections.get(row, {}).get(field.name, value) for row, value in zip(rows, values, strict=True)]
+            table = table.set_column(table.schema.get_field_index(field.name), field.arrow, field.column(values))
+    names = {field.name for field in fields}
+    whole = [corrections.get(row, {}).keys() >= names for row in rows]
+    if any(whole):
+        reasons = [
+            None if done else reason for done, reason in zip(whole, table[INVALID.name].to_pylist(), strict=True)
+        ]
+        table = table.set_column(
+            table.schema.get_field_index(INVALID.name), INVALID.arrow, pa.array(reasons, pa.string())
+        )
+    return table.append_column(REVIEWED, pa.array([row in corrections for row in rows], pa.bool_()))

@@ -1,0 +1,167 @@
+"""`batchmix export`: a finished run as a data set for others, with its card, in a folder or on the hub."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from batchmix.annotate.card import card
+from batchmix.annotate.columns import INVALID, MAJORITY
+from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
+from batchmix.annotate.results import Results
+from batchmix.config import Config, ExportConfig, ExportFormat
+from batchmix.data.local_files import atomic_file
+from batchmix.errors import BatchmixError
+
+_LEFT_OUT = ("logprobs", "generated_token_ids")  # of use to the engine's users rather than the data's
+_PER_SAMPLE = ("sample_index", MAJORITY.name)
+
+
+def export(config: Config) -> None:
+    """Write `export.dir/data/train-*` and `export.dir/README.md`, and push both where a repository is named."""
+    settings = config.export
+    if not settings.dir:
+        raise BatchmixError("export.dir is not set: give a folder, for example export.dir=dataset")
+    if settings.repo_id is not None and settings.format is not ExportFormat.parquet:
+        raise BatchmixError(f"export.format={settings.format.value}: the hub takes parquet, which is the default")
+    results = Results(Path(config.output.dir))
+    if not results.complete:
+        raise BatchmixError(f"output.dir={results.folder}: the run is not finished; run its command again for the rest")
+    corrections = _corrections(settings, results)
+    folder = Path(settings.dir)
+    files, counts, schema = write_files(results, settings, folder, corrections)
+    text = card(results, settings, counts, schema)
+    with atomic_file(folder / "README.md") as file:
+        file.write(text.encode())
+    print(f"{counts['rows']:,} records in {len(files)} files: {folder}")
+    if settings.repo_id is not None:
+        print(f"pushed: {push(files, settings, text)}")
+
+
+def write_files(
+    results: Results, settings: ExportConfig, folder: Path, corrections: Corrections | None
+) -> tuple[list[Path], Counter[str], pa.Schema]:
+    """The files, how many records of which kind they hold, and their columns. Each file appears whole or not at all."""
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for form in ExportFormat:  # an earlier export's
+        for path in data.glob(f"train-*.{form.value}"):
+            path.unlink()
+    counts: Counter[str] = Counter()
+    files: list[Path] = []
+    schema = pa.schema([])
+    for table in _files(_tables(results, settings, corrections), settings.rows_per_file):
+        counts.update(_count(table))
+        files.append(data / f"train-{len(files):05}.{settings.format.value}")
+        schema = table.schema
+        with atomic_file(files[-1]) as file:
+            _WRITERS[settings.format](table, file)
+    return files, counts, schema
+
+
+def push(files: list[Path], settings: ExportConfig, text: str) -> str:
+    """Upload through `datasets`, then the card; the token is huggingface_hub's own. Returns the address."""
+    import datasets
+    import huggingface_hub
+
+    assert settings.repo_id is not None
+    dataset = datasets.load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+    dataset.push_to_hub(settings.repo_id, private=settings.private)
+    huggingface_hub.HfApi().upload_file(
+        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=settings.repo_id, repo_type="dataset"
+    )
+    return f"{huggingface_hub.constants.ENDPOINT}/datasets/{settings.repo_id}"
+
+
+def _corrections(settings: ExportConfig, results: Results) -> Corrections | None:
+    if settings.corrections is None:
+        return None
+    if results.answer is None:
+        raise BatchmixError(
+            f"output.dir={results.folder}: was not made by batchmix annotate, so nothing can be corrected"
+        )
+    if settings.samples:
+        raise BatchmixError("export.samples=true: corrections are of rows, not of samples; leave one of the two out")
+    return read_corrections(Path(settings.corrections), results.answer.fields)
+
+
+def _tables(results: Results, settings: ExportConfig, corrections: Corrections | None) -> Iterator[pa.Table]:
+    left_out = {*_LEFT_OUT, *(() if settings.samples else _PER_SAMPLE)}
+    names = [name for name in results.schema.names if name not in left_out]
+    for table in results.batches(names, settings.samples):
+        if corrections is not None:
+            assert results.answer is not None
+            table = corrected(table, corrections, results.answer.fields)
+        yield table
+
+
+def _files(tables: Iterator[pa.Table], rows_per_file: int) -> Iterator[pa.Table]:
+    """The records in tables of `rows_per_file`, the last one smaller."""
+    waiting: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        waiting.append(table)
+        rows += len(table)
+        while rows >= rows_per_file:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, rows_per_file)
+            waiting = [whole.slice(rows_per_file)]
+            rows -= rows_per_file
+    if rows or waiting:
+        last = pa.concat_tables(waiting)
+        if len(last):
+            yield last
+
+
+def _count(table: pa.Table) -> Counter[str]:
+    found = Counter(rows=len(table), errors=len(table) - table["error"].null_count)
+    if INVALID.name in table.schema.names:
+        found["invalid"] = len(table) - table[INVALID.name].null_count
+    if REVIEWED in table.schema.names:
+        found["reviewed"] = pc.sum(table[REVIEWED]).as_py() or 0
+    return found
+
+
+def _write_parquet(table: pa.Table, file: IO[bytes]) -> None:
+    pq.write_table(table, file, compression="zstd")
+
+
+def _write_jsonl(table: pa.Table, file: IO[bytes]) -> None:
+    for batch in table.to_batches(1024):
+        for row in batch.to_pylist():
+            file.write(json.dumps(row, ensure_ascii=False, default=_json_value).encode() + b"\n")
+
+
+def _json_value(value: Any) -> Any:
+    """What JSON has no type for: bytes in base64, times and all else as text."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
+
+
+def _write_csv(table: pa.Table, file: IO[bytes]) -> None:
+    """Lists and structs as JSON text; dates, numbers and texts as they are."""
+    columns: dict[str, Any] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_nested(column.type):
+            texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=_json_value)
+                     for value in column.to_pylist()]  # fmt: skip
+            columns[name] = pa.array(texts, pa.string())
+        elif pa.types.is_dictionary(column.type):
+            columns[name] = column.cast(column.type.value_type)
+        else:
+            columns[name] = column
+    pa_csv.write_csv(pa.table(columns), file)
+
+
+_WRITERS = {ExportFormat.parquet: _write_parquet, ExportFormat.jsonl: _write_jsonl, ExportFormat.csv: _write_csv}

@@ -1,0 +1,125 @@
+"""Label Studio: tasks with predictions to import, the labelling interface for them, and its JSON export read back.
+
+Formats: https://labelstud.io/guide/predictions and https://labelstud.io/guide/task_format. A choice is a `Choices` control, a
+number a `Number`, everything else a `TextArea` (lists and objects as JSON).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import pyarrow as pa
+
+from batchmix.annotate.arrow_types import Field
+from batchmix.annotate.corrections import Corrections, settle
+from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
+from batchmix.data.local_files import atomic_file, write_json
+from batchmix.errors import BatchmixError
+
+_SHOWN = "prompt_text"  # name of the object that the controls belong to
+
+
+def write(path: Path, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
+    """The tasks at `path`, the interface beside it; returns what to do with them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [_task(item, fields, model) for item in items])
+    interface = path.with_suffix(".xml")
+    with atomic_file(interface) as file:
+        file.write(_interface(fields).encode())
+    return [
+        f"{len(items):,} tasks: import {path} into a project whose labelling interface is {interface}",
+        "when people are done, export as JSON and run batchmix review import review.path=<the export>",
+    ]
+
+
+def read(path: Path, fields: Sequence[Field]) -> Corrections:
+    """What people said, by row: of several, what most say."""
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BatchmixError(f"review.path={path}: cannot be read ({error})") from None
+    found: Corrections = {}
+    for number, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):
+        where = f"review.path={path}, task {number + 1}"
+        if not isinstance(task, dict) or "annotations" not in task or "row" not in task.get("data", {}):
+            raise BatchmixError(f"{where}: is no task of Label Studio's JSON export (not JSON-MIN) of what we made")
+        said = [
+            _values(annotation, fields, where)
+            for annotation in task["annotations"]
+            if not annotation.get("was_cancelled")
+        ]
+        names = list(dict.fromkeys(name for values in said for name in values))
+        if names:
+            found[int(task["data"]["row"])] = {
+                name: settle(values[name] for values in said if name in values) for name in names
+            }
+    return found
+
+
+def _task(item: ReviewItem, fields: Sequence[Field], model: str) -> dict[str, Any]:
+    result: list[dict[str, Any]] = []
+    for field in fields:
+        if field.name in item.values:
+            kind, value = _value(field, item.values[field.name])
+            result.append({"id": f"{item.row}-{len(result)}", "from_name": field.name, "to_name": _SHOWN, "type": kind,
+                           "value": value})  # fmt: skip
+    return {
+        "data": {"row": item.row, "id": item.id, "prompt": item.prompt, "answer": item.answer},
+        "predictions": [{"model_version": model, "score": item.certainty, "result": result}],
+    }
+
+
+def _value(field: Field, value: Any) -> tuple[str, dict[str, Any]]:
+    if labels_of(field) is not None:
+        return "choices", {"choices": [to_text(field, value)]}
+    if field.type in (pa.int64(), pa.float64()):
+        return "number", {"number": value}
+    return "textarea", {"text": [to_text(field, value)]}
+
+
+def _values(annotation: dict[str, Any], fields: Sequence[Field], where: str) -> dict[str, Any]:
+    """One person's answers."""
+    known = {field.name: field for field in fields}
+    found = {}
+    for result in annotation.get("result", []):
+        field = known.get(result.get("from_name"))
+        if field is None:
+            raise BatchmixError(
+                f"{where}: {result.get('from_name')} is no field of the answers; those are {', '.join(known)}"
+            )
+        value = result["value"]
+        if "choices" in value:
+            text = value["choices"][0]
+        elif "number" in value:
+            text = json.dumps(value["number"])
+        else:
+            text = value["text"] if isinstance(value["text"], str) else "\n".join(value["text"])
+        found[field.name] = from_text(field, text, where)
+    return found
+
+
+def _interface(fields: Sequence[Field]) -> str:
+    lines = [
+        "<View>",
+        '  <Header value="Prompt"/>',
+        f'  <Text name="{_SHOWN}" value="$prompt"/>',
+        '  <Header value="Answer of the model"/>',
+        '  <Text name="answer_text" value="$answer"/>',
+    ]
+    for field in fields:
+        name = quoteattr(field.name)
+        lines.append(f"  <Header value={name}/>")
+        labels = labels_of(field)
+        if labels is not None:
+            lines.append(f'  <Choices name={name} toName="{_SHOWN}" choice="single">')
+            lines += [f"    <Choice value={quoteattr(label)}/>" for label in labels]
+            lines.append("  </Choices>")
+        elif field.type in (pa.int64(), pa.float64()):
+            lines.append(f'  <Number name={name} toName="{_SHOWN}"/>')
+        else:
+            lines.append(f'  <TextArea name={name} toName="{_SHOWN}" editable="true" maxSubmissions="1" rows="4"/>')
+    return "\n".join([*lines, "</View>", ""])

@@ -1,0 +1,33 @@
+"""The prompt of a record, made again from the columns that the output kept: the output itself holds answers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from batchmix.annotate.results import Results
+from batchmix.data.messages import PromptError
+from batchmix.data.template import RowTemplate
+
+
+class RowPrompts:
+    """`of(record)` is what a person reads as the record's prompt."""
+
+    def __init__(self, results: Results) -> None:
+        data = results.run["config"]["data"]
+        self._template = None if data.get("template") is None else RowTemplate(data["template"])
+        self._messages, self._prompt = data["messages_column"], data["prompt_column"]
+        names = [*(self._template.variables if self._template else ()), self._messages, self._prompt]
+        self._columns = {name: results.column_of(name) for name in names}
+
+    def of(self, record: dict[str, Any]) -> str:
+        """Empty where the columns are not there. Of swapped columns, the order of even samples."""
+        values = {name: record[column] for name, column in self._columns.items() if column is not None}
+        if self._template is not None:
+            try:
+                return self._template.render(values)
+            except PromptError:
+                return ""
+        messages = values.get(self._messages)
+        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+        return str(messages or values.get(self._prompt) or "")

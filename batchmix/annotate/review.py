@@ -1,0 +1,72 @@
+"""`batchmix review`: the least certain rows go to people, and what they say comes back."""
+
+from __future__ import annotations
+
+import heapq
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchmix.annotate import argilla, label_studio
+from batchmix.annotate.checks import certainty_of
+from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, INVALID
+from batchmix.annotate.corrections import Corrections, write_corrections
+from batchmix.annotate.prompts import RowPrompts
+from batchmix.annotate.results import Results
+from batchmix.annotate.review_item import ReviewItem
+from batchmix.config import Config, ReviewTool
+from batchmix.errors import BatchmixError
+
+_TOOLS = {ReviewTool.label_studio: label_studio, ReviewTool.argilla: argilla}
+
+
+def review(config: Config) -> None:
+    """Write the rows for `review.tool` or read its export, as `review.action` says."""
+    settings = config.review
+    if not settings.path:
+        raise BatchmixError(
+            "review.path is not set: the file or folder of the review, for example review.path=review.json"
+        )
+    results = Results(Path(config.output.dir))
+    if results.answer is None:
+        raise BatchmixError(
+            f"output.dir={results.folder}: was not made by batchmix annotate, so there are no labels to review"
+        )
+    tool = _TOOLS[settings.tool]
+    path = Path(settings.path)
+    fields = results.answer.fields
+    if settings.action == "export":
+        items = least_certain(results, settings.rows)
+        for line in tool.write(path, items, fields, results.run["config"]["model"]["path"]):
+            print(line)
+    elif settings.action == "import":
+        corrections: Corrections = tool.read(path, fields)
+        if not corrections:
+            raise BatchmixError(f"review.path={path}: has no answers of people yet")
+        write_corrections(Path(settings.corrections), corrections)
+        print(
+            f"{len(corrections):,} rows reviewed: batchmix export export.corrections={settings.corrections} takes them"
+        )
+    else:
+        raise BatchmixError(f"review.action={settings.action}: must be export or import")
+
+
+def least_certain(results: Results, num_rows: int) -> list[ReviewItem]:
+    """The rows whose answers are the least certain, the worst first; rows that could not be run are not among them."""
+    assert results.answer is not None
+    keys = results.rows(["row", "error", INVALID.name, CONFIDENCE.name, AGREEMENT.name])
+    scored = ((certainty, row["row"]) for row in keys if (certainty := certainty_of(row)) is not None)
+    chosen = heapq.nsmallest(num_rows, scored)
+    wanted = pa.array([row for _, row in chosen], pa.int64())
+    prompts = RowPrompts(results)
+    items: dict[int, ReviewItem] = {}
+    for table in results.batches():
+        for row in table.filter(pc.is_in(table["row"], value_set=wanted)).to_pylist():
+            values: dict[str, Any] = {field.name: row[field.name] for field in results.answer.fields}
+            items[row["row"]] = ReviewItem(
+                row["row"], row["id"], prompts.of(row), row["generated_text"] or "", certainty_of(row) or 0.0,
+                {name: value for name, value in values.items() if value is not None},
+            )  # fmt: skip
+    return [items[row] for _, row in chosen]

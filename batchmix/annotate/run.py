@@ -1,0 +1,40 @@
+"""`batchmix annotate`: the run of a task, then its checks and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchmix.annotate.checks import checks_text, write_checks
+from batchmix.annotate.results import Results
+from batchmix.annotate.task import prepare
+from batchmix.config import Config
+from batchmix.data.source import open_source
+from batchmix.errors import BatchmixError
+from batchmix.pipeline import generate
+from batchmix.report.page import write_report
+
+
+def annotate(config: Config) -> None:
+    """Run the task on every row that is not done, as `generate` does; what is the last to end writes checks and report."""
+    config = prepare(config)
+    if "://" in config.output.dir:  # checks and the report read the run's files as they lie there
+        raise BatchmixError(f"output.dir={config.output.dir}: batchmix annotate writes to a folder of this machine")
+    _check_gold(config)
+    generate(config)
+    results = Results(Path(config.output.dir))
+    if not results.complete or not results.paths:
+        return
+    checks = write_checks(results, config.annotate.gold, config.annotate.bootstrap)
+    print(checks_text(checks))
+    print(f"the report is {write_report(config, checks)}")
+
+
+def _check_gold(config: Config) -> None:
+    """A gold column that is not there is better known before the run than after it."""
+    gold = config.annotate.gold
+    if gold is None:
+        return
+    kept = open_source(config.data, config.shard).schema.names
+    for name in gold.values() if isinstance(gold, dict) else [gold]:
+        if name not in kept:
+            raise BatchmixError(f"annotate.gold={gold}: the output keeps no column {name!r}; it has {', '.join(kept)}")

@@ -1,0 +1,82 @@
+"""`report.html`: one file that shows a run to a person. It loads nothing, and nothing from data can become markup in it.
+
+Texts from data go into the page as JSON whose `<`, `>` and `&` are escaped, and from there by `textContent`; labels of plots
+go through markupsafe. Should a hole be found all the same, the page's content security policy runs no script but ours.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from batchmix.annotate.checks import check_results
+from batchmix.annotate.results import Results
+from batchmix.config import Config
+from batchmix.data.local_files import atomic_file
+from batchmix.report.panels import label_plots, run_plots, score_panel, tiles
+from batchmix.report.sample import read_sample
+
+FOLDER, NAME = "_report", "report.html"  # in a folder of its own, since what does not begin with _ is read as data
+_HERE = Path(__file__).parent
+
+
+def write_report(config: Config, checks: dict[str, Any] | None = None) -> Path:
+    """Write the report of the run in output.dir and return its path. `checks` are computed where they are not given."""
+    results = Results(Path(config.output.dir))
+    gold = config.annotate.gold if config.annotate.gold is not None else results.task.gold
+    if checks is None and results.answer is not None and results.paths:
+        checks = check_results(results, gold, config.annotate.bootstrap)
+    path = results.folder / FOLDER / NAME
+    path.parent.mkdir(exist_ok=True)
+    page = render(results, checks, gold, config.annotate.report_rows)
+    with atomic_file(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows: int) -> str:
+    """The page."""
+    sample = read_sample(results, gold, num_rows)
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    summary = _read(results.folder / "_summary.json")
+    run = results.run
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string((_HERE / "page.html").read_text(encoding="utf-8")).render(
+        title=results.folder.resolve().name,
+        subtitle=f"{run['config']['model']['path']} on {run['config']['data']['path']}, batchmix {run['versions']['batchmix']}",
+        warning="" if results.complete else "The run is not finished: this is what is there so far.",
+        tiles=tiles(summary, checks, sample),
+        labels=label_plots(checks),
+        scores=score_panel(checks),
+        plots=run_plots(results.folder, summary, sample),
+        sampling=sample.description,
+        shared_prompt=sample.shared_prompt,
+        settings=json.dumps(run["config"], indent=2, ensure_ascii=False),
+        rows=Markup(_in_script(sample.rows)),
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _in_script(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found

@@ -1,0 +1,193 @@
+"""Handing over: files in each format, the card, the hub (a stand-in), and people's corrections merged in."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from finished_runs import finished
+
+from batchmix.annotate.checks import write_checks
+from batchmix.annotate.export import export
+from batchmix.annotate.results import Results
+from batchmix.config import AnnotateConfig, Config, ExportConfig, ExportFormat, OutputConfig, OutputFormat
+from batchmix.errors import BatchmixError
+
+SCHEMA = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "tags": {"type": "array", "items": {"type": "string"}},
+                                           "n": {"type": "integer"}, "extra": {}}}  # fmt: skip
+TASK = AnnotateConfig(input="{{ text }}", json_schema=SCHEMA)
+
+
+def answer(mood: str, *tags: str, n: int = 1) -> str:
+    return json.dumps({"mood": mood, "tags": tags, "n": n, "extra": {"a": 1}})
+
+
+def run(folder: Path, form: OutputFormat = OutputFormat.arrow) -> Results:
+    rows: list[tuple[dict[str, Any], list[str | None]]] = [
+        ({"text": "first, \"quoted\"\nline", "day": "2024-01-0" + str(i + 1)}, [answer("good", "x", "y"), answer("bad")]) for i in range(3)
+    ]  # fmt: skip
+    rows.append(({"text": "|pipe| ü", "day": None}, ["nonsense", answer("bad", n=7)]))
+    rows.append(({"text": "", "day": None}, [None, None]))
+    return finished(folder, TASK, rows, form=form, template="Judge ```this```: {{ text }}")
+
+
+def do(folder: Path, **settings: Any) -> Path:
+    export(
+        Config(output=OutputConfig(dir=str(folder / "run")), export=ExportConfig(dir=str(folder / "set"), **settings))
+    )
+    return folder / "set"
+
+
+@pytest.mark.parametrize("form", list(OutputFormat))
+def test_one_typed_record_a_row_in_parquet_from_every_format(form: OutputFormat, tmp_path: Path) -> None:
+    run(tmp_path / "run", form)
+    files = sorted((do(tmp_path, rows_per_file=2) / "data").iterdir())
+    assert [path.name for path in files] == [f"train-{i:05}.parquet" for i in range(3)]
+    rows = [row for path in files for row in pq.read_table(path).to_pylist()]
+    assert [(row["row"], row["mood"], row["tags"], row["n"]) for row in rows] == [
+        (0, "good", ["x", "y"], 1), (1, "good", ["x", "y"], 1), (2, "good", ["x", "y"], 1), (3, "bad", [], 7), (4, None, None, None),
+    ]  # fmt: skip
+    assert rows[3]["agreement"] == 1.0
+    assert rows[0]["extra"] == '{"a": 1}'
+    assert rows[4]["error"] == "no prompt"
+    assert not {"majority", "sample_index"} & rows[0].keys()
+
+
+def test_lines_of_json_and_csv_say_the_same(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    lines = [json.loads(line) for line in (do(tmp_path, format=ExportFormat.jsonl) / "data/train-00000.jsonl").open()]
+    folder = do(tmp_path, format=ExportFormat.csv)
+    assert [path.name for path in (folder / "data").iterdir()] == ["train-00000.csv"], "the earlier export is gone"
+    with (folder / "data/train-00000.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert len(cells) == len(lines) == 5
+    for line, row in zip(lines, cells, strict=True):
+        assert row["text"] == line["text"]
+        assert row["mood"] == (line["mood"] or "")
+        assert (json.loads(row["tags"]) if row["tags"] else None) == line["tags"]
+
+
+def test_all_samples(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    rows = pq.read_table(do(tmp_path, samples=True) / "data/train-00000.parquet").to_pylist()
+    assert len(rows) == 10
+    assert sum(row["majority"] for row in rows) == 5
+
+
+def test_what_has_no_json_becomes_text() -> None:
+    from batchmix.annotate.export import _json_value
+
+    found = [_json_value(value) for value in (b"\xff", datetime.date(2024, 1, 2), datetime.timedelta(days=1))]
+    assert found == ["/w==", "2024-01-02", "1 day, 0:00:00"]
+
+
+def test_the_card_says_how_the_data_came_to_be(tmp_path: Path) -> None:
+    write_checks(run(tmp_path / "run"), None, 50)
+    text = (do(tmp_path, license="cc-by-4.0", title="Moods | of *all* kinds") / "README.md").read_text()
+    head, _, body = text.removeprefix("---\n").partition("---\n")
+    assert yaml.safe_load(head) == {
+        "license": "cc-by-4.0", "pretty_name": "Moods | of *all* kinds", "tags": ["synthetic", "batchmix"], "size_categories": ["n<1K"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+    }  # fmt: skip
+    for piece in ("- records: 5\n", "(`error`): 1\n", "(`invalid`): 0\n", "| mood | label | the answer: good, bad |", "| n | int64 | the answer |",
+                  "````\nJudge ```this```: {{ text }}\n````", '"seed": 0', "labels: 4 of 5 rows", "Licence of this data set: cc-by-4.0."):  # fmt: skip
+        assert piece in body, piece
+
+
+def test_a_card_without_a_licence_says_so(tmp_path: Path) -> None:
+    finished(tmp_path / "run", AnnotateConfig(), [({"prompt": "a"}, ["b"])])
+    text = (do(tmp_path) / "README.md").read_text()
+    assert "license: unknown\n" in text
+    assert "nobody has stated it: `export.license`" in text
+
+
+def test_the_folder_loads_as_the_hub_would_load_it(tmp_path: Path) -> None:
+    import datasets
+
+    run(tmp_path / "run")
+    loaded = datasets.load_dataset(str(do(tmp_path, rows_per_file=2)), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["mood"][:4] == ["good", "good", "good", "bad"]
+
+
+class Hub:
+    """In place of the network: what `datasets` and huggingface_hub are asked to upload, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+        import huggingface_hub
+
+        self.asked: list[tuple[Any, ...]] = []
+
+        def push_to_hub(dataset: datasets.Dataset, repo_id: str, *, private: bool) -> None:
+            self.asked.append((repo_id, private, dataset.to_list()))
+
+        monkeypatch.setattr(datasets.Dataset, "push_to_hub", push_to_hub)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+
+    def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, repo_type: str) -> None:
+        self.asked.append((repo_id, repo_type, path_in_repo, path_or_fileobj))
+
+
+def test_pushing_uploads_the_data_and_then_our_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    hub = Hub(monkeypatch)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    run(tmp_path / "run")
+    folder = do(tmp_path, repo_id="me/moods", rows_per_file=2)
+    (repo, private, rows), card = hub.asked
+    assert (repo, private) == ("me/moods", True)
+    assert [row["mood"] for row in rows] == ["good", "good", "good", "bad", None]
+    assert card == ("me/moods", "dataset", "README.md", (folder / "README.md").read_bytes())
+
+
+def test_corrections_take_the_models_place(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    whole = {"mood": "bad", "tags": ["z"], "n": 5, "extra": [1]}
+    lines = [{"row": 0, "values": {"mood": "bad"}}, {"row": 3, "values": whole}, {"row": 99, "values": {}}]
+    (tmp_path / "corrections.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = do(tmp_path, corrections=str(tmp_path / "corrections.jsonl"))
+    rows = pq.read_table(folder / "data/train-00000.parquet").to_pylist()
+    assert [row["reviewed"] for row in rows] == [True, False, False, True, False]
+    assert [row["mood"] for row in rows] == ["bad", "good", "good", "bad", None]
+    assert rows[0]["tags"] == ["x", "y"]
+    assert (rows[3]["tags"], rows[3]["n"], rows[3]["extra"], rows[1]["extra"]) == (["z"], 5, "[1]", '{"a": 1}')
+    assert "- checked by people (`reviewed`): 2" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repo_id": "me/x", "format": ExportFormat.csv}, "export.format=csv: the hub takes parquet"),
+        ({"corrections": "nowhere"}, "export.corrections=nowhere: cannot be read"),
+        ({"corrections": "bad.jsonl", "samples": True}, "export.samples=true"),
+        ({"corrections": "bad.jsonl"}, "line 1: mood='worse' must be one of good, bad"),
+        ({"corrections": "odd.jsonl"}, "line 1: colour is no field of the answers; those are mood, tags, n, extra"),
+        ({"corrections": "no.jsonl"}, "line 1: must be {"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(
+    settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"row": 1, "values": {"mood": "worse"}}\n')
+    Path("odd.jsonl").write_text('{"row": 1, "values": {"colour": "red"}}\n')
+    Path("no.jsonl").write_text("[1]\n")
+    run(tmp_path / "run")
+    with pytest.raises(BatchmixError) as caught:
+        do(tmp_path, **settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    (tmp_path / "run/_SUCCESS").unlink()
+    with pytest.raises(BatchmixError, match="the run is not finished"):
+        do(tmp_path)

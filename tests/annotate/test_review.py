@@ -1,0 +1,203 @@
+"""Rows to people and back. The samples of other tools' formats were written by those tools' own libraries:
+label-studio-sdk 2.1.2 (whose LabelInterface also accepts our tasks) and argilla 2.8.0."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished_runs import finished
+
+from batchmix.annotate import argilla, label_studio
+from batchmix.annotate.results import Results
+from batchmix.annotate.review import least_certain, review
+from batchmix.config import AnnotateConfig, Config, OutputConfig, ReviewConfig, ReviewTool
+from batchmix.errors import BatchmixError
+
+SCHEMA = {"type": "object", "properties": {
+    "mood": {"enum": ["good", "bad & <ugly>"]}, "urgent": {"type": "boolean"}, "score": {"type": "integer"},
+    "Why Not": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}}}  # fmt: skip
+MODEL_SAYS = {"mood": "good", "urgent": True, "score": 3, "Why Not": 'say "why"', "tags": ["x"]}
+
+# An annotated task as Label Studio's JSON export has it (https://labelstud.io/guide/task_format).
+EXPORTED_TASK: dict[str, Any] = {
+    "id": 1, "data": {"row": 2, "id": "r2", "prompt": "p", "answer": "a"}, "created_at": "2021-03-09T21:52:49.513742Z",
+    "updated_at": "2021-03-09T22:16:08.746926Z", "project": 83,
+    "annotations": [{
+        "id": "1001", "was_cancelled": False, "ground_truth": False, "created_at": "2021-03-09T22:16:08.728353Z",
+        "updated_at": "2021-03-09T22:16:08.728378Z", "lead_time": 4.288, "result_count": 0, "task": 1, "completed_by": 10,
+        "result": [
+            {"from_name": "mood", "id": "Dx_aB91ISN", "origin": "manual", "to_name": "prompt_text", "type": "choices",
+             "value": {"choices": ["bad & <ugly>"]}},
+            {"from_name": "urgent", "id": "b", "to_name": "prompt_text", "type": "choices", "value": {"choices": ["false"]}},
+            {"from_name": "score", "id": "c", "to_name": "prompt_text", "type": "number", "value": {"number": 5}},
+            {"from_name": "Why Not", "id": "d", "to_name": "prompt_text", "type": "textarea", "value": {"text": ["because"]}},
+            {"from_name": "tags", "id": "e", "to_name": "prompt_text", "type": "textarea", "value": {"text": ["[\"y\", \"z\"]"]}},
+        ],
+    }, {"id": "1002", "was_cancelled": True, "result": []}],
+    "predictions": [],
+}  # fmt: skip
+PEOPLE_SAY = {"mood": "bad & <ugly>", "urgent": False, "score": 5, "Why Not": "because", "tags": ["y", "z"]}
+
+# A record as argilla.Dataset.to_disk writes it.
+EXPORTED_RECORD: dict[str, Any] = {
+    "id": "2", "fields": {"prompt": "p"}, "metadata": {"row": 2},
+    "suggestions": {"mood": {"value": "good", "score": 0.9, "agent": "m"}},
+    "responses": {
+        "mood": [{"value": "bad & <ugly>", "user_id": "2cee6494-a904-4572-a759-09d7ec31d972"}],
+        "urgent": [{"value": "false", "user_id": "2cee6494-a904-4572-a759-09d7ec31d972"}],
+        "score": [{"value": "5", "user_id": "2cee6494-a904-4572-a759-09d7ec31d972"}],
+        "field_3": [{"value": "because", "user_id": "2cee6494-a904-4572-a759-09d7ec31d972"}],
+        "tags": [{"value": "[\"y\", \"z\"]", "user_id": "2cee6494-a904-4572-a759-09d7ec31d972"}],
+    },
+    "vectors": {}, "status": "completed", "_server_id": None,
+}  # fmt: skip
+ARGILLA_QUESTION_KEYS = {"name", "settings", "title", "description", "required", "type"}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    rows: list[tuple[dict[str, Any], list[str | None]]] = [
+        ({"text": f"text {i}"}, [json.dumps(MODEL_SAYS)]) for i in range(6)
+    ]
+    rows[4] = ({"text": "broken"}, ["?"])
+    rows[5] = ({"text": "not run"}, [None])
+    logprobs = [math.log(certainty) for certainty in (0.9, 0.8, 0.3, 0.6, 0.99, 0.1)]
+    return finished(
+        tmp_path / "run", AnnotateConfig(input="x", json_schema=SCHEMA), rows, logprobs, template="Judge {{ text }}"
+    )
+
+
+def do(results: Results, **settings: Any) -> None:
+    review(Config(output=OutputConfig(dir=str(results.folder)), review=ReviewConfig(**settings)))
+
+
+def test_the_least_certain_rows_come_first(results: Results) -> None:
+    items = least_certain(results, 3)
+    assert [(item.row, item.prompt) for item in items] == [
+        (4, "Judge broken"),
+        (2, "Judge text 2"),
+        (3, "Judge text 3"),
+    ]
+    assert items[0].values == {}
+    assert items[1].values == MODEL_SAYS
+
+
+def test_label_studio_takes_tasks_with_the_models_answers(results: Results, tmp_path: Path) -> None:
+    do(results, path=str(tmp_path / "new/tasks.json"), rows=2)
+    tasks = json.loads((tmp_path / "new/tasks.json").read_text())
+    assert tasks[0]["predictions"][0]["result"] == []
+    prediction = tasks[1]["predictions"][0]
+    assert tasks[1]["data"] == {"row": 2, "id": "r2", "prompt": "Judge text 2", "answer": json.dumps(MODEL_SAYS)}
+    assert prediction["score"] == pytest.approx(0.3)
+    assert [(result["from_name"], result["type"], result["value"]) for result in prediction["result"]] == [
+        ("mood", "choices", {"choices": ["good"]}),
+        ("urgent", "choices", {"choices": ["true"]}),
+        ("score", "number", {"number": 3}),
+        ("Why Not", "textarea", {"text": ['say "why"']}),
+        ("tags", "textarea", {"text": ['["x"]']}),
+    ]
+    view = ElementTree.parse(tmp_path / "new/tasks.xml").getroot()
+    controls = {element.get("name"): element for element in view if element.get("toName")}
+    objects = {element.get("name"): element.get("value") for element in view if element.tag == "Text"}
+    assert list(controls) == list(MODEL_SAYS)
+    assert [choice.get("value") for choice in controls["mood"]] == ["good", "bad & <ugly>"]
+    for element in controls.values():
+        assert objects[element.get("toName")] == "$prompt"
+    for result in prediction["result"]:
+        assert controls[result["from_name"]].tag.lower() == result["type"]
+
+
+def test_label_studios_export_is_read(results: Results, tmp_path: Path) -> None:
+    assert results.answer is not None
+    (tmp_path / "export.json").write_text(json.dumps([EXPORTED_TASK, {**EXPORTED_TASK, "annotations": []}]))
+    do(results, action="import", path=str(tmp_path / "export.json"), corrections=str(tmp_path / "c.jsonl"))
+    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [{"row": 2, "values": PEOPLE_SAY}]
+
+
+def test_of_several_people_most_decide(results: Results, tmp_path: Path) -> None:
+    assert results.answer is not None
+
+    def annotation(mood: str) -> dict[str, Any]:
+        return {"result": [{"from_name": "mood", "type": "choices", "value": {"choices": [mood]}}]}
+
+    task = {
+        "data": {"row": 0},
+        "annotations": [annotation("good"), annotation("bad & <ugly>"), annotation("bad & <ugly>")],
+    }
+    (tmp_path / "export.json").write_text(json.dumps([task]))
+    assert label_studio.read(tmp_path / "export.json", results.answer.fields) == {0: {"mood": "bad & <ugly>"}}
+
+
+def test_argilla_takes_a_folder_and_gives_one_back(results: Results, tmp_path: Path) -> None:
+    assert results.answer is not None
+    folder = tmp_path / "review"
+    do(results, path=str(folder), tool=ReviewTool.argilla, rows=2)
+    settings = json.loads((folder / ".argilla/settings.json").read_text())
+    assert [question["name"] for question in settings["questions"]] == ["mood", "urgent", "score", "field_3", "tags"]
+    assert all(set(question) == ARGILLA_QUESTION_KEYS for question in settings["questions"])
+    assert settings["questions"][0]["settings"]["options"][1] == {"text": "bad & <ugly>", "value": "bad & <ugly>"}
+    records = json.loads((folder / "records.json").read_text())
+    assert set(records[1]) == {"id", "fields", "metadata", "suggestions", "responses", "vectors"}
+    assert records[1]["suggestions"]["field_3"]["value"] == 'say "why"'
+    (folder / "records.json").write_text(json.dumps([EXPORTED_RECORD, records[0]]))
+    do(results, action="import", tool=ReviewTool.argilla, path=str(folder), corrections=str(tmp_path / "c.jsonl"))
+    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [{"row": 2, "values": PEOPLE_SAY}]
+
+
+def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path: Path) -> None:
+    assert results.answer is not None
+    said = [
+        {"value": "good", "status": "draft"},
+        {"value": "bad & <ugly>", "status": "submitted"},
+        {"value": "good", "status": "discarded"},
+    ]
+    record = {"metadata": {"row": 1}, "responses": {"mood": said, "score": [{"value": "1", "status": "draft"}]}}
+    (tmp_path / "records.json").write_text(json.dumps([record]))
+    assert argilla.read(tmp_path / "records.json", results.answer.fields) == {1: {"mood": "bad & <ugly>"}}
+
+
+@pytest.mark.parametrize(
+    ("tool", "content", "message"),
+    [
+        ("label_studio", '[{"row": 2, "mood": "good"}]', "task 1: is no task of Label Studio's JSON export (not JSON-MIN)"),
+        ("label_studio", "[", "cannot be read"),
+        ("label_studio", '[{"data": {"row": 1}, "annotations": []}]', "has no answers of people yet"),
+        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "x", "value": {}}]}]}]', "x is no field of the answers"),
+        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "score", "value": {"text": "many"}}]}]}]',
+         "score='many' is no JSON of int64"),
+        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "urgent", "value": {"choices": ["1"]}}]}]}]',
+         "urgent=1 must be bool"),
+        ("argilla", '[{"metadata": {}}]', "record 1: has no metadata.row"),
+        ("argilla", '[{"metadata": {"row": 1}, "responses": {"x": []}}]', "x is no question of ours; those are mood, urgent"),
+        ("argilla", '[{"metadata": {"row": 1}, "responses": {"mood": [{"value": "fine"}]}}]', "mood='fine' must be one of good, bad"),
+    ],
+)  # fmt: skip
+def test_an_export_that_does_not_fit_is_refused(
+    results: Results, tmp_path: Path, tool: str, content: str, message: str
+) -> None:
+    (tmp_path / "export.json").write_text(content)
+    with pytest.raises(BatchmixError) as caught:
+        do(
+            results,
+            action="import",
+            tool=ReviewTool[tool],
+            path=str(tmp_path / "export.json"),
+            corrections=str(tmp_path / "c"),
+        )
+    assert message in str(caught.value)
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_cannot_be_reviewed_is_refused(results: Results, tmp_path: Path) -> None:
+    with pytest.raises(BatchmixError, match="must be export or import"):
+        do(results, action="send", path="x")
+    with pytest.raises(BatchmixError, match=r"review\.path is not set"):
+        do(results)
+    finished(tmp_path / "plain", AnnotateConfig(), [({"prompt": "a"}, ["b"])])
+    with pytest.raises(BatchmixError, match="so there are no labels to review"):
+        do(Results(tmp_path / "plain"), path="x")

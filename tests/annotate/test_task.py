@@ -1,0 +1,148 @@
+"""Task files: the prompts that they make, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+from hydra import compose, initialize_config_module
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchmix.annotate.answer import Json
+from batchmix.annotate.task import answer_of, prepare
+from batchmix.config import AnnotateConfig, Config, DataConfig
+from batchmix.data.template import RowTemplate
+from batchmix.errors import BatchmixError
+from batchmix.hydra_app import register, to_config
+
+TASKS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf/annotate").glob("*.yaml"))
+COLUMNS = {
+    "text": "TEXT",
+    "target_language": "French",
+    "question": "QUESTION",
+    "answer_a": "FIRST",
+    "answer_b": "SECOND",
+    "messages": [{"role": "user", "content": "MESSAGE"}],
+}
+
+
+class Ticket(pydantic.BaseModel):
+    """A pydantic class as a user has one."""
+
+    topic: str
+    score: int | None = None
+
+
+def prompt(task: AnnotateConfig, columns: dict[str, Any]) -> str:
+    template = prepare(Config(annotate=task, data=DataConfig(path="x"))).data.template
+    assert template is not None
+    return RowTemplate(template).render(columns)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_that_ships_makes_a_prompt(name: str) -> None:
+    register()
+    with initialize_config_module("batchmix.conf", version_base="1.3"):
+        config = to_config(compose("annotate", overrides=["data.path=x", "output.dir=out", f"annotate={name}"]))
+    prepared = prepare(config)
+    answer = answer_of(prepared.annotate)
+    assert answer is not None
+    assert answer.fields
+    assert prepared.data.template is not None
+    text = RowTemplate(prepared.data.template).render(COLUMNS)
+    last = text.rstrip().removesuffix("Answer:").rstrip().rpartition(" ")[2]
+    assert last.rpartition("\n")[2] in ("TEXT", "SECOND", "MESSAGE"), "the row's own text comes last"
+
+
+def test_the_instruction_comes_first_then_the_form_the_examples_and_the_row() -> None:
+    task = AnnotateConfig(
+        instruction="Judge.\n",
+        input="{{ text }}\n",
+        choice=["good", "bad"],
+        examples=[{"text": "fine", "answer": "good"}],
+    )
+    assert prompt(task, {"text": "poor"}) == (
+        "Judge.\n\nAnswer with one of these words and nothing else: good, bad\n\n"
+        "Input: fine\nAnswer: good\n\nInput: poor\nAnswer:"
+    )
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_no_text_of_an_example_is_taken_for_jinja(shown: str, answer: str) -> None:
+    answer = answer if answer.strip() else "x"
+    task = AnnotateConfig(input="{{ text }}", examples=[{"text": shown, "answer": answer}])
+    assert prompt(task, {"text": "{{ row }}"}) == f"Input: {shown}\nAnswer: {answer}\n\nInput: {{{{ row }}}}\nAnswer:"
+
+
+def test_an_example_may_be_columns_or_the_text_itself() -> None:
+    task = AnnotateConfig(
+        input="{{ a }}+{{ b }}", examples=[{"a": 1, "b": 2, "answer": "3"}, {"input": "{{ 5 }}", "answer": "5"}]
+    )
+    assert prompt(task, {"a": 3, "b": 4}) == "Input: 1+2\nAnswer: 3\n\nInput: {{ 5 }}\nAnswer: 5\n\nInput: 3+4\nAnswer:"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "yaml"])
+def test_examples_and_schemas_may_be_files(suffix: str, tmp_path: Path) -> None:
+    example = {"text": "a", "answer": {"n": 1}}
+    (tmp_path / f"examples.{suffix}").write_text(json.dumps(example if suffix == "jsonl" else [example]))
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    task = AnnotateConfig(
+        input="{{ text }}", json_schema=str(tmp_path / "schema.json"), examples=str(tmp_path / f"examples.{suffix}")
+    )
+    assert prompt(task, {"text": "b"}) == 'Input: a\nAnswer: {"n": 1}\n\nInput: b\nAnswer:'
+
+
+def test_a_pydantic_class_gives_its_schema() -> None:
+    import sys
+
+    sys.modules["a_users_module"] = sys.modules[__name__]
+    task = AnnotateConfig(input="{{ text }}", pydantic="a_users_module:Ticket")
+    prepared = prepare(Config(annotate=task, data=DataConfig(path="x"))).annotate
+    answer = answer_of(prepared)
+    assert isinstance(answer, Json)
+    assert prepared.json_schema == Ticket.model_json_schema()
+    assert [field.name for field in answer.fields] == ["topic", "score"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"input": None}, "annotate.input is not set: name a task"),
+        ({"choice": ["a"], "regex": "a"}, "annotate.choice and annotate.regex: an answer has one form"),
+        ({"pydantic": "Ticket"}, "annotate.pydantic=Ticket: must be written package.module:Class"),
+        ({"pydantic": "no_such_module:Ticket"}, "cannot be imported (No module named 'no_such_module')"),
+        ({"pydantic": "json:loads"}, "annotate.pydantic=json:loads: is no pydantic model"),
+        ({"json_schema": "nowhere.json"}, "annotate.json_schema=nowhere.json: cannot be read"),
+        ({"json_schema": [1]}, "annotate.json_schema=[1]: must be a mapping"),
+        ({"examples": {"text": "a"}}, "annotate.examples must be a list"),
+        ({"examples": [{"text": "a"}]}, "annotate.examples[0] has no answer"),
+        ({"examples": [{"text": "a", "answer": "c"}], "choice": ["a"]}, "annotate.examples[0]: the answer 'c' is none of a"),
+        ({"examples": [{"txt": "a", "answer": "a"}]}, "annotate.examples[0]: annotate.input fails on this row: 'text' is undefined"),
+        ({"input": "{{ text"}, "annotate.input, line 1: unexpected end of template"),
+        ({"instruction": "{% if %}"}, "annotate.instruction, line 1: "),
+        ({"input": " "}, "annotate.input=: is empty"),
+        ({"swap_labels": ["a", "b"], "choice": ["a", "b"]}, "annotate.swap_labels and data.swap_columns: give both"),
+    ],
+)  # fmt: skip
+def test_a_task_that_cannot_work_is_refused(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(BatchmixError) as caught:
+        prompt(AnnotateConfig(**{"input": "{{ text }}", **task}), {"text": "b"})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_swapped_must_be_choices() -> None:
+    data = DataConfig(path="x", swap_columns=["a", "b"])
+    task = AnnotateConfig(input="{{ a }}{{ b }}", choice=["A", "B"], swap_labels=["A", "C"])
+    with pytest.raises(BatchmixError, match=r"annotate\.swap_labels=\['A', 'C'\]: must be two of annotate\.choice"):
+        prepare(Config(annotate=task, data=data))
+
+
+def test_a_template_beside_a_task_is_refused() -> None:
+    with pytest.raises(BatchmixError, match=r"data\.template: a task makes the prompt"):
+        prepare(Config(annotate=AnnotateConfig(input="x"), data=DataConfig(path="x", template="y")))
