@@ -26,6 +26,7 @@ from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
 from batchmix.model import torch_backend
 from batchmix.model.config import MixtralConfig
+from batchmix.model.expert_load import ExpertLoad
 from batchmix.model.shards import ALONE
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
@@ -45,7 +46,6 @@ class NoModel:
     """As Mixtral, at no cost."""
 
     config = CONFIG
-    stream = None  # weights that are all there
     shards = ALONE
     stream = None
     streamed_bytes = 0
@@ -53,6 +53,7 @@ class NoModel:
     def __init__(self, most: int) -> None:
         self.cos = self.sin = torch.zeros(CONFIG.max_position_embeddings, CONFIG.head_dim // 2)
         self.ops = SimpleNamespace(**{name: getattr(torch_backend, name) for name in torch_backend.__all__})
+        self.expert_load = ExpertLoad(CONFIG.num_hidden_layers, CONFIG.num_local_experts, torch.device("cpu"))
         self._hidden = torch.zeros(most, CONFIG.hidden_size)
         self._logits = torch.randn(most, CONFIG.vocab_size)
 
