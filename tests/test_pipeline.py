@@ -72,7 +72,9 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*"))
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param(GREEDY, marks=pytest.mark.slow, id="greedy"), pytest.param(SAMPLED, id="sampled")]
+)
 def test_answers_do_not_depend_on_how_the_job_is_run(tmp_path, rows, sampling):
     data = write(tmp_path / "rows.jsonl", rows)
     generate(job(data, tmp_path / "plain", sampling=sampling))

@@ -140,6 +140,7 @@ def test_out_of_memory_between_graphs(folder, model, monkeypatch):
     assert short.state.slots.tables() != tables
 
 
+@pytest.mark.slow  # 8 s under the interpreter
 def test_rows_that_begin_alike_share_prefill_and_decode(folder, monkeypatch):
     """A prefix of a whole split of the decode kernel, so that both the cache and the kernel share it."""
     header = [3 + i % 90 for i in range(260)]
@@ -163,6 +164,7 @@ def test_rows_that_begin_alike_share_prefill_and_decode(folder, monkeypatch):
     assert len(shared) <= 4, "looked for when rows come and go, not in every step"
 
 
+@pytest.mark.slow  # 2 s under the interpreter
 def test_batch_invariant_products(folder):
     rows = prompts(3, V, seed=3, longest=12, temperature=1.0, max_tokens=3, logprobs=2)
     model = load(folder, operators=TritonOperators(batch_invariant=True))

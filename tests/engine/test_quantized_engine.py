@@ -14,6 +14,7 @@ from batchmix.engine.kv_cache import KVCache
 from batchmix.errors import BatchmixError
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.expert_load import ExpertLoad
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.quantized import FP8, Quantized, dense, quantize, through_fp8
 from batchmix.model.shards import Shards
@@ -75,7 +76,7 @@ def test_a_token_has_the_same_bits_in_any_company(format):
 def test_both_backends_multiply_alike(format, dtype):
     router, w13, w2 = experts(format)
     x, residual = random(16, 128, seed=7).to(dtype), random(16, 128, seed=8).to(dtype)
-    found = TritonOperators().moe(x, router, w13, w2, 2, residual)
+    found = TritonOperators().moe(x, router, w13, w2, 2, residual, ExpertLoad(1, 4, x.device)[0])
     expected = torch_ops.moe(x, router, w13, w2, 2, residual)
     tolerance = 2e-2 if format is Quantization.fp8 else 2e-5 if dtype is torch.float32 else 5e-3
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()

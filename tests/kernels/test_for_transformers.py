@@ -62,7 +62,7 @@ def test_logits(eager: MixtralForCausalLM, implementations: dict[str, str], devi
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("length", [13, 64])  # 64: whole blocks, but for the row that begins at 3
 def test_padded_rows(eager: MixtralForCausalLM, side: str, length: int, device: torch.device) -> None:
     ids = random_ids(3, length, device)
@@ -86,6 +86,7 @@ def test_a_device_that_is_not_the_current_one(eager: MixtralForCausalLM) -> None
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.slow  # 5 s under the interpreter
 def test_generated_tokens(eager: MixtralForCausalLM, device: torch.device) -> None:
     ids = random_ids(2, 9, device)
     mask = torch.ones_like(ids)

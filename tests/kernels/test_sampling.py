@@ -87,6 +87,7 @@ SAMPLINGS = st.builds(
 )
 
 
+@pytest.mark.slow  # 8 s under the interpreter
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(SAMPLINGS, min_size=1, max_size=6),
@@ -252,6 +253,7 @@ def test_a_real_vocabulary_and_a_row_stride(device):
     assert_close(logprobs[:1].cpu(), wanted.chosen)
 
 
+@pytest.mark.slow  # 3 s under the interpreter
 def test_draws_follow_the_softmax(device):
     """Chi-square of 300 rows; and each draw is where its random number falls in the running sum."""
     rows = 300
