@@ -18,6 +18,7 @@ class GPU:
     memory_gb: float
     bandwidth_gbs: float
     link_gbs: float  # host to device; half of what a data sheet gives for both directions
+    fp8: bool = True  # whether Triton multiplies e4m3 there: see engine/device.py
 
 
 _PCIE4, _PCIE5 = 32, 64  # 16 lanes
@@ -27,14 +28,14 @@ _GPUS = {
     "h200": GPU("NVIDIA H200 SXM", 989, 141, 4800, _PCIE5),
     "h100": GPU("NVIDIA H100 SXM", 989, 80, 3350, _PCIE5),
     "h100_pcie": GPU("NVIDIA H100 PCIe", 756, 80, 2000, _PCIE5),
-    "a100_80gb": GPU("NVIDIA A100 SXM 80 GB", 312, 80, 2039, _PCIE4),
-    "a100_40gb": GPU("NVIDIA A100 SXM 40 GB", 312, 40, 1555, _PCIE4),
+    "a100_80gb": GPU("NVIDIA A100 SXM 80 GB", 312, 80, 2039, _PCIE4, fp8=False),
+    "a100_40gb": GPU("NVIDIA A100 SXM 40 GB", 312, 40, 1555, _PCIE4, fp8=False),
     "l40s": GPU("NVIDIA L40S", 362, 48, 864, _PCIE4),
     "l4": GPU("NVIDIA L4", 121, 24, 300, _PCIE4),
-    "a10": GPU("NVIDIA A10", 125, 24, 600, _PCIE4),
+    "a10": GPU("NVIDIA A10", 125, 24, 600, _PCIE4, fp8=False),
     "rtx4090": GPU("NVIDIA GeForce RTX 4090", 165, 24, 1008, _PCIE4),
     # AMD data sheet.
-    "mi300x": GPU("AMD Instinct MI300X", 1307, 192, 5300, _PCIE5),
+    "mi300x": GPU("AMD Instinct MI300X", 1307, 192, 5300, _PCIE5, fp8=False),
 }
 
 

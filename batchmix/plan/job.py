@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from batchmix.config import Config, Offload
+from batchmix.config import Config, Offload, Quantization
 from batchmix.data.prompt import build_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.source import open_source
@@ -32,6 +32,10 @@ def plan_report(config: Config) -> None:
     gpu = get_gpu(config.plan.gpu)
     source = open_source(config.data, config.shard)
     checkpoint = open_checkpoint(config.model, weights=False)
+    if checkpoint.quantization is Quantization.fp8 and not gpu.fp8:
+        raise BatchmixError(
+            f"model.quantization=fp8: plan.gpu={config.plan.gpu} does not multiply e4m3; use int8 or int4"
+        )
     kv_itemsize = cache_dtype(checkpoint, checkpoint.dtype).itemsize
     model = footprint(checkpoint.config, checkpoint.dtype.itemsize, checkpoint.quantization, kv_itemsize)
     setting = _setting(config, checkpoint, gpu)

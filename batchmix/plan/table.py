@@ -22,7 +22,6 @@ MIXTRAL_8X22B = MixtralConfig(
 )  # fmt: skip
 MODELS = {"Mixtral-8x7B": MIXTRAL_8X7B, "Mixtral-8x22B": MIXTRAL_8X22B}
 GPUS = ("rtx4090", "l40s", "a100_80gb", "h100", "h200", "b200")
-FORMATS = (None, Quantization.fp8, Quantization.int4)
 MAX_MODEL_LEN = 4096
 HOST_GB = 256.0
 _HEADER = (
@@ -35,9 +34,14 @@ def table_text() -> str:
     """A table for each model: rows of 512 tokens and answers of 256, MAX_MODEL_LEN tokens at most, HOST_GB of host memory."""
     parts = []
     for name, config in MODELS.items():
-        rows = [_row(config, gpu, quantization) for gpu in GPUS for quantization in FORMATS]
+        rows = [_row(config, gpu, quantization) for gpu in GPUS for quantization in _formats(gpu)]
         parts.append(f"### {name}\n\n{_HEADER}\n" + "\n".join(rows))
     return "\n\n".join(parts)
+
+
+def _formats(gpu_name: str) -> tuple[Quantization | None, ...]:
+    eight_bits = Quantization.fp8 if get_gpu(gpu_name).fp8 else Quantization.int8
+    return None, eight_bits, Quantization.int4
 
 
 def _row(config: MixtralConfig, gpu_name: str, quantization: Quantization | None) -> str:

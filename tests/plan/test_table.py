@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchmix.config import Config, DataConfig, ModelConfig, ModelFormat, Offload, PlanConfig
+from batchmix.config import Config, DataConfig, ModelConfig, ModelFormat, Offload, PlanConfig, Quantization
+from batchmix.errors import BatchmixError
 from batchmix.jobs.plan import main
 from batchmix.measure.workloads import save_model
 from batchmix.plan.job import plan_report
@@ -54,3 +55,10 @@ def test_a_plan_of_weights_that_are_not_to_be_streamed(config, capsys):
     text = printed(config, capsys)
     assert "on 8 x NVIDIA GeForce RTX 4090" in text
     assert "streamed" not in text
+
+
+def test_fp8_is_not_planned_for_a_card_that_has_no_products_of_it(config):
+    config.model.quantization = Quantization.fp8
+    config.plan.gpu = "a100-80gb"
+    with pytest.raises(BatchmixError, match=r"plan\.gpu=a100-80gb does not multiply e4m3; use int8 or int4"):
+        plan_report(config)
