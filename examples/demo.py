@@ -6,11 +6,11 @@ Prints the accuracy, as `batchmix evaluate evaluate.gold_column=gold` does, and 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pyarrow.dataset as ds
 
 from batchmix.evaluate import score
+from batchmix.stored_run import open_stored
 
 NEEDED = 0.95
 
@@ -20,7 +20,7 @@ def main(folder: str) -> int:
     for row in rows[:: len(rows) // 4][:4]:
         message = " ".join(row["messages"][0]["content"].split())
         print(f"\n  message  {message[:100]}{'…' * (len(message) > 100)}\n  answer   {row['generated_text']}")
-    accuracy = score(Path(folder), "gold")
+    accuracy = score(open_stored(folder)[0], "gold")
     print(f"\n{accuracy.text()}")
     return int(accuracy.right < NEEDED * accuracy.answers)
 
