@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,6 +88,10 @@ def test_a_run_and_then_its_folder_alone(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "_evaluation.json").read_text())["right"] == first.right >= 6
     config.data.path = ""
     assert evaluate(config) == first
+    capsys.readouterr()
+    demo = runpy.run_path(str(TICKETS.with_name("demo.py")))["main"]
+    assert demo(config.output.dir) == int(first.right < 0.95 * 8)
+    assert first.text() in capsys.readouterr().out
     config.evaluate.gold_column = "label"
     with pytest.raises(BatchmixError, match=r"evaluate\.gold_column=label: .* has no column label, only row, id"):
         evaluate(config)
