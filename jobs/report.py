@@ -8,9 +8,9 @@ from batchmix.hydra_app import job
 
 @job("report")
 def main(config: Config) -> None:
-    from batchmix.report.page import write_report  # imports pyarrow: only once the configuration is known to be right
+    from batchmix.report.page import report  # imports pyarrow: only once the configuration is known to be right
 
-    print(f"the report is {write_report(config)}")
+    print(report(config))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Choice:
         label = text.strip()
         if label not in self.labels:
             shown = ", ".join(self.labels[:_MOST_LABELS_SHOWN]) + ", ..." * (len(self.labels) > _MOST_LABELS_SHOWN)
-            raise Invalid(f"the answer {_short(label)} is none of {shown}")
+            yaml = "; in YAML yes, no, on and off without quotes are booleans" * (label.lower() in ("true", "false"))
+            raise Invalid(f"the answer {_short(label)} is none of {shown}{yaml}")
         return {self.fields[0].name: label}
 
     def describe(self) -> str:

@@ -122,11 +122,14 @@ class _Counts:
         self._bins: dict[tuple[int, bool], tuple[int, float]] = {}
         self._rows = self._errors = self._invalid = self._consistent = 0
         self._has_consistent = False
+        self._error: str | None = None  # of the first row that could not be run
         self._least: list[tuple[float, int, dict[str, Any]]] = []  # a heap, the most certain on top
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows += 1
-        self._errors += row["error"] is not None
+        if row["error"] is not None:
+            self._errors += 1
+            self._error = self._error or row["error"]
         self._invalid += row[INVALID.name] is not None
         if CONSISTENT in row:
             self._has_consistent = True
@@ -163,6 +166,8 @@ class _Counts:
         found: dict[str, Any] = {"rows": self._rows, "error_rows": self._errors, "invalid_rows": self._invalid}
         if self._has_consistent:
             found["consistent_rows"] = self._consistent
+        if self._error is not None:
+            found["error_example"] = self._error
         found["fields"] = {field.name: self._field(field, resamples) for field in self._fields}
         found["least_certain"] = [entry for _, _, entry in sorted(self._least, key=lambda e: (-e[0], -e[1]))]
         if self._exact:
@@ -210,6 +215,10 @@ def _values(value: Any) -> Iterator[str]:
     yield from (map(label_of, value) if isinstance(value, list) else [label_of(value)])
 
 
+def _gold_labels(agreement: dict[str, Any]) -> set[str]:
+    return {label for label, row in zip(agreement["labels"], agreement["confusion"], strict=True) if any(row)}
+
+
 def checks_text(checks: dict[str, Any]) -> str:
     """The few lines for the end of a run."""
 
@@ -219,6 +228,10 @@ def checks_text(checks: dict[str, Any]) -> str:
     lines = [f"labels: {checks['rows'] - checks['error_rows'] - checks['invalid_rows']:,} of {checks['rows']:,} rows"]
     if checks["invalid_rows"]:
         lines[0] += f", {checks['invalid_rows']:,} answers are invalid (column invalid)"
+    if checks["error_rows"]:
+        lines.append(
+            f"{checks['error_rows']:,} rows could not be run (column error), for example: {checks['error_example']}"
+        )
     if "exact_match" in checks:
         exact = checks["exact_match"]
         lines.append(f"exact match with people's answers: {of(exact)} of {exact['rows']:,} rows")
@@ -227,6 +240,8 @@ def checks_text(checks: dict[str, Any]) -> str:
             kappa = agreement["kappa"]["value"]
             lines.append(f"{name}: accuracy {of(agreement['accuracy'])}"
                          + (f", kappa {kappa:.3f}" if kappa is not None else ""))  # fmt: skip
+            if not _gold_labels(agreement) & set(field["labels"]):
+                lines.append(f"  no gold value of {name} is one of its labels: is annotate.gold the right column?")
     if "calibration" in checks:
         lines.append(f"expected calibration error: {checks['calibration']['expected_calibration_error']['value']:.3f}")
     return "\n".join(lines)

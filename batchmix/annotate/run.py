@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from batchmix.annotate.checks import checks_text, write_checks
 from batchmix.annotate.results import Results
-from batchmix.annotate.task import prepare
+from batchmix.annotate.task import answer_of, prepare
 from batchmix.config import Config
 from batchmix.data.source import open_source
 from batchmix.errors import BatchmixError
 from batchmix.pipeline import generate
 from batchmix.report.page import write_report
+
+_TINY_FIELDS = {"sentiment", "topic", "urgent"}  # of conf/annotate/tickets.yaml
+_log = logging.getLogger(__name__)
 
 
 def annotate(config: Config) -> None:
@@ -20,6 +24,10 @@ def annotate(config: Config) -> None:
     if "://" in config.output.dir:  # checks and the report read the run's files as they lie there
         raise BatchmixError(f"output.dir={config.output.dir}: batchmix annotate writes to a folder of this machine")
     _check_gold(config)
+    answer = answer_of(config.annotate)
+    if config.model.path == "tiny" and answer is not None and {field.name for field in answer.fields} != _TINY_FIELDS:
+        _log.warning("model.path=tiny: the built-in model can do the task `tickets` alone, so these answers will mean nothing;"
+                     " give a real model")  # fmt: skip
     generate(config)
     results = Results(Path(config.output.dir))
     if not results.complete or not results.paths:

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from batchmix.annotate.checks import check_results
+from batchmix.annotate.checks import check_results, checks_text, write_checks
 from batchmix.annotate.results import Results
 from batchmix.config import Config
 from batchmix.data.local_files import atomic_file
@@ -38,6 +38,16 @@ def write_report(config: Config, checks: dict[str, Any] | None = None) -> Path:
     with atomic_file(path) as file:
         file.write(page.encode())
     return path
+
+
+def report(config: Config) -> str:
+    """Write the report and, of a task's run, its checks; returns what to print."""
+    results = Results(Path(config.output.dir))
+    if results.answer is None or not results.paths:
+        return f"the report is {write_report(config)}"
+    gold = config.annotate.gold if config.annotate.gold is not None else results.task.gold
+    checks = write_checks(results, gold, config.annotate.bootstrap)
+    return f"{checks_text(checks)}\nthe report is {write_report(config, checks)}"
 
 
 def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows: int) -> str:

@@ -54,6 +54,11 @@ sampling: {seed: 3}
 """)
     done = batchmix("annotate", "spam.yaml", "data.path=rows.jsonl", "output.dir=out", "annotate.field=verdict")
     assert done.returncode == 0, done.stderr
+    assert "model.path=tiny: the built-in model can do the task `tickets` alone" in done.stderr
+    assert "1 rows could not be run (column error), for example: data.template fails on this row" in done.stdout
+    again = batchmix("report", "output.dir=out")
+    assert again.stdout.splitlines()[-1] == "the report is out/_report/report.html"
+    assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[-len(again.stdout.splitlines()) : -1]
     rows = ds.dataset(tmp_path / "out", format="arrow").to_table().sort_by("row").to_pylist()
     assert rows[0]["verdict"] in ("spam", "wanted")
     assert 0.5 <= rows[0]["confidence"] <= 1

@@ -158,6 +158,11 @@ def test_choices_are_taken_by_the_letter() -> None:
             choice.parse(text)
 
 
+def test_booleans_of_yaml_are_named() -> None:
+    with pytest.raises(Invalid, match="'true' is none of True, False; in YAML yes, no, on and off without quotes"):
+        Choice("label", ["True", "False"]).parse("true")
+
+
 def test_an_empty_text_is_no_answer() -> None:
     assert Text("summary").parse(" a ") == {"summary": "a"}
     with pytest.raises(Invalid):
