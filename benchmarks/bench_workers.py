@@ -24,11 +24,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from common import save
 
 from batchmix import pipeline
 from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig, ShardConfig
 from batchmix.engine.stats import EngineStats
+from batchmix.model.expert_load import ExpertLoad
 from batchmix.records import Batch, Completion
 from batchmix.report.clock import StageClock
 
@@ -45,7 +47,10 @@ class SleepingEngine:
         self.clock, self.stats = StageClock(), EngineStats()
         self.device_clock = SimpleNamespace(seconds=lambda: None)
         self.max_model_len = 4096
-        self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000))
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(vocab_size=32000), expert_load=ExpertLoad(1, 1, torch.device("cpu"))
+        )
+        self.guides = None
         self.state = SimpleNamespace(
             slots=SimpleNamespace(capacity=ROWS_AT_ONCE),
             pool=SimpleNamespace(num_blocks=100_000),
