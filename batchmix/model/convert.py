@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelFormat, Quantization
+from batchmix.data.storage import sync_folder
 from batchmix.data.tokenizer import BUILT_IN
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import CONFIG, DTYPES, PARAMS, Checkpoint, open_checkpoint, read_json
@@ -179,20 +180,12 @@ def _appearing(target: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         folder.rename(target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise BatchmixError(f"output.dir={target}: cannot be written ({reason})") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:

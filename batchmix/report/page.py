@@ -29,7 +29,7 @@ _HERE = Path(__file__).parent
 def write_report(config: Config, checks: dict[str, Any] | None = None) -> Path:
     """Write the report of the run in output.dir and return its path. `checks` are computed where they are not given."""
     results = Results(Path(config.output.dir))
-    gold = config.annotate.gold if config.annotate.gold is not None else results.task.gold
+    gold = _gold(config, results)
     if checks is None and results.answer is not None and results.paths:
         checks = check_results(results, gold, config.annotate.bootstrap)
     path = results.folder / FOLDER / NAME
@@ -40,13 +40,17 @@ def write_report(config: Config, checks: dict[str, Any] | None = None) -> Path:
     return path
 
 
+def _gold(config: Config, results: Results) -> Any:
+    """Where people's answers are: as asked for now, or else as the run's task says."""
+    return results.task.gold if config.annotate.gold is None else config.annotate.gold
+
+
 def report(config: Config) -> str:
     """Write the report and, of a task's run, its checks; returns what to print."""
     results = Results(Path(config.output.dir))
     if results.answer is None or not results.paths:
         return f"the report is {write_report(config)}"
-    gold = config.annotate.gold if config.annotate.gold is not None else results.task.gold
-    checks = write_checks(results, gold, config.annotate.bootstrap)
+    checks = write_checks(results, _gold(config, results), config.annotate.bootstrap)
     return f"{checks_text(checks)}\nthe report is {write_report(config, checks)}"
 
 
