@@ -34,14 +34,14 @@ class Decode:
             hear(state, all_of_it=True)
         runs = forced_runs(slots, state.max_num_batched_tokens) if skipping else []
         slots.planned[: len(runs)] += np.array([len(run) for run in runs], np.int64)
-        version = slots.version
+        run_of = {id(row): run for row, run in zip(state.rows, runs, strict=False)}
         steps = self._take_blocks(1 if wants_logprobs or skipping else self.steps_per_read)
         if not steps:
             hear(state, all_of_it=True)
             return
         active = len(state.rows)
-        if slots.version != version:  # rows gave way
-            runs = forced_runs(slots, state.max_num_batched_tokens) if skipping else []
+        # Rows may have given way. The others keep the runs that blocks were taken for.
+        runs = [run_of[id(row)] for row in state.rows] if skipping else []
         # A power of two, so that a graph serves for a while.
         width = 1 << int(slots.num_blocks[:active].max() - 1).bit_length()
         width = min(width, slots.block_table.shape[1])

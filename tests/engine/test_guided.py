@@ -20,6 +20,7 @@ from links import FakeLink
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.data.vocabulary import Vocabulary
 from batchmix.engine import decode
+from batchmix.engine.completion import hear
 from batchmix.guided.compile import Guides
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
@@ -228,6 +229,24 @@ def test_answers_do_not_depend_on_company(model, guides, mixed, unskipped, optio
     tried = engine(model, guides, **options)
     assert answers(run(tried, shuffled, sort_window=9)) == answers(unskipped)
     assert (tried.stats.put_back > 0) == ("kv_blocks" in options)
+
+
+def test_what_is_planned_of_a_row_is_what_it_gets_where_others_give_way(model, guides, mixed):
+    """Forced tokens are shared out before rows are put back, and blocks are taken for that share."""
+    tried = engine(model, guides, kv_blocks=18, max_num_seqs=16, max_num_batched_tokens=12)
+    state, decoding = tried.state, tried.decode.run
+
+    def run_and_look():
+        decoding()
+        hear(state, all_of_it=True)
+        active = len(state.rows)
+        assert state.slots.planned[:active].tolist() == state.slots.answers.count[:active].tolist()
+
+    tried.decode.run = run_and_look  # type: ignore[method-assign]
+    for seed in (1, 2):
+        run(tried, random.Random(seed).sample(mixed, len(mixed)), sort_window=9)
+    assert tried.stats.put_back
+    assert tried.stats.forced_tokens
 
 
 @pytest.mark.parametrize(
