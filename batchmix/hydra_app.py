@@ -52,6 +52,14 @@ def job(name: str) -> Callable[[Callable[[Config], None]], Callable[..., int]]:
     return decorate
 
 
+def first_is(key: str, argv: Sequence[str] | None) -> list[str]:
+    """The arguments (default: those of the process); a first one that is a bare word is short for `key=WORD`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].isidentifier():
+        arguments[0] = f"{key}={arguments[0]}"
+    return arguments
+
+
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore: `schema` for the whole, `default` in the groups of keys."""
     store = ConfigStore.instance()
