@@ -25,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from batchmix.config import Config, SamplingConfig, StructuredOutputs, check
+from batchmix.config import Config, SamplingConfig, StructuredOutputs
+from batchmix.config_checks import check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
