@@ -6,17 +6,11 @@ before anything runs. Below `pipeline` and `jobs/` they are plain dataclasses.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
-
-from batchmix.errors import BatchmixError
 
 
 class ModelFormat(Enum):
@@ -142,6 +136,9 @@ class DataConfig:
     on_error: OnError = OnError["record"]
 
 
+MAX_SCORED_CHOICES = 256  # each is a prefill chunk of its own
+
+
 @dataclass
 class StructuredOutputs:
     """What a row's text may be: one of the first three, which are vLLM's. See docs/guided.md."""
@@ -186,9 +183,8 @@ class EngineConfig:
     data_parallel_size: int = 1  # models that run side by side on this machine, each with a share of the rows
     backend: Backend = Backend.auto  # auto: triton on a GPU, torch on the CPU
     gpu_memory_utilization: float = 0.9  # share of the device's memory; on CPU, of the memory now free
-    max_num_seqs: int | None = (
-        None  # rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU
-    )
+    # Rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU.
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int = 8192  # prompt tokens in one prefill step; a chunk of a long prompt may have 2,048
     sort_window: int = 16384  # rows held at once and sorted by length
     share_prefix: bool = True  # triton backend only: what prompts begin with in common is computed once
@@ -325,9 +321,7 @@ class ConvertConfig:
     # hf: config.json, the hub's names; fused: the same with transformers 5's own names; mistral: params.json
     format: ConvertFormat = ConvertFormat.hf
     dtype: Dtype = Dtype.auto  # auto: every tensor as it is stored
-    max_shard_size: str = (
-        "5GB"  # of a file, 10^9 bytes each; format=mistral has one file, as mistral_inference reads it
-    )
+    max_shard_size: str = "5GB"  # of a file, GB: 10^9 bytes; format=mistral has one file, as mistral_inference reads it
 
 
 @dataclass
@@ -356,184 +350,3 @@ class Config:
     review: ReviewConfig = field(default_factory=ReviewConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-_MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    # key: (low, high, low itself is allowed)
-    "max_tokens": (1, _MANY, True),
-    "min_tokens": (0, _MANY, True),
-    "temperature": (0, math.inf, True),
-    "top_p": (0, 1, False),
-    "top_k": (-1, _MANY, True),
-    "min_p": (0, 1, True),
-    "repetition_penalty": (0, math.inf, False),
-    "presence_penalty": (-2, 2, True),
-    "frequency_penalty": (-2, 2, True),
-    "n": (1, 10_000, True),  # a row is committed with all its samples, which wait for each other in memory
-    "logprobs": (0, 100, True),  # 0.8 GiB on the host for 256 rows of 4,096 tokens
-    "seed": (-(2**63), 2**63 - 1, True),
-}
-_MAX_STOP_BYTES = 1024  # of a row's stop strings: each takes a state of an automaton, 8 bytes for every token there is
-_BOOLS = {"include_stop_str_in_output", "skip_special_tokens", "ignore_eos"}
-_INTS = {"max_tokens", "min_tokens", "top_k", "n", "logprobs", "seed"}
-_SAMPLING_KEYS = {f.name: f for f in dataclasses.fields(SamplingConfig)}
-MAX_SCORED_CHOICES = 256  # each is a prefill chunk of its own
-
-
-def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
-    """Return `sampling` if every value is in range; ValueError with one line naming the key otherwise."""
-    for key, (low, high, closed) in _RANGES.items():
-        value = getattr(sampling, key)
-        if value is None:
-            continue
-        if value in (math.inf, -math.inf) or value != value:
-            raise ValueError(f"sampling.{key}={value} is no number")
-        if not (low <= value <= high and (closed or value > low)):
-            raise ValueError(
-                f"sampling.{key}={reprlib.repr(value)} must be {'at least' if closed else 'above'} {low}"
-                + (f" and at most {high}" if high < math.inf else "")
-            )
-    if sampling.min_tokens > sampling.max_tokens:
-        raise ValueError(f"sampling.min_tokens={sampling.min_tokens} is above max_tokens={sampling.max_tokens}")
-    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
-        raise ValueError("sampling.allowed_token_ids is empty: no token could be chosen")
-    if any(not text for text in sampling.stop or ()):
-        raise ValueError("sampling.stop has an empty string, which would stop every row at once")
-    try:
-        size = sum(len(text.encode()) for text in sampling.stop or ())
-    except UnicodeEncodeError:
-        raise ValueError("sampling.stop has a text that is not valid Unicode") from None
-    if size > _MAX_STOP_BYTES:
-        raise ValueError(f"sampling.stop has {size} bytes in all; at most {_MAX_STOP_BYTES} can be searched for")
-    for token, bias in (sampling.logit_bias or {}).items():
-        if not math.isfinite(bias):
-            raise ValueError(f"sampling.logit_bias has {bias} for token {token}, which is no number; -100 bans a token")
-    if sampling.structured_outputs is not None:
-        _check_structured(sampling.structured_outputs, sampling)
-    return sampling
-
-
-def _check_structured(outputs: StructuredOutputs, sampling: SamplingConfig) -> None:
-    """ValueError where the values are of the wrong kind; what a regex or a schema says is checked by `guided`."""
-    key = "sampling.structured_outputs"
-    given = [name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"{key} has {' and '.join(given) or 'nothing'}; give one of choice, regex and json")
-    choice = outputs.choice
-    if choice is not None:
-        if not isinstance(choice, list | tuple) or not all(isinstance(text, str) and text for text in choice):
-            raise ValueError(f"{key}.choice must be a list of texts that are not empty")
-        if len(set(choice)) < max(len(choice), 1):
-            raise ValueError(f"{key}.choice {'has a text twice' if choice else 'is empty: nothing could be chosen'}")
-    if not isinstance(outputs.regex or "", str):
-        raise ValueError(f"{key}.regex={reprlib.repr(outputs.regex)} must be a text")
-    if any("\ud800" <= char <= "\udfff" for text in [*(choice or ()), outputs.regex or ""] for char in text):
-        raise ValueError(f"{key} has a text that is not valid Unicode")
-    if outputs.json is not None and not isinstance(outputs.json, str | Mapping):
-        raise ValueError(f"{key}.json={reprlib.repr(outputs.json)} must be a JSON Schema, a mapping or its text")
-    if sampling.stop:
-        raise ValueError(f"sampling.stop does not go with {key}, which says itself where the text ends")
-    if not isinstance(outputs.score_choices, bool):
-        raise ValueError(f"{key}.score_choices={reprlib.repr(outputs.score_choices)} must be true or false")
-    if outputs.score_choices:
-        if choice is None or len(choice) > MAX_SCORED_CHOICES:
-            raise ValueError(f"{key}.score_choices needs {key}.choice, of at most {MAX_SCORED_CHOICES} texts")
-        if sampling.logprobs is not None:
-            raise ValueError(f"sampling.logprobs does not go with {key}.score_choices, which decodes no tokens")
-
-
-def override_sampling(base: SamplingConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
-    """`base` with a row's own values, which come from data and so may be anything.
-
-    None means "not given". ValueError with one line where a key is unknown or a value is of the wrong type.
-    """
-    given = {key: value for key, value in overrides.items() if value is not None}
-    unknown = sorted(set(given) - set(_SAMPLING_KEYS))
-    if unknown:
-        raise ValueError(f"sampling has no key {reprlib.repr(unknown[0])}")
-    for key, value in given.items():
-        given[key] = _coerce(key, value)
-    return check_sampling(dataclasses.replace(base, **given))
-
-
-def _coerce(key: str, value: Any) -> Any:
-    wrong = ValueError(f"sampling.{key}={reprlib.repr(value)} is of the wrong type")
-    if key in _BOOLS:
-        if not isinstance(value, bool):
-            raise wrong
-    elif key == "stop":
-        value = [value] if isinstance(value, str) else value
-        if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
-            raise wrong
-    elif key == "structured_outputs":
-        if not isinstance(value, Mapping):
-            raise wrong
-        given = {name: item for name, item in value.items() if item is not None}
-        if unknown := sorted(given.keys() - {f.name for f in dataclasses.fields(StructuredOutputs)}):
-            raise ValueError(f"sampling.structured_outputs has no key {reprlib.repr(unknown[0])}")
-        value = StructuredOutputs(**given)
-    elif key in ("stop_token_ids", "allowed_token_ids"):
-        if not (isinstance(value, list) and all(type(token) is int for token in value)):
-            raise wrong
-    elif key == "logit_bias":
-        try:  # a column of objects has the keys of all rows, null where a row has none; one of maps has pairs
-            value = {int(token): float(bias) for token, bias in dict(value).items() if bias is not None}
-        except (TypeError, ValueError, OverflowError):
-            raise wrong from None
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise wrong
-    else:
-        try:
-            number = int(value) if key in _INTS else float(value)
-        except (ValueError, OverflowError):  # not a number, infinity, more than a float holds
-            raise wrong from None
-        if key in _INTS and number != value:
-            raise wrong
-        value = number
-    return value
-
-
-def check(config: Config) -> Config:
-    """Return `config` if its values make sense together; BatchmixError naming the key otherwise."""
-
-    def refuse(key: str, value: object, remedy: str) -> BatchmixError:
-        return BatchmixError(f"{key}={value}: {remedy}")
-
-    try:
-        check_sampling(config.sampling)
-    except ValueError as error:
-        raise BatchmixError(str(error)) from None
-    if not 0 <= config.shard.index < config.shard.count:
-        raise refuse("shard.index", config.shard.index, f"must be from 0 to shard.count - 1 = {config.shard.count - 1}")
-    for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
-                       ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
-                       ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens"),
-                       ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit"),
-                       ("export", "rows_per_file"), ("review", "rows"), ("annotate", "bootstrap")):  # fmt: skip
-        value = getattr(getattr(config, group), key)
-        if value is not None and value < 1:
-            raise refuse(f"{group}.{key}", value, "must be at least 1")
-    if config.cluster.kind is ClusterKind.ray:
-        if config.engine.data_parallel_size > 1:
-            raise refuse(
-                "engine.data_parallel_size",
-                config.engine.data_parallel_size,
-                "cluster=ray has a model on each GPU without it; leave it at 1",
-            )
-        if config.engine.trace:
-            raise refuse("engine.trace", "true", "traces one machine; leave it out with cluster=ray")
-    if not 0 < config.engine.gpu_memory_utilization <= 1:
-        raise refuse(
-            "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"
-        )
-    if any("\ud800" <= char <= "\udfff" for char in config.output.dir):
-        raise refuse("output.dir", config.output.dir, "pyarrow opens no files in a folder whose name is not Unicode")
-    if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:
-        raise refuse("shard.heartbeat_seconds", config.shard.heartbeat_seconds,
-                     f"must be above 0 and at most a third of shard.takeover_seconds={config.shard.takeover_seconds}")  # fmt: skip
-    if not config.output.flush_seconds > 0:
-        raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
-    if config.output.compression not in (None, "zstd", "lz4"):
-        raise refuse("output.compression", config.output.compression, "must be zstd, lz4 or null")
-    return config

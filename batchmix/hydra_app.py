@@ -25,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from batchmix.config import Config, SamplingConfig, StructuredOutputs, check
+from batchmix.config import Config, SamplingConfig, StructuredOutputs
+from batchmix.config_checks import check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
@@ -50,6 +51,14 @@ def job(name: str) -> Callable[[Callable[[Config], None]], Callable[..., int]]:
         return main
 
     return decorate
+
+
+def first_is(key: str, argv: Sequence[str] | None) -> list[str]:
+    """The arguments (default: those of the process); a first one that is a bare word is short for `key=WORD`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].isidentifier():
+        arguments[0] = f"{key}={arguments[0]}"
+    return arguments
 
 
 def register() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import platform
 import random
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from batchmix.measure.result import save_result
 
 RESULTS = Path(__file__).parent / "results"
 TINY_RANDOM = {  # 39 M parameters
@@ -68,8 +68,6 @@ def machine() -> dict[str, Any]:
 
 def save(what: str, result: dict[str, Any]) -> Path:
     """Write `<date>-cpu-<what>.json` into benchmarks/results."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{datetime.date.today():%Y-%m-%d}-cpu-{what}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    path = save_result(RESULTS, "cpu", what, {"machine": machine(), **result})
     print(f"written: benchmarks/results/{path.name}")
     return path

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
-from batchmix.hydra_app import job
+from batchmix.hydra_app import first_is, job
 
 
 @job("benchmark")
@@ -31,10 +31,7 @@ def _run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """As any job, but a first argument without `=` is the benchmark's name."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0].isidentifier():
-        arguments[0] = f"benchmark.name={arguments[0]}"
-    return _run(arguments)
+    return _run(first_is("benchmark.name", argv))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from batchmix.config import Config
-from batchmix.hydra_app import job
+from batchmix.hydra_app import first_is, job
 
 
 @job("review")
@@ -16,10 +16,7 @@ def _run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """As any job, but a first argument without `=` is the action, export or import."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0].isidentifier():
-        arguments[0] = f"review.action={arguments[0]}"
-    return _run(arguments)
+    return _run(first_is("review.action", argv))
 
 
 if __name__ == "__main__":

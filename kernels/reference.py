@@ -171,7 +171,7 @@ def dequantize_groups(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes * scales[..., None]).flatten(1).to(dtype)
 
 
-# kernels/attention_prefill.py and kernels/attention_decode.py
+# ---- attention_prefill.py and attention_decode.py ----
 
 
 def paged_row(cache: Tensor, blocks: Tensor, length: int, scale: Tensor | None) -> Tensor:
@@ -218,7 +218,7 @@ def decode_attention(
     return out
 
 
-# rotary.py
+# ---- rotary.py ----
 
 
 def rotate_and_cache(
@@ -248,7 +248,7 @@ def rotate_and_cache(
     return rotate(q, cos, sin)
 
 
-# draw.py and sampling.py
+# ---- draw.py and sampling.py ----
 
 
 def kept(weights: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
@@ -351,7 +351,7 @@ def sample(
     return torch.tensor(tokens, device=logits.device), torch.tensor(logprobs, device=logits.device)
 
 
-# slots.py
+# ---- slots.py ----
 
 
 def advance(

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
+from many_commands import run_commands
 
 from batchmix import __version__, cli
 
@@ -113,17 +113,11 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Done]:
-    """Every wrong line run once, two at a time, in one empty folder (stored under the key `cwd`)."""
+    """Every wrong line run once, in one empty folder."""
     folder = tmp_path_factory.mktemp("wrong")
-
-    def run(arguments: tuple[str, ...]) -> Done:
-        command = [sys.executable, "-m", "batchmix", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(WRONG_LINES, pool.map(run, WRONG_LINES), strict=True))
+    done = run_commands([("batchmix", *arguments) for arguments in WRONG_LINES], folder)
     assert list(folder.iterdir()) == [], "a refused command left files behind"
-    return done
+    return dict(zip(WRONG_LINES, done, strict=True))
 
 
 @pytest.mark.parametrize("arguments", WRONG_LINES, ids=lambda arguments: " ".join(arguments[-1:]) or "nothing")
@@ -252,13 +246,14 @@ def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("job", ["convert", "evaluate", "generate", "plan", "status", "finalize", "tune"])
-def test_the_job_file_is_the_same_app(job: str, batchmix: Run, tmp_path: Path) -> None:
+def test_the_job_file_is_the_same_app(tmp_path: Path) -> None:
     overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
-    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
-    by_file = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert by_file.returncode == 0, by_file.stderr
-    assert by_file.stdout == batchmix(job, *overrides).stdout
+    jobs = sorted((ROOT / "jobs").glob("*.py"))
+    by_file = run_commands([(str(job), *overrides) for job in jobs], tmp_path)
+    by_name = run_commands([("batchmix", job.stem, *overrides) for job in jobs], tmp_path)
+    for one, other in zip(by_file, by_name, strict=True):
+        assert (one.returncode, one.stderr) == (0, "")
+        assert one.stdout == other.stdout != ""
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from batchmix.config import Config, SamplingConfig
 from batchmix.config_errors import known_keys
 from batchmix.errors import BatchmixError
-from batchmix.hydra_app import register, to_config
+from batchmix.hydra_app import first_is, register, to_config
 
 CONF = Path(__file__).parents[1] / "conf"
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -55,6 +55,19 @@ def test_plan_needs_no_output_folder() -> None:
 def test_the_output_folder_may_lie_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert to_config(composed("output.dir='~/out'")).output.dir == "/home/me/out"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["import", "review.path=x"], ["review.action=import", "review.path=x"]),
+        (["review.path=x", "import"], ["review.path=x", "import"]),
+        (["--help"], ["--help"]),
+        ([], []),
+    ],
+)
+def test_a_first_bare_word_is_short_for_a_key(given: list[str], expected: list[str]) -> None:
+    assert first_is("review.action", given) == expected
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -37,7 +37,7 @@ def tickets(tmp_path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def test_the_command_gives_the_torch_backends_answers(batchmix, tmp_path):
-    tickets(tmp_path, 2)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "My card was charged twice"}\n{"prompt": "Hello"}\n')
     for backend in ("triton", "torch"):
         done = batchmix(
             "generate", "data.path=rows.jsonl", f"output.dir={backend}", f"engine.backend={backend}",

@@ -7,7 +7,8 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from batchmix.config import DataConfig, SamplingConfig, override_sampling
+from batchmix.config import DataConfig, SamplingConfig
+from batchmix.config_checks import override_sampling
 from batchmix.data.messages import Message, PromptError, check_text, parse_messages
 from batchmix.data.read_ahead import read_ahead
 from batchmix.data.template import RowTemplate

@@ -21,9 +21,8 @@ import torch
 from batchmix.engine.philox import row_key, uniform
 from batchmix.engine.readback import to_device
 from batchmix.engine.state import State
-from batchmix.engine.step import pad
+from batchmix.engine.step import Piece, pad, prefill
 from batchmix.guided.compile import Guides
-from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.records import Completion, Prompt
 from batchmix.report.device_clock import DeviceClock
@@ -45,14 +44,11 @@ class _Scored:
 
 
 @dataclass
-class _Piece:
-    """Tokens of a row that are computed together: some of its prompt, or the rest of it and one choice."""
+class _Piece(Piece):
+    """Some of a row's prompt, or the rest of it and one choice."""
 
     row: _Scored
     choice: int | None
-    token_ids: list[int]
-    start: int
-    blocks: list[int]
     own: int  # blocks at the end that are the piece's own
 
 
@@ -101,10 +97,10 @@ class Choices:
             common = len(row.blocks) * state.cache.block_size
             for start in range(row.cached, common, self.chunk_tokens):
                 ids = row.token_ids[start : min(start + self.chunk_tokens, common)]
-                pack = self._add(pack, _Piece(row, None, ids, start, row.blocks, 0))
+                pack = self._add(pack, _Piece(ids, start, row.blocks, row, None, 0))
             for choice, ids in enumerate(row.choices):
                 tail = row.token_ids[common:] + ids
-                pack = self._add(pack, _Piece(row, choice, tail, common, row.blocks, self._num_blocks(len(tail))))
+                pack = self._add(pack, _Piece(tail, common, row.blocks, row, choice, self._num_blocks(len(tail))))
         self._score(pack)
         for row in scored:
             self.waiting.popleft()
@@ -151,23 +147,11 @@ class Choices:
 
     def _score(self, pack: _Pack) -> None:
         """Run the pack; add the log-probabilities of each choice and of the end after it to its row's. Frees its blocks."""
-        model, cache = self.model, self.state.cache
-        ends = np.cumsum([len(piece.token_ids) for piece in pack.pieces])
-        tokens = np.zeros(pad(int(ends[-1]), model.ops.row_tile), np.int64)
-        chunks = []
-        for piece, end in zip(pack.pieces, ends.tolist(), strict=True):
-            first = end - len(piece.token_ids)
-            tokens[first:end] = piece.token_ids
-            chunks.append(Chunk(first, piece.start, len(piece.token_ids), piece.blocks))
-        attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
-        model.expert_load.count_first(int(ends[-1]))
-        with self.device_clock.work("prefill"):
-            hidden = model(to_device(tokens, cache.keys.device), attend)
-        self.state.stats.prompt_tokens += int(ends[-1])
+        hidden, ends = prefill(self.model, self.state, self.device_clock, pack.pieces)
         places: list[int] = []  # in the pack, of the token before
         wanted: list[list[int]] = []  # any of these tokens may follow
         of: list[_Piece] = []
-        for piece, end in zip(pack.pieces, ends.tolist(), strict=True):
+        for piece, end in zip(pack.pieces, ends, strict=True):
             if piece.choice is None:
                 continue
             following = [[token_id] for token_id in piece.row.choices[piece.choice]]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
 
-from batchmix.engine.readback import to_device
 from batchmix.engine.state import Admission, Row, State
-from batchmix.engine.step import choose, pad
-from batchmix.model.backend import Chunk
+from batchmix.engine.step import Piece, choose, pad, prefill
 from batchmix.model.mixtral import Mixtral
 from batchmix.report.device_clock import DeviceClock
 
@@ -32,40 +29,28 @@ class Prefill:
         stats = self.state.stats
         stats.first_prefill_time = stats.first_prefill_time or time.time()
         stats.refills += bool(self.state.rows)
-        pack: list[tuple[Admission, int, int]] = []  # admission, start, length
+        pack: list[tuple[Admission, Piece]] = []
         room = self.state.max_num_batched_tokens
         for admission in self.state.admissions:
-            total = len(admission.prompt.token_ids)
-            for start in range(admission.cached, total, self.chunk_tokens):
-                length = min(self.chunk_tokens, total - start)
+            token_ids = admission.prompt.token_ids
+            for start in range(admission.cached, len(token_ids), self.chunk_tokens):
+                piece = Piece(token_ids[start : start + self.chunk_tokens], start, admission.blocks)
                 # What a chunk reads of earlier ones may be of its own step: each layer writes before it attends.
-                if pack and length > room:
+                if pack and len(piece.token_ids) > room:
                     self._run_pack(pack)
                     pack, room = [], self.state.max_num_batched_tokens
-                pack.append((admission, start, length))
-                room -= length
+                pack.append((admission, piece))
+                room -= len(piece.token_ids)
         if pack:
             self._run_pack(pack)
         self._start(self.state.admissions)
         self.state.admissions, self.state.idle_reads = [], 0.0
 
-    def _run_pack(self, pack: list[tuple[Admission, int, int]]) -> None:
-        model, cache = self.model, self.state.cache
-        lengths = np.array([length for _, _, length in pack])
-        ends = lengths.cumsum()
-        tokens = np.zeros(pad(int(ends[-1]), model.ops.row_tile), np.int64)
-        chunks = []
-        for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
-            tokens[end - length : end] = admission.prompt.token_ids[start : start + length]
-            chunks.append(Chunk(end - length, start, length, admission.blocks))
-        attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
-        model.expert_load.count_first(int(ends[-1]))
-        with self.device_clock.work("prefill"):
-            hidden = model(to_device(tokens, cache.keys.device), attend)
-        for (admission, start, length), end in zip(pack, ends.tolist(), strict=True):
-            if start + length == len(admission.prompt.token_ids):
+    def _run_pack(self, pack: list[tuple[Admission, Piece]]) -> None:
+        hidden, ends = prefill(self.model, self.state, self.device_clock, [piece for _, piece in pack])
+        for (admission, piece), end in zip(pack, ends, strict=True):
+            if piece.start + len(piece.token_ids) == len(admission.prompt.token_ids):
                 admission.last_hidden = hidden[end - 1].clone()
-        self.state.stats.prompt_tokens += int(ends[-1])
 
     def _start(self, admissions: list[Admission]) -> None:
         """Give every sample its slot and its first token."""

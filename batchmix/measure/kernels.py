@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import platform
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import chain
@@ -22,6 +19,7 @@ from batchmix.measure.attention import decode_case, prefill_case
 from batchmix.measure.case import SHAPES, Case, Run
 from batchmix.measure.moe import FORMATS, moe_cases
 from batchmix.measure.rest import elementwise_cases, linear_case, sampling_case
+from batchmix.measure.result import save_result
 from batchmix.measure.timing import Ceilings, measure_ceilings, seconds
 
 TOKENS = [1, 16, 64, 256, 1024, 4096, 16384, 65536]
@@ -50,16 +48,12 @@ def benchmark_kernels(config: BenchmarkConfig) -> Path:
         print(_line(found[-1]), flush=True)
     result = {
         "gpu": gpu.name,
-        "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
         "ceilings": asdict(ceilings),
         "shape": config.shape,
         "cases": found,
     }
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    path = Path(config.dir, f"{result['date']}-{name}-kernels.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = save_result(config.dir, gpu.name, "kernels", result)
     wrong = [case for case in found if not case["right"]]
     if wrong:
         raise BatchmixError(f"{len(wrong)} of {len(found)} cases are not within tolerance of their oracle (see {path})")

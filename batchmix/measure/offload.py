@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
 import platform
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
 from batchmix.measure.peers import run_peer
+from batchmix.measure.result import save_result
 from batchmix.measure.throughput import run_work
 from batchmix.measure.workloads import draw_work, full_layers, save_model
 from batchmix.model.checkpoint import open_checkpoint
@@ -79,7 +78,6 @@ def benchmark_offload(config: Config) -> Path:
         print(_peer_line(result, ours), flush=True)
     result = {
         "device": gpu,
-        "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "shape": benchmark.shape,
         "layers": layers,
@@ -89,11 +87,7 @@ def benchmark_offload(config: Config) -> Path:
         "batchmix": ours,
         "peers": peers,
     }
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    path = Path(benchmark.dir, f"{result['date']}-{name}-offload.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    return save_result(benchmark.dir, gpu, "offload", result)
 
 
 @contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import io
 import json
 import platform
-import re
 import resource
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +35,7 @@ from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
 from batchmix.measure.peers import PEERS, available_peers, run_peer
+from batchmix.measure.result import save_result
 from batchmix.measure.roofline import Device, Roofline, roofline
 from batchmix.measure.timing import Ceilings, measure_ceilings
 from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
@@ -112,7 +111,6 @@ def benchmark_throughput(config: Config) -> Path:
                     found[result["workload"]][peer] = result
     result = {
         "device": gpu,
-        "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "shape": benchmark.shape,
         "layers": layers,
@@ -122,11 +120,7 @@ def benchmark_throughput(config: Config) -> Path:
         "ceilings": asdict(ceilings),
         "workloads": found,
     }
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    path = Path(benchmark.dir, f"{result['date']}-{name}-throughput-{'-'.join(names)}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    return save_result(benchmark.dir, gpu, f"throughput-{'-'.join(names)}", result)
 
 
 def _names(config: Config) -> list[str]:

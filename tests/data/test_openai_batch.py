@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from batchmix.config import DataConfig, DataFormat, SamplingConfig, ShardConfig, override_sampling
+from batchmix.config import DataConfig, DataFormat, SamplingConfig, ShardConfig
+from batchmix.config_checks import override_sampling
 from batchmix.data.openai_batch import OPENAI_SCHEMA, is_request, read_request
 from batchmix.data.part_formats import OpenAIParts
 from batchmix.data.rowset import RowSet

@@ -20,9 +20,8 @@ from batchmix.config import (
     OutputConfig,
     SamplingConfig,
     StructuredOutputs,
-    check,
-    override_sampling,
 )
+from batchmix.config_checks import check, override_sampling
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
 
