@@ -147,6 +147,7 @@ class StructuredOutputs:
     regex: str | None = None  # what Python's re.fullmatch accepts
     json: Any = None  # a JSON Schema, as a mapping or as its text
     score_choices: bool = False  # score the choices in the prefill and decode nothing; at most 256 choices
+    token_probabilities: bool = False  # a column guided_logprobs: of each token among those that were allowed
 
 
 @dataclass

@@ -90,8 +90,12 @@ def _check_structured(outputs: StructuredOutputs, sampling: SamplingConfig) -> N
         raise ValueError(f"{key}.json={reprlib.repr(outputs.json)} must be a JSON Schema, a mapping or its text")
     if sampling.stop:
         raise ValueError(f"sampling.stop does not go with {key}, which says itself where the text ends")
-    if not isinstance(outputs.score_choices, bool):
-        raise ValueError(f"{key}.score_choices={reprlib.repr(outputs.score_choices)} must be true or false")
+    for flag in ("score_choices", "token_probabilities"):
+        if not isinstance(getattr(outputs, flag), bool):
+            raise ValueError(f"{key}.{flag}={reprlib.repr(getattr(outputs, flag))} must be true or false")
+    if outputs.token_probabilities and (outputs.score_choices or sampling.logprobs is not None):
+        other = f"{key}.score_choices" if outputs.score_choices else "sampling.logprobs"
+        raise ValueError(f"{other} does not go with {key}.token_probabilities; leave one of the two out")
     if outputs.score_choices:
         if choice is None or len(choice) > MAX_SCORED_CHOICES:
             raise ValueError(f"{key}.score_choices needs {key}.choice, of at most {MAX_SCORED_CHOICES} texts")

@@ -233,6 +233,7 @@ def _parts(
         token_ids=config.output.token_ids or tokenizer is None,
         logprobs=config.sampling.logprobs is not None,
         choice_probabilities=structured is not None and structured.score_choices,
+        guided_logprobs=structured is not None and structured.token_probabilities and config.annotate.input is None,
         provenance=provenance(run),
         annotations=annotation_columns(config.annotate),
     )

@@ -65,7 +65,7 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class Completion:
-    """One sample of one prompt. `text` is filled when the sink detokenises."""
+    """One sample of one prompt. `text` and `token_ends` are filled when the sink detokenises."""
 
     prompt: Prompt
     sample_index: int
@@ -75,6 +75,8 @@ class Completion:
     num_tokens: int = 0  # generated tokens, stop token included
     cumulative_logprob: float | None = None
     logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
+    guided_logprobs: Sequence[float] | None = None  # of each token, the stop token included, among those allowed there
+    token_ends: Sequence[int] | None = None  # where each of those tokens ends in `text`, in bytes; with guided_logprobs
     choice_probabilities: Sequence[float] | None = None  # of structured_outputs.choice, in its order, where scored
     error: str | None = None
     text: str | None = None

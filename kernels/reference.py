@@ -309,6 +309,7 @@ def sample(
     output_counts: Tensor | None,
     in_prompt: Tensor | None,
     wants_logprob: Tensor,
+    among_allowed: Tensor,
     guide_base: Tensor | None = None,
     guide_state: Tensor | None = None,
     guide_class: Tensor | None = None,
@@ -341,13 +342,15 @@ def sample(
             for token, kind in enumerate(guide_classes[guide_class[r]].tolist()):
                 if guide_tables[first + kind, 1] > max_tokens[r] - generated[r] - 1:
                     x[token] = float("-inf")
+        allowed = raw.double().masked_fill(x == float("-inf"), float("-inf"))
         token = x.tolist().index(max(x.tolist()))
         if temperature[r] > 0 and x[token] > float("-inf"):
             weights = ((x - x[token]) / temperature[r]).exp()
             weights[~kept(weights, int(top_k[r]), float(top_p[r]), float(min_p[r]))] = 0
             token = draw(weights, uniform(int(seed[r]), int(row_key[r]), int(sample[r]), int(generated[r])))
         tokens.append(token)
-        logprobs.append(float(raw.double().log_softmax(0)[token]) if wants_logprob[r] else 0.0)
+        wanted = raw.double() if wants_logprob[r] else allowed
+        logprobs.append(float(wanted.log_softmax(0)[token]) if wants_logprob[r] or among_allowed[r] else 0.0)
     return torch.tensor(tokens, device=logits.device), torch.tensor(logprobs, device=logits.device)
 
 

@@ -50,8 +50,8 @@ def _penalised(x, counts, in_prompt, repetition, presence, frequency):
 def sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, row_key_ptr, sample_ptr, generated_ptr,
     min_tokens_ptr, eos_ptr, stop_ptr, bias_row_ptr, biases_ptr, penalised_ptr, repetition_ptr, presence_ptr,
-    frequency_ptr, counts_ptr, in_prompt_ptr, wants_logprob_ptr, guide_base_ptr, guide_state_ptr, guide_class_ptr,
-    max_tokens_ptr, guide_tables_ptr, guide_classes_ptr, tokens_ptr, logprobs_ptr, workspace_ptr, R, V, logits_stride,
+    frequency_ptr, counts_ptr, in_prompt_ptr, wants_logprob_ptr, among_allowed_ptr, guide_base_ptr, guide_state_ptr,
+    guide_class_ptr, max_tokens_ptr, guide_tables_ptr, guide_classes_ptr, tokens_ptr, logprobs_ptr, workspace_ptr, R, V, logits_stride,
     num_eos, num_stop, BLOCK: tl.constexpr,
 ):  # fmt: skip
     weights_ptr = workspace_ptr + tl.program_id(0).to(tl.int64) * V
@@ -63,6 +63,7 @@ def sample_kernel(
         bias_row = tl.load(bias_row_ptr + row).to(tl.int64)
         penalised = tl.load(penalised_ptr + row)
         wants_logprob = tl.load(wants_logprob_ptr + row)
+        among_allowed = tl.load(among_allowed_ptr + row)
         if guide_tables_ptr is not None:
             guide_base = tl.load(guide_base_ptr + row).to(tl.int64)
             guide_row = guide_base + tl.load(guide_state_ptr + row).to(tl.int64)
@@ -72,12 +73,15 @@ def sample_kernel(
         largest_raw = tl.full((BLOCK,), float("-inf"), tl.float32)
         largest = tl.full((BLOCK,), float("-inf"), tl.float32)
         place = tl.arange(0, BLOCK)
+        largest_allowed = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total_allowed = tl.zeros((BLOCK,), tl.float32)  # of exp(logit - largest_allowed)
         tl.debug_barrier()  # the row before is done with the workspace
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < V
-            x = tl.load(logits_ptr + offset * logits_stride + columns, mask=inside, other=float("-inf"))
-            largest_raw = tl.maximum(largest_raw, x)
+            raw = tl.load(logits_ptr + offset * logits_stride + columns, mask=inside, other=float("-inf"))
+            largest_raw = tl.maximum(largest_raw, raw)
+            x = raw
             if bias_row >= 0:
                 x += tl.load(biases_ptr + bias_row * V + columns, mask=inside, other=0.0)
             if forbidding:
@@ -94,6 +98,12 @@ def sample_kernel(
                     kind = tl.load(guide_classes_ptr + guide_class * V + columns, mask=inside, other=0)
                     need = tl.load(guide_tables_ptr + (guide_row + kind) * 2 + 1, mask=inside, other=0)
                     x = tl.where(need <= left, x, float("-inf"))
+            if among_allowed:
+                allowed = tl.where(x > float("-inf"), raw, float("-inf"))
+                higher = tl.maximum(largest_allowed, allowed)
+                top = tl.where(higher > float("-inf"), higher, 0.0)  # -inf less -inf is no number
+                total_allowed = total_allowed * tl.exp(largest_allowed - top) + tl.exp(allowed - top)
+                largest_allowed = higher
             place = tl.where(x > largest, columns, place)
             largest = tl.maximum(largest, x)
             if temperature > 0:
@@ -129,6 +139,11 @@ def sample_kernel(
                 total += tl.exp(tl.load(source, mask=columns < V, other=float("-inf")) - best_raw)
             chosen = tl.load(logits_ptr + offset * logits_stride + token)
             logprob = (chosen - best_raw) - tl.log(tl.sum(total))
+        elif among_allowed:
+            best_allowed = tl.max(largest_allowed)
+            total = tl.sum(total_allowed * tl.exp(largest_allowed - best_allowed))
+            chosen = tl.load(logits_ptr + offset * logits_stride + token)
+            logprob = (chosen - best_allowed) - tl.log(total)
         tl.store(logprobs_ptr + row, logprob)
 
 
@@ -155,6 +170,7 @@ def sample(
     output_counts: Tensor | None,
     in_prompt: Tensor | None,
     wants_logprob: Tensor,
+    among_allowed: Tensor,
     guide_base: Tensor | None = None,
     guide_state: Tensor | None = None,
     guide_class: Tensor | None = None,
@@ -163,6 +179,8 @@ def sample(
     guide_classes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row and the log-probability that the model gives it, before any of the steps below.
+
+    Of all tokens, or of those that the steps leave to choose from.
 
     logits float32 [R, V] of any row stride, V below 2^19, not changed. The rest are a row's wishes, [R] unless it says
     otherwise, as in the engine's slots:
@@ -175,13 +193,13 @@ def sample(
     - bias_row int64, a row of biases, float32 [tables, V], added to the logits (-inf: not allowed); -1: none
     - penalised bool, whether the row has penalties: repetition_penalty, presence_penalty, frequency_penalty float32;
       output_counts int32 [R, V] and in_prompt bool [R, V], None where no row has penalties
-    - wants_logprob bool
+    - wants_logprob bool; among_allowed bool: the log-probability among the tokens that are not at -inf in the end
     - guide_base int64, the row of guide_tables, int32 [rows, 2], at which the row's guide begins, -1: none; guide_state
       int64, the row of its state, counted from there; guide_class int64, a row of guide_classes, int32 [guides, V]: each
       token's class. Row guide_base + guide_state + class holds in its second column how many tokens must follow the
       token; those for which max_tokens, int64, leaves too few are not allowed. All None where no row has a guide
 
-    -> tokens int64 [R], each in 0..V-1, and log-probabilities float32 [R], 0 where not wanted.
+    -> tokens int64 [R], each in 0..V-1, and log-probabilities float32 [R], 0 where neither is wanted.
     """
     (rows, vocab), device = logits.shape, logits.device
     assert logits.dtype == torch.float32, logits.dtype
@@ -192,7 +210,7 @@ def sample(
     per_row = [
         temperature, top_k, top_p, min_p, seed, row_key, sample, generated, min_tokens, eos_token_ids, stop_token_ids,
         bias_row, biases, penalised, repetition_penalty, presence_penalty, frequency_penalty, output_counts, in_prompt,
-        wants_logprob, guide_base, guide_state, guide_class, max_tokens, guide_tables, guide_classes,
+        wants_logprob, among_allowed, guide_base, guide_state, guide_class, max_tokens, guide_tables, guide_classes,
     ]  # fmt: skip
     assert len({tensor is None for tensor in per_row[-6:]}) == 1
     assert all(tensor is None or tensor.is_contiguous() for tensor in per_row)

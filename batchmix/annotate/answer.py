@@ -28,11 +28,21 @@ class Answer(Protocol):
     def parse(self, text: str) -> dict[str, Any]:
         """The value of each field; Invalid where the text is no answer."""
 
+    def decisions(self, text: str) -> list[tuple[int, int]]:
+        """Where a valid text says what is chosen of a few: spans of characters; none: all of the text, and its end, does."""
+
     def describe(self) -> str:
         """The line that tells the model what to answer; empty where anything goes."""
 
 
-class Text:
+class _Whole:
+    """An answer that is one decision."""
+
+    def decisions(self, text: str) -> list[tuple[int, int]]:
+        return []
+
+
+class Text(_Whole):
     """Any text, without the white space around it."""
 
     def __init__(self, field: str) -> None:
@@ -48,7 +58,7 @@ class Text:
         return ""
 
 
-class Choice:
+class Choice(_Whole):
     """One of a few labels.
 
     >>> Choice("label", ["yes", "no"]).parse(" yes")
@@ -73,7 +83,7 @@ class Choice:
         return f"Answer with one of these words and nothing else: {', '.join(self.labels)}"
 
 
-class Pattern:
+class Pattern(_Whole):
     """A text that matches a regular expression as a whole. Its named groups are the columns, or else all of it is."""
 
     def __init__(self, field: str, regex: str) -> None:
@@ -133,6 +143,22 @@ class Json:
                 field.column([found[field.name]])
             except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
                 raise Invalid(f"{field.name}: {_one_line(str(error))}") from None
+        return found
+
+    def decisions(self, text: str) -> list[tuple[int, int]]:
+        """The values of an object's members that are classes, as `json.dumps` writes them."""
+        classes = {field.name for field in self.fields if field.is_class}
+        if not self._is_object or not classes or not text.startswith("{"):
+            return []
+        found = []
+        decoder, place = json.JSONDecoder(), 1
+        while text[place] != "}":
+            name, place = decoder.raw_decode(text, place + (text[place] == ",") * len(", "))
+            place += len(": ")
+            _, end = decoder.raw_decode(text, place)
+            if name in classes:
+                found.append((place, end))
+            place = end
         return found
 
     def describe(self) -> str:

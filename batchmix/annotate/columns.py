@@ -85,7 +85,7 @@ class AnnotationColumns:
             if self._swap and count == len(samples):
                 shared[CONSISTENT] = (parsed[winner][0] or {}).get(self.answer.fields[0].name)
         for place, (sample, (found, reason)) in enumerate(zip(samples, parsed, strict=True)):
-            own = {CONFIDENCE.name: None if found is None else confidence(sample), INVALID.name: reason}
+            own = {CONFIDENCE.name: None if found is None else confidence(sample, self.answer), INVALID.name: reason}
             yield {**(found or {}), **own, MAJORITY.name: place == winner, **shared}
 
     def _parse(self, sample: Completion) -> tuple[dict[str, Any] | None, str | None]:
@@ -102,12 +102,28 @@ class AnnotationColumns:
         return values, None
 
 
-def confidence(sample: Completion) -> float | None:
-    """The probability of the sample's choice among all choices, where they were scored; else that of its tokens, where
-    sampling.logprobs asked for them."""
+def confidence(sample: Completion, answer: Answer) -> float | None:
+    """The probability of a valid answer.
+
+    Of the choice among all choices, where they were scored. Of a guided text, that of its tokens among those which the
+    guide allowed, as far as they say what the answer is. Else that of all tokens, where sampling.logprobs asked for them.
+    """
     outputs = sample.prompt.sampling.structured_outputs
     if sample.choice_probabilities is not None and outputs is not None and outputs.choice is not None:
         return float(sample.choice_probabilities[outputs.choice.index((sample.text or "").strip())])
+    if sample.guided_logprobs is not None:
+        return math.exp(sum(_of_decisions(sample, answer)))
     if sample.cumulative_logprob is None:
         return None
     return min(1.0, math.exp(sample.cumulative_logprob))
+
+
+def _of_decisions(sample: Completion, answer: Answer) -> list[float]:
+    """The log-probabilities of the tokens that have a part in what the text decides."""
+    text, logprobs, ends = sample.text or "", list(sample.guided_logprobs or ()), sample.token_ends
+    assert ends is not None
+    spans = [(len(text[:low].encode()), len(text[:high].encode())) for low, high in answer.decisions(text)]
+    if not spans:
+        return logprobs
+    tokens = zip([0, *ends], ends, logprobs, strict=False)
+    return [logprob for start, end, logprob in tokens if any(start < high and end > low for low, high in spans)]

@@ -70,7 +70,13 @@ def _guided(sampling: SamplingConfig, task: AnnotateConfig) -> SamplingConfig:
         return sampling
     # Few choices are all scored, exactly and without decoding; logprobs ask for the tokens to be decoded.
     scored = task.choice is not None and len(task.choice) <= MAX_SCORED_CHOICES and sampling.logprobs is None
-    outputs = StructuredOutputs(choice=task.choice, regex=task.regex, json=task.json_schema, score_choices=scored)
+    outputs = StructuredOutputs(
+        choice=task.choice,
+        regex=task.regex,
+        json=task.json_schema,
+        score_choices=scored,
+        token_probabilities=not scored and sampling.logprobs is None,
+    )
     return dataclasses.replace(sampling, structured_outputs=outputs)
 
 

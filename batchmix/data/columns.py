@@ -39,6 +39,7 @@ LOGPROBS = pa.field(
         )
     ),
 )
+GUIDED_LOGPROBS = pa.field("guided_logprobs", pa.list_(pa.float32()))  # of each token, one that ends the text included
 CHOICE_PROBABILITIES = pa.field("choice_probabilities", pa.list_(pa.float64()))  # in the order of the choices
 
 
@@ -55,11 +56,13 @@ class OutputColumns:
         token_ids: bool,
         logprobs: bool,
         choice_probabilities: bool = False,
+        guided_logprobs: bool = False,
         provenance: Mapping[str, str] | None = None,
         annotations: AnnotationColumns | None = None,
     ) -> None:
-        asked = (TOKEN_IDS, token_ids), (LOGPROBS, logprobs), (CHOICE_PROBABILITIES, choice_probabilities)
-        extra = [field for field, wanted in asked if wanted]
+        asked = {TOKEN_IDS: token_ids, LOGPROBS: logprobs, CHOICE_PROBABILITIES: choice_probabilities,
+                 GUIDED_LOGPROBS: guided_logprobs}  # fmt: skip
+        extra = [field for field, wanted in asked.items() if wanted]
         own = {*FIRST.names, *LAST.names, *(field.name for field in extra)}
         typed = list(annotations.schema) if annotations is not None else []
         names = [field.name for field in typed]
@@ -85,6 +88,7 @@ class OutputColumns:
         self._token_ids = token_ids
         self._logprobs = logprobs
         self._choice_probabilities = choice_probabilities
+        self._guided_logprobs = guided_logprobs
 
     def table(self, completions: Sequence[Completion]) -> pa.Table:
         """One row for each completion, in the order given."""
@@ -113,6 +117,8 @@ class OutputColumns:
             columns.append([_logprobs(completion) for completion in completions])
         if self._choice_probabilities:
             columns.append([completion.choice_probabilities for completion in completions])
+        if self._guided_logprobs:
+            columns.append([completion.guided_logprobs for completion in completions])
         arrays = [
             values if isinstance(values, pa.Array) else pa.array(values, field.type)
             for values, field in zip(columns, self.schema, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from batchmix.data.stop_strings import find_stop
 from batchmix.data.tokenizer import Tokenizer
@@ -28,8 +29,19 @@ def detokenize(completions: Sequence[Completion], tokenizer: Tokenizer | None) -
         texts = tokenizer.decode([completion.token_ids for completion in chosen], skip)
         for completion, text in zip(chosen, texts, strict=True):
             completion.text = text
+            if completion.guided_logprobs is not None:
+                completion.token_ends = _ends(completion, tokenizer)
             if completion.finish_reason == "stop" and completion.prompt.sampling.stop:
                 _cut(completion, tokenizer)
+
+
+def _ends(completion: Completion, tokenizer: Tokenizer) -> list[int]:
+    """Where each token ends in the text, in bytes; a stop token counts as one byte behind it."""
+    pieces = tokenizer.token_bytes(completion.prompt.sampling.skip_special_tokens)
+    lengths = [len(pieces[token]) if token < len(pieces) else 0 for token in completion.token_ids]
+    spaces = sum(lengths) - len(strip_start(join(completion.token_ids, pieces), tokenizer.drops_leading_space))
+    ends = [end - spaces for end in accumulate(lengths)]
+    return ends + [(ends[-1] if ends else 0) + 1] * (completion.num_tokens - len(ends))
 
 
 def _cut(completion: Completion, tokenizer: Tokenizer) -> None:

@@ -8,7 +8,9 @@ from torch import Tensor
 from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, WHOLE, Slots
 
 
-def advance(slots: Slots, first: int, tokens: Tensor, decoded: bool = False) -> None:
+def advance(
+    slots: Slots, first: int, tokens: Tensor, decoded: bool = False, among_allowed: Tensor | None = None
+) -> None:
     """Append one token to slots first..first+R-1 and see which rows have ended. tokens int64 [R].
 
     `decoded`: after a decode step, which has put the token before it into the cache. Rows that have ended stay as
@@ -16,10 +18,13 @@ def advance(slots: Slots, first: int, tokens: Tensor, decoded: bool = False) -> 
     """
     span = slice(first, first + len(tokens))
     rows, ended = slots.state, first + torch.nonzero(slots.finish[span])[:, 0]
-    before = rows[:, ended], slots.history[ended]
+    rings = [slots.history] if slots.logprob_history is None else [slots.history, slots.logprob_history]
+    before = rows[:, ended], [ring[ended] for ring in rings]
     slots.token[span] = tokens
     place = slots.generated[span, None] % slots.history.shape[1]
     slots.history[span].scatter_(1, place, tokens[:, None].int())
+    if among_allowed is not None and slots.logprob_history is not None:
+        slots.logprob_history[span].scatter_(1, place, among_allowed[:, None])
     slots.generated[span] += 1
     if decoded:
         slots.context[span] += 1
@@ -47,7 +52,9 @@ def advance(slots: Slots, first: int, tokens: Tensor, decoded: bool = False) -> 
     slots.finish[span] = finish.masked_fill(hit, EOS)
     slots.stop_reason[span] = reason
     if len(ended):
-        rows[:, ended], slots.history[ended] = before
+        rows[:, ended] = before[0]
+        for ring, kept in zip(rings, before[1], strict=True):
+            ring[ended] = kept
 
 
 def _follow_guides(slots: Slots, span: slice, tokens: Tensor, finish: Tensor) -> Tensor:

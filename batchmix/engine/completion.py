@@ -65,7 +65,16 @@ def _completion(row: Row, slots: Slots, slot: int) -> Completion:
         num_tokens=count,
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
         logprobs=logprobs,
+        guided_logprobs=_guided_logprobs(row, slots, slot, count),
     )
+
+
+def _guided_logprobs(row: Row, slots: Slots, slot: int, count: int) -> list[float] | None:
+    outputs = row.prompt.sampling.structured_outputs
+    if outputs is None or not outputs.token_probabilities:
+        return None
+    found: list[float] = slots.answers.among_allowed[slot, :count].tolist()
+    return found
 
 
 def _why_it_failed(row: Row, slots: Slots, slot: int) -> str:

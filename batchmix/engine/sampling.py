@@ -7,6 +7,7 @@ are those of the model, before any of this.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.engine.guide_masks import apply_guides
+from batchmix.engine.guide_masks import FewTokens, apply_guides
 from batchmix.engine.philox import uniform
 from batchmix.engine.slots import Slots
 
@@ -32,14 +33,12 @@ class Logprobs:
     top: Tensor  # float32 [N, k]
 
 
-def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
-    """The next token of slots first..first+R-1.
-
-    logits float32 [R, V], changed in place -> int64 [R], and the log-probabilities of the rows that ask for them.
-    """
+def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+    """The next token of slots first..first+R-1, see `Operators`. logits float32 [R, V] are changed in place."""
     span = slice(first, first + len(logits))
     wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
     raw = logits[torch.from_numpy(wanted)].log_softmax(-1) if len(wanted) else None
+    untouched = _untouched(logits, slots, span)
     _apply_bias(logits, slots, span)
     _forbid_stopping(logits, slots, span)
     _apply_penalties(logits, slots, span)
@@ -49,11 +48,12 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     for few in narrow:
         place = _choose_among(few.logits, torch.arange(len(few.rows)), slots, span, few.rows)
         tokens[few.rows] = few.token_ids.gather(1, place[:, None])[:, 0]
+    among_allowed = _among_allowed(logits, tokens, wide, narrow, untouched, slots, span)
     if raw is None:
-        return tokens, None
+        return tokens, None, among_allowed
     chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
     top_ids, top = largest(raw, slots.num_logprobs[span][wanted])
-    return tokens, Logprobs(wanted, chosen, top_ids, top)
+    return tokens, Logprobs(wanted, chosen, top_ids, top), among_allowed
 
 
 def _choose_among(logits: Tensor, places: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
@@ -69,6 +69,49 @@ def _choose_among(logits: Tensor, places: Tensor, slots: Slots, span: slice, row
         scaled /= slots.temperature[span][drawing, None]
         columns[random] = _draw(_filter(scaled, slots, span, drawing), _uniform(slots, span, drawing))
     return columns
+
+
+def _untouched(logits: Tensor, slots: Slots, span: slice) -> dict[int, Tensor]:
+    """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes them."""
+    if slots.logprob_history is None:
+        return {}
+    changed = (slots.bias_row[span] >= 0) | slots.penalised[span] | (slots.generated[span] < slots.min_tokens[span])
+    return {row: logits[row].clone() for row in torch.nonzero(changed & slots.among_allowed[span])[:, 0].tolist()}
+
+
+def _among_allowed(
+    logits: Tensor,
+    tokens: Tensor,
+    wide: Tensor,
+    narrow: Sequence[FewTokens],
+    untouched: dict[int, Tensor],
+    slots: Slots,
+    span: slice,
+) -> Tensor | None:
+    """The log-probability of each chosen token among those whose logits are not -inf, float32 [R]; 0 where not asked for."""
+    if slots.logprob_history is None:
+        return None
+    found = torch.zeros(len(logits))
+    asked = slots.among_allowed[span]
+    rows = wide[asked[wide]]
+    groups: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, logits[rows], None)]
+    for few in narrow:
+        here = asked[few.rows]
+        groups.append((few.rows[here], few.logits[here], few.token_ids[here]))
+    for rows, allowed, ids in groups:
+        if not len(rows):
+            continue
+        for place, row in enumerate(rows.tolist()):
+            if row in untouched:
+                own = untouched[row] if ids is None else untouched[row][ids[place]]
+                allowed[place] = own.masked_fill(allowed[place] == float("-inf"), float("-inf"))
+        column = (
+            tokens[rows] if ids is None else (ids == tokens[rows, None]).int().argmax(-1)
+        )  # behind the ids are zeros
+        best = allowed.amax(-1)
+        chosen = allowed.gather(1, column[:, None])[:, 0]
+        found[rows] = chosen - best - _sum((allowed - best[:, None]).exp()).log()
+    return found
 
 
 def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ _NUMBERS = (
 )  # fmt: skip
 _NONE = ("bias_row", "stop_base", "guide_base", "guide_class")  # -1 where a row has no such table
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_FLAGS = ("penalised", "ignore_eos", "wants_logprob")
+_FLAGS = ("penalised", "ignore_eos", "wants_logprob", "among_allowed")
 _AS_ASKED = ("min_tokens", "top_k", "seed", *_REALS, "ignore_eos")  # fields that are the prompt's sampling key
 
 
@@ -90,6 +90,7 @@ class Slots:
     penalised: Tensor
     ignore_eos: Tensor
     wants_logprob: Tensor
+    among_allowed: Tensor  # the log-probability among the tokens that the guide leaves, which `logprob_history` keeps
 
     def __init__(
         self,
@@ -142,6 +143,7 @@ class Slots:
         self.in_prompt: Tensor | None = None
         # The n-th token in column n % steps. It does not move with its row: a look is taken before rows do.
         self.history = torch.zeros(size, steps_per_read, dtype=torch.int32, device=device)
+        self.logprob_history: Tensor | None = None  # float32, likewise; made when a row first needs it
         self.answers = Answers(size)
         self.looks: deque[Look] = deque()  # the oldest first
         self.prompt_tokens = np.zeros(size, np.int64)
@@ -159,7 +161,7 @@ class Slots:
         """Where the tensors lie that are made anew when rows need larger ones: what a graph of a step relies on."""
         grown = (
             self.stop_token_ids, self.biases.data, self.automata.data, self.output_counts, self.in_prompt,
-            self.guides.states.data, self.guides.classes.data,
+            self.guides.states.data, self.guides.classes.data, self.logprob_history,
         )  # fmt: skip
         return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
 
@@ -192,16 +194,19 @@ class Slots:
     def look(self) -> None:
         """Ask how the active rows are once all that is queued by now is done."""
         count = self.num_active
-        tensors = self.state[_READ, :count], self.history[:count]
+        tensors = [self.state[_READ, :count], self.history[:count]]
+        if self.logprob_history is not None:
+            tensors.append(self.logprob_history[:count])
         self.looks.append(Look(np.arange(count), self.readback.read_back(tensors)))
 
     def hear(self) -> int:
         """Wait for the oldest look and take it into `answers`. Returns how many tokens were chosen since the last."""
         look = self.looks.popleft()
-        state, ring = look.arrival()
+        state, ring, *logprobs = look.arrival()
         there = np.flatnonzero(look.slots >= 0)
         generated, finish, stop_reason = state[:, there]
-        new = self.answers.hear(look.slots[there], generated, finish, stop_reason, ring[there])
+        rings = [ring[there], *(logprob[there] for logprob in logprobs)]
+        new = self.answers.hear(look.slots[there], generated, finish, stop_reason, *rings)
         ended = self.answers.finish
         for slot, text in self.guides.texts.hear(self.answers, ended == RUNNING, ended == LENGTH):
             if not text.goes_on or not text.may_end:
@@ -233,6 +238,9 @@ class Slots:
         if sampling.structured_outputs is not None:
             base, token_class, start = self.guides.acquire(slot, sampling, max_tokens)
             host["guide_base"][slot], host["guide_class"][slot], host["guide_state"][slot] = base, token_class, start
+            host["among_allowed"][slot] = sampling.structured_outputs.token_probabilities
+            if sampling.structured_outputs.token_probabilities and self.logprob_history is None:
+                self.logprob_history = torch.zeros_like(self.history, dtype=torch.float32)
         self._set_penalties(slot, prompt)
         self._fresh[slot] = self._changed[slot] = True
         self._source[slot] = slot

@@ -52,9 +52,9 @@ def prefill(
 
 def choose(model: Mixtral, slots: Slots, first: int, logits: torch.Tensor, decoded: bool) -> None:
     """Append a token to slots first..first+R-1. logits float32 [R, V] (spent); `decoded`: see `Operators.advance`."""
-    tokens, logprobs = model.ops.choose(logits, slots, first)
+    tokens, logprobs, among_allowed = model.ops.choose(logits, slots, first)
     model.shards.agree(tokens)
     if logprobs is not None:  # read in every step, so what is planned is what there is
         rows = first + logprobs.rows
         slots.answers.hear_logprobs(rows, slots.planned[rows], logprobs.chosen, logprobs.top_ids, logprobs.top)
-    model.ops.advance(slots, first, tokens, decoded)
+    model.ops.advance(slots, first, tokens, decoded, among_allowed)

@@ -70,7 +70,7 @@ def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: in
     slots.upload()
     ops.find_shared(model, cache, slots, len(slots.token))
     hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))
-    tokens, _ = ops.choose(model.logits(hidden)[:rows], slots, 0)
+    tokens, *_ = ops.choose(model.logits(hidden)[:rows], slots, 0)
     ops.advance(slots, 0, tokens, True)
 
 

@@ -79,8 +79,14 @@ class Operators(Protocol):
         The tokens behind those rows' are padding.
         """
 
-    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
-        """The next tokens, int64 [R], of slots first..first+R-1. logits float32 [R, V] (spent)."""
+    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+        """The next tokens, int64 [R], of slots first..first+R-1. logits float32 [R, V] (spent).
 
-    def advance(self, slots: Slots, first: int, tokens: Tensor, decoded: bool) -> None:
+        Last their log-probabilities among the tokens that were allowed, float32 [R], 0 where the row does not ask for
+        it; None where no row has asked.
+        """
+
+    def advance(
+        self, slots: Slots, first: int, tokens: Tensor, decoded: bool, among_allowed: Tensor | None = None
+    ) -> None:
         """What these tokens do to their rows; `decoded`: each row's last token has gone into the cache before."""

@@ -90,7 +90,7 @@ class TritonOperators:
         shared = self._shared[num_tokens][1] if self.share_prefix and isinstance(slots, Slots) else None
         return DecodeAttention(model, cache, slots, num_tokens, width, shared)
 
-    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
+    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
         span = slice(first, first + len(logits))
         slots.guides.texts.tell(span, slots.guides.classes.data)
         counts, marks = slots.output_counts, slots.in_prompt
@@ -100,23 +100,27 @@ class TritonOperators:
             slots.eos_token_ids, slots.stop_token_ids[span], slots.bias_row[span], slots.biases.data,
             slots.penalised[span], slots.repetition_penalty[span], slots.presence_penalty[span],
             slots.frequency_penalty[span], None if counts is None else counts[span],
-            None if marks is None else marks[span], slots.wants_logprob[span],
+            None if marks is None else marks[span], slots.wants_logprob[span], slots.among_allowed[span],
             *((slots.guide_base[span], slots.guide_state[span], slots.guide_class[span], slots.max_tokens[span],
                slots.guides.states.data, slots.guides.classes.data) if slots.guides.used else ()),
         )  # fmt: skip
+        among_allowed = None if slots.logprob_history is None else chosen
         wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
         if not len(wanted):
-            return tokens, None
+            return tokens, None, among_allowed
         rows = torch.from_numpy(wanted).to(logits.device)
         top_ids, top = largest(logits[rows].log_softmax(-1), slots.num_logprobs[span][wanted])
-        return tokens, Logprobs(wanted, chosen[rows], top_ids, top)
+        return tokens, Logprobs(wanted, chosen[rows], top_ids, top), among_allowed
 
-    def advance(self, slots: Slots, first: int, tokens: Tensor, decoded: bool) -> None:
+    def advance(
+        self, slots: Slots, first: int, tokens: Tensor, decoded: bool, among_allowed: Tensor | None = None
+    ) -> None:
         span = slice(first, first + len(tokens))
         counts = slots.output_counts
+        ring = None if among_allowed is None or slots.logprob_history is None else slots.logprob_history[span]
         slot_kernels.advance(
-            tokens, None, slots.token[span], slots.context[span] if decoded else None, slots.generated[span],
-            slots.finish[span], slots.stop_reason[span], slots.stop_state[span], slots.history[span], None,
+            tokens, among_allowed, slots.token[span], slots.context[span] if decoded else None, slots.generated[span],
+            slots.finish[span], slots.stop_reason[span], slots.stop_state[span], slots.history[span], ring,
             None if counts is None else counts[span], slots.penalised[span], slots.max_tokens[span],
             slots.min_tokens[span], slots.ignore_eos[span], slots.eos_token_ids, slots.stop_token_ids[span],
             slots.stop_base[span], slots.automata.data,

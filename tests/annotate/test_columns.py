@@ -48,6 +48,52 @@ def test_the_majority_of_the_valid_samples() -> None:
     assert [record["invalid"] for record in found] == [None, None, "the answer '?' is none of a, b", None]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"}, "mood": {"enum": ["gut", "schön"]}, "urgent": {"type": "boolean"},
+        "parts": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["name", "mood"],
+}  # fmt: skip
+
+
+def test_the_confidence_of_an_object_is_that_of_its_classes() -> None:
+    pieces = ['{"na', 'me": "', 'Ü, \\"', "mood", '", "mo', 'od": "s', "ch", "ö", 'n", "', 'urgent": ', "tr", "ue}"]
+    text = "".join(pieces)
+    (sample,) = samples(0, [text])
+    sample.token_ends = [len("".join(pieces[: place + 1]).encode()) for place in range(len(pieces))]
+    sample.guided_logprobs = [-(2.0**-place) for place in range(len(pieces))]
+    (found,) = records(AnnotationColumns(Json("label", SCHEMA), None), [sample])
+    assert found["mood"] == "schön"
+    of_mood, of_urgent = (5, 6, 7, 8), (10, 11)
+    assert found["confidence"] == pytest.approx(math.exp(-sum(2.0**-place for place in (*of_mood, *of_urgent))))
+
+
+@pytest.mark.parametrize(
+    "answer", [Json("label", {"type": "array", "items": {"type": "string"}}), Choice("label", ['["a"]'])]
+)
+def test_the_confidence_of_any_other_answer_is_that_of_its_tokens(answer: Any) -> None:
+    (sample,) = samples(0, ['["a"]'])
+    sample.token_ends, sample.guided_logprobs = [3, 5, 6], [-0.5, -0.25, -0.125]  # the last token ends the text
+    (found,) = records(AnnotationColumns(answer, None), [sample])
+    assert found["confidence"] == pytest.approx(math.exp(-0.875))
+
+
+@given(
+    st.text(),
+    st.sampled_from(["gut", "schön"]),
+    st.one_of(st.none(), st.booleans()),
+    st.lists(st.text(max_size=3), max_size=3),
+)
+def test_decisions_are_the_values_of_the_classes(name: str, mood: str, urgent: bool | None, parts: list[str]) -> None:
+    value = {"name": name, "mood": mood, **({} if urgent is None else {"urgent": urgent}), "parts": parts}
+    text = json.dumps(value, ensure_ascii=False)
+    spans = Json("label", SCHEMA).decisions(text)
+    found = [json.loads(text[low:high]) for low, high in spans]
+    assert found == [mood] if urgent is None else [mood, urgent]
+
+
 def test_a_row_without_a_valid_sample_and_one_that_could_not_run() -> None:
     columns = AnnotationColumns(Choice("label", ["a", "b"]), None)
     broken = Prompt(1, "1", {}, [], SamplingConfig(n=2), error="no prompt")

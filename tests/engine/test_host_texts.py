@@ -13,11 +13,11 @@ import pytest
 from checkpoints import random_mixtral, save_hub
 from engines import LateReadback, answers, load, make_engine, prompts, run
 from guided_strategies import RECURSIVE
+from guided_vocabulary import PIECES, SHAPE, VOCABULARY, V, encode
 from hypothesis import assume, given, settings
 from links import FakeLink
 
 from batchmix.config import SamplingConfig, StructuredOutputs
-from batchmix.data.vocabulary import Vocabulary
 from batchmix.engine.engine import Engine
 from batchmix.engine.host_texts import HostTexts
 from batchmix.guided.compile import Guides
@@ -26,21 +26,9 @@ from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
 
-WORDS = ["ab", "aa", " a", "  ", "é", "日本", "true", '{"', '": ', '", ', '"}', " 1", "neg", "12", '"a', "]}", ", "]
-PIECES = [b"", b"", b"", *(bytes([byte]) for byte in range(256)), *(word.encode() for word in WORDS)]
-V = 288
-PIECES += [b""] * (V - len(PIECES))
-VOCABULARY = Vocabulary(PIECES, {}, drops_leading_space=True)
-SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 32, "head_dim": 32, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "num_local_experts": 4}  # fmt: skip
 TREE = {"type": "object", "properties": {"n": {"type": "boolean"}, "more": {"type": "array", "items": {"$ref": "#"}}},
         "required": ["n"]}  # fmt: skip
 CLOSING = {token: 3.0 for token, piece in enumerate(PIECES) if piece[:1] in (b'"', b"]", b"}")}  # so that texts end
-
-
-def encode(texts: Any) -> list[list[int]]:
-    """As SentencePiece would: a space before the text, single characters."""
-    return [[PIECES.index(bytes([byte])) for byte in f" {text}".encode()] for text in texts]
 
 
 @pytest.fixture(scope="module")

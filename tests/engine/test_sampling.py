@@ -89,7 +89,7 @@ def test_draws_follow_the_softmax():
     rows = 4000
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]).repeat(1, 1)
     slots = slots_for(*[SamplingConfig(temperature=0.7, seed=9)] * rows, vocab=5)
-    tokens, _ = choose(logits.expand(rows, 5).clone(), slots, 0)
+    tokens, *_ = choose(logits.expand(rows, 5).clone(), slots, 0)
     expected = (logits[0] / 0.7).softmax(0) * rows
     counts = torch.bincount(tokens, minlength=5)
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # 99.9th percentile for 4 degrees of freedom
@@ -101,7 +101,7 @@ def test_greedy_is_the_first_largest(seed, vocab):
     logits = torch.randint(0, 5, (3, vocab), generator=torch.Generator().manual_seed(seed)).float()
     slots = slots_for(*[SamplingConfig(temperature=0.0)] * 3, vocab=vocab)
     slots.eos_token_ids = slots.eos_token_ids[:0]
-    tokens, _ = choose(logits.clone(), slots, 0)
+    tokens, *_ = choose(logits.clone(), slots, 0)
     assert tokens.tolist() == [int(np.argmax(row.numpy())) for row in logits]
 
 
@@ -132,7 +132,7 @@ def test_bias_allowed_tokens_and_min_tokens():
         SamplingConfig(temperature=0.0, min_tokens=1, stop_token_ids=[50]),
         SamplingConfig(temperature=0.0),
     )
-    tokens, _ = choose(logits, slots, 0)
+    tokens, *_ = choose(logits, slots, 0)
     assert tokens[0] == 7
     assert tokens[1] in (30, 31)
     assert tokens[2] not in (2, 50)
@@ -146,7 +146,7 @@ def test_logprobs_are_the_models_own():
         SamplingConfig(temperature=0.0),
         SamplingConfig(temperature=0.0, logprobs=0),
     )
-    tokens, found = choose(logits.clone(), slots, 0)
+    tokens, found, _ = choose(logits.clone(), slots, 0)
     expected = logits.log_softmax(-1)
     assert found is not None
     assert found.rows.tolist() == [0, 2]
@@ -158,8 +158,8 @@ def test_logprobs_are_the_models_own():
 def test_tied_logprobs_do_not_depend_on_company():
     logits = torch.randint(0, 8, (1, V), generator=torch.Generator().manual_seed(0)).float()
     few, many = SamplingConfig(temperature=0.0, logprobs=3), SamplingConfig(temperature=0.0, logprobs=60)
-    _, alone = choose(logits.clone(), slots_for(few), 0)
-    _, together = choose(logits.repeat(3, 1), slots_for(few, many, SamplingConfig(temperature=0.0)), 0)
+    _, alone, _ = choose(logits.clone(), slots_for(few), 0)
+    _, together, _ = choose(logits.repeat(3, 1), slots_for(few, many, SamplingConfig(temperature=0.0)), 0)
     assert alone is not None
     assert together is not None
     assert torch.equal(alone.top_ids[0], together.top_ids[0, :3])
@@ -218,12 +218,12 @@ def test_what_others_ask_for_never_changes_a_row(samplings, seed, ties):
     logits = torch.randn(len(samplings), V, generator=torch.Generator().manual_seed(seed)) * 2
     if ties:
         logits = logits.round()
-    tokens, found = choose(logits.clone(), slots_for(*samplings), 0)
+    tokens, found, _ = choose(logits.clone(), slots_for(*samplings), 0)
     places = [] if found is None else found.rows.tolist()
     for row, sampling in enumerate(samplings):
         slots = slots_for(sampling)
         slots.row_key[0] = row_key(str(row))
-        token, alone = choose(logits[row : row + 1].clone(), slots, 0)
+        token, alone, _ = choose(logits[row : row + 1].clone(), slots, 0)
         assert token[0] == tokens[row]
         assert (alone is not None) == (row in places)
         if alone is not None and found is not None:
@@ -236,7 +236,7 @@ def test_what_others_ask_for_never_changes_a_row(samplings, seed, ties):
 def test_a_tiny_temperature_is_greedy():
     logits = torch.randn(4, V, generator=torch.Generator().manual_seed(0)) * 10
     samplings = [SamplingConfig(temperature=t) for t in (1e-45, 1e-38, 1e-20, 1e-4)]
-    tokens, _ = choose(logits.clone(), slots_for(*samplings), 0)
+    tokens, *_ = choose(logits.clone(), slots_for(*samplings), 0)
     assert torch.equal(tokens, logits.argmax(-1))
 
 

@@ -284,7 +284,7 @@ def sampling() -> None:
             empty(rows, vocab, dtype=torch.float32), numbers[0], integers[0], numbers[1], numbers[2], *integers,
             empty(1, dtype=torch.int64), empty(rows, 4, dtype=torch.int64), integers[0],
             empty(3, vocab, dtype=torch.float32), empty(rows, dtype=torch.bool), *numbers[3:], counts, in_prompt,
-            empty(rows, dtype=torch.bool),
+            empty(rows, dtype=torch.bool), empty(rows, dtype=torch.bool),
             *((*integers[1:4], integers[4], empty(1000, 2, dtype=torch.int32), empty(3, vocab, dtype=torch.int32))
               if guided else ()),
         )  # fmt: skip

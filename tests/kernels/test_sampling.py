@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in divide")
 PER_ROW = [
     "temperature", "top_k", "top_p", "min_p", "seed", "row_key", "sample", "generated", "min_tokens",
     "stop_token_ids", "bias_row", "penalised", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "among_allowed",
 ]  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def test_tokens_are_the_torch_backends(device, samplings, vocab, seed, ties, ste
     slots = slots_for(samplings, vocab, [[3 + step + row for row in range(len(samplings))] for step in range(steps)])
     logits = random_logits(seed, len(samplings), vocab, ties=ties)
     tokens, logprobs = run(logits, slots, device)
-    expected, wanted = choose(logits.clone(), slots, 0)
+    expected, wanted, _ = choose(logits.clone(), slots, 0)
     assert tokens.tolist() == expected.tolist()
     asked = slots.num_logprobs >= 0
     assert (logprobs[~asked] == 0).all()
@@ -141,11 +142,13 @@ def random_guides(slots: Slots, seed: int, states: int = 4, classes: int = 3) ->
 def test_guides_are_the_oracles(device, samplings, seed):
     samplings = [replace(sampling, allowed_token_ids=None) for sampling in samplings]
     slots = slots_for(samplings, 300, [[9] * len(samplings)])
+    slots.among_allowed[:] = torch.from_numpy(slots.num_logprobs < 0)
     logits, guides = random_logits(seed, len(samplings), 300), random_guides(slots, seed)
     on_device = {name: tensor.to(device) for name, tensor in guides.items()}
-    tokens, _ = sample(logits.to(device), **wishes(slots, device), **on_device)
-    expected, _ = reference.sample(logits, **wishes(slots, torch.device("cpu")), **guides)
+    tokens, logprobs = sample(logits.to(device), **wishes(slots, device), **on_device)
+    expected, expected_logprobs = reference.sample(logits, **wishes(slots, torch.device("cpu")), **guides)
     assert tokens.tolist() == expected.tolist()
+    assert_close(logprobs, expected_logprobs)
     for row, token in enumerate(tokens.tolist()):
         if guides["guide_base"][row] >= 0:
             kind = guides["guide_classes"][guides["guide_class"][row], token]
@@ -153,11 +156,31 @@ def test_guides_are_the_oracles(device, samplings, seed):
             assert need < guides["max_tokens"][row] - slots.generated[row]
 
 
+@settings(max_examples=8, deadline=None)
+@given(st.lists(SAMPLINGS, min_size=2, max_size=4), st.integers(0, 2**31))
+def test_log_probabilities_among_what_is_allowed(device, samplings, seed):
+    """By kernel, torch backend and oracle; bias, penalties and min_tokens say what is allowed, not how likely it is."""
+    slots = slots_for([replace(sampling, logprobs=None) for sampling in samplings], 300, [[9] * len(samplings)])
+    slots.among_allowed[1:] = True
+    slots.logprob_history = torch.zeros(len(samplings), 1)
+    logits = random_logits(seed, len(samplings), 300)
+    tokens, logprobs = run(logits, slots, device)
+    expected, oracles = reference.sample(logits, **wishes(slots, torch.device("cpu")))
+    chosen, none, found = choose(logits.clone(), slots, 0)
+    assert none is None
+    assert tokens.tolist() == expected.tolist() == chosen.tolist()
+    assert logprobs[0] == 0
+    assert_close(logprobs, oracles)
+    assert found is not None
+    assert_close(found, oracles)
+
+
 @pytest.mark.slow  # 10 s under the interpreter
 @settings(max_examples=6, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=2, max_size=6), st.integers(0, 2**31))
 def test_a_row_does_not_depend_on_company(device, samplings, seed):
     slots = slots_for(samplings, 300)
+    slots.among_allowed[:] = torch.from_numpy(slots.num_logprobs < 0)
     logits = random_logits(seed, len(samplings), 300, ties=True)
     tokens, logprobs = run(logits, slots, device)
     again = run(logits, slots, device)
@@ -247,7 +270,7 @@ def test_a_real_vocabulary_and_a_row_stride(device):
     slots = slots_for(samplings, vocab, [[31999, 5]])
     with poisoned_allocations():
         tokens, logprobs = sample(logits.to(device), **wishes(slots, device))
-    expected, wanted = choose(logits.clone(), slots, 0)
+    expected, wanted, _ = choose(logits.clone(), slots, 0)
     assert tokens.tolist() == expected.tolist()
     assert wanted is not None
     assert_close(logprobs[:1].cpu(), wanted.chosen)

@@ -177,7 +177,8 @@ def decode_steps(device: torch.device, steps: int, graph: bool) -> dict[str, Ten
         "presence_penalty", "frequency_penalty", "in_prompt")}  # fmt: skip
     shared = "generated", "min_tokens", "eos_token_ids", "stop_token_ids", "penalised", "output_counts"
     wishes |= {name: state[name] for name in shared}
-    wishes |= {"biases": slots.biases.data.to(device), "wants_logprob": torch.ones(3, dtype=torch.bool, device=device)}
+    wishes |= {"biases": slots.biases.data.to(device), "wants_logprob": torch.ones(3, dtype=torch.bool, device=device),
+               "among_allowed": torch.zeros(3, dtype=torch.bool, device=device)}  # fmt: skip
 
     def step() -> None:
         advance(*sample(logits, **wishes), *state.values())
@@ -194,7 +195,7 @@ def decode_steps(device: torch.device, steps: int, graph: bool) -> dict[str, Ten
     for _ in range(steps):
         step()
         if not graph:  # the torch backend takes the same steps; rows that have ended are left alone
-            tokens, _ = choose(logits.cpu().clone(), slots, 0)
+            tokens, *_ = choose(logits.cpu().clone(), slots, 0)
             torch_backend.advance(slots, 0, tokens)
             for name in ("token", "generated", "finish", "stop_reason", "stop_state"):
                 assert torch.equal(state[name].cpu(), getattr(slots, name)), name
