@@ -60,7 +60,7 @@ def score(parts: Parts, gold_column: str) -> Accuracy:
     """Exact matches, whitespace at both ends aside. A failed row is a wrong answer; of n samples each counts as one."""
     right = answers = without = 0
     for name in parts.names():
-        for records in parts.format.batches(parts.storage, name):
+        for records in parts.batches(name):
             for text, gold in _answers(records, gold_column, parts.storage.url):
                 without += gold is None
                 answers += gold is not None

@@ -98,10 +98,12 @@ def save_hydra_files(config: Config, storage: Storage) -> None:
     folder = ".hydra"
     if config.shard.count > 1:
         folder += f"/shard-{config.shard.index}-of-{config.shard.count}"
+    from batchmix.data.storage import write_text  # imports pyarrow
+
     storage.make_folder(folder)
     files = {"config.yaml": OmegaConf.structured(config), "overrides.yaml": HydraConfig.get().overrides.task}
     for name, content in files.items():
-        storage.replace(f"{folder}/{name}", OmegaConf.to_yaml(content).encode())
+        write_text(storage, f"{folder}/{name}", OmegaConf.to_yaml(content))
 
 
 def _schema() -> DictConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchmix.config import Config, Order, OutputFormat
 from batchmix.data.columns import OutputColumns
@@ -21,7 +20,7 @@ from batchmix.data.finalize import (
 from batchmix.data.lease import FOLDER
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import Parts
-from batchmix.data.storage import open_storage
+from batchmix.data.storage import open_storage, reason_of
 from batchmix.errors import BatchmixError
 from batchmix.report.status import Status
 from batchmix.run_info import NAME, read_run
@@ -32,15 +31,18 @@ def open_stored(url: str) -> tuple[Parts, dict[str, Any]]:
     if not url:
         raise BatchmixError("output.dir=: give the folder of a run, for example output.dir=out")
     storage = open_storage(url)
-    if not storage.exists(NAME):
+    try:
+        begun = storage.exists(NAME)
+    except OSError as error:
+        raise BatchmixError(f"output.dir={url}: cannot be read ({reason_of(error)})") from None
+    if not begun:
         raise BatchmixError(f"output.dir={url}: holds no {NAME}, so no run of batchmix has begun there")
     run = read_run(storage)
     output, form = run["config"]["output"], OutputFormat[run["config"]["output"]["format"]]
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     parts = Parts(storage, part_format(form, columns, output["compression"], run["openai_model"]))
-    if form is not OutputFormat.jsonl and (names := parts.names()):
-        with storage.arrow_file(names[0]) as file:
-            columns.schema = pq.read_schema(file) if form is OutputFormat.parquet else pa.ipc.open_file(file).schema
+    if names := parts.names():
+        columns.schema = parts.schema(names[0]) or columns.schema
     return parts, run
 
 

@@ -59,4 +59,4 @@ def finished(
                 )
         with (folder / f"part-00000-{start // 2:06}.{form.value}").open("wb") as file:
             parts.write(file, parts.records(completions))
-    return Results(folder)
+    return Results(str(folder))

@@ -79,3 +79,21 @@ def _nest(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[st
 
 _PLAIN = st.recursive(_LEAVES, _nest, max_leaves=5)
 SCHEMAS = st.one_of(_PLAIN, _PLAIN.map(lambda target: {"$defs": {"x": target}, "$ref": "#/$defs/x"}))
+
+
+def _recursive(parts: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """Two schemas that lead to each other, the first from the second through a member that may be left out."""
+    first, second = parts
+    back = {"type": "array", "items": {"$ref": "#/$defs/first"}, "maxItems": 2}
+    definitions = {
+        "first": {
+            "type": "object",
+            "properties": {"leaf": first, "second": {"$ref": "#/$defs/second"}},
+            "required": ["leaf"],
+        },
+        "second": {"anyOf": [second, back, {"type": "object", "additionalProperties": {"$ref": "#/$defs/second"}}]},
+    }
+    return {"$defs": definitions, "$ref": "#/$defs/first"}
+
+
+RECURSIVE = st.one_of(st.tuples(_PLAIN, _PLAIN).map(_recursive), st.sampled_from([{}, {"type": ["object", "array"]}]))

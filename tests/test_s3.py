@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -18,13 +19,16 @@ from urllib.parse import urlparse
 
 import boto3
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from processes import TICKETS, finish, read, start, wait_for
 
+from batchmix.annotate.results import Results
 from batchmix.config import ShardConfig
 from batchmix.data.lease import Lease, shard_name
 from batchmix.data.object_store import ObjectStore
+from batchmix.data.storage import write_json
 
 pytestmark = pytest.mark.slow  # starts a server and many processes
 
@@ -241,3 +245,51 @@ def test_another_worker_is_refused(s3: Any, data: Path) -> None:
     assert code == 1, output
     assert f"another process (process {os.getpid()} on {os.uname().nodename}) is writing shard 0 of 1 there" in output
     lease.close()
+
+
+@pytest.mark.parametrize("form", ["arrow", "jsonl"])
+def test_a_task_and_all_that_comes_after_it(s3: Any, data: Path, tmp_path: Path, batchmix: Any, form: str) -> None:
+    """The same rows and columns as in a folder; report, review and export read them, and write where they are told to."""
+    out, place = f"s3://{BUCKET}/task-{form}", f"s3://{BUCKET}/handed-{form}"
+
+    def run(*arguments: str) -> str:
+        done = batchmix(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(done.stdout)
+
+    task = ["annotate", "tickets", f"data.path={data}", "data.limit=60", f"output.format={form}", "output.order=input",
+            "output.rows_per_shard=25"]  # fmt: skip
+    here, there = run(*task, "output.dir=out"), run(*task, f"output.dir={out}")
+    assert here.splitlines()[-1] == "the report is out/_report/report.html"
+    assert there.splitlines()[-1] == f"the report is {out}/_report/report.html"
+    assert there.splitlines()[-7:-1] == here.splitlines()[-7:-1]  # how well the answers agree with people's
+    local, store = Results(str(tmp_path / "out")), Results(out)
+    assert len(store.names) == len(local.names) == 3
+    assert store.schema.field("topic").type == pa.dictionary(pa.int32(), pa.string())
+    expected = pa.concat_tables(local.batches())
+    assert pa.concat_tables(store.batches()).equals(expected)
+    assert store.storage.read("_checks.json") == local.storage.read("_checks.json")
+    store.storage.delete("_report/report.html")
+    assert run("report", f"output.dir={out}").splitlines()[-1] == there.splitlines()[-1]
+    assert b"Confusion matrix of topic" in store.storage.read("_report/report.html")
+    run("review", "export", f"output.dir={out}", "review.rows=5", "review.path=tasks.json")
+    run("review", "export", f"output.dir={out}", "review.rows=5", f"review.path={place}/tasks.json")
+    tasks = json.loads((tmp_path / "tasks.json").read_bytes())
+    assert (len(tasks), tasks) == (5, json.loads(ObjectStore(place).read("tasks.json")))
+    for task in tasks:
+        task["annotations"] = task["predictions"]
+    write_json(ObjectStore(place), "said.json", tasks)
+    corrections = f"{place}/corrections.jsonl"
+    run("review", "import", f"output.dir={out}", f"review.path={place}/said.json", f"review.corrections={corrections}")
+    run("export", f"output.dir={out}", f"export.corrections={corrections}", "export.dir=set")
+    run("export", f"output.dir={out}", f"export.corrections={corrections}", f"export.dir={place}/set")
+    exported = (tmp_path / "set/data/train-00000.parquet").read_bytes()
+    assert ObjectStore(f"{place}/set").read("data/train-00000.parquet") == exported
+    rows = pq.read_table(pa.BufferReader(exported))
+    assert rows["topic"].to_pylist() == expected["topic"].to_pylist()
+    assert sum(rows["reviewed"].to_pylist()) == 5
+    assert not leftover_uploads(s3)
+    nowhere = batchmix("export", f"output.dir={out}", "export.dir=s3://nowhere/set")
+    assert nowhere.stderr.splitlines()[-1].startswith(
+        "batchmix: error: export.dir=s3://nowhere/set: cannot be written ("
+    )

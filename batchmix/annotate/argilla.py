@@ -10,39 +10,39 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.corrections import Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
-from batchmix.data.local_files import write_json
+from batchmix.data.storage import last_component, open_file, open_storage, write_json, written
 from batchmix.errors import BatchmixError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RECORDS = "records.json"
 
 
-def write(path: Path, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
-    """The folder; returns what to do with it."""
-    (path / ".argilla").mkdir(parents=True, exist_ok=True)
-    write_json(path / ".argilla" / "settings.json", _settings(fields))
-    write_json(
-        path / ".argilla" / "dataset.json",
-        {"name": path.resolve().name, "status": "draft", "allow_extra_metadata": True},
-    )
-    write_json(path / _RECORDS, [_record(item, fields, model) for item in items])
+def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
+    """The folder `path` (review.path); returns what to do with it."""
+    storage = open_storage(path, "review.path")
+    dataset = {"name": last_component(storage), "status": "draft", "allow_extra_metadata": True}
+    with written(path, "review.path"):
+        storage.make_folder(".argilla")
+        write_json(storage, ".argilla/settings.json", _settings(fields))
+        write_json(storage, ".argilla/dataset.json", dataset)
+        write_json(storage, _RECORDS, [_record(item, fields, model) for item in items])
     return [
         f'{len(items):,} records: argilla.Dataset.from_disk("{path}", workspace=...) makes a data set of them',
         "when people are done, Dataset.to_disk(FOLDER) and run batchmix review import review.tool=argilla review.path=FOLDER",
     ]
 
 
-def read(path: Path, fields: Sequence[Field]) -> Corrections:
+def read(path: str, fields: Sequence[Field]) -> Corrections:
     """What people said, by row: of several, what most say. `path`: the folder, or its records.json."""
-    file = path / _RECORDS if path.is_dir() else path
+    folder = open_storage(path, "review.path")
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        storage, file = (folder, _RECORDS) if folder.exists(_RECORDS) else open_file(path, "review.path")
+        records = json.loads(storage.read(file).decode())
     except (OSError, ValueError) as error:
         raise BatchmixError(f"review.path={path}: cannot be read ({error})") from None
     questions = {_question_name(field, place): field for place, field in enumerate(fields)}

@@ -42,7 +42,7 @@ _MEANINGS = {
 def card(results: Results, settings: ExportConfig, counts: Counter[str], schema: pa.Schema) -> str:
     """The text of README.md."""
     config, run = results.run["config"], results.run
-    title = settings.title or results.folder.resolve().name
+    title = settings.title or results.title
     licence = settings.license or "unknown"
     head = {
         "license": licence,
@@ -60,7 +60,7 @@ def card(results: Results, settings: ExportConfig, counts: Counter[str], schema:
         " are the model's, not people's**" + (", but for the rows marked `reviewed`." if counts["reviewed"] else "."),
         "## Counts",
         _counts(counts),
-        *(["## Checks", _block(checks_text(checks))] if (checks := read_checks(results.folder)) else []),
+        *(["## Checks", _block(checks_text(checks))] if (checks := read_checks(results.storage)) else []),
         "## Columns",
         _columns(results, schema),
         "## Model",

@@ -6,14 +6,13 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, INVALID
 from batchmix.annotate.metrics import agreement_report, calibration_bin, calibration_report, share_report
 from batchmix.annotate.results import Results
-from batchmix.data.local_files import write_json
+from batchmix.data.storage import Storage, read_json, write_json, written
 from batchmix.errors import BatchmixError
 
 NAME = "_checks.json"
@@ -30,7 +29,7 @@ def check_results(results: Results, gold: Any, resamples: int) -> dict[str, Any]
     """
     if results.answer is None:
         raise BatchmixError(
-            f"output.dir={results.folder}: was not made by batchmix annotate, so it has no labels to check"
+            f"output.dir={results.url}: was not made by batchmix annotate, so it has no labels to check"
         )
     fields = results.answer.fields
     truth = None if gold is None else Gold(results, fields, gold)
@@ -46,14 +45,15 @@ def check_results(results: Results, gold: Any, resamples: int) -> dict[str, Any]
 def write_checks(results: Results, gold: Any, resamples: int) -> dict[str, Any]:
     """The same, kept beside the parts."""
     checks = check_results(results, gold, resamples)
-    write_json(results.folder / NAME, checks)
+    with written(results.url, "output.dir"):
+        write_json(results.storage, NAME, checks)
     return checks
 
 
-def read_checks(folder: Path) -> dict[str, Any] | None:
+def read_checks(storage: Storage) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads((folder / NAME).read_text())
-    except (OSError, ValueError):
+        found: dict[str, Any] = read_json(storage, NAME)
+    except (FileNotFoundError, ValueError):
         return None
     return found
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.columns import INVALID
-from batchmix.data.local_files import atomic_file
+from batchmix.data.storage import open_file, written
 from batchmix.errors import BatchmixError
 
 REVIEWED = "reviewed"  # column: a person's answer stands here
@@ -23,18 +22,23 @@ REVIEWED = "reviewed"  # column: a person's answer stands here
 Corrections = dict[int, dict[str, Any]]
 
 
-def write_corrections(path: Path, corrections: Corrections) -> None:
-    with atomic_file(path) as file:
-        for row, values in sorted(corrections.items()):
-            file.write(json.dumps({"row": row, "values": values}, ensure_ascii=False).encode() + b"\n")
+def write_corrections(path: str, corrections: Corrections) -> None:
+    """`path`: review.corrections, of this machine or in an object store."""
+    lines = [
+        json.dumps({"row": row, "values": values}, ensure_ascii=False) for row, values in sorted(corrections.items())
+    ]
+    with written(path, "review.corrections"):
+        storage, name = open_file(path, "review.corrections")
+        storage.replace(name, lambda file: file.writelines(line.encode() + b"\n" for line in lines))
 
 
-def read_corrections(path: Path, fields: Sequence[Field]) -> Corrections:
+def read_corrections(path: str, fields: Sequence[Field]) -> Corrections:
     """BatchmixError where the file is none of ours, or a value does not fit its field."""
     found: Corrections = {}
     known = {field.name: field for field in fields}
+    storage, file = open_file(path, "export.corrections")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = storage.read(file).decode().split("\n")  # splitlines would take some characters of a text for ends
     except (OSError, ValueError) as error:
         raise BatchmixError(f"export.corrections={path}: cannot be read ({error})") from None
     for number, line in enumerate(filter(str.strip, lines), 1):

@@ -7,7 +7,7 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from batchmix.annotate.columns import INVALID, MAJORITY
 from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
 from batchmix.annotate.results import Results
 from batchmix.config import Config, ExportConfig, ExportFormat
-from batchmix.data.local_files import atomic_file
+from batchmix.data.storage import LocalFolder, Storage, open_storage, write_text, written
 from batchmix.errors import BatchmixError
 
 _LEFT_OUT = ("logprobs", "generated_token_ids")  # of use to the engine's users rather than the data's
@@ -34,48 +34,51 @@ def export(config: Config) -> None:
         raise BatchmixError("export.dir is not set: give a folder, for example export.dir=dataset")
     if settings.repo_id is not None and settings.format is not ExportFormat.parquet:
         raise BatchmixError(f"export.format={settings.format.value}: the hub takes parquet, which is the default")
-    results = Results(Path(config.output.dir))
+    storage = open_storage(settings.dir, "export.dir")
+    if settings.repo_id is not None and not isinstance(storage, LocalFolder):
+        raise BatchmixError(f"export.dir={settings.dir}: export.repo_id uploads files of this machine; give a folder")
+    results = Results(config.output.dir)
     if not results.complete:
-        raise BatchmixError(f"output.dir={results.folder}: the run is not finished; run its command again for the rest")
+        raise BatchmixError(f"output.dir={results.url}: the run is not finished; run its command again for the rest")
     corrections = _corrections(settings, results)
-    folder = Path(settings.dir)
-    files, counts, schema = write_files(results, settings, folder, corrections)
+    names, counts, schema = write_files(results, settings, storage, corrections)
     text = card(results, settings, counts, schema)
-    with atomic_file(folder / "README.md") as file:
-        file.write(text.encode())
-    print(f"{counts['rows']:,} records in {len(files)} files: {folder}")
+    with written(settings.dir, "export.dir"):
+        write_text(storage, "README.md", text)
+    print(f"{counts['rows']:,} records in {len(names)} files: {storage.url}")
     if settings.repo_id is not None:
-        print(f"pushed: {push(files, settings, text)}")
+        assert isinstance(storage, LocalFolder)
+        print(f"pushed: {push([str(storage.path(name)) for name in names], settings, text)}")
 
 
 def write_files(
-    results: Results, settings: ExportConfig, folder: Path, corrections: Corrections | None
-) -> tuple[list[Path], Counter[str], pa.Schema]:
-    """The files, how many records of which kind they hold, and their columns. Each file appears whole or not at all."""
-    data = folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    for form in ExportFormat:  # an earlier export's
-        for path in data.glob(f"train-*.{form.value}"):
-            path.unlink()
+    results: Results, settings: ExportConfig, storage: Storage, corrections: Corrections | None
+) -> tuple[list[str], Counter[str], pa.Schema]:
+    """The files' names, how many records of which kind they hold, and their columns. Each file appears whole or not at all."""
+    with written(settings.dir, "export.dir"):
+        storage.make_folder("data")
+        for form in ExportFormat:  # an earlier export's
+            for name in storage.names(f"data/train-*.{form.value}"):
+                storage.delete(name)
     counts: Counter[str] = Counter()
-    files: list[Path] = []
+    names: list[str] = []
     schema = pa.schema([])
     for table in _files(_tables(results, settings, corrections), settings.rows_per_file):
         counts.update(_count(table))
-        files.append(data / f"train-{len(files):05}.{settings.format.value}")
+        names.append(f"data/train-{len(names):05}.{settings.format.value}")
         schema = table.schema
-        with atomic_file(files[-1]) as file:
-            _WRITERS[settings.format](table, file)
-    return files, counts, schema
+        with written(settings.dir, "export.dir"):
+            storage.replace(names[-1], partial(_WRITERS[settings.format], table))
+    return names, counts, schema
 
 
-def push(files: list[Path], settings: ExportConfig, text: str) -> str:
+def push(files: list[str], settings: ExportConfig, text: str) -> str:
     """Upload through `datasets`, then the card; the token is huggingface_hub's own. Returns the address."""
     import datasets
     import huggingface_hub
 
     assert settings.repo_id is not None
-    dataset = datasets.load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     dataset.push_to_hub(settings.repo_id, private=settings.private)
     huggingface_hub.HfApi().upload_file(
         path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=settings.repo_id, repo_type="dataset"
@@ -87,12 +90,10 @@ def _corrections(settings: ExportConfig, results: Results) -> Corrections | None
     if settings.corrections is None:
         return None
     if results.answer is None:
-        raise BatchmixError(
-            f"output.dir={results.folder}: was not made by batchmix annotate, so nothing can be corrected"
-        )
+        raise BatchmixError(f"output.dir={results.url}: was not made by batchmix annotate, so nothing can be corrected")
     if settings.samples:
         raise BatchmixError("export.samples=true: corrections are of rows, not of samples; leave one of the two out")
-    return read_corrections(Path(settings.corrections), results.answer.fields)
+    return read_corrections(settings.corrections, results.answer.fields)
 
 
 def _tables(results: Results, settings: ExportConfig, corrections: Corrections | None) -> Iterator[pa.Table]:

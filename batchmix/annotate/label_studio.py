@@ -7,8 +7,8 @@ number a `Number`, everything else a `TextArea` (lists and objects as JSON).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
@@ -17,29 +17,30 @@ import pyarrow as pa
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.corrections import Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
-from batchmix.data.local_files import atomic_file, write_json
+from batchmix.data.storage import open_file, write_json, write_text, written
 from batchmix.errors import BatchmixError
 
 _SHOWN = "prompt_text"  # name of the object that the controls belong to
 
 
-def write(path: Path, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
-    """The tasks at `path`, the interface beside it; returns what to do with them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, [_task(item, fields, model) for item in items])
-    interface = path.with_suffix(".xml")
-    with atomic_file(interface) as file:
-        file.write(_interface(fields).encode())
+def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
+    """The tasks at `path` (review.path), the interface beside it; returns what to do with them."""
+    with written(path, "review.path"):
+        storage, name = open_file(path, "review.path")
+        storage.make_folder()
+        write_json(storage, name, [_task(item, fields, model) for item in items])
+        write_text(storage, f"{os.path.splitext(name)[0]}.xml", _interface(fields))
     return [
-        f"{len(items):,} tasks: import {path} into a project whose labelling interface is {interface}",
+        f"{len(items):,} tasks: import {path} into a project whose labelling interface is {os.path.splitext(path)[0]}.xml",
         "when people are done, export as JSON and run batchmix review import review.path=<the export>",
     ]
 
 
-def read(path: Path, fields: Sequence[Field]) -> Corrections:
+def read(path: str, fields: Sequence[Field]) -> Corrections:
     """What people said, by row: of several, what most say."""
+    storage, file = open_file(path, "review.path")
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))
+        tasks = json.loads(storage.read(file).decode())
     except (OSError, ValueError) as error:
         raise BatchmixError(f"review.path={path}: cannot be read ({error})") from None
     found: Corrections = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,23 +28,22 @@ def review(config: Config) -> None:
         raise BatchmixError(
             "review.path is not set: the file or folder of the review, for example review.path=review.json"
         )
-    results = Results(Path(config.output.dir))
+    results = Results(config.output.dir)
     if results.answer is None:
         raise BatchmixError(
-            f"output.dir={results.folder}: was not made by batchmix annotate, so there are no labels to review"
+            f"output.dir={results.url}: was not made by batchmix annotate, so there are no labels to review"
         )
     tool = _TOOLS[settings.tool]
-    path = Path(settings.path)
     fields = results.answer.fields
     if settings.action == "export":
         items = least_certain(results, settings.rows)
-        for line in tool.write(path, items, fields, results.run["config"]["model"]["path"]):
+        for line in tool.write(settings.path, items, fields, results.run["config"]["model"]["path"]):
             print(line)
     elif settings.action == "import":
-        corrections: Corrections = tool.read(path, fields)
+        corrections: Corrections = tool.read(settings.path, fields)
         if not corrections:
-            raise BatchmixError(f"review.path={path}: has no answers of people yet")
-        write_corrections(Path(settings.corrections), corrections)
+            raise BatchmixError(f"review.path={settings.path}: has no answers of people yet")
+        write_corrections(settings.corrections, corrections)
         print(
             f"{len(corrections):,} rows reviewed: batchmix export export.corrections={settings.corrections} takes them"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from batchmix.annotate.checks import checks_text, write_checks
 from batchmix.annotate.results import Results
@@ -21,20 +20,18 @@ _log = logging.getLogger(__name__)
 def annotate(config: Config) -> None:
     """Run the task on every row that is not done, as `generate` does; what is the last to end writes checks and report."""
     config = prepare(config)
-    if "://" in config.output.dir:  # checks and the report read the run's files as they lie there
-        raise BatchmixError(f"output.dir={config.output.dir}: batchmix annotate writes to a folder of this machine")
     _check_gold(config)
     answer = answer_of(config.annotate)
     if config.model.path == "tiny" and answer is not None and {field.name for field in answer.fields} != _TINY_FIELDS:
         _log.warning("model.path=tiny: the built-in model can do the task `tickets` alone, so these answers will mean nothing;"
                      " give a real model")  # fmt: skip
     generate(config)
-    results = Results(Path(config.output.dir))
-    if not results.complete or not results.paths:
+    results = Results(config.output.dir)
+    if not results.complete or not results.names:
         return
     checks = write_checks(results, config.annotate.gold, config.annotate.bootstrap)
     print(checks_text(checks))
-    print(f"the report is {write_report(config, checks)}")
+    print(f"the report is {write_report(results, config.annotate, checks)}")
 
 
 def _check_gold(config: Config) -> None:

@@ -158,7 +158,7 @@ def _gather(parts: Parts, old: list[_Part], owner: npt.NDArray[np.int32], place:
         wanted = np.flatnonzero(owner == number)
         wanted = wanted[np.argsort(place[wanted])]
         offset = 0
-        for batch in parts.format.batches(parts.storage, old[number].name):
+        for batch in parts.batches(old[number].name):
             here = place[wanted] - offset
             inside = np.flatnonzero((here >= 0) & (here < len(batch)))
             if len(inside):

@@ -21,7 +21,7 @@ from typing import IO, Any
 import fsspec
 import pyarrow as pa
 
-from batchmix.data.storage import Write
+from batchmix.data.storage import Write, reason_of
 from batchmix.errors import BatchmixError
 
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "memory"}  # protocols whose fsspec class passes the condition to the store
@@ -35,21 +35,22 @@ class ObjectStore:
 
     acts_late = True
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "output.dir") -> None:
         self.url = url.rstrip("/")
+        self._key = key  # that names it
         try:
             # A cached listing would hide what the other workers do.
             self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             hint = "; pip install 'batchmix[s3]'" if url.startswith("s3") and isinstance(error, ImportError) else ""
-            raise BatchmixError(f"output.dir={url}: {str(error).splitlines()[0]}{hint}") from None
+            raise BatchmixError(f"{key}={url}: {str(error).splitlines()[0]}{hint}") from None
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._options = _ONE_PUT if "s3" in protocols else {}
         self._conditional = bool(protocols & _CONDITIONAL)
         self._appended: dict[str, bytes] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectStore, (self.url,)
+        return ObjectStore, (self.url, self._key)
 
     @property
     def exclusive(self) -> bool:
@@ -73,7 +74,8 @@ class ObjectStore:
     def names(self, pattern: str) -> list[str]:
         folder, _, last = pattern.rpartition("/")
         try:
-            found = self._fs.ls(self._path(folder), detail=False)
+            with _failing_as_os_error():
+                found = self._fs.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return []
         prefix = f"{folder}/" if folder else ""
@@ -81,23 +83,26 @@ class ObjectStore:
         return sorted(prefix + name for name in last_components if fnmatch.fnmatchcase(name, last))
 
     def exists(self, name: str) -> bool:
-        return bool(self._fs.isfile(self._path(name)))
+        try:  # isfile would say that what must not be read is not there
+            with _failing_as_os_error():
+                return bool(self._fs.info(self._path(name))["type"] == "file")
+        except FileNotFoundError:
+            return False
 
     def read(self, name: str) -> bytes:
-        data: bytes = self._fs.cat_file(self._path(name))
+        with _failing_as_os_error():
+            data: bytes = self._fs.cat_file(self._path(name))
         return data
 
     def open(self, name: str) -> IO[bytes]:
-        file: IO[bytes] = self._fs.open(self._path(name), "rb")
-        return file
+        # fsspec's own files lack `readlines` of a few lines.
+        return io.BufferedReader(self._fs.open(self._path(name), "rb"), 1 << 20)
 
     def arrow_file(self, name: str) -> pa.NativeFile:
         return pa.BufferReader(self.read(name))  # a request for each buffer of each column would take longer
 
     def create(self, name: str, write: Write) -> bool:
-        buffer = io.BytesIO()
-        write(buffer)
-        data = buffer.getvalue()
+        data = _bytes(write)
         try:
             self._put(name, data, mode="create" if self._conditional else "overwrite")
         except FileExistsError:
@@ -105,14 +110,14 @@ class ObjectStore:
             return self.read(name) == data
         return True
 
-    def replace(self, name: str, data: bytes) -> None:
-        self._put(name, data, mode="overwrite")
+    def replace(self, name: str, write: Write) -> None:
+        self._put(name, _bytes(write), mode="overwrite")
 
     def append(self, name: str, line: bytes) -> None:
         if name not in self._appended:
             self._appended[name] = self.read(name) if self.exists(name) else b""
         self._appended[name] += line
-        self.replace(name, self._appended[name])
+        self._put(name, self._appended[name], mode="overwrite")
 
     def move(self, source: str, target: str) -> None:
         with suppress(FileNotFoundError):
@@ -135,7 +140,7 @@ class ObjectStore:
         with tempfile.TemporaryDirectory(prefix="batchmix-") as folder:
             path = Path(folder, "file")
             yield path
-            self.replace(name, path.read_bytes())
+            self._put(name, path.read_bytes(), mode="overwrite")
 
     def delete_unfinished(self, folder: str, belongs: Callable[[str], bool]) -> None:
         """There is nothing: an upload that was cut off is forgotten by the store."""
@@ -145,11 +150,12 @@ class ObjectStore:
 
     def _put(self, name: str, data: bytes, mode: str) -> None:
         if len(data) >= _MAX_PUT:
-            raise BatchmixError(f"output.dir={self.url}: {name} would have {len(data):,} bytes, and one object has at most "
-                                f"{_MAX_PUT:,}; lower output.rows_per_shard")  # fmt: skip
+            raise BatchmixError(f"{self._key}={self.url}: {name} would have {len(data):,} bytes, and one object has at most "
+                                f"{_MAX_PUT:,}; lower output.rows_per_shard or export.rows_per_file")  # fmt: skip
         for attempt in range(_ATTEMPTS):
             try:
-                self._fs.pipe_file(self._path(name), data, mode=mode, **self._options)
+                with _failing_as_os_error():
+                    self._fs.pipe_file(self._path(name), data, mode=mode, **self._options)
                 return
             except FileExistsError:
                 raise
@@ -160,6 +166,23 @@ class ObjectStore:
                 if code != "ConditionalRequestConflict" or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.1 * 2**attempt)  # another worker is just writing that name
+
+
+@contextmanager
+def _failing_as_os_error() -> Iterator[None]:
+    """Stores raise classes of their own where there are no credentials or no connection."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(reason_of(error)) from error
+
+
+def _bytes(write: Write) -> bytes:
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
 
 
 def _error_code(error: OSError) -> str | None:

@@ -1,11 +1,14 @@
-"""A row's completions as one line of an OpenAI batch output file."""
+"""A row's completions as one line of an OpenAI batch output file, and what can be read back of it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from batchmix.records import Completion
+
+_ROW_IN_ID = re.compile(r"batch_req_(\d+)$")
 
 
 def response_line(samples: Sequence[Completion], model: str) -> dict[str, Any]:
@@ -35,6 +38,42 @@ def response_line(samples: Sequence[Completion], model: str) -> dict[str, Any]:
         },
     }
     return line | {"response": {"status_code": 200, "request_id": name, "body": body}}
+
+
+def response_keys(response: dict[str, Any]) -> tuple[int, str, int, int, int]:
+    """Row, finish_reason, prompt tokens, completion tokens and samples. ValueError where it is none of our responses."""
+    match = _ROW_IN_ID.match(response["id"])
+    if match is None:
+        raise ValueError(f"a response has the id {response['id']!r}")
+    if response["error"]:
+        return int(match[1]), "error", 0, 0, 1
+    body = response["response"]["body"]
+    cut = any(choice["finish_reason"] == "length" for choice in body["choices"])
+    usage = body["usage"]
+    return (
+        int(match[1]),
+        "length" if cut else "stop",
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+        len(body["choices"]),
+    )
+
+
+def first_choice(response: dict[str, Any]) -> dict[str, Any]:
+    """Of a row's samples the first, by the names of the columns that other runs have."""
+    body = (response["response"] or {}).get("body") or {}
+    choice = (body.get("choices") or [{}])[0]
+    usage = body.get("usage") or {}
+    return {
+        "row": int(response["id"].rpartition("_")[2]),
+        "id": response["custom_id"],
+        "sample_index": 0,
+        "generated_text": (choice.get("message") or {}).get("content"),
+        "finish_reason": choice.get("finish_reason") or "error",
+        "prompt_tokens": usage.get("prompt_tokens"),
+        "completion_tokens": usage.get("completion_tokens"),
+        "error": (response["error"] or {}).get("message"),
+    }
 
 
 def _choice(sample: Completion) -> dict[str, Any]:

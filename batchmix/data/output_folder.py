@@ -28,7 +28,7 @@ from batchmix.data.parts import PartLog, Parts
 from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.redo import replace_rows, rows_to_redo
 from batchmix.data.rowset import AllBut, RowSet
-from batchmix.data.storage import read_json, write_json
+from batchmix.data.storage import read_json, reason_of, write_json
 from batchmix.errors import BatchmixError
 from batchmix.report.summary import RunStatistics, Summary
 from batchmix.run_info import NAME as RUN_INFO
@@ -206,8 +206,7 @@ class OutputFolder:
         except BatchmixError:
             raise
         except Exception as error:  # stores have classes of their own
-            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-            raise BatchmixError(f"output.dir={url}: cannot be written to ({reason})") from None
+            raise BatchmixError(f"output.dir={url}: cannot be written to ({reason_of(error)})") from None
         if exclusive:
             return
         if self._shard.count > 1:

@@ -9,7 +9,7 @@ import base64
 import datetime
 import io
 import json
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
@@ -22,13 +22,12 @@ import pyarrow.parquet as pq
 
 from batchmix.config import OutputFormat
 from batchmix.data.columns import OutputColumns
-from batchmix.data.openai_response import response_line
+from batchmix.data.openai_response import first_choice, response_keys, response_line
 from batchmix.data.storage import Storage
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion
 
 _BATCH_ROWS = 1024  # rows of a record batch or row group: what a reader decompresses at once
-_ROW_IN_ID = re.compile(r"batch_req_(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,11 @@ class PartFormat(Protocol):
 
     def keys(self, storage: Storage, name: str) -> Keys: ...
 
-    def batches(self, storage: Storage, name: str) -> Iterator[Any]:
-        """The file's records, a batch at a time."""
+    def schema(self, storage: Storage, name: str) -> pa.Schema | None:
+        """What the file itself says of its columns; None of lines, which say nothing."""
+
+    def batches(self, storage: Storage, name: str, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        """The file's records, a batch at a time; of tables, these columns alone are decoded, in the file's order."""
 
     def take(self, records: Any, places: npt.NDArray[np.int64]) -> Any:
         """The records at these places, in this order."""
@@ -111,13 +113,15 @@ class ArrowParts(_Tables):
 
     def keys(self, storage: Storage, name: str) -> Keys:
         with storage.arrow_file(name) as source:
-            names = pa.ipc.open_file(source).schema.names
-            options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in _KEY_COLUMNS])
-            return _keys(pa.ipc.open_file(source, options=options).read_all())
+            return _keys(_arrow_reader(source, list(_KEY_COLUMNS)).read_all())
 
-    def batches(self, storage: Storage, name: str) -> Iterator[pa.Table]:
+    def schema(self, storage: Storage, name: str) -> pa.Schema:
+        with storage.open(name) as file:  # a few bytes of the end
+            return pa.ipc.open_file(file).schema
+
+    def batches(self, storage: Storage, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         with storage.arrow_file(name) as source:
-            reader = pa.ipc.open_file(source)
+            reader = _arrow_reader(source, columns)
             for index in range(reader.num_record_batches):
                 yield pa.Table.from_batches([reader.get_batch(index)])
 
@@ -147,13 +151,17 @@ class ParquetParts(_Tables):
         with storage.arrow_file(name) as source:
             return _keys(pq.ParquetFile(source).read(columns=list(_KEY_COLUMNS)))
 
-    def batches(self, storage: Storage, name: str) -> Iterator[pa.Table]:
+    def schema(self, storage: Storage, name: str) -> pa.Schema:
+        with storage.open(name) as file:
+            return pq.read_schema(file)
+
+    def batches(self, storage: Storage, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         with storage.arrow_file(name) as source:
-            for batch in pq.ParquetFile(source).iter_batches(_BATCH_ROWS):
+            for batch in pq.ParquetFile(source).iter_batches(_BATCH_ROWS, columns=columns):
                 yield pa.Table.from_batches([batch])
 
 
-class _Lines:
+class LineParts(ABC):
     """Formats whose records are lines of JSON, as bytes without their ends."""
 
     extension = "jsonl"
@@ -162,9 +170,16 @@ class _Lines:
         file.writelines(line + b"\n" for line in records)
 
     def write_empty(self, file: IO[bytes]) -> None:
-        """No bytes: a blank line is more than `datasets` takes."""
+        file.write(b"")  # a blank line is more than `datasets` takes
 
-    def batches(self, storage: Storage, name: str) -> Iterator[list[bytes]]:
+    @abstractmethod
+    def rows(self, records: list[bytes]) -> list[dict[str, Any]]:
+        """Their values by the names of the columns that the other formats have; what they lack is left out."""
+
+    def schema(self, storage: Storage, name: str) -> None:
+        return None
+
+    def batches(self, storage: Storage, name: str, columns: Sequence[str] | None = None) -> Iterator[list[bytes]]:
         with storage.open(name) as file:
             while lines := file.readlines(1 << 20):
                 yield [line.rstrip(b"\n") for line in lines]
@@ -176,7 +191,7 @@ class _Lines:
         return [line for piece in pieces for line in piece]
 
 
-class JsonParts(_Lines):
+class JsonParts(LineParts):
     """One JSON object a line, with the columns that the other formats have."""
 
     def __init__(self, columns: OutputColumns) -> None:
@@ -186,14 +201,17 @@ class JsonParts(_Lines):
         rows = self._columns.table(completions).to_pylist()
         return [json.dumps(row, ensure_ascii=False, default=_as_json).encode() for row in rows]
 
+    def rows(self, records: list[bytes]) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in records]
+
     def keys(self, storage: Storage, name: str) -> Keys:
-        found = [json.loads(line) for lines in self.batches(storage, name) for line in lines]
+        found = [row for lines in self.batches(storage, name) for row in self.rows(lines)]
         return _keys(
             pa.table({key: pa.array([line[key] for line in found], kind) for key, kind in _KEY_COLUMNS.items()})
         )
 
 
-class OpenAIParts(_Lines):
+class OpenAIParts(LineParts):
     """Responses of the OpenAI batch API: one line a row, whose samples are its choices."""
 
     def __init__(self, model: str) -> None:
@@ -207,8 +225,11 @@ class OpenAIParts(_Lines):
             json.dumps(response_line(samples, self._model), ensure_ascii=False).encode() for samples in rows.values()
         ]
 
+    def rows(self, records: list[bytes]) -> list[dict[str, Any]]:
+        return [first_choice(json.loads(line)) for line in records]
+
     def keys(self, storage: Storage, name: str) -> Keys:
-        found = [_response_keys(json.loads(line)) for lines in self.batches(storage, name) for line in lines]
+        found = [response_keys(json.loads(line)) for lines in self.batches(storage, name) for line in lines]
         columns = zip(*found, strict=True) if found else [[]] * 5
         row, reason, prompt, completion, samples = columns
         return Keys(
@@ -221,24 +242,6 @@ class OpenAIParts(_Lines):
         )
 
 
-def _response_keys(response: dict[str, Any]) -> tuple[int, str, int, int, int]:
-    match = _ROW_IN_ID.match(response["id"])
-    if match is None:
-        raise ValueError(f"a response has the id {response['id']!r}")
-    if response["error"]:
-        return int(match[1]), "error", 0, 0, 1
-    body = response["response"]["body"]
-    cut = any(choice["finish_reason"] == "length" for choice in body["choices"])
-    usage = body["usage"]
-    return (
-        int(match[1]),
-        "length" if cut else "stop",
-        usage["prompt_tokens"],
-        usage["completion_tokens"],
-        len(body["choices"]),
-    )
-
-
 def part_format(
     form: OutputFormat, columns: OutputColumns, compression: str | None, openai_model: str | None
 ) -> PartFormat:
@@ -248,6 +251,14 @@ def part_format(
     if form is OutputFormat.parquet:
         return ParquetParts(columns, compression)
     return JsonParts(columns) if openai_model is None else OpenAIParts(openai_model)
+
+
+def _arrow_reader(source: pa.NativeFile, columns: Sequence[str] | None) -> pa.ipc.RecordBatchFileReader:
+    reader = pa.ipc.open_file(source)
+    if columns is None:
+        return reader
+    fields = [reader.schema.names.index(name) for name in columns]
+    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
 
 
 def _keys(table: pa.Table) -> Keys:

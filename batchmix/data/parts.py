@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from batchmix.data.lease import Record, lost
 from batchmix.data.part_formats import Keys, PartFormat
 from batchmix.data.rowset import RowSet
-from batchmix.data.storage import Storage
+from batchmix.data.storage import Storage, reason_of
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion
 from batchmix.report.totals import Totals
@@ -35,13 +36,25 @@ class Parts:
         return self.storage.names(f"{folder}part-*.{self.format.extension}")
 
     def keys(self, name: str) -> Keys:
-        """BatchmixError where the file is not what we wrote."""
-        try:
+        """BatchmixError where the file is not what we wrote, as of the next two."""
+        with self._reading(name):
             return self.format.keys(self.storage, name)
+
+    def schema(self, name: str) -> pa.Schema | None:
+        with self._reading(name):
+            return self.format.schema(self.storage, name)
+
+    def batches(self, name: str, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        with self._reading(name):
+            yield from self.format.batches(self.storage, name, columns)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BatchmixError(
-                f"{self.storage.url}/{name}: cannot be read back ({reason}); delete it and run the command again, which"
+                f"{self.storage.url}/{name}: cannot be read back ({reason_of(error)}); delete it and run the command again, which"
                 " does its rows anew"
             ) from None
 

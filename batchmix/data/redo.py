@@ -45,7 +45,7 @@ def replace_rows(parts: Parts, generation: int) -> None:
             continue
         removed.append(name)
         if len(keep):
-            records = parts.format.take(parts.format.join(list(parts.format.batches(storage, name))), keep)
+            records = parts.format.take(parts.format.join(list(parts.batches(name))), keep)
             staged.append(parts.name(0, number, kept))
             number += 1
             if not parts.create(staged[-1], records):

@@ -1,8 +1,9 @@
 """Where output files are kept: a folder of this machine or of a shared file system, or a place in an object store.
 
-All that the output needs of a store is here. The one promise everything else rests on is `create`: a file appears under
-its name whole, at once, and only where none of that name was; of two that try, one is told that it came too late.
-Names are relative to the output folder, with `/` between folder and file.
+All that the output needs of a store is here; what people are handed (reviews, exports) is written through it too. The
+one promise everything else rests on is `create`: a file appears under its name whole, at once, and only where none of that
+name was; of two that try, one is told that it came too late. Names are relative to the output folder, with `/` between
+folder and file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -58,8 +59,8 @@ class Storage(Protocol):
     def create(self, name: str, write: Write) -> bool:
         """Write a new file, durably; False where there is one already, or ours was removed before it was whole."""
 
-    def replace(self, name: str, data: bytes) -> None:
-        """The same, whether there is one or not."""
+    def replace(self, name: str, write: Write) -> None:
+        """The same, whether there is one or not; where it fails, nothing has changed."""
 
     def append(self, name: str, line: bytes) -> None:
         """Add to the end; only one process may, of each name."""
@@ -82,13 +83,40 @@ class Storage(Protocol):
         """What writers that were killed left of the parts with such names in a folder. Nobody ever sees it, but it takes room."""
 
 
-def open_storage(url: str) -> Storage:
-    """The store that `output.dir` names; nothing is written yet."""
+def open_storage(url: str, key: str = "output.dir") -> Storage:
+    """The store that the user's `key` names; nothing is written yet."""
     if "://" in url and not url.startswith("file://"):
         from batchmix.data.object_store import ObjectStore
 
-        return ObjectStore(url)
+        return ObjectStore(url, key)
     return LocalFolder(Path(url.removeprefix("file://")))
+
+
+def open_file(url: str, key: str) -> tuple[Storage, str]:
+    """The store of the file that the user's `key` names, and the file's name there."""
+    folder, name = os.path.split(url.rstrip("/"))
+    if "://" in url and "://" not in folder:
+        raise BatchmixError(f"{key}={url}: names a bucket, not a file in it")
+    return open_storage(folder, key), name
+
+
+def last_component(storage: Storage) -> str:
+    """What people call it: `run` of s3://bucket/run, and the folder's own name of `.`"""
+    return Path(storage.url).resolve().name
+
+
+def reason_of(error: Exception) -> str:
+    """One line of what a store fails with."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def written(url: str, key: str) -> Iterator[None]:
+    """BatchmixError where what the user's `key` names cannot be written in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise BatchmixError(f"{key}={url}: cannot be written ({reason_of(error)})") from None
 
 
 class LocalFolder:
@@ -152,10 +180,10 @@ class LocalFolder:
         sync_folder(path.parent)
         return True
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, write: Write) -> None:
         temporary, path = self._temporary(name), self.path(name)
         try:
-            self._write(temporary, lambda file: file.write(data))
+            self._write(temporary, write)
             temporary.rename(path)
         except BaseException:
             with suppress(OSError):
@@ -223,10 +251,16 @@ def json_bytes(value: Any) -> bytes:
 
 def write_json(storage: Storage, name: str, value: Any) -> None:
     """Whole or not at all."""
-    storage.replace(name, json_bytes(value))
+    data = json_bytes(value)
+    storage.replace(name, lambda file: file.write(data))
 
 
 def create_json(storage: Storage, name: str, value: Any) -> bool:
     """The same, unless `name` exists already: then nothing changes and False is returned."""
     data = json_bytes(value)
     return storage.create(name, lambda file: file.write(data))
+
+
+def write_text(storage: Storage, name: str, text: str) -> None:
+    """The same, of a text."""
+    storage.replace(name, lambda file: file.write(text.encode()))

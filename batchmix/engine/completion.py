@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from batchmix.engine.slots import EOS, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, Slots
+from batchmix.engine.slots import EOS, FAILED, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, Slots
 from batchmix.engine.state import Row, State
 from batchmix.records import Completion, FinishReason
 
@@ -20,11 +20,16 @@ def hear(state: State, all_of_it: bool) -> None:
 
     Waits for them. Unless it has to be `all_of_it`, the last window is not waited for where it comes late.
     """
+    listen(state, all_of_it)
+    _collect(state)
+
+
+def listen(state: State, all_of_it: bool) -> None:
+    """See what the steps that are queued have done, as `hear` does; every row stays in its slot."""
     looks = state.slots.looks
     while len(looks) > (state.slots.readback.late and not all_of_it):
         state.stats.completion_tokens += state.slots.hear()
         state.stats.last_token_time = time.time()
-        _collect(state)
 
 
 def _collect(state: State) -> None:
@@ -42,6 +47,8 @@ def _completion(row: Row, slots: Slots, slot: int) -> Completion:
     """The token that ended the row is counted and left out."""
     sampling, answers = row.prompt.sampling, slots.answers
     finish, count = int(answers.finish[slot]), int(answers.count[slot])
+    if finish == FAILED:
+        return Completion.failed(row.prompt, _why_it_failed(row, slots, slot), row.sample)
     tokens = answers.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist()
     stop_reason: str | int | None = None
     if finish == STOP_TOKEN:
@@ -59,3 +66,10 @@ def _completion(row: Row, slots: Slots, slot: int) -> Completion:
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
         logprobs=logprobs,
     )
+
+
+def _why_it_failed(row: Row, slots: Slots, slot: int) -> str:
+    text = slots.guides.texts[slot]
+    assert text is not None
+    why = "the text was not whole; raise sampling.max_tokens or model.max_model_len" if text.goes_on else text.error
+    return f"sampling.structured_outputs: after {text.count} tokens {why}"

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from batchmix.engine.completion import hear
+from batchmix.engine.completion import hear, listen
 from batchmix.engine.forced import append_runs, forced_runs, wants_skipping
 from batchmix.engine.graphs import rung
 from batchmix.engine.kv_cache import OutOfBlocks
@@ -23,7 +23,7 @@ class Decode:
         self.model, self.state, self.device_clock, self.steps_per_read = model, state, device_clock, steps_per_read
 
     def run(self) -> None:
-        """Queue a few tokens for every active row, or one if their log-probabilities are wanted, which the host keeps.
+        """Queue a few tokens for every active row, or one where the host keeps their log-probabilities or finds their masks.
 
         Nothing is queued where all rows will have ended once what is queued already is done.
         """
@@ -35,7 +35,8 @@ class Decode:
         runs = forced_runs(slots, state.max_num_batched_tokens) if skipping else []
         slots.planned[: len(runs)] += np.array([len(run) for run in runs], np.int64)
         run_of = {id(row): run for row, run in zip(state.rows, runs, strict=False)}
-        steps = self._take_blocks(1 if wants_logprobs or skipping else self.steps_per_read)
+        on_host = bool(slots.guides.texts)
+        steps = self._take_blocks(1 if wants_logprobs or skipping or on_host else self.steps_per_read)
         if not steps:
             hear(state, all_of_it=True)
             return
@@ -45,7 +46,7 @@ class Decode:
         # A power of two, so that a graph serves for a while.
         width = 1 << int(slots.num_blocks[:active].max() - 1).bit_length()
         width = min(width, slots.block_table.shape[1])
-        captured = state.graphs.enabled and not wants_logprobs and not any(runs)
+        captured = state.graphs.enabled and not wants_logprobs and not any(runs) and not on_host
         # A captured step runs over free slots too, so that few sizes serve all.
         size = rung(state.ladder, active) if captured else pad(active, model.ops.row_tile)
         slots.upload()
@@ -91,8 +92,10 @@ class Decode:
         """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""
         model, slots, cache = self.model, self.state.slots, self.state.cache
         attend = cache.around_decode(model.ops.decode(model, cache, slots, rows, size, width), slots, rows)
-        hidden = model(slots.token[:size], attend)
-        choose(model, slots, 0, model.logits(hidden)[:rows], decoded=True)
+        logits = model.logits(model(slots.token[:size], attend))[:rows]
+        if slots.guides.texts:  # while the model runs
+            listen(self.state, all_of_it=True)
+        choose(model, slots, 0, logits, decoded=True)
 
     def _take_blocks(self, most: int) -> int:
         """The blocks that rows write to in up to so many steps; returns how many steps, 0 where no row is left.

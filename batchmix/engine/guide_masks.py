@@ -40,9 +40,12 @@ def apply_guides(logits: Tensor, slots: Slots, span: slice) -> tuple[Tensor, lis
     dropped: list[tuple[int, np.ndarray]] = []
     narrow: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for row in rows.tolist():
-        guide = slots.guides.of_slot[span.start + row]
-        assert guide is not None
-        tokens = guide.allowed_tokens(int(states[row]), int(left[row]))
+        slot = span.start + row
+        guide = slots.guides.of_slot[slot]
+        if guide is None:
+            tokens = slots.guides.texts.allowed(slot)
+        else:
+            tokens = guide.allowed_tokens(int(states[row]), int(left[row]))
         if tokens.few_allowed is not None:
             width = max(_NARROWEST, 1 << (len(tokens.few_allowed) - 1).bit_length())
             narrow[width].append((row, tokens.few_allowed))

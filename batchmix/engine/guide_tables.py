@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 import torch
 
 from batchmix.config import SamplingConfig
+from batchmix.engine.host_texts import ALLOWED, ONE_STATE, HostTexts
 from batchmix.engine.shared_rows import SharedTables
 from batchmix.guided.compile import Guides, guide_key
 from batchmix.guided.guide import Guide
+from batchmix.guided.host_guide import HostGuide, HostText
 
 
 class GuideTables:
@@ -19,6 +23,9 @@ class GuideTables:
         self.states = SharedTables(2, torch.int32, device)
         self.classes = SharedTables(vocab_size, torch.int32, device)
         self.of_slot: list[Guide | None] = [None] * size
+        self.texts = HostTexts(size)  # of rows whose guide has no table
+        self._num_texts = 0
+        self._text_keys: list[Hashable] = [None] * size
         self._followed = [(0, 0)] * size  # tokens of the row, and the guide's state after them, as far as it was asked
 
     @property
@@ -31,9 +38,19 @@ class GuideTables:
         assert self._guides is not None, "rows with structured_outputs are refused where there is no tokenizer"
         guide, key = self._guides.get(sampling), guide_key(sampling)
         assert guide.tokens_needed(sampling.min_tokens) <= max_tokens, "rows without room for an answer are refused"
+        if isinstance(guide, HostGuide):
+            return self._acquire_text(slot, HostText(guide))
         self.of_slot[slot], self._followed[slot] = guide, (0, guide.start)
         base = self.states.acquire(key, lambda: torch.from_numpy(guide.table))
         return base, self.classes.acquire(key, lambda: torch.from_numpy(guide.token_class)[None]), guide.start
+
+    def _acquire_text(self, slot: int, text: HostText) -> tuple[int, int, int]:
+        self._num_texts += 1
+        key = self._text_keys[slot] = "text", self._num_texts
+        width = self.classes.data.shape[1]
+        row = self.classes.acquire(key, lambda: torch.full((1, width), ALLOWED))
+        self.texts.put(slot, text, row)
+        return self.states.acquire("text", lambda: ONE_STATE), row, 0
 
     def follow(self, slot: int, tokens: np.ndarray, count: int) -> int:
         """The state of the slot's row after its first `count` tokens; never fewer than at the last call."""
@@ -48,9 +65,18 @@ class GuideTables:
     def move(self, target: int, source: int) -> None:
         """The row of slot `source` is now in slot `target`."""
         self.of_slot[target], self._followed[target] = self.of_slot[source], self._followed[source]
+        self._text_keys[target] = self._text_keys[source]
+        self.texts.move(target, source)
 
-    def release(self, sampling: SamplingConfig) -> None:
-        """A row with this guide is gone."""
-        if key := guide_key(sampling):
-            self.states.release(key)
-            self.classes.release(key)
+    def clear(self, slot: int) -> None:
+        """The slot has no row."""
+        self.of_slot[slot] = self._text_keys[slot] = None
+        self.texts.clear(slot)
+
+    def release(self, slot: int, sampling: SamplingConfig) -> None:
+        """The slot's row is gone, or goes."""
+        if sampling.structured_outputs is None:
+            return
+        text = self._text_keys[slot]
+        self.states.release(guide_key(sampling) if text is None else "text")
+        self.classes.release(guide_key(sampling) if text is None else text)

@@ -33,6 +33,7 @@ from batchmix.records import Prompt
 RUNNING, EOS, STOP_TOKEN, STOP_STRING, LENGTH = range(5)  # why a row ended
 FREE = 5  # `finish` of a slot without a row: steps leave it alone, as they do rows that have ended
 WHOLE = 6  # why a row ended: its guide allows no longer text
+FAILED = 7  # why a row ended: its text is not one that its guide allows, and cannot become one
 
 _STATE = ("token", "context", "generated", "finish", "stop_reason", "stop_state", "guide_state")  # changed by steps
 _READ = slice(2, 5)  # of _STATE: what the host wants to know
@@ -200,7 +201,12 @@ class Slots:
         state, ring = look.arrival()
         there = np.flatnonzero(look.slots >= 0)
         generated, finish, stop_reason = state[:, there]
-        return self.answers.hear(look.slots[there], generated, finish, stop_reason, ring[there])
+        new = self.answers.hear(look.slots[there], generated, finish, stop_reason, ring[there])
+        ended = self.answers.finish
+        for slot, text in self.guides.texts.hear(self.answers, ended == RUNNING, ended == LENGTH):
+            if not text.goes_on or not text.may_end:
+                ended[slot] = WHOLE if text.may_end else FAILED
+        return new
 
     def add(self, prompt: Prompt, sample: int, max_tokens: int) -> int:
         """Give the next free slot to one sample of a prompt whose tokens are in the cache."""
@@ -245,7 +251,7 @@ class Slots:
             self.biases.release(key)
         if key := stop_key(sampling):
             self.automata.release(key)
-        self.guides.release(sampling)
+        self.guides.release(slot, sampling)
         self.num_active -= 1
         self.version += 1
         last = self.num_active
@@ -274,7 +280,7 @@ class Slots:
         self.host["finish"][slot] = FREE
         for name in _NONE:
             self.host[name][slot] = -1
-        self.guides.of_slot[slot] = None
+        self.guides.clear(slot)
         self.block_table[slot] = SCRATCH_BLOCK
         self._stops.array[slot] = -1
         self.num_blocks[slot] = self.prompt_tokens[slot] = self.planned[slot] = 0

@@ -44,6 +44,11 @@ def canonical_tokens(
     return tokens, start
 
 
+def canonical_within(text: str, pieces: Sequence[bytes], encode: Encode, drops_leading_space: bool) -> Sequence[int]:
+    """The tokenizer's tokens of a text that stands within an answer; none where it has no such tokens."""
+    return _behind_break(encode([_BREAK + text])[0], pieces, drops_leading_space)
+
+
 def _stretches(automaton: ByteAutomaton) -> dict[int, str]:
     """The text that must follow each state, where there is one; it begins and ends with whole characters."""
     possible = automaton.goto >= 0

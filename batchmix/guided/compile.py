@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.data.messages import PromptError
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import join, strip_start
-from batchmix.guided.canonical import Encode, canonical_tokens
+from batchmix.guided.canonical import Encode, canonical_tokens, canonical_within
 from batchmix.guided.dfa import build_automaton
 from batchmix.guided.guide import Guide, build_guide
-from batchmix.guided.json_schema import json_schema_pattern
-from batchmix.guided.pattern import Pattern, Unsupported, alt, literal
+from batchmix.guided.host_guide import HostGuide, HostVocabulary, host_guide
+from batchmix.guided.json_schema import json_schema_grammar
+from batchmix.guided.pattern import Grammar, Pattern, TooLarge, Unsupported, alt, literal
 from batchmix.guided.regex import regex_pattern
 from batchmix.guided.trie import TokenTrie
 
 if TYPE_CHECKING:
     from batchmix.model.checkpoint import Checkpoint
 
+_log = logging.getLogger(__name__)
+_RECURSIVE = "recursive (any value, or a schema within itself)"
 _KEPT = 64  # guides that are kept for rows to come
 
 
@@ -47,7 +53,8 @@ class Guides:
         self._drops_leading_space = drops_leading_space
         self._eos_token_ids = tuple(eos_token_ids)
         self._tries: dict[Hashable, TokenTrie] = {}
-        self._guides: OrderedDict[Hashable, Guide] = OrderedDict()
+        self._guides: OrderedDict[Hashable, Guide | HostGuide] = OrderedDict()
+        self._host_vocabulary: HostVocabulary | None = None
         self._encode = encode
         self._choice_tokens: OrderedDict[Hashable, list[list[int]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -64,7 +71,7 @@ class Guides:
             encode=partial(_encode_answers, tokenizer),
         )
 
-    def get(self, sampling: SamplingConfig) -> Guide:
+    def get(self, sampling: SamplingConfig) -> Guide | HostGuide:
         """The guide of a row with structured_outputs. Unsupported, in one line that names the key, where there is none."""
         key = guide_key(sampling)
         with self._lock:
@@ -101,31 +108,63 @@ class Guides:
             self._choice_tokens[texts] = found
         return found
 
-    def _compile(self, sampling: SamplingConfig) -> Guide:
+    def _compile(self, sampling: SamplingConfig) -> Guide | HostGuide:
         assert sampling.structured_outputs is not None
-        ends = self.end_tokens(sampling)
-        allowed = None if sampling.allowed_token_ids is None else set(sampling.allowed_token_ids)
         outputs = sampling.structured_outputs
         name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
         try:
-            automaton = build_automaton(_pattern(outputs))
-            trie = self._trie({*ends, *(sampling.stop_token_ids or ())}, allowed)
-            only: dict[int, int] = {}
-            first = None
-            if self._encode is not None and allowed is None:
-                only, first = canonical_tokens(automaton, trie, self._pieces, self._encode, self._drops_leading_space)
-            return build_guide(
-                automaton,
-                trie,
-                end_tokens=ends,
-                drops_leading_space=self._drops_leading_space,
-                only=only,
-                only_first=first,
-            )
+            grammar = _grammar(outputs)
+            if grammar.rules:
+                return self._on_host(grammar, sampling, name, _RECURSIVE)
+            try:
+                return self._as_table(grammar.pattern, sampling)
+            except TooLarge as error:
+                return self._on_host(grammar, sampling, name, str(error))
         except Unsupported as error:
             raise Unsupported(f"sampling.structured_outputs.{name}: {error}") from None
         except RecursionError:
             raise Unsupported(f"sampling.structured_outputs.{name}: nested too deeply") from None
+
+    def _as_table(self, pattern: Pattern, sampling: SamplingConfig) -> Guide:
+        ends = self.end_tokens(sampling)
+        allowed = None if sampling.allowed_token_ids is None else set(sampling.allowed_token_ids)
+        automaton = build_automaton(pattern)
+        trie = self._trie({*ends, *(sampling.stop_token_ids or ())}, allowed)
+        only: dict[int, int] = {}
+        first = None
+        if self._encode is not None and allowed is None:
+            only, first = canonical_tokens(automaton, trie, self._pieces, self._encode, self._drops_leading_space)
+        return build_guide(
+            automaton,
+            trie,
+            end_tokens=ends,
+            drops_leading_space=self._drops_leading_space,
+            only=only,
+            only_first=first,
+        )
+
+    def _on_host(self, grammar: Grammar, sampling: SamplingConfig, name: str, why: str) -> HostGuide:
+        """`name` is the key, `why` it has no table, for messages."""
+        if sampling.allowed_token_ids is not None or any(self._pieces[id] for id in sampling.stop_token_ids or ()):
+            raise Unsupported(f"{why}; allowed_token_ids, and stop_token_ids with a text, need a guide with a table")
+        if self._host_vocabulary is None:
+            trie = self._trie(set(self._eos_token_ids), None)
+            tokens = np.zeros(len(self._pieces), np.bool_)
+            tokens[trie.token[trie.token >= 0]] = True
+            try:
+                self._host_vocabulary = HostVocabulary(self._pieces, tokens, self._tokenize, self._drops_leading_space)
+            except Unsupported as error:
+                raise Unsupported(f"{why}; without tables it {error}") from None
+            _log.info(
+                "sampling.structured_outputs.%s: %s. So it has no table; the host finds the tokens that may come next, at every"
+                " step (docs/guided.md)", name, why,
+            )  # fmt: skip
+        return host_guide(grammar, self._host_vocabulary, self.end_tokens(sampling))
+
+    def _tokenize(self, text: str) -> Sequence[int]:
+        if self._encode is None:
+            return []
+        return canonical_within(text, self._pieces, self._encode, self._drops_leading_space)
 
     def _trie(self, ends: set[int], allowed: set[int] | None) -> TokenTrie:
         """The tokens that a text may have: not those that end it, and of the rest those allowed."""
@@ -173,14 +212,14 @@ def _encode_answers(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int
     return found
 
 
-def _pattern(outputs: StructuredOutputs) -> Pattern:
+def _grammar(outputs: StructuredOutputs) -> Grammar:
     """The texts that are allowed."""
     if outputs.choice is not None:
-        return alt([literal(text) for text in outputs.choice])
+        return Grammar(alt([literal(text) for text in outputs.choice]))
     if outputs.regex is not None:
-        return regex_pattern(outputs.regex)
+        return Grammar(regex_pattern(outputs.regex))
     try:
         schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
     except ValueError as error:
         raise Unsupported(f"no JSON ({error})") from None
-    return json_schema_pattern(schema)
+    return json_schema_grammar(schema)

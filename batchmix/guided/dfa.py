@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.guided.pattern import NEVER, Alt, Chars, Pattern, Range, Repeat, Seq, Unsupported, utf8
+from batchmix.guided.pattern import NEVER, Alt, Chars, Named, Pattern, Range, Repeat, Seq, TooLarge, Unsupported, utf8
 
 MAX_STATES = 16_384  # of an automaton; a string of up to 1,000 characters takes 9,000
 _MAX_NFA_STATES = 150_000
@@ -45,7 +45,7 @@ class _Nfa:
 
     def state(self) -> int:
         if len(self.edges) >= _MAX_NFA_STATES:
-            raise Unsupported(_TOO_LARGE)
+            raise TooLarge(_TOO_LARGE)
         self.empty.append([])
         self.edges.append([])
         return len(self.edges) - 1
@@ -71,6 +71,7 @@ class _Nfa:
                 self.add(item, first, last)
                 self.empty[last].append(end)
         else:
+            assert not isinstance(pattern, Named), "no finite automaton follows a rule"
             self._add_repeat(pattern, start, end)
 
     def _add_repeat(self, pattern: Repeat, start: int, end: int) -> None:
@@ -139,7 +140,7 @@ def _determinise(nfa: _Nfa, start: int, end: int) -> ByteAutomaton:
             known = numbers.get(subset)
             if known is None:
                 if len(queue) >= MAX_STATES:
-                    raise Unsupported(_TOO_LARGE)
+                    raise TooLarge(_TOO_LARGE)
                 known = numbers[subset] = len(queue)
                 queue.append(subset)
             closures[targets] = known

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchmix.guided.dfa import ByteAutomaton
-from batchmix.guided.pattern import Unsupported
+from batchmix.guided.pattern import TooLarge, Unsupported
 from batchmix.guided.trie import TokenTrie
 
 NEVER_ENDS = 2**30  # tokens needed where there is no way to an end
@@ -34,6 +34,17 @@ class TokenSet:
     allowed: npt.NDArray[np.bool_]  # [V]
     few_allowed: npt.NDArray[np.int64] | None  # ids of those allowed, where they are few
     few_forbidden: npt.NDArray[np.int64] | None  # ids of the others, where those are few
+
+
+def token_set(allowed: npt.NDArray[np.bool_]) -> TokenSet:
+    """The tokens of allowed [V]."""
+    count = int(allowed.sum())
+    few, many = count <= _FEW, len(allowed) - count <= _FEW
+    return TokenSet(
+        allowed,
+        np.flatnonzero(allowed) if few else None,
+        np.flatnonzero(~allowed) if many and not few else None,
+    )
 
 
 @dataclass
@@ -104,14 +115,7 @@ class Guide:
         if found is None:
             if len(self._sets) >= _CACHED_SETS:
                 self._sets.clear()
-            allowed = (need <= left)[self.token_class - 1]
-            count = int(allowed.sum())
-            few, many = count <= _FEW, len(allowed) - count <= _FEW
-            found = self._sets[state, left] = TokenSet(
-                allowed,
-                np.flatnonzero(allowed) if few else None,
-                np.flatnonzero(~allowed) if many and not few else None,
-            )
+            found = self._sets[state, left] = token_set((need <= left)[self.token_class - 1])
         return found
 
 
@@ -149,9 +153,7 @@ def build_guide(
         need = np.column_stack((need, np.where(accepts, 0, NEVER_ENDS)))
     width = 1 + following.shape[1]
     if num_states * width * 8 > _MAX_TABLE_BYTES:
-        raise Unsupported(
-            "the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})"
-        )
+        raise TooLarge("the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})")
     table = np.zeros((num_states, width, 2), np.int32)
     table[:, 0, 0] = accepts & (longer >= NEVER_ENDS)
     table[:, 0, 1] = np.where(accepts, longer, 0)

@@ -15,7 +15,20 @@ from typing import Any
 from batchmix.guided.json_strings import any_string, format_string, pattern_string
 from batchmix.guided.json_values import TYPE_OF, bounds, count, dumps, has_type, kind_of, normal, refusal
 from batchmix.guided.numbers import any_integer, any_number, integers_between, numbers_between
-from batchmix.guided.pattern import EMPTY, NEVER, Pattern, Unsupported, alt, literal, optional, repeat, separated, seq
+from batchmix.guided.pattern import (
+    EMPTY,
+    NEVER,
+    Grammar,
+    Named,
+    Pattern,
+    Unsupported,
+    alt,
+    literal,
+    optional,
+    repeat,
+    separated,
+    seq,
+)
 
 # Say nothing that a validator checks.
 _ANNOTATIONS = {"title", "description", "default", "examples", "example", "$schema", "$id", "$comment", "$defs",
@@ -31,25 +44,30 @@ _KEYWORDS = {
 }
 _COMBINING = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
 _MAX_DEPTH = 32  # of schemas in one another, references followed
+_ANYTHING = "any value"  # the name of a rule; no reference is called so
 _COMMA, _COLON = literal(", "), literal(": ")
 
 
-def json_schema_pattern(schema: Any) -> Pattern:
+def json_schema_grammar(schema: Any) -> Grammar:
     """The texts of a schema's values. Unsupported, in one line, for what is no schema or cannot be kept."""
-    return _Translation(schema).schema(schema, "", 0)
+    translation = _Translation(schema)
+    pattern = translation.schema(schema, "", 0)
+    return Grammar(pattern, translation.rules)
 
 
 class _Translation:
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._open: list[str] = []  # references that are being followed
+        self.rules: dict[str, Pattern] = {}  # what references stand for that lead to themselves
+        self._open: dict[str, bool] = {}  # references that are being followed, and whether they were met again
+        self._followed: dict[str, Pattern] = {}
 
     def schema(self, schema: Any, path: str, depth: int) -> Pattern:
         """`path` is where it stands, for messages."""
         if depth > _MAX_DEPTH:
             raise refusal(path, "is nested too deeply")
         if schema is True or schema == {}:
-            raise refusal(path, "allows any value; give a type")
+            return self._anything()
         if schema is False:
             return NEVER
         if not isinstance(schema, Mapping):
@@ -102,11 +120,16 @@ class _Translation:
     def _reference(self, reference: Any, path: str, depth: int) -> Pattern:
         target = self._target(reference, path)
         if reference in self._open:
-            raise refusal(path, f"{reference!r} is recursive, which is not supported")
-        self._open.append(reference)
-        found = self.schema(target, reference.removeprefix("#"), depth + 1)
-        self._open.pop()
-        return found
+            self._open[reference] = True
+            return Named(reference)
+        if reference not in self._followed:
+            self._open[reference] = False
+            found = self.schema(target, reference.removeprefix("#"), depth + 1)
+            if self._open.pop(reference):
+                self.rules[reference] = found
+                found = Named(reference)
+            self._followed[reference] = found
+        return self._followed[reference]
 
     def _target(self, reference: Any, path: str) -> Any:
         if not isinstance(reference, str) or not reference.startswith("#"):
@@ -177,6 +200,15 @@ class _Translation:
         except Unsupported as error:
             raise refusal(path, str(error)) from None
 
+    def _anything(self) -> Pattern:
+        """Any value."""
+        if _ANYTHING not in self.rules:
+            value = Named(_ANYTHING)
+            array = seq([literal("["), _listed([], value, 0, None), literal("]")])
+            atoms = [any_string(0, None), any_number(), literal("true"), literal("false"), literal("null")]
+            self.rules[_ANYTHING] = alt([*atoms, array, _object_of(value)])
+        return Named(_ANYTHING)
+
     def _boolean(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
         return alt([literal("true"), literal("false")])
 
@@ -193,9 +225,10 @@ class _Translation:
         if "items" in schema:
             rest = self.schema(schema["items"], f"{path}/items", depth + 1)
         elif high is None or high > len(fixed):
-            if not fixed:
-                raise refusal(path, "is an array of any values; give items")
-            high = len(fixed)
+            if fixed:
+                high = len(fixed)
+            else:
+                rest = self._anything()
         return seq([literal("["), _listed(fixed, rest, low, high), literal("]")])
 
     def _object(self, schema: Mapping[str, Any], path: str, depth: int) -> Pattern:
@@ -212,17 +245,20 @@ class _Translation:
         if not properties:
             if extra is False:
                 return literal("{}")
-            if extra is None or extra is True:
-                raise refusal(path, "is an object of any properties; give properties")
-            value = self.schema(extra, f"{path}/additionalProperties", depth + 1)
-            member = seq([any_string(0, None), _COLON, value])
-            return seq([literal("{"), _listed([], member, 0, None), literal("}")])
+            value = self._anything() if extra is None else self.schema(extra, f"{path}/additionalProperties", depth + 1)
+            return _object_of(value)
         members = [
             (seq([literal(dumps(name, path)), _COLON, self.schema(one, f"{path}/properties/{name}", depth + 1)]),
              name in required)
             for name, one in properties.items()
         ]  # fmt: skip
         return seq([literal("{"), _members(members), literal("}")])
+
+
+def _object_of(value: Pattern) -> Pattern:
+    """An object of any names."""
+    member = seq([any_string(0, None), _COLON, value])
+    return seq([literal("{"), _listed([], member, 0, None), literal("}")])
 
 
 def _listed(fixed: list[Pattern], rest: Pattern, low: int, high: int | None) -> Pattern:

@@ -1,12 +1,13 @@
 """Patterns: sets of texts, built from sets of characters by sequence, choice and repetition.
 
-What a regex, a JSON Schema or a list of choices allows is one pattern; dfa.py makes an automaton of it.
+What a regex, a JSON Schema or a list of choices allows is one pattern; dfa.py makes an automaton of it. A schema that
+refers to itself is a grammar: patterns that name each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeAlias
 
@@ -45,13 +46,32 @@ class Repeat:
     high: int | None
 
 
-Pattern: TypeAlias = Chars | Seq | Alt | Repeat
+@dataclass(frozen=True)
+class Named:
+    """The texts of a grammar's rule, in which the name may stand again."""
+
+    name: str
+
+
+Pattern: TypeAlias = Chars | Seq | Alt | Repeat | Named
 EMPTY: Pattern = Seq(())
 NEVER: Pattern = Alt(())
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """A pattern, and what the names in it stand for; without names it is one that a finite automaton accepts."""
+
+    pattern: Pattern
+    rules: Mapping[str, Pattern] = field(default_factory=dict)
+
+
 class Unsupported(ValueError):
     """What a guide cannot do; the message is one line that names the feature."""
+
+
+class TooLarge(Unsupported):
+    """More than tables can hold."""
 
 
 def chars(ranges: Iterable[Range]) -> Pattern:
@@ -127,6 +147,38 @@ def separated(items: Iterable[Pattern], separator: Pattern) -> Pattern:
     for item in items:
         parts += [separator, item] if parts else [item]
     return seq(parts)
+
+
+def without_dead_ends(grammar: Grammar) -> Grammar:
+    """The same texts, without what never comes to an end, as a rule that always needs itself."""
+    rules = dict(grammar.rules)
+    ending: set[str] = set()
+    while found := {name for name in rules.keys() - ending if _ends(rules[name], ending)}:
+        ending |= found
+    kept = {name: _only(pattern, ending) for name, pattern in rules.items() if name in ending}
+    return Grammar(_only(grammar.pattern, ending), kept)
+
+
+def _ends(pattern: Pattern, ending: set[str]) -> bool:
+    """Whether there is a text, where the rules of `ending` are known to have some."""
+    if isinstance(pattern, Named):
+        return pattern.name in ending
+    if isinstance(pattern, Seq):
+        return all(_ends(item, ending) for item in pattern.items)
+    if isinstance(pattern, Alt):
+        return any(_ends(item, ending) for item in pattern.items)
+    return isinstance(pattern, Chars) or pattern.low == 0 or _ends(pattern.item, ending)
+
+
+def _only(pattern: Pattern, names: set[str]) -> Pattern:
+    """The pattern's texts in which no other names stand."""
+    if isinstance(pattern, Named):
+        return pattern if pattern.name in names else NEVER
+    if isinstance(pattern, Seq):
+        return seq(_only(item, names) for item in pattern.items)
+    if isinstance(pattern, Alt):
+        return alt([found for item in pattern.items if (found := _only(item, names)) != NEVER])
+    return pattern if isinstance(pattern, Chars) else repeat(_only(pattern.item, names), pattern.low, pattern.high)
 
 
 @cache

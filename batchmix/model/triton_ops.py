@@ -92,6 +92,7 @@ class TritonOperators:
 
     def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None]:
         span = slice(first, first + len(logits))
+        slots.guides.texts.tell(span, slots.guides.classes.data)
         counts, marks = slots.output_counts, slots.in_prompt
         tokens, chosen = sampling.sample(
             logits, slots.temperature[span], slots.top_k[span], slots.top_p[span], slots.min_p[span], slots.seed[span],

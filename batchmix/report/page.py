@@ -15,10 +15,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from batchmix.annotate.checks import check_results, checks_text, write_checks
+from batchmix.annotate.checks import checks_text, write_checks
 from batchmix.annotate.results import Results
-from batchmix.config import Config
-from batchmix.data.local_files import atomic_file
+from batchmix.config import AnnotateConfig, Config
+from batchmix.data.storage import Storage, read_json, write_text, written
 from batchmix.report.panels import label_plots, run_plots, score_panel, tiles
 from batchmix.report.sample import read_sample
 
@@ -26,32 +26,27 @@ FOLDER, NAME = "_report", "report.html"  # in a folder of its own, since what do
 _HERE = Path(__file__).parent
 
 
-def write_report(config: Config, checks: dict[str, Any] | None = None) -> Path:
-    """Write the report of the run in output.dir and return its path. `checks` are computed where they are not given."""
-    results = Results(Path(config.output.dir))
-    gold = _gold(config, results)
-    if checks is None and results.answer is not None and results.paths:
-        checks = check_results(results, gold, config.annotate.bootstrap)
-    path = results.folder / FOLDER / NAME
-    path.parent.mkdir(exist_ok=True)
-    page = render(results, checks, gold, config.annotate.report_rows)
-    with atomic_file(path) as file:
-        file.write(page.encode())
-    return path
-
-
-def _gold(config: Config, results: Results) -> Any:
-    """Where people's answers are: as asked for now, or else as the run's task says."""
-    return results.task.gold if config.annotate.gold is None else config.annotate.gold
-
-
 def report(config: Config) -> str:
     """Write the report and, of a task's run, its checks; returns what to print."""
-    results = Results(Path(config.output.dir))
-    if results.answer is None or not results.paths:
-        return f"the report is {write_report(config)}"
-    checks = write_checks(results, _gold(config, results), config.annotate.bootstrap)
-    return f"{checks_text(checks)}\nthe report is {write_report(config, checks)}"
+    results = Results(config.output.dir)
+    if results.answer is None or not results.names:
+        return f"the report is {write_report(results, config.annotate, None)}"
+    checks = write_checks(results, _gold(config.annotate, results), config.annotate.bootstrap)
+    return f"{checks_text(checks)}\nthe report is {write_report(results, config.annotate, checks)}"
+
+
+def write_report(results: Results, settings: AnnotateConfig, checks: dict[str, Any] | None) -> str:
+    """Write the report of a run and return where it is. `checks`: those of its labels, if it has any."""
+    page = render(results, checks, _gold(settings, results), settings.report_rows)
+    with written(results.url, "output.dir"):
+        results.storage.make_folder(FOLDER)
+        write_text(results.storage, f"{FOLDER}/{NAME}", page)
+    return f"{results.url}/{FOLDER}/{NAME}"
+
+
+def _gold(settings: AnnotateConfig, results: Results) -> Any:
+    """Where people's answers are: as asked for now, or else as the run's task says."""
+    return results.task.gold if settings.gold is None else settings.gold
 
 
 def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows: int) -> str:
@@ -59,17 +54,17 @@ def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows:
     sample = read_sample(results, gold, num_rows)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    summary = _read(results.folder / "_summary.json")
+    summary = _read(results.storage, "_summary.json")
     run = results.run
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string((_HERE / "page.html").read_text(encoding="utf-8")).render(
-        title=results.folder.resolve().name,
+        title=results.title,
         subtitle=f"{run['config']['model']['path']} on {run['config']['data']['path']}, batchmix {run['versions']['batchmix']}",
         warning="" if results.complete else "The run is not finished: this is what is there so far.",
         tiles=tiles(summary, checks, sample),
         labels=label_plots(checks),
         scores=score_panel(checks),
-        plots=run_plots(results.folder, summary, sample),
+        plots=run_plots(results.storage, summary, sample),
         sampling=sample.description,
         shared_prompt=sample.shared_prompt,
         settings=json.dumps(run["config"], indent=2, ensure_ascii=False),
@@ -88,9 +83,9 @@ def _in_script(value: Any) -> str:
     return text
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(storage: Storage, name: str) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found: dict[str, Any] = read_json(storage, name)
+    except (FileNotFoundError, ValueError):
         return None
     return found

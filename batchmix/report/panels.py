@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from batchmix.annotate.checks import checks_text
+from batchmix.data.storage import Storage
 from batchmix.report.charts import bar_chart, calibration_chart, histogram, line_chart, matrix
 from batchmix.report.progress import duration
 from batchmix.report.sample import Sample
@@ -80,10 +80,10 @@ def score_panel(checks: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"lines": checks_text(checks).splitlines()[1:], "plots": plots, "tables": tables}
 
 
-def run_plots(folder: Path, summary: dict[str, Any] | None, sample: Sample) -> list[Markup]:
+def run_plots(storage: Storage, summary: dict[str, Any] | None, sample: Sample) -> list[Markup]:
     """Lengths, throughput, KV cache and batch over time, and the load of the experts."""
     plots = [histogram("Lengths", sample.lengths, "tokens", "rows")] if any(sample.lengths.values()) else []
-    metrics = _metrics(folder / "_metrics.jsonl")
+    metrics = _metrics(storage)
     if metrics:
         start = min(stretch[0]["time"] for stretch in metrics)
         rates = [_with_rates(stretch) for stretch in metrics]
@@ -111,14 +111,10 @@ def run_plots(folder: Path, summary: dict[str, Any] | None, sample: Sample) -> l
     return plots
 
 
-def _metrics(path: Path) -> Metrics:
+def _metrics(storage: Storage) -> Metrics:
     """The lines by process: a shard that starts anew begins its counts anew."""
     stretches: dict[int, list[list[dict[str, Any]]]] = {}
-    try:
-        text = path.read_text()
-    except OSError:
-        return []
-    for line in text.splitlines():
+    for line in (line for name in storage.names("_metrics*.jsonl") for line in storage.read(name).splitlines()):
         try:
             entry = json.loads(line)
         except ValueError:  # what a killed process was writing

@@ -43,7 +43,7 @@ class Sample:
 def read_sample(results: Results, gold: Any, num_rows: int) -> Sample:
     """Memory grows with `num_rows`, not with the run. Which rows are shown depends on them, not on the order of parts."""
     sample = Sample(lengths={"prompt": Counter(), "completion": Counter()})
-    if not results.paths:
+    if not results.names:
         return sample
     chosen = _choose(results, num_rows, sample)
     shown = _Shown(results, gold)

@@ -38,7 +38,7 @@ def test_every_form_of_gold_in_every_format(form: OutputFormat, gold_as: str, tm
     gold = "gold" if gold_as != "columns" else {"mood": "mood", "urgent": "u", "score": "s"}
     results = finished(tmp_path, AnnotateConfig(input="x", json_schema=TICKET), rows, form=form)
     checks = write_checks(results, gold, 200)
-    assert checks == read_checks(tmp_path) == json.loads(json.dumps(checks))
+    assert checks == read_checks(results.storage) == json.loads(json.dumps(checks))
     assert (checks["rows"], checks["error_rows"], checks["invalid_rows"]) == (7, 1, 1)
     assert checks["exact_match"]["value"] == 2 / 5
     mood = checks["fields"]["mood"]["agreement"]

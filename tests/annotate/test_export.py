@@ -8,12 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from finished_runs import finished
 
+from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.checks import write_checks
+from batchmix.annotate.corrections import read_corrections, write_corrections
 from batchmix.annotate.export import export
 from batchmix.annotate.results import Results
 from batchmix.config import AnnotateConfig, Config, ExportConfig, ExportFormat, OutputConfig, OutputFormat
@@ -191,3 +194,10 @@ def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:
     (tmp_path / "run/_SUCCESS").unlink()
     with pytest.raises(BatchmixError, match="the run is not finished"):
         do(tmp_path)
+
+
+def test_corrections_hold_every_character(tmp_path: Path) -> None:
+    path, text = str(tmp_path / "corrections.jsonl"), "one\u2028line\x85\n\U0001f600"
+    corrections = {2: {"note": text}, 1: {"note": "b"}}
+    write_corrections(path, corrections)
+    assert read_corrections(path, [Field("note", pa.string())]) == corrections

@@ -73,7 +73,7 @@ def results(tmp_path: Path) -> Results:
 
 
 def do(results: Results, **settings: Any) -> None:
-    review(Config(output=OutputConfig(dir=str(results.folder)), review=ReviewConfig(**settings)))
+    review(Config(output=OutputConfig(dir=results.url), review=ReviewConfig(**settings)))
 
 
 def test_the_least_certain_rows_come_first(results: Results) -> None:
@@ -130,7 +130,7 @@ def test_of_several_people_most_decide(results: Results, tmp_path: Path) -> None
         "annotations": [annotation("good"), annotation("bad & <ugly>"), annotation("bad & <ugly>")],
     }
     (tmp_path / "export.json").write_text(json.dumps([task]))
-    assert label_studio.read(tmp_path / "export.json", results.answer.fields) == {0: {"mood": "bad & <ugly>"}}
+    assert label_studio.read(str(tmp_path / "export.json"), results.answer.fields) == {0: {"mood": "bad & <ugly>"}}
 
 
 def test_argilla_takes_a_folder_and_gives_one_back(results: Results, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path:
     ]
     record = {"metadata": {"row": 1}, "responses": {"mood": said, "score": [{"value": "1", "status": "draft"}]}}
     (tmp_path / "records.json").write_text(json.dumps([record]))
-    assert argilla.read(tmp_path / "records.json", results.answer.fields) == {1: {"mood": "bad & <ugly>"}}
+    assert argilla.read(str(tmp_path / "records.json"), results.answer.fields) == {1: {"mood": "bad & <ugly>"}}
 
 
 @pytest.mark.parametrize(
@@ -200,4 +200,4 @@ def test_what_cannot_be_reviewed_is_refused(results: Results, tmp_path: Path) ->
         do(results)
     finished(tmp_path / "plain", AnnotateConfig(), [({"prompt": "a"}, ["b"])])
     with pytest.raises(BatchmixError, match="so there are no labels to review"):
-        do(Results(tmp_path / "plain"), path="x")
+        do(Results(str(tmp_path / "plain")), path="x")

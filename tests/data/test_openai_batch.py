@@ -10,10 +10,11 @@ import pytest
 from batchmix.config import DataConfig, DataFormat, SamplingConfig, ShardConfig
 from batchmix.config_checks import override_sampling
 from batchmix.data.openai_batch import OPENAI_SCHEMA, is_request, read_request
+from batchmix.data.part_formats import OpenAIParts
 from batchmix.data.rowset import RowSet
 from batchmix.data.source import open_source
 from batchmix.errors import BatchmixError
-from batchmix.records import Row
+from batchmix.records import Completion, Prompt, Row
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -131,3 +132,18 @@ def test_options_that_do_not_go_with_batch_files(tmp_path: Path, options: dict[s
     other.write_text('{"prompt": "x"}\n')
     with pytest.raises(BatchmixError, match=r"b.jsonl: OpenAI batch files cannot be mixed"):
         open_source(DataConfig([str(path), str(other)]), ShardConfig())
+
+
+def test_responses_are_read_back_as_rows() -> None:
+    def prompt(row: int) -> Prompt:
+        return Prompt(row, f"c{row}", {}, [1, 2, 3], SamplingConfig(n=2))
+
+    done = [Completion(prompt(7), sample, [5], "stop", num_tokens=2, text=f"text {sample}") for sample in range(2)]
+    form = OpenAIParts("m")
+    rows = form.rows(form.records([*done, Completion.failed(prompt(8), "too long", 0)]))
+    assert rows == [
+        {"row": 7, "id": "c7", "sample_index": 0, "generated_text": "text 0", "finish_reason": "stop", "prompt_tokens": 3,
+         "completion_tokens": 4, "error": None},
+        {"row": 8, "id": "c8", "sample_index": 0, "generated_text": None, "finish_reason": "error", "prompt_tokens": None,
+         "completion_tokens": None, "error": "too long"},
+    ]  # fmt: skip

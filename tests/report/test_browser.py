@@ -16,7 +16,7 @@ import pytest
 from finished_runs import finished
 
 from batchmix.config import AnnotateConfig, Config, OutputConfig
-from batchmix.report.page import write_report
+from batchmix.report.page import report as make_report
 
 pytestmark = pytest.mark.browser
 SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -39,7 +39,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "_summary.json").write_text(json.dumps({
         "prompt_tokens": 18, "completion_tokens": 5, "output_tokens_per_second": 9.5, "total_seconds": 61.2,
         "device_busy": 0.5, "runs": [{"expert_tokens": [[30, 10], [20, 20]]}]}))  # fmt: skip
-    return write_report(Config(output=OutputConfig(dir=str(folder))))
+    make_report(Config(output=OutputConfig(dir=str(folder))))
+    return folder / "_report" / "report.html"
 
 
 @pytest.fixture

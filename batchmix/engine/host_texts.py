@@ -1,0 +1,90 @@
+"""Rows whose guide has no table: the host follows their texts and tells the device which tokens may come next.
+
+To a step such a row has a guide like the others, of a single state and two classes of tokens; which token is of which class
+the host writes anew before each choice. A step queues the model first, then hears of the tokens before it and finds the
+masks while the device computes, so that both work at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchmix.engine.answers import Answers
+from batchmix.engine.readback import to_device
+from batchmix.guided.guide import NEVER_ENDS, TokenSet, token_set
+from batchmix.guided.host_guide import HostText, follow
+
+FORBIDDEN, ALLOWED = 1, 2  # classes of tokens
+ONE_STATE = torch.tensor([[0, 0], [0, NEVER_ENDS], [0, 0]])  # [1 + classes, 2], see Guide; the host sees a text's end
+
+
+class HostTexts:
+    """By slot."""
+
+    def __init__(self, size: int) -> None:
+        self._texts: list[HostText | None] = [None] * size
+        self._class_rows = np.zeros(size, np.int64)  # of GuideTables.classes
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return any(text is not None for text in self._texts)
+
+    def __getitem__(self, slot: int) -> HostText | None:
+        return self._texts[slot]
+
+    def put(self, slot: int, text: HostText, class_row: int) -> None:
+        """A row begins."""
+        self._texts[slot], self._class_rows[slot] = text, class_row
+
+    def move(self, target: int, source: int) -> None:
+        """The row of slot `source` is now in slot `target`."""
+        self._texts[target], self._class_rows[target] = self._texts[source], self._class_rows[source]
+
+    def clear(self, slot: int) -> None:
+        """There is no such row in the slot."""
+        self._texts[slot] = None
+
+    def allowed(self, slot: int) -> TokenSet:
+        """The tokens that may come next."""
+        return token_set(self._choosable(slot))
+
+    def _choosable(self, slot: int) -> npt.NDArray[np.bool_]:
+        """[V]. Any token in the step that was on its way when the host saw the text's end: what it chooses is dropped."""
+        text = self._texts[slot]
+        assert text is not None
+        return text.allowed if text.goes_on else np.ones_like(text.allowed)
+
+    def hear(self, answers: Answers, is_running: np.ndarray, is_cut: np.ndarray) -> Iterator[tuple[int, HostText]]:
+        """Take what rows have answered, and find what may follow; the slots whose text cannot go on, or may not.
+
+        bool [slots] each: rows that run, and rows that max_tokens has ended, whose last token belongs to the text.
+        """
+        heard: list[tuple[int, HostText]] = []
+        longer: list[HostText] = []
+        for slot, text in enumerate(self._texts):
+            if text is not None and (is_running[slot] or is_cut[slot]):
+                heard.append((slot, text))
+                count = int(answers.count[slot])
+                if count > text.count:
+                    text.take(answers.tokens[slot, text.count : count].tolist())
+                    longer.append(text)
+        follow(longer)
+        for slot, text in heard:
+            if is_cut[slot] or not text.goes_on:
+                yield slot, text
+
+    def tell(self, span: slice, classes: Tensor) -> None:
+        """Write what may come next in these slots into `classes` int32 [guides, V], in the order of the device's work."""
+        slots = [slot for slot in range(span.start, span.stop) if self._texts[slot] is not None]
+        if not slots:
+            return
+        allowed = np.stack([self._choosable(slot) for slot in slots])
+        packed = to_device(np.packbits(allowed, axis=1, bitorder="little"), classes.device)  # uint8 [N, V / 8]
+        bits = packed[:, :, None] >> torch.arange(8, device=classes.device, dtype=torch.uint8) & 1
+        rows = to_device(self._class_rows[slots], classes.device)
+        classes.index_copy_(0, rows, bits.flatten(1)[:, : classes.shape[1]].int() * (ALLOWED - FORBIDDEN) + FORBIDDEN)

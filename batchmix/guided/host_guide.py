@@ -1,0 +1,174 @@
+"""Guides for what no table can hold: a library follows each row's text on the host and says which tokens may come next.
+
+Recursive schemas have no finite automaton, and some patterns have one that is too large. llguidance (an Earley parser over
+a lexer that is made as it runs) gives a mask over the vocabulary for each row and step, tens of microseconds each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from batchmix.guided.lark import lark
+from batchmix.guided.pattern import NEVER, Grammar, Unsupported, without_dead_ends
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+Tokenize: TypeAlias = Callable[[str], Sequence[int]]
+
+
+class HostVocabulary:
+    """A model's tokens as llguidance knows them. Unsupported where the library is not installed."""
+
+    def __init__(
+        self, pieces: Sequence[bytes], tokens: Bools, tokenize: Tokenize | None, drops_leading_space: bool
+    ) -> None:
+        """`pieces` [V], b"" for tokens without text; `tokens` [V]: those that texts are made of. `tokenize` gives a text within
+        an answer as the tokenizer would, [] where it cannot: what is forced is said so."""
+        try:
+            import llguidance
+        except ImportError:
+            raise Unsupported("needs a library that is not installed: pip install 'batchmix[guided]'") from None
+        self.tokens = tokens
+        self.begins_with_space = np.array([piece.startswith(b" ") for piece in pieces])
+        self.drops_leading_space = drops_leading_space
+        self._library = llguidance
+        # The library's end token is one that no model has: which tokens end a text is the row's matter.
+        names = [piece or b"\xff<%d>" % token for token, piece in enumerate([*pieces, b""])]
+        self._tokenizer = llguidance.LLTokenizer(_Tokens(names, tokenize, self._greedy), eos_token=len(pieces))  # type: ignore[arg-type]
+        self._executor = llguidance.LLExecutor()
+
+    def matcher(self, grammar: Grammar, before: str) -> LLMatcher:
+        """At the start of the grammar's texts with `before` in front of them. Unsupported where the library refuses it."""
+        text = self._library.LLMatcher.grammar_from_lark(lark(grammar, before))
+        found: LLMatcher = self._library.LLMatcher(self._tokenizer, text, log_level=0)
+        if found.is_error():
+            raise Unsupported(_line(found.get_error()))
+        return found
+
+    def masks(self, matchers: Sequence[LLMatcher]) -> Bools:
+        """The tokens that each text may go on with, [N, V]; in threads, without Python's lock."""
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+
+        bits = allocate_token_bitmask(len(matchers), len(self.tokens) + 1)
+        fill_next_token_bitmask_par(self._executor, [(matcher, i) for i, matcher in enumerate(matchers)], bits)
+        found = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : len(self.tokens)].view(np.bool_)
+        return found & self.tokens
+
+    def _greedy(self, text: str) -> list[int]:
+        return self._tokenizer.greedy_tokenize(text)
+
+
+@dataclass(frozen=True)
+class HostGuide:
+    """A grammar at the start of its texts, for one model and one way of ending them."""
+
+    vocabulary: HostVocabulary
+    matcher: LLMatcher
+    after_space: LLMatcher | None  # of the grammar with a space in front of it, where the tokenizer puts one there
+    first: Bools  # [V]: tokens that a text may begin with
+    end_tokens: npt.NDArray[np.int64]
+
+    def tokens_needed(self, min_tokens: int) -> int:
+        """Of a row's text at least. What it takes to end one is not known beforehand."""
+        return 0 if self.matcher.is_accepting() and len(self.end_tokens) and not min_tokens else 1
+
+
+class HostText:
+    """One row's text under a HostGuide, as far as the host has heard of it."""
+
+    goes_on: bool  # whether a longer text is possible
+    allowed: Bools  # [V]: tokens that may come next, those that end the text included
+
+    def __init__(self, guide: HostGuide) -> None:
+        self.guide = guide
+        self.count = 0  # tokens of the text
+        self.matcher = guide.matcher.deep_copy()
+        self.allow(guide.first)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text is whole."""
+        return self.matcher.is_accepting()
+
+    @property
+    def error(self) -> str:
+        """Why no token may come next, where the text is not whole."""
+        return _line(self.matcher.get_error()) or "no token of the model's vocabulary can follow"
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """More tokens of the text, allowed one after the other; `follow` then finds what may come next."""
+        for token in tokens:
+            spaced = self.guide.after_space
+            if self.count == 0 and spaced is not None and self.guide.vocabulary.begins_with_space[token]:
+                self.matcher = spaced.deep_copy()
+            self.count += 1
+            self.matcher.consume_token(token)
+
+    def allow(self, mask: Bools) -> None:
+        """`mask` [V] are the tokens that a longer text may go on with."""
+        self.goes_on = bool(mask.any())
+        self.allowed = mask.copy()
+        self.allowed[self.guide.end_tokens] = self.may_end
+
+
+def host_guide(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequence[int]) -> HostGuide:
+    """The guide of a grammar's texts. Unsupported where there are none, or where the library refuses it."""
+    grammar = without_dead_ends(grammar)
+    if grammar.pattern == NEVER:
+        raise Unsupported("no text fits")
+    matcher = vocabulary.matcher(grammar, "")
+    first = vocabulary.masks([matcher.deep_copy()])[0]
+    spaced = None
+    if vocabulary.drops_leading_space:
+        # One space at the start is not part of the text: a token that begins with it says what follows the space.
+        spaced = vocabulary.matcher(grammar, " ")
+        with_space = vocabulary.masks([spaced.deep_copy()])[0]
+        forced = with_space.sum() == 1  # the way that the tokenizer itself begins
+        first = with_space if forced else with_space | (first & ~vocabulary.begins_with_space)
+    return HostGuide(vocabulary, matcher, spaced, first, np.array(end_tokens, np.int64))
+
+
+def follow(texts: Sequence[HostText]) -> None:
+    """Find what may follow each text, of one vocabulary."""
+    if texts:
+        masks = texts[0].guide.vocabulary.masks([text.matcher for text in texts])
+        for text, mask in zip(texts, masks, strict=True):
+            text.allow(mask)
+
+
+class _Tokens:
+    """What llguidance asks of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], tokenize: Tokenize | None, greedy: Tokenize) -> None:
+        self.tokens = tokens
+        self.eos_token_id = len(tokens) - 1
+        self.special_token_ids = [token for token, piece in enumerate(tokens) if piece.startswith(b"\xff<")]
+        self._tokenize, self._greedy = tokenize, greedy
+        self._last = {piece: token for token, piece in enumerate(tokens)}  # of tokens with one text the last counts
+        self._cached: Any = lru_cache(4096)(self._found)
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text that is forced, joined to exactly that text."""
+        found: list[int] = self._cached(text)
+        return found
+
+    def _found(self, text: str) -> list[int]:
+        ids = list(self._tokenize(text)) if self._tokenize is not None else []
+        if b"".join(self.tokens[token] for token in ids) != text.encode():
+            ids = list(self._greedy(text))
+        return [self._last[self.tokens[token]] for token in ids]
+
+
+def _line(error: str) -> str:
+    return " ".join(error.split())[:200]
