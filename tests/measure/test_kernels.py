@@ -73,7 +73,7 @@ def test_a_search_writes_tables_that_launchers_read(batchmix, tmp_path):
 )
 def test_wrong_input_is_one_line(tmp_path, config, line):
     job = tune if isinstance(config, TuneConfig) else benchmark_kernels
-    with pytest.raises(BatchmixError, match=re.escape(line)):
+    with pytest.raises(BatchmixError, match=rf"^[^\n]*{re.escape(line)}[^\n]*$"):
         job(replace(config, dir=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
