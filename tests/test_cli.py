@@ -77,6 +77,10 @@ WRONG_LINES = {
         1,
         "nowhere.yaml: cannot be read as a task file (No such file or directory)",
     ),
+    ("benchmark", "speed"): (
+        1,
+        "benchmark.name=speed: no such benchmark; there are kernels, throughput and offload",
+    ),
     ("generate", *GIVEN, "hydra/launcher=slurm"): (1, "hydra/launcher=slurm: "),  # needs submitit, or --multirun
     (): (
         2,

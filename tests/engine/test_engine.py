@@ -56,16 +56,16 @@ def test_greedy_tokens_equal_transformers_on_200_ragged_prompts(reference, ragge
 
 @pytest.mark.parametrize("sampling", [{"logprobs": 0}, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_do_not_depend_on_company(model, sampling):
-    rows = prompts(60, 512, seed=2, **sampling)
+    rows = prompts(40, 512, seed=2, **sampling)
     expected = answers(run(make_engine(model, prefill_chunk=64), rows))
-    assert len({str(answer) for answer in expected.values()}) > 50, "the answers must differ for this to say anything"
+    assert len({str(answer) for answer in expected.values()}) > 33, "the answers must differ for this to say anything"
     shuffled = random.Random(5).sample(rows, len(rows))
     for seqs, batched, blocks, order, window in [
         (1, 512, 2000, rows, 1000),
         (7, 512, 2000, rows, 10),
         (64, 2048, 2000, shuffled, 1000),
         (16, 64, 2000, rows, 1),
-        (32, 512, 60, shuffled, 1000),  # blocks for about ten rows at a time
+        (32, 512, 40, shuffled, 1000),  # blocks for about seven rows at a time
     ]:
         engine = make_engine(
             model, max_num_seqs=seqs, max_num_batched_tokens=batched, kv_blocks=blocks, prefill_chunk=64
