@@ -88,10 +88,19 @@ def test_the_confidence_of_any_other_answer_is_that_of_its_tokens(answer: Any) -
 )
 def test_decisions_are_the_values_of_the_classes(name: str, mood: str, urgent: bool | None, parts: list[str]) -> None:
     value = {"name": name, "mood": mood, **({} if urgent is None else {"urgent": urgent}), "parts": parts}
-    text = json.dumps(value, ensure_ascii=False)
-    spans = Json("label", SCHEMA).decisions(text)
-    found = [json.loads(text[low:high]) for low, high in spans]
-    assert found == [mood] if urgent is None else [mood, urgent]
+    for written in ({}, {"indent": 1}, {"separators": (",", ":")}):  # a row may have a guide of its own
+        text = json.dumps(value, ensure_ascii=False, **written)
+        spans = Json("label", SCHEMA).decisions(text)
+        found = [json.loads(text[low:high]) for low, high in spans]
+        assert found == ([mood] if urgent is None else [mood, urgent])
+
+
+def test_the_confidence_of_a_number_counts_that_it_ends() -> None:
+    schema = {"type": "object", "properties": {"score": {"enum": [1, 10]}, "text": {"type": "string"}}}
+    (sample,) = samples(0, ['{"score": 1, "text": ""}'])
+    sample.token_ends, sample.guided_logprobs = [10, 11, 14, 24, 25], [0.0, -0.5, -0.25, -0.125, 0.0]
+    (found,) = records(AnnotationColumns(Json("label", schema), None), [sample])
+    assert found["confidence"] == pytest.approx(math.exp(-0.75))
 
 
 def test_a_row_without_a_valid_sample_and_one_that_could_not_run() -> None:
