@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from batchmix.annotate.answer import Choice, Json
 from batchmix.annotate.columns import AnnotationColumns
-from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig
+from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig, StructuredOutputs
 from batchmix.data.columns import OutputColumns
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion, Prompt
@@ -78,6 +79,15 @@ def test_the_confidence_of_any_other_answer_is_that_of_its_tokens(answer: Any) -
     sample.token_ends, sample.guided_logprobs = [3, 5, 6], [-0.5, -0.25, -0.125]  # the last token ends the text
     (found,) = records(AnnotationColumns(answer, None), [sample])
     assert found["confidence"] == pytest.approx(math.exp(-0.875))
+
+
+def test_a_scored_choice_of_a_row_may_have_white_space_around_it() -> None:
+    (sample,) = samples(0, ["yes "])
+    outputs = StructuredOutputs(choice=["no", "yes "], score_choices=True)
+    sample.prompt.sampling = replace(sample.prompt.sampling, structured_outputs=outputs)
+    sample.choice_probabilities = [0.25, 0.75]
+    (found,) = records(AnnotationColumns(Choice("label", ["yes", "no"]), None), [sample])
+    assert (found["label"], found["confidence"]) == ("yes", 0.75)
 
 
 @given(
