@@ -212,6 +212,12 @@ def test_what_has_no_text_is_refused(asked, reason):
         get(**asked)
 
 
+def test_a_vocabulary_that_cannot_say_every_text_is_refused():
+    few = Guides([b"", b"", b"", b"1", b"{", b'"'], drops_leading_space=False, eos_token_ids=[EOS])
+    with pytest.raises(Unsupported, match=r"json: recursive \(.*\); without tables it needs .* a token for each byte"):
+        few.get(SamplingConfig(structured_outputs=StructuredOutputs(json=TREE)))
+
+
 def test_a_way_that_never_ends_is_not_begun():
     endless = {"type": "object", "properties": {"a": {"$ref": "#/$defs/endless"}}, "required": ["a"]}
     definitions = {"endless": endless, **TREE["$defs"]}
