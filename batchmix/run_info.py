@@ -19,7 +19,8 @@ from batchmix.data.storage import Storage, create_json, read_json, write_json
 from batchmix.errors import BatchmixError
 
 NAME = "_run.json"
-_LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers")
+_LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
+              "llguidance")  # fmt: skip
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.
 _FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",
