@@ -62,7 +62,7 @@ else
   SIZE=(benchmark.shape=tiny benchmark.rows=4) OFFLOAD=(benchmark.shape=tiny benchmark.rows=4)
   KERNELS=(benchmark.shape=tiny 'benchmark.only=[sampling,linear]' 'benchmark.tokens=[3]')
   TUNE=(tune.shape=tiny 'tune.formats=[int4]' 'tune.rows=[4]' tune.seconds=2 "tune.dir=$OUT/tiles")
-  LOAD=(--gb 0.1 --turns 1) GUIDED=(--rows 4 --tokens 8 --repeats 1)
+  LOAD=(--gb 0.1 --turns 1) GUIDED=(--rows 4 --repeats 1)
 fi
 
 RESULTS= FAILED=0
