@@ -1,6 +1,6 @@
 """What guided decoding costs: decode throughput with and without structured_outputs, in turns, in one run.
 
-    python benchmarks/bench_guided.py [--save] [--rows N] [--tokens N] [--repeats N]
+    python benchmarks/bench_guided.py [--save] [--rows N] [--tokens N] [--repeats N] [--folder FOLDER]
 
 The random Mixtral of 39 M parameters and the Mixtral tokenizer's vocabulary of 32,000; 256 slots, twice as many short prompts,
 64 tokens at temperature 1, on the device that engine.device=auto picks. `records`: an array of small objects, mostly keys,
@@ -14,17 +14,18 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from common import random_prompts, save, save_tiny_random
+from common import RESULTS, machine, random_prompts, save_tiny_random
 
 from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig, StructuredOutputs
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.completion import hear
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import start_engine
 from batchmix.guided.host_guide import HostGuide
+from batchmix.measure.result import save_result
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
@@ -47,19 +48,24 @@ GUIDES = {
 }
 
 
+def on_host(name: str) -> bool:
+    return name.endswith("on the host")
+
+
 def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
-    """Tokens per second of the decode steps in which nine of ten slots have a row."""
+    """Tokens per second from one decode step to the next, where nine of ten slots have a row and no prompt came between."""
     seconds, tokens = 0.0, 0
     decode, state = engine.decode.run, engine.state
+    before: tuple[float, int, int] | None = None
 
     def timed() -> None:
-        nonlocal seconds, tokens
-        before, started = state.stats.completion_tokens, time.perf_counter()
+        nonlocal seconds, tokens, before
+        now = time.perf_counter(), state.stats.completion_tokens, state.num_admitted
+        if before is not None and before[2] == now[2]:
+            seconds += now[0] - before[0]
+            tokens += now[1] - before[1]
+        before = now if len(state.rows) >= 0.9 * state.slots.capacity else None
         decode()
-        hear(state, all_of_it=True)
-        if state.stats.running >= 0.9 * state.slots.capacity:
-            seconds += time.perf_counter() - started
-            tokens += state.stats.completion_tokens - before
 
     engine.decode.run = timed  # type: ignore[method-assign]
     limits = Limits(state.slots.capacity, state.pool.num_blocks, state.cache.block_size, 16384)
@@ -71,31 +77,37 @@ def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-guided.json")
+    parser.add_argument("--save", action="store_true", help="write <date>-<device>-guided.json into --folder")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    gpu = torch.cuda.is_available()
+    guides = {name: outputs for name, outputs in GUIDES.items() if find_spec("llguidance") or not on_host(name)}
+    if len(guides) < len(GUIDES):
+        print("llguidance is not installed: without the guides on the host")
     free = SamplingConfig(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
     samplings = {"unguided": free}
-    for name, outputs in GUIDES.items():
+    for name, outputs in guides.items():
         samplings[name] = SamplingConfig(
             temperature=1.0, max_tokens=args.tokens, ignore_eos=True, structured_outputs=outputs
         )
     prompts = random_prompts(2 * args.rows, 16, 64)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_tiny_random(Path(temporary))
-        checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype.float32, max_model_len=256))
+        checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype.bfloat16 if gpu else Dtype.float32,
+                                                 max_model_len=256))  # fmt: skip
         tokenizer = load_tokenizer(open_checkpoint(ModelConfig()).folder)
         engine = start_engine(checkpoint, tokenizer, EngineConfig(max_num_seqs=args.rows), lambda: False)
     assert engine.guides is not None
     compile_seconds = {}
-    for name in GUIDES:
+    for name in guides:
         started = time.perf_counter()
         guide = engine.guides.get(samplings[name])
-        assert isinstance(guide, HostGuide) == name.endswith("on the host")
+        assert isinstance(guide, HostGuide) == on_host(name)
         compile_seconds[name] = round(time.perf_counter() - started, 3)
     rates: dict[str, list[float]] = {name: [] for name in samplings}
     forced = {}
@@ -112,11 +124,15 @@ def main() -> None:
         note = f", {cost:+.1%} cost; {forced[name]:.0%} of the tokens forced; compiled in {compile_seconds.get(name)} s"
         print(f"{name:<20} {rate:8,.0f} tokens/s in steps of {args.rows} rows{'' if name == 'unguided' else note}")
     if args.save:
-        save("guided", {"rows": args.rows, "tokens": args.tokens, "device": str(engine.state.cache.keys.device),
-                        "decode_tokens_per_second": {name: round(rate, 1) for name, rate in best.items()},
-                        "cost": {name: round(1 - best[name] / best["unguided"], 4) for name in GUIDES},
-                        "forced_share": {name: round(forced[name], 3) for name in GUIDES},
-                        "compile_seconds": compile_seconds})  # fmt: skip
+        device = torch.cuda.get_device_name() if gpu else "cpu"
+        path = save_result(args.folder, device, "guided", {
+            "machine": machine(), "device": device, "rows": args.rows, "tokens": args.tokens,
+            "decode_tokens_per_second": {name: round(rate, 1) for name, rate in best.items()},
+            "cost": {name: round(1 - best[name] / best["unguided"], 4) for name in guides},
+            "forced_share": {name: round(forced[name], 3) for name in guides},
+            "compile_seconds": compile_seconds,
+        })  # fmt: skip
+        print(f"written: {path.name}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Everything there is to check and measure on a GPU, on a machine that has torch >= 2.11, triton >= 3.6,
 # transformers >= 5.17 and maybe nothing else, no network either:
 #
-#   jobs/gpu_check.sh                      # all steps: tests load kernels tune annotate synthesise long offload
+#   jobs/gpu_check.sh                      # all steps: tests load kernels tune annotate synthesise long offload guided
 #   jobs/gpu_check.sh tests annotate       # some of them
 #
 # What Python packages the machine lacks is installed from wheels/, made where there is a network by
@@ -28,7 +28,7 @@ OUT=$(cd "$OUT" && pwd)
 NEEDED="numpy:numpy pyarrow:pyarrow hydra:hydra-core antlr4:antlr4-python3-runtime omegaconf:omegaconf datasets:datasets
   yaml:pyyaml jinja2:jinja2 fsspec:fsspec zstandard:zstandard psutil:psutil tqdm:tqdm safetensors:safetensors
   pytest:pytest hypothesis:hypothesis"
-USEFUL="sentencepiece:sentencepiece mistral_common:mistral-common matplotlib:matplotlib"
+USEFUL="sentencepiece:sentencepiece mistral_common:mistral-common matplotlib:matplotlib llguidance:llguidance"
 
 lacks() { ! "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
@@ -56,13 +56,13 @@ PY
 
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   SIZE=("benchmark.rows=$ROWS") OFFLOAD=(benchmark.rows=400) KERNELS=() TUNE=(tune.seconds=$((LIMIT - 90)))
-  LOAD=(--device cuda --gb 20 --readers 1 2 4 8 --turns 1)
+  LOAD=(--device cuda --gb 20 --readers 1 2 4 8 --turns 1) GUIDED=(--repeats 3)
 else
   export TRITON_INTERPRET=1
   SIZE=(benchmark.shape=tiny benchmark.rows=4) OFFLOAD=(benchmark.shape=tiny benchmark.rows=4)
   KERNELS=(benchmark.shape=tiny 'benchmark.only=[sampling,linear]' 'benchmark.tokens=[3]')
   TUNE=(tune.shape=tiny 'tune.formats=[int4]' 'tune.rows=[4]' tune.seconds=2 "tune.dir=$OUT/tiles")
-  LOAD=(--gb 0.1 --turns 1)
+  LOAD=(--gb 0.1 --turns 1) GUIDED=(--rows 4 --repeats 1)
 fi
 
 RESULTS= FAILED=0
@@ -79,7 +79,7 @@ step() {
 }
 
 for name in "${@:-all}"; do
-  for each in $([ "$name" = all ] && echo tests load kernels tune annotate synthesise long offload || echo "$name"); do
+  for each in $([ "$name" = all ] && echo tests load kernels tune annotate synthesise long offload guided || echo "$name"); do
     case $each in
       # Compilation for GPUs that are not there needs no GPU: it is part of the ordinary tests.
       tests) step tests "$PYTHON" -m pytest -q -m "gpu and not slow" --ignore tests/kernels/test_compile.py \
@@ -94,8 +94,10 @@ for name in "${@:-all}"; do
           "benchmark.peers=$PEERS" benchmark.peer_seconds=60 "${SIZE[@]}" ;;
       offload) # a short peer: its rate is that of one batch
         step offload "$PYTHON" -m batchmix benchmark offload "benchmark.dir=$OUT" benchmark.peer_seconds=30 "${OFFLOAD[@]}" ;;
+      guided) step guided env "PYTHONPATH=$PWD/benchmarks:$PYTHONPATH" "$PYTHON" benchmarks/bench_guided.py --save --folder "$OUT" \
+        "${GUIDED[@]}" ;;
       *)
-        echo "gpu_check: $each: no such step; the steps are tests, load, kernels, tune, annotate, synthesise, long, offload" >&2
+        echo "gpu_check: $each: no such step; the steps are tests, load, kernels, tune, annotate, synthesise, long, offload, guided" >&2
         exit 2 ;;
     esac
   done

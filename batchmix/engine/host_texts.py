@@ -28,25 +28,30 @@ class HostTexts:
 
     def __init__(self, size: int) -> None:
         self._texts: list[HostText | None] = [None] * size
+        self._count = 0  # of those there are
         self._class_rows = np.zeros(size, np.int64)  # of GuideTables.classes
 
     def __bool__(self) -> bool:
         """Whether there are any."""
-        return any(text is not None for text in self._texts)
+        return self._count > 0
 
     def __getitem__(self, slot: int) -> HostText | None:
         return self._texts[slot]
 
     def put(self, slot: int, text: HostText, class_row: int) -> None:
         """A row begins."""
+        self.clear(slot)
+        self._count += 1
         self._texts[slot], self._class_rows[slot] = text, class_row
 
     def move(self, target: int, source: int) -> None:
         """The row of slot `source` is now in slot `target`."""
+        self._count += (self._texts[source] is not None) - (self._texts[target] is not None)
         self._texts[target], self._class_rows[target] = self._texts[source], self._class_rows[source]
 
     def clear(self, slot: int) -> None:
         """There is no such row in the slot."""
+        self._count -= self._texts[slot] is not None
         self._texts[slot] = None
 
     def allowed(self, slot: int) -> TokenSet:
@@ -64,6 +69,8 @@ class HostTexts:
 
         bool [slots] each: rows that run, and rows that max_tokens has ended, whose last token belongs to the text.
         """
+        if not self._count:
+            return
         heard: list[tuple[int, HostText]] = []
         longer: list[HostText] = []
         for slot, text in enumerate(self._texts):
@@ -80,7 +87,7 @@ class HostTexts:
 
     def tell(self, span: slice, classes: Tensor) -> None:
         """Write what may come next in these slots into `classes` int32 [guides, V], in the order of the device's work."""
-        slots = [slot for slot in range(span.start, span.stop) if self._texts[slot] is not None]
+        slots = [slot for slot in range(span.start, span.stop) if self._texts[slot] is not None] if self._count else []
         if not slots:
             return
         allowed = np.stack([self._choosable(slot) for slot in slots])
