@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchmix.guided.pattern import Alt, Chars, Grammar, Named, Pattern, Repeat, Seq
+from batchmix.guided.pattern import Alt, Chars, Grammar, Named, Pattern, Repeat, Seq, Unsupported
+
+_MAX_TEXT = 2_000_000  # characters; 30,000 short choices have 600,000, and take the library a tenth of a second
 
 
 def lark(grammar: Grammar, before: str = "") -> str:
-    """The texts of the grammar, each with the text `before` in front of it."""
+    """The texts of the grammar, each with the text `before` in front of it. Unsupported where that would be too long."""
     writer = _Writer({name: f"rule_{number}" for number, name in enumerate(grammar.rules)})
     lines = [f"{writer.names[name]}: {writer.rule(pattern)}" for name, pattern in grammar.rules.items()]
     start = f"start: {writer.terminal(_literal(before)) if before else ''} {writer.rule(grammar.pattern)}"
@@ -30,6 +32,7 @@ class _Writer:
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names  # of rules
         self.terminals: dict[str, str] = {}  # names by regex
+        self._parts: dict[Pattern, _Part] = {}
 
     def rule(self, pattern: Pattern) -> str:
         return self._in_rule(self._part(pattern))
@@ -41,6 +44,13 @@ class _Writer:
         return self.terminal(part.text) if part.is_regex else part.text
 
     def _part(self, pattern: Pattern) -> _Part:
+        if pattern not in self._parts:
+            part = self._parts[pattern] = self._written(pattern)
+            if len(part.text) > _MAX_TEXT:
+                raise Unsupported("it is too large without tables too")
+        return self._parts[pattern]
+
+    def _written(self, pattern: Pattern) -> _Part:
         if isinstance(pattern, Chars):
             return _Part(_set(pattern), True)
         if isinstance(pattern, Named):

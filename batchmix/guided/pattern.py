@@ -6,13 +6,14 @@ refers to itself is a grammar: patterns that name each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeAlias
 
 Range: TypeAlias = tuple[int, int]  # code points, both ends included
 _LAST = 0x10FFFF
+_MAX_ITEMS = 100_000
 _SURROGATES = (0xD800, 0xDFFF)  # no characters: UTF-8 has no bytes for them
 
 
@@ -23,11 +24,21 @@ class Chars:
     ranges: tuple[Range, ...]
 
 
+def _hash(pattern: Seq | Alt | Repeat) -> int:
+    """Found once for each object: parts of a pattern are often the same object, so that walking it takes too long."""
+    known: int | None = pattern.__dict__.get("_hash")
+    if known is None:
+        parts = (pattern.item, pattern.low, pattern.high) if isinstance(pattern, Repeat) else pattern.items
+        known = pattern.__dict__["_hash"] = hash((type(pattern).__name__, parts))
+    return known
+
+
 @dataclass(frozen=True)
 class Seq:
     """One after the other; none: the empty text."""
 
     items: tuple[Pattern, ...]
+    __hash__ = _hash
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Alt:
     """One of them; none: no text at all."""
 
     items: tuple[Pattern, ...]
+    __hash__ = _hash
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Repeat:
     item: Pattern
     low: int
     high: int | None
+    __hash__ = _hash
 
 
 @dataclass(frozen=True)
@@ -109,12 +122,14 @@ def literal(text: str) -> Pattern:
 
 
 def seq(items: Iterable[Pattern]) -> Pattern:
-    """`items` one after the other."""
+    """`items` one after the other. TooLarge where a pattern of a few definitions, each twice in the one before, is one."""
     flat: list[Pattern] = []
     for item in items:
         if item == NEVER:
             return NEVER
         flat += item.items if isinstance(item, Seq) else [item]
+        if len(flat) > _MAX_ITEMS:
+            raise TooLarge(f"a text of more than {_MAX_ITEMS:,} parts is not supported")
     return flat[0] if len(flat) == 1 else Seq(tuple(flat))
 
 
@@ -152,33 +167,39 @@ def separated(items: Iterable[Pattern], separator: Pattern) -> Pattern:
 def without_dead_ends(grammar: Grammar) -> Grammar:
     """The same texts, without what never comes to an end, as a rule that always needs itself."""
     rules = dict(grammar.rules)
-    ending: set[str] = set()
-    while found := {name for name in rules.keys() - ending if _ends(rules[name], ending)}:
+    ending: frozenset[str] = frozenset()
+    while found := {name for name in rules.keys() - ending if _Ending(ending).has_text(rules[name])}:
         ending |= found
-    kept = {name: _only(pattern, ending) for name, pattern in rules.items() if name in ending}
-    return Grammar(_only(grammar.pattern, ending), kept)
+    only = _Ending(ending).only
+    return Grammar(only(grammar.pattern), {name: only(rules[name]) for name in rules if name in ending})
 
 
-def _ends(pattern: Pattern, ending: set[str]) -> bool:
-    """Whether there is a text, where the rules of `ending` are known to have some."""
-    if isinstance(pattern, Named):
-        return pattern.name in ending
-    if isinstance(pattern, Seq):
-        return all(_ends(item, ending) for item in pattern.items)
-    if isinstance(pattern, Alt):
-        return any(_ends(item, ending) for item in pattern.items)
-    return isinstance(pattern, Chars) or pattern.low == 0 or _ends(pattern.item, ending)
+class _Ending:
+    """What patterns are where the rules `names` are those known to have texts. Each pattern is looked at once."""
 
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self.has_text: Callable[[Pattern], bool] = cache(self._has_text)
+        self.only: Callable[[Pattern], Pattern] = cache(self._only)
 
-def _only(pattern: Pattern, names: set[str]) -> Pattern:
-    """The pattern's texts in which no other names stand."""
-    if isinstance(pattern, Named):
-        return pattern if pattern.name in names else NEVER
-    if isinstance(pattern, Seq):
-        return seq(_only(item, names) for item in pattern.items)
-    if isinstance(pattern, Alt):
-        return alt([found for item in pattern.items if (found := _only(item, names)) != NEVER])
-    return pattern if isinstance(pattern, Chars) else repeat(_only(pattern.item, names), pattern.low, pattern.high)
+    def _has_text(self, pattern: Pattern) -> bool:
+        if isinstance(pattern, Named):
+            return pattern.name in self._names
+        if isinstance(pattern, Seq):
+            return all(map(self.has_text, pattern.items))
+        if isinstance(pattern, Alt):
+            return any(map(self.has_text, pattern.items))
+        return isinstance(pattern, Chars) or pattern.low == 0 or self.has_text(pattern.item)
+
+    def _only(self, pattern: Pattern) -> Pattern:
+        """The pattern's texts in which no other names stand."""
+        if isinstance(pattern, Named):
+            return pattern if pattern.name in self._names else NEVER
+        if isinstance(pattern, Seq):
+            return seq(map(self.only, pattern.items))
+        if isinstance(pattern, Alt):
+            return alt([found for item in pattern.items if (found := self.only(item)) != NEVER])
+        return pattern if isinstance(pattern, Chars) else repeat(self.only(pattern.item), pattern.low, pattern.high)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import time
 from typing import Any
 
 import jsonschema
@@ -14,6 +15,8 @@ from guided_strategies import SCHEMAS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from batchmix.config import SamplingConfig, StructuredOutputs
+from batchmix.guided.compile import Guides
 from batchmix.guided.dfa import ByteAutomaton, build_automaton
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Unsupported
@@ -150,6 +153,30 @@ def test_whatever_data_holds_is_an_automaton_or_a_line(schema):
         grammar = json_schema_grammar(schema)
         if not grammar.rules:
             build_automaton(grammar.pattern)
+
+
+def doubling(depth: int) -> dict[str, Any]:
+    """Definitions that each stand twice in the one before."""
+    twice = {f"d{i}": {"type": "array", "prefixItems": [{"$ref": f"#/$defs/d{i + 1}"}] * 2, "items": False}
+             for i in range(depth)}  # fmt: skip
+    return {"$defs": {**twice, f"d{depth}": {"type": "boolean"}}, "$ref": "#/$defs/d0"}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema, "minItems": 2}
+    return schema
+
+
+@pytest.mark.parametrize("schema", [doubling(15), doubling(30), nested(30)], ids=["doubling", "deep", "nested"])
+def test_small_schemas_of_large_patterns_are_refused_at_once(schema):
+    """Each would take minutes, or all of the memory, if it was written out."""
+    guides = Guides([b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0])
+    started = time.process_time()
+    with pytest.raises(Unsupported, match=r"too large|more than 100,000 parts|nested too deeply"):
+        guides.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
+    assert time.process_time() - started < 10
 
 
 def test_one_of_constants_and_types_is_any_of():
