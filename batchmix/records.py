@@ -82,6 +82,6 @@ class Completion:
     text: str | None = None
 
     @classmethod
-    def failed(cls, prompt: Prompt, error: str, sample_index: int = 0) -> Completion:
-        """The completion of a prompt that could not be run."""
-        return cls(prompt, sample_index, (), "error", error=error)
+    def failed(cls, prompt: Prompt, error: str, sample_index: int = 0, num_tokens: int = 0) -> Completion:
+        """A prompt that could not be run (`prompt.error`; one stands for all its samples), or a sample without an answer."""
+        return cls(prompt, sample_index, (), "error", num_tokens=num_tokens, error=error)

@@ -76,18 +76,19 @@ class Parts:
 
     def totals(self) -> Totals:
         """What all committed parts add up to."""
-        totals = Totals()
+        totals, failed_rows = Totals(), RowSet()  # of a row, some samples may have failed
         for keys in self.all_keys(self.names()):
             first = keys.sample == 0
             failed = pc.equal(keys.finish_reason, "error").to_numpy(zero_copy_only=False)
             totals.rows += int(first.sum())
-            totals.error_rows += int((first & failed).sum())
+            failed_rows.add_many(keys.row[failed])
             totals.samples += int(keys.samples.sum())
             totals.prompt_tokens += int(keys.prompt_tokens[first].sum())
             totals.completion_tokens += int(keys.completion_tokens.sum())
             for entry in pc.value_counts(keys.finish_reason).to_pylist():
                 reason = entry["values"]
                 totals.finish_reasons[reason] = totals.finish_reasons.get(reason, 0) + entry["counts"]
+        totals.error_rows = len(failed_rows)
         return totals
 
     def name(self, index: int, number: int, folder: str = "") -> str:

@@ -125,8 +125,8 @@ class Sink:
     def _whole_row(self, completion: Completion) -> list[Completion]:
         """All samples of the row if this was the last that was missing, else none."""
         prompt = completion.prompt
-        if completion.error is not None:
-            return [Completion.failed(prompt, completion.error, i) for i in range(prompt.sampling.n)]
+        if prompt.error is not None:  # comes once for all samples
+            return [Completion.failed(prompt, prompt.error, i) for i in range(prompt.sampling.n)]
         if prompt.sampling.n == 1:
             return [completion]
         samples = self._incomplete.setdefault(prompt.row, [])

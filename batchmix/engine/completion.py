@@ -48,7 +48,7 @@ def _completion(row: Row, slots: Slots, slot: int) -> Completion:
     sampling, answers = row.prompt.sampling, slots.answers
     finish, count = int(answers.finish[slot]), int(answers.count[slot])
     if finish == FAILED:
-        return Completion.failed(row.prompt, _why_it_failed(row, slots, slot), row.sample)
+        return Completion.failed(row.prompt, _why_it_failed(row, slots, slot), row.sample, count)
     tokens = answers.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist()
     stop_reason: str | int | None = None
     if finish == STOP_TOKEN:

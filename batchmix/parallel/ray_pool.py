@@ -231,7 +231,7 @@ class RayPool:
         row, num_samples = completion.prompt.row, completion.prompt.sampling.n
         samples = worker.samples.setdefault(row, [])
         samples.append(completion)
-        if completion.error is None and len(samples) < num_samples:
+        if completion.prompt.error is None and len(samples) < num_samples:
             return []
         del worker.rows[row], worker.samples[row]
         return samples

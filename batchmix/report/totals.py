@@ -12,7 +12,7 @@ class Totals:
     """Counts of rows, samples and tokens. Prompt tokens are counted once a row, whatever its number of samples."""
 
     rows: int = 0
-    error_rows: int = 0
+    error_rows: int = 0  # with a sample that failed; while counting, with a first one that did
     samples: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -29,13 +29,12 @@ class Totals:
             self.finish_reasons[reason] = self.finish_reasons.get(reason, 0) + count
 
     def count(self, completion: Completion) -> None:
-        """Add one sample. A row counts with its first sample; one that failed comes once for all of them."""
-        failed = completion.error is not None
-        samples = completion.prompt.sampling.n if failed else 1
+        """Add one sample. A row counts with its first sample; one that could not be run comes once for all of them."""
+        samples = completion.prompt.sampling.n if completion.prompt.error is not None else 1
         self.samples += samples
         self.finish_reasons[completion.finish_reason] = self.finish_reasons.get(completion.finish_reason, 0) + samples
         self.completion_tokens += completion.num_tokens
         if completion.sample_index == 0:
             self.rows += 1
-            self.error_rows += failed
+            self.error_rows += completion.error is not None
             self.prompt_tokens += len(completion.prompt.token_ids)

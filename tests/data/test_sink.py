@@ -41,6 +41,26 @@ def test_no_flush_but_by_rows(tmp_path: Path) -> None:
     assert [parts.keys(name).row.tolist() for name in parts.names()] == [[0, 1], [2]]
 
 
+def test_each_sample_may_fail_for_itself(tmp_path: Path) -> None:
+    parts, sink = sink_into(tmp_path, rows_per_shard=2)
+    prompt = Prompt(0, "0", {}, [5], SamplingConfig(n=3))
+    whole = Completion(prompt, 1, [7], "stop", num_tokens=1)
+    unable = Prompt(1, "1", {}, [], SamplingConfig(n=3), "no prompt")
+    with sink:
+        sink.write(Completion.failed(prompt, "cut off", 2, num_tokens=4))
+        sink.write(Completion.failed(unable, "no prompt"))
+        sink.write(whole)
+        sink.write(Completion.failed(prompt, "cut off", 0, num_tokens=4))
+    (name,) = parts.names()
+    keys = parts.keys(name)
+    assert keys.row.tolist() == [1, 1, 1, 0, 0, 0]
+    assert keys.sample.tolist() == [0, 1, 2, 0, 1, 2]
+    assert keys.finish_reason.to_pylist() == ["error"] * 4 + ["stop", "error"]
+    assert keys.completion_tokens.tolist() == [0, 0, 0, 4, 1, 4]
+    totals = parts.totals()
+    assert (totals.rows, totals.error_rows, totals.samples) == (2, 2, 6)
+
+
 @pytest.mark.parametrize("rows_per_shard", [1, 10])
 def test_a_disk_that_is_full_at_the_first_or_the_last_part(tmp_path: Path, rows_per_shard: int) -> None:
     _, sink = sink_into(tmp_path / "gone", rows_per_shard)

@@ -58,6 +58,7 @@ def check_fits(completion: Completion) -> None:
         assert f"after {completion.prompt.sampling.max_tokens} tokens the text was not whole" in (
             completion.error or ""
         )
+        assert completion.num_tokens == completion.prompt.sampling.max_tokens
         return
     assert completion.num_tokens <= completion.prompt.sampling.max_tokens
     if outputs is not None:

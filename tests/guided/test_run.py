@@ -84,7 +84,7 @@ def test_rows_may_have_guides_of_their_own(tmp_path):
         {"prompt": "a", "sampling": {"structured_outputs": {"choice": ["yes", "no"]}}},
         {"prompt": "b", "sampling": {"structured_outputs": {"regex": "[0-9]{3}"}, "n": 1}},
         {"prompt": "c"},
-        {"prompt": "d", "sampling": {"structured_outputs": {"regex": "(a|b)*a(a|b){30}"}, "max_tokens": 9}},
+        {"prompt": "d", "sampling": {"structured_outputs": {"regex": "(a|b)*a(a|b){30}"}, "max_tokens": 9, "n": 2}},
         {"prompt": "e", "sampling": {"structured_outputs": {"json": {"not": {}}}}},
         {"prompt": "f", "sampling": {"structured_outputs": {"grammar": "x"}}},
         {"prompt": "g", "sampling": {"structured_outputs": {"regex": "a{900}"}}},
@@ -94,12 +94,16 @@ def test_rows_may_have_guides_of_their_own(tmp_path):
     assert found[0]["generated_text"] in ("yes", "no")
     assert found[1]["generated_text"].isdecimal()
     jsonschema.validate(json.loads(found[2]["generated_text"]), TICKET)
-    assert [row["finish_reason"] for row in found[3:]] == ["error"] * 4
-    reasons = "after 9 tokens the text was not whole", "keyword 'not'", "no key 'grammar'", "max_tokens=40"
+    assert [row["finish_reason"] for row in found[3:]] == ["error"] * 5
+    assert [(row["row"], row["sample_index"], row["completion_tokens"]) for row in found[3:5]] == [(3, 0, 9), (3, 1, 9)]
+    cut = "after 9 tokens the text was not whole"
+    reasons = cut, cut, "keyword 'not'", "no key 'grammar'", "max_tokens=40"
     for row, reason in zip(found[3:], reasons, strict=True):
         assert reason in row["error"]
     summary = json.loads((tmp_path / "out" / "_summary.json").read_text())
     assert summary["forced_tokens"] > 5
+    assert (summary["rows"], summary["error_rows"], summary["samples"]) == (7, 4, 8)
+    assert (summary["runs"][0]["rows"], summary["runs"][0]["error_rows"]) == (7, 4)
     with pytest.raises(BatchmixError, match=r"sampling\.structured_outputs was"):
         pipeline.generate(job(tmp_path, rows, structured_outputs=StructuredOutputs(choice=["x"])))
 

@@ -74,6 +74,9 @@ def test_totals_count_prompts_once_and_samples_each():
         totals.count(completion(0, sample, n=2))
     totals.count(completion(1, n=2, error="bad"))
     assert totals == Totals(2, 1, 4, 3, 6, {"stop": 2, "error": 2})
+    for sample in (1, 0):
+        totals.count(Completion.failed(completion(2, n=2).prompt, "cut off", sample, num_tokens=3))
+    assert totals == Totals(3, 2, 6, 6, 12, {"stop": 2, "error": 4})
 
 
 def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, caplog):
