@@ -21,7 +21,8 @@ from batchmix.errors import BatchmixError
 
 NAME = "_run.json"
 _CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
-_LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers")
+_LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
+              "llguidance")  # fmt: skip
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.
 _FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",

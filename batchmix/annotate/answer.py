@@ -146,23 +146,30 @@ class Json:
         return found
 
     def decisions(self, text: str) -> list[tuple[int, int]]:
-        """The values of an object's members that are classes, as `json.dumps` writes them."""
+        """The values of an object's members that are classes. A row with a guide of its own may space them as it likes."""
         classes = {field.name for field in self.fields if field.is_class}
-        if not self._is_object or not classes or not text.startswith("{"):
+        if not self._is_object or not classes or not text.lstrip().startswith("{"):
             return []
         found = []
-        decoder, place = json.JSONDecoder(), 1
+        decoder, place = json.JSONDecoder(), _next_token(text, text.index("{") + 1)
         while text[place] != "}":
-            name, place = decoder.raw_decode(text, place + (text[place] == ",") * len(", "))
-            place += len(": ")
-            _, end = decoder.raw_decode(text, place)
-            if name in classes:
-                found.append((place, end))
-            place = end
+            name, place = decoder.raw_decode(text, place)
+            place = _next_token(text, place)
+            value, end = decoder.raw_decode(text, place)
+            if name in classes:  # of a number, what follows says that it has no more digits: 1 is not 10
+                found.append((place, end + (type(value) in (int, float))))
+            place = _next_token(text, end)
         return found
 
     def describe(self) -> str:
         return f"Answer with one line of JSON that fits this schema and nothing else: {json.dumps(self.schema, ensure_ascii=False)}"
+
+
+def _next_token(text: str, place: int) -> int:
+    """Where JSON goes on at `place` or after it, behind white space, a comma or a colon."""
+    while text[place] in " \t\r\n,:":
+        place += 1
+    return place
 
 
 def _refuse_constant(name: str) -> Any:

@@ -110,7 +110,7 @@ def confidence(sample: Completion, answer: Answer) -> float | None:
     """
     outputs = sample.prompt.sampling.structured_outputs
     if sample.choice_probabilities is not None and outputs is not None and outputs.choice is not None:
-        return float(sample.choice_probabilities[outputs.choice.index((sample.text or "").strip())])
+        return float(sample.choice_probabilities[outputs.choice.index(sample.text or "")])
     if sample.guided_logprobs is not None:
         return math.exp(sum(_of_decisions(sample, answer)))
     if sample.cumulative_logprob is None:

@@ -54,8 +54,8 @@ class Parts:
             yield
         except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
             raise BatchmixError(
-                f"{self.storage.url}/{name}: cannot be read back ({reason_of(error)}); delete it and run the command again, which"
-                " does its rows anew"
+                f"{self.storage.url}/{name}: cannot be read back ({reason_of(error)}); if the file is damaged, delete it and run the"
+                " command again, which does its rows anew"
             ) from None
 
     def all_keys(self, names: Iterable[str]) -> Iterator[Keys]:

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Tokenize: TypeAlias = Callable[[str], Sequence[int]]
+_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}  # of UTF-8
 
 
 class HostVocabulary:
-    """A model's tokens as llguidance knows them. Unsupported where the library is not installed."""
+    """A model's tokens as llguidance knows them. Unsupported where the library is not installed or could not say any text."""
 
     def __init__(
         self, pieces: Sequence[bytes], tokens: Bools, tokenize: Tokenize | None, drops_leading_space: bool
@@ -36,6 +37,9 @@ class HostVocabulary:
             import llguidance
         except ImportError:
             raise Unsupported("needs a library that is not installed: pip install 'batchmix[guided]'") from None
+        if not _BYTES.issubset(pieces[token] for token in np.flatnonzero(tokens)):
+            # The library would take the rest of a forced text for said, and allow what comes after it.
+            raise Unsupported("needs a vocabulary with a token for each byte, and the model's has none for some")
         self.tokens = tokens
         self.begins_with_space = np.array([piece.startswith(b" ") for piece in pieces])
         self.drops_leading_space = drops_leading_space

@@ -75,6 +75,8 @@ class _Translation:
         for keyword in _COMBINING:
             if keyword in schema:
                 return self._combined(keyword, schema, path, depth)
+        if schema.keys() <= _ANNOTATIONS - {"$defs", "definitions"}:  # definitions alone: a $ref is missing
+            return self._anything()
         types = schema.get("type")
         if types is None:
             guess = [name for name, keywords in _KEYWORDS.items() if keywords & schema.keys() and name != "number"]

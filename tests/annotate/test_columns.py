@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from batchmix.annotate.answer import Choice, Json
 from batchmix.annotate.columns import AnnotationColumns
-from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig
+from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig, StructuredOutputs
 from batchmix.data.columns import OutputColumns
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion, Prompt
@@ -80,6 +81,15 @@ def test_the_confidence_of_any_other_answer_is_that_of_its_tokens(answer: Any) -
     assert found["confidence"] == pytest.approx(math.exp(-0.875))
 
 
+def test_a_scored_choice_of_a_row_may_have_white_space_around_it() -> None:
+    (sample,) = samples(0, ["yes "])
+    outputs = StructuredOutputs(choice=["no", "yes "], score_choices=True)
+    sample.prompt.sampling = replace(sample.prompt.sampling, structured_outputs=outputs)
+    sample.choice_probabilities = [0.25, 0.75]
+    (found,) = records(AnnotationColumns(Choice("label", ["yes", "no"]), None), [sample])
+    assert (found["label"], found["confidence"]) == ("yes", 0.75)
+
+
 @given(
     st.text(),
     st.sampled_from(["gut", "schön"]),
@@ -88,10 +98,19 @@ def test_the_confidence_of_any_other_answer_is_that_of_its_tokens(answer: Any) -
 )
 def test_decisions_are_the_values_of_the_classes(name: str, mood: str, urgent: bool | None, parts: list[str]) -> None:
     value = {"name": name, "mood": mood, **({} if urgent is None else {"urgent": urgent}), "parts": parts}
-    text = json.dumps(value, ensure_ascii=False)
-    spans = Json("label", SCHEMA).decisions(text)
-    found = [json.loads(text[low:high]) for low, high in spans]
-    assert found == [mood] if urgent is None else [mood, urgent]
+    for written in ({}, {"indent": 1}, {"separators": (",", ":")}):  # a row may have a guide of its own
+        text = json.dumps(value, ensure_ascii=False, **written)
+        spans = Json("label", SCHEMA).decisions(text)
+        found = [json.loads(text[low:high]) for low, high in spans]
+        assert found == ([mood] if urgent is None else [mood, urgent])
+
+
+def test_the_confidence_of_a_number_counts_that_it_ends() -> None:
+    schema = {"type": "object", "properties": {"score": {"enum": [1, 10]}, "text": {"type": "string"}}}
+    (sample,) = samples(0, ['{"score": 1, "text": ""}'])
+    sample.token_ends, sample.guided_logprobs = [10, 11, 14, 24, 25], [0.0, -0.5, -0.25, -0.125, 0.0]
+    (found,) = records(AnnotationColumns(Json("label", schema), None), [sample])
+    assert found["confidence"] == pytest.approx(math.exp(-0.75))
 
 
 def test_a_row_without_a_valid_sample_and_one_that_could_not_run() -> None:

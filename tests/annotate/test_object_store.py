@@ -115,7 +115,9 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.
 
     part = tmp_path / "run" / results.names[0]
     part.write_bytes(part.read_bytes()[:100])
-    assert message(list, results.batches(["row"])).startswith(f"{part}: cannot be read back (")
+    unreadable = message(list, results.batches(["row"]))
+    assert unreadable.startswith(f"{part}: cannot be read back (")
+    assert "; if the file is damaged, delete it" in unreadable, "a store that does not answer is no reason to"
 
     def refused(*_: Any, **__: Any) -> None:
         raise RuntimeError("Unable to locate credentials")  # botocore's errors are of no other class either

@@ -152,6 +152,7 @@ def test_a_recursive_schema_allows_what_it_does_when_it_is_written_out(drops):
 ANY_TEXT: list[Any] = [
     TREE,
     {},
+    {"title": "Payload", "description": "as pydantic writes Any"},
     {"type": "object"},
     {"type": "array"},
     {"type": "array", "items": {"$ref": "#"}, "maxItems": 3},
@@ -210,6 +211,12 @@ def test_many_choices():
 def test_what_has_no_text_is_refused(asked, reason):
     with pytest.raises(Unsupported, match=reason):
         get(**asked)
+
+
+def test_a_vocabulary_that_cannot_say_every_text_is_refused():
+    few = Guides([b"", b"", b"", b"1", b"{", b'"'], drops_leading_space=False, eos_token_ids=[EOS])
+    with pytest.raises(Unsupported, match=r"json: recursive \(.*\); without tables it needs .* a token for each byte"):
+        few.get(SamplingConfig(structured_outputs=StructuredOutputs(json=TREE)))
 
 
 def test_a_way_that_never_ends_is_not_begun():

@@ -104,6 +104,7 @@ def test_rows_may_have_guides_of_their_own(tmp_path):
     assert summary["forced_tokens"] > 5
     assert (summary["rows"], summary["error_rows"], summary["samples"]) == (7, 4, 8)
     assert (summary["runs"][0]["rows"], summary["runs"][0]["error_rows"]) == (7, 4)
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["versions"]["llguidance"]
     with pytest.raises(BatchmixError, match=r"sampling\.structured_outputs was"):
         pipeline.generate(job(tmp_path, rows, structured_outputs=StructuredOutputs(choice=["x"])))
 
