@@ -43,9 +43,9 @@ def explain(error: Exception) -> str:
         key, _, value = ambiguous[1].partition("=")
         return f"{key}={value}: quote it if it is one text, \"{key}='{value}'\", write {key}=[{value}] if it is a list"
     cause = next((link for link in _chain(error) if isinstance(link, OmegaConfBaseException) and link.full_key), None)
-    message = _explain_key(cause) if cause else _one_line(_without_footer(str(error)))
+    message = _explain_key(cause) if cause else _explain_shape(error) or _one_line(_without_footer(str(error)))
     source = re.match(r"In '([^']*)': ", str(error))
-    return f"{message} (in {source[1]}.yaml)" if cause and source else message
+    return f"{message} (in {source[1]}.yaml)" if source and not message.startswith("In '") else message
 
 
 def explain_missing(keys: Iterable[str]) -> str:
@@ -63,8 +63,9 @@ def known_keys() -> dict[str, Any]:
 def _flatten(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
     for name, hint in typing.get_type_hints(cls).items():
         yield prefix + name, hint
-        if dataclasses.is_dataclass(hint):
-            yield from _flatten(typing.cast(type, hint), f"{prefix}{name}.")
+        for group in (hint, *typing.get_args(hint)):  # a group may be null
+            if dataclasses.is_dataclass(group):
+                yield from _flatten(typing.cast(type, group), f"{prefix}{name}.")
 
 
 def _explain_key(error: OmegaConfBaseException) -> str:
@@ -78,6 +79,16 @@ def _explain_key(error: OmegaConfBaseException) -> str:
         subject = "" if owner == key else f"{owner} "
         return f"{key}={_as_yaml(error.value)}: {subject}must be {_describe(known_keys()[owner])}"
     return f"{key}: {_one_line(str(error).partition('full_key:')[0])}"
+
+
+def _explain_shape(error: Exception) -> str | None:
+    """Of values of which OmegaConf does not say where they are: one in the place of a group, a list and a mapping confused."""
+    if wrong := re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", str(error)):
+        group = next((key for key, hint in known_keys().items() if getattr(hint, "__name__", "") == wrong[1]), wrong[1])
+        return f"{group}={wrong[2]}: must be a group of keys, each with its value"
+    if "Cannot merge DictConfig with ListConfig" in str(error):
+        return "a mapping stands where a list belongs, which is written [a, b], or a list where a mapping does"
+    return None
 
 
 def _explain_unknown(key: str) -> str:

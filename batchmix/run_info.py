@@ -10,6 +10,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from batchmix.data.storage import Storage, create_json, read_json, write_json
 from batchmix.errors import BatchmixError
 
 NAME = "_run.json"
+_CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
               "llguidance")  # fmt: skip
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
@@ -105,8 +107,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if key in ("model", "tokenizer", "data"):
             found.append(f"{key} is another" if key != "data" else f"data: {_first_difference(before, now)}")
         else:
-            found.append(f"{key} was {json.dumps(before)}, is now {json.dumps(now)}")
+            was, is_now = _where_they_differ(*(json.dumps(value, ensure_ascii=False) for value in (before, now)))
+            found.append(f"{key} was {was}, is now {is_now}")
     return found
+
+
+def _where_they_differ(before: str, now: str) -> tuple[str, str]:
+    """Both, of long ones what is around the first character that differs."""
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False)))
+    start = max(0, alike - _CONTEXT)
+    end = start + 3 * _CONTEXT
+
+    def shown(text: str) -> str:
+        return text if len(text) <= 3 * _CONTEXT else "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
+
+    return shown(before), shown(now)
 
 
 def record_redo(storage: Storage, redo: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from batchmix.config import Config, SamplingConfig
-from batchmix.config_errors import known_keys
+from batchmix.config_errors import explain, known_keys
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import first_is, register, to_config
+from batchmix.run_info import differences
 
 CONF = Path(__file__).parents[1] / "conf"
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -136,3 +139,25 @@ def test_a_config_that_contradicts_itself_is_refused() -> None:
 def test_every_field_is_a_known_key() -> None:
     for field in dataclasses.fields(SamplingConfig):
         assert f"sampling.{field.name}" in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("choices=[a]", "choices: no such key, did you mean sampling.structured_outputs.choice?"),
+        ("choice=a", "choice=a: must be a list of texts, written [a,b] or null"),
+    ],
+)
+def test_keys_of_a_group_that_may_be_null_are_known_too(override: str, message: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        composed(f"sampling.structured_outputs.{override}")
+    assert explain(caught.value) == f"sampling.structured_outputs.{message}"
+
+
+def test_of_long_settings_the_place_where_they_differ_is_shown() -> None:
+    labels = [f"label {number} ü" for number in range(12_000)]
+    old, new = ({"annotate.choice": [*labels[:6000], label, *labels[6000:]]} for label in ("old", "new"))
+    (found,) = differences(old, new)
+    assert re.search(r'^annotate\.choice was \.\.\..*"label 5999 ü", "old", .*, is now \.\.\..*"new", .*\.\.\.$', found)
+    assert len(found) < 500
+    assert differences({"a": None}, {"a": "b"}) == ['a was null, is now "b"']

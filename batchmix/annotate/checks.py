@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from batchmix.annotate.arrow_types import Field
@@ -58,13 +58,22 @@ def read_checks(storage: Storage) -> dict[str, Any] | None:
     return found
 
 
+def check_fields(gold: dict[str, Any], fields: Sequence[Field]) -> None:
+    """BatchmixError where a mapping of fields to columns of people's answers names a field that answers do not have."""
+    names = [field.name for field in fields]
+    for name in gold:
+        if name not in names:
+            raise BatchmixError(f"annotate.gold={gold}: {name} is no field of the answer; those are {', '.join(names)}")
+
+
 class Gold:
     """People's answers of a row: a column of labels, of JSON or of objects, or a column for each field."""
 
     def __init__(self, results: Results, fields: list[Field], gold: Any) -> None:
         self._by_field: dict[str, str] = {}
         self._whole: str | None = None
-        names = [field.name for field in fields]
+        if isinstance(gold, dict):
+            check_fields(gold, fields)
         given = gold if isinstance(gold, dict) else {None: gold}
         for field, name in given.items():
             column = results.column_of(str(name))
@@ -73,12 +82,8 @@ class Gold:
                                     f" {', '.join(results.schema.names)}")  # fmt: skip
             if field is None:
                 self._whole = column
-            elif field in names:
-                self._by_field[field] = column
             else:
-                raise BatchmixError(
-                    f"annotate.gold={gold}: {field} is no field of the answer; those are {', '.join(names)}"
-                )
+                self._by_field[field] = column
         if self._whole is not None and len(fields) == 1:
             self._by_field, self._whole = {fields[0].name: self._whole}, None
         self._single = fields[0].name if len(fields) == 1 else None
@@ -94,10 +99,17 @@ class Gold:
             try:
                 value = json.loads(value)
             except ValueError:
-                raise BatchmixError(f"annotate.gold={self._whole}: row {row['row']} holds no JSON object") from None
+                raise self._no_object(row) from None
         if value is not None and not isinstance(value, dict):
-            raise BatchmixError(f"annotate.gold={self._whole}: row {row['row']} holds no JSON object")
+            raise self._no_object(row)
         return value
+
+    def _no_object(self, row: dict[str, Any]) -> BatchmixError:
+        return BatchmixError(
+            f"annotate.gold={self._whole}: row {row['row']} holds no JSON object; a column of one field's labels is written"
+            f" annotate.gold={{FIELD: {self._whole}}}. The answers are kept: batchmix report output.dir=... annotate.gold=..."
+            " compares them"
+        )
 
     def _unwrap(self, field: str, value: Any) -> Any:
         """`{"score": 3}`, or its JSON, in the one gold column of a task with the one field `score`, is 3."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -37,6 +38,10 @@ def export(config: Config) -> None:
     storage = open_storage(settings.dir, "export.dir")
     if settings.repo_id is not None and not isinstance(storage, LocalFolder):
         raise BatchmixError(f"export.dir={settings.dir}: export.repo_id uploads files of this machine; give a folder")
+    if _place(settings.dir) == _place(config.output.dir):
+        raise BatchmixError(
+            f"export.dir={settings.dir}: is output.dir, whose parts could not be read as one data set then; give another"
+        )
     results = Results(config.output.dir)
     if not results.complete:
         raise BatchmixError(f"output.dir={results.url}: the run is not finished; run its command again for the rest")
@@ -46,6 +51,10 @@ def export(config: Config) -> None:
     with written(settings.dir, "export.dir"):
         write_text(storage, "README.md", text)
     print(f"{counts['rows']:,} records in {len(names)} files: {storage.url}")
+    if corrections is not None and (lost := len(corrections) - counts["reviewed"]):
+        print(
+            f"{lost:,} of the corrections are of rows that this run does not have: is export.corrections of another run?"
+        )
     if settings.repo_id is not None:
         assert isinstance(storage, LocalFolder)
         print(f"pushed: {push([str(storage.path(name)) for name in names], settings, text)}")
@@ -84,6 +93,10 @@ def push(files: list[str], settings: ExportConfig, text: str) -> str:
         path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=settings.repo_id, repo_type="dataset"
     )
     return f"{huggingface_hub.constants.ENDPOINT}/datasets/{settings.repo_id}"
+
+
+def _place(url: str) -> str:
+    return url.rstrip("/") if "://" in url else os.path.realpath(os.path.expanduser(url))
 
 
 def _corrections(settings: ExportConfig, results: Results) -> Corrections | None:

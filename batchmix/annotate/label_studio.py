@@ -20,6 +20,7 @@ from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_t
 from batchmix.data.storage import open_file, write_json, write_text, written
 from batchmix.errors import BatchmixError
 
+_MOST_BUTTONS = 20  # labels; more of them are a menu
 _SHOWN = "prompt_text"  # name of the object that the controls belong to
 
 
@@ -116,7 +117,8 @@ def _interface(fields: Sequence[Field]) -> str:
         lines.append(f"  <Header value={name}/>")
         labels = labels_of(field)
         if labels is not None:
-            lines.append(f'  <Choices name={name} toName="{_SHOWN}" choice="single">')
+            layout = ' layout="select"' if len(labels) > _MOST_BUTTONS else ""
+            lines.append(f'  <Choices name={name} toName="{_SHOWN}" choice="single"{layout}>')
             lines += [f"    <Choice value={quoteattr(label)}/>" for label in labels]
             lines.append("  </Choices>")
         elif field.type in (pa.int64(), pa.float64()):

@@ -24,6 +24,8 @@ _TOOLS = {ReviewTool.label_studio: label_studio, ReviewTool.argilla: argilla}
 def review(config: Config) -> None:
     """Write the rows for `review.tool` or read its export, as `review.action` says."""
     settings = config.review
+    if settings.action not in ("export", "import"):
+        raise BatchmixError(f"review.action={settings.action}: must be export or import")
     if not settings.path:
         raise BatchmixError(
             "review.path is not set: the file or folder of the review, for example review.path=review.json"
@@ -39,7 +41,7 @@ def review(config: Config) -> None:
         items = least_certain(results, settings.rows)
         for line in tool.write(settings.path, items, fields, results.run["config"]["model"]["path"]):
             print(line)
-    elif settings.action == "import":
+    else:
         corrections: Corrections = tool.read(settings.path, fields)
         if not corrections:
             raise BatchmixError(f"review.path={settings.path}: has no answers of people yet")
@@ -47,8 +49,6 @@ def review(config: Config) -> None:
         print(
             f"{len(corrections):,} rows reviewed: batchmix export export.corrections={settings.corrections} takes them"
         )
-    else:
-        raise BatchmixError(f"review.action={settings.action}: must be export or import")
 
 
 def least_certain(results: Results, num_rows: int) -> list[ReviewItem]:

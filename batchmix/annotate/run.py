@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from batchmix.annotate.checks import checks_text, write_checks
+from batchmix.annotate.checks import check_fields, checks_text, write_checks
 from batchmix.annotate.results import Results
 from batchmix.annotate.task import answer_of, prepare
 from batchmix.config import Config
@@ -35,10 +35,13 @@ def annotate(config: Config) -> None:
 
 
 def _check_gold(config: Config) -> None:
-    """A gold column that is not there is better known before the run than after it."""
+    """A gold column or a field that is not there is better known before the run than after it."""
     gold = config.annotate.gold
     if gold is None:
         return
+    answer = answer_of(config.annotate)
+    if isinstance(gold, dict) and answer is not None:
+        check_fields(gold, answer.fields)
     kept = open_source(config.data, config.shard).schema.names
     for name in gold.values() if isinstance(gold, dict) else [gold]:
         if name not in kept:

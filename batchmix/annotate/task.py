@@ -17,6 +17,7 @@ import yaml
 
 from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Text
 from batchmix.config import MAX_SCORED_CHOICES, AnnotateConfig, Config, SamplingConfig, StructuredOutputs
+from batchmix.config_checks import check
 from batchmix.data.messages import PromptError
 from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
@@ -45,7 +46,7 @@ def prepare(config: Config) -> Config:
         raise AssertionError("annotate.input is set")
     data = dataclasses.replace(config.data, template=_template(task, answer))
     _check_swap(task, config)
-    return dataclasses.replace(config, annotate=task, data=data, sampling=_guided(config.sampling, task))
+    return check(dataclasses.replace(config, annotate=task, data=data, sampling=_guided(config.sampling, task)))
 
 
 def answer_of(task: AnnotateConfig) -> Answer | None:

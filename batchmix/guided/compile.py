@@ -221,5 +221,5 @@ def _grammar(outputs: StructuredOutputs) -> Grammar:
     try:
         schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
     except ValueError as error:
-        raise Unsupported(f"no JSON ({error})") from None
+        raise Unsupported(f"no JSON ({error}); give a mapping or JSON text, a file is not read") from None
     return json_schema_grammar(schema)

@@ -31,7 +31,7 @@ class ByteAutomaton:
 def build_automaton(pattern: Pattern) -> ByteAutomaton:
     """The automaton of the UTF-8 texts of a pattern. Unsupported where there is none or it would be too large."""
     if pattern == NEVER:
-        raise Unsupported("no text fits")
+        raise Unsupported("no text fits: an enum is empty, bounds exclude each other, or something requires itself")
     nfa = _Nfa()
     start, end = nfa.state(), nfa.state()
     nfa.add(pattern, start, end)

@@ -127,7 +127,7 @@ def host_guide(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequenc
     """The guide of a grammar's texts. Unsupported where there are none, or where the library refuses it."""
     grammar = without_dead_ends(grammar)
     if grammar.pattern == NEVER:
-        raise Unsupported("no text fits")
+        raise Unsupported("no text fits: an enum is empty, bounds exclude each other, or something requires itself")
     matcher = vocabulary.matcher(grammar, "")
     first = vocabulary.masks([matcher.deep_copy()])[0]
     spaced = None

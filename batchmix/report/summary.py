@@ -93,6 +93,7 @@ class Summary:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(output.finish_reasons.items()))
         now = sum(run["rows"] for run in self.runs)
         earlier = f", {output.rows - now:,} of them from earlier runs" if now < output.rows else ""
+        samples = f", {output.samples:,} samples" if output.samples != output.rows else ""
         forced = self._forced_tokens()
         skipped = f" ({forced:,} of them forced, without a decode step)" if forced else ""
         stages = ", ".join(f"{stage} {whole['seconds'][stage]:.1f} s" for stage in _STAGES)
@@ -103,7 +104,7 @@ class Summary:
         )
         return "\n".join(
             [
-                f"{output.rows:,} rows{earlier} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
+                f"{output.rows:,} rows{earlier}{samples} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
                 f" {output.completion_tokens:,} completion tokens{skipped}",
                 f"took {duration(whole['total_seconds'])}; generating {whole['generate_seconds']:.1f} s,"
                 f" {whole['output_tokens_per_second']:,.0f} output tokens/s, device busy {whole['device_busy']:.1%}",

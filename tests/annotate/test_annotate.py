@@ -75,6 +75,9 @@ def test_gold_that_the_data_does_not_have_is_refused_before_the_run(tmp_path: Pa
                     data=DataConfig(path=str(tmp_path / "rows.jsonl")), output=OutputConfig(dir=str(tmp_path / "out")))  # fmt: skip
     with pytest.raises(BatchmixError, match=r"annotate\.gold=people: the output keeps no column 'people'; it has text"):
         annotate(config)
+    config.annotate.gold = {"labl": "text"}
+    with pytest.raises(BatchmixError, match="labl is no field of the answer; those are label"):
+        annotate(config)
     assert not (tmp_path / "out").exists()
 
 

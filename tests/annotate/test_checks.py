@@ -96,9 +96,9 @@ def test_a_number_with_many_values_is_no_class(tmp_path: Path) -> None:
     [
         ("nowhere", "annotate.gold=nowhere: the rows have no column 'nowhere'"),
         ({"kind": "gold"}, "kind is no field of the answer; those are mood, urgent, score"),
-        ("word", "annotate.gold=word: row 0 holds no JSON object"),
+        ("word", "annotate.gold=word: row 0 holds no JSON object; a column of one field's labels is written annotate.gold={FIELD: word}"),
     ],
-)
+)  # fmt: skip
 def test_gold_that_is_not_there_is_refused(gold: Any, message: str, tmp_path: Path) -> None:
     task = AnnotateConfig(input="x", json_schema=TICKET)
     results = finished(tmp_path, task, [({"gold": "{}", "word": "good"}, [ticket("good", True, 1)])])

@@ -150,12 +150,13 @@ def test_pushing_uploads_the_data_and_then_our_card(tmp_path: Path, monkeypatch:
     assert card == ("me/moods", "dataset", "README.md", (folder / "README.md").read_bytes())
 
 
-def test_corrections_take_the_models_place(tmp_path: Path) -> None:
+def test_corrections_take_the_models_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "run")
     whole = {"mood": "bad", "tags": ["z"], "n": 5, "extra": [1]}
     lines = [{"row": 0, "values": {"mood": "bad"}}, {"row": 3, "values": whole}, {"row": 99, "values": {}}]
     (tmp_path / "corrections.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = do(tmp_path, corrections=str(tmp_path / "corrections.jsonl"))
+    assert "1 of the corrections are of rows that this run does not have" in capsys.readouterr().out
     rows = pq.read_table(folder / "data/train-00000.parquet").to_pylist()
     assert [row["reviewed"] for row in rows] == [True, False, False, True, False]
     assert [row["mood"] for row in rows] == ["bad", "good", "good", "bad", None]
@@ -187,6 +188,15 @@ def test_what_cannot_be_exported_is_said_in_one_line(
         do(tmp_path, **settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["run", "./x/../run/"])
+def test_a_data_set_has_a_folder_of_its_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "run")
+    with pytest.raises(BatchmixError, match=r"is output[.]dir, whose parts could not be read"):
+        export(Config(output=OutputConfig(dir=str(tmp_path / "run")), export=ExportConfig(dir=name)))
+    assert not (tmp_path / "run/data").exists()
 
 
 def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:

@@ -112,6 +112,14 @@ def test_label_studio_takes_tasks_with_the_models_answers(results: Results, tmp_
         assert controls[result["from_name"]].tag.lower() == result["type"]
 
 
+def test_many_labels_are_a_menu(tmp_path: Path) -> None:
+    labels = [f"l{number}" for number in range(200)]
+    many = finished(tmp_path / "many", AnnotateConfig(input="x", choice=labels), [({"text": "a"}, ["l7"])])
+    do(many, path=str(tmp_path / "tasks.json"))
+    choices = next(ElementTree.parse(tmp_path / "tasks.xml").getroot().iter("Choices"))
+    assert (choices.get("layout"), len(choices)) == ("select", 200)
+
+
 def test_label_studios_export_is_read(results: Results, tmp_path: Path) -> None:
     assert results.answer is not None
     (tmp_path / "export.json").write_text(json.dumps([EXPORTED_TASK, {**EXPORTED_TASK, "annotations": []}]))
@@ -195,7 +203,7 @@ def test_an_export_that_does_not_fit_is_refused(
 
 def test_what_cannot_be_reviewed_is_refused(results: Results, tmp_path: Path) -> None:
     with pytest.raises(BatchmixError, match="must be export or import"):
-        do(results, action="send", path="x")
+        do(results, action="send")
     with pytest.raises(BatchmixError, match=r"review\.path is not set"):
         do(results)
     finished(tmp_path / "plain", AnnotateConfig(), [({"prompt": "a"}, ["b"])])

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from batchmix.annotate.answer import Json
 from batchmix.annotate.task import answer_of, prepare
-from batchmix.config import AnnotateConfig, Config, DataConfig
+from batchmix.config import AnnotateConfig, Config, DataConfig, SamplingConfig
 from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
+from batchmix.jobs.annotate import main
 
 TASKS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf/annotate").glob("*.yaml"))
 COLUMNS = {
@@ -146,3 +147,29 @@ def test_labels_that_are_swapped_must_be_choices() -> None:
 def test_a_template_beside_a_task_is_refused() -> None:
     with pytest.raises(BatchmixError, match=r"data\.template: a task makes the prompt"):
         prepare(Config(annotate=AnnotateConfig(input="x"), data=DataConfig(path="x", template="y")))
+
+
+def test_a_stop_string_does_not_go_with_answers_of_a_form() -> None:
+    """Guidance is made of the task, so what does not go with it is known only then."""
+    task = AnnotateConfig(input="x", json_schema={"type": "integer"})
+    with pytest.raises(BatchmixError, match=r"sampling\.stop does not go with sampling\.structured_outputs"):
+        prepare(Config(annotate=task, data=DataConfig(path="x"), sampling=SamplingConfig(stop=["1"])))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("annotate: {input: x, choice: [a, yes]}", "task.yaml: annotate.choice[1] is True to YAML, not a text; put quotes around"),
+        ("annotate: {input: x, choice: [1.50, 2]}", "task.yaml: annotate.choice[0] is 1.5 to YAML"),
+        ("annotate: {input: x, choice: {a: 1}}", "a mapping stands where a list belongs, which is written [a, b], or a list"),
+        ("annotate: 5", "annotate=5: must be a group of keys, each with its value (in annotate/task.yaml)"),
+    ],
+)  # fmt: skip
+def test_a_task_file_that_says_something_else_than_it_seems_is_refused(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "task.yaml").write_text(text)
+    assert main([str(tmp_path / "task.yaml"), "data.path=x.jsonl", "output.dir=out"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]

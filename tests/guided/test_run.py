@@ -60,7 +60,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"json": {"type": "integer", "multipleOf": 3}}, {}, "json: the schema has the keyword 'multipleOf'"),
         ({"json": '{"type": "array", "uniqueItems": true}'}, {}, "json: the schema has the keyword 'uniqueItems'"),
-        ({"json": "{"}, {}, "json: no JSON"),
+        ({"json": "schema.json"}, {}, "json: no JSON .*; give a mapping or JSON text, a file is not read"),
         ({"regex": "(?=a)b"}, {}, "regex: .*look-around"),
         ({"json": TICKET}, {"max_tokens": 5}, r"max_tokens=5: the shortest text .* has \d+ tokens"),
         ({"regex": "a", "choice": ["a"]}, {}, "has choice and regex; give one of"),

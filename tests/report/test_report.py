@@ -127,6 +127,8 @@ def test_summary_of_two_shards(tmp_path):
     assert "10 rows, 2 of them from earlier runs (error 1, stop 9)" in text
     assert "generating 4.0 s, 40 output tokens/s, device busy 75.0%" in text
     assert Summary(Totals(), []).text().startswith("0 rows")
+    several = Summary(Totals(10, 1, 30, 100, 200, {"stop": 29, "error": 1}), [run, run]).text()
+    assert several.startswith("10 rows, 2 of them from earlier runs, 30 samples (error 1, stop 29)")
 
 
 def test_a_metrics_file_that_cannot_be_written(tmp_path):
