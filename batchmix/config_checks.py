@@ -114,6 +114,10 @@ def override_sampling(base: SamplingConfig, overrides: Mapping[str, Any]) -> Sam
         raise ValueError(f"sampling has no key {reprlib.repr(unknown[0])}")
     for key, value in given.items():
         given[key] = _coerce(key, value)
+    outputs = base.structured_outputs
+    if "logprobs" in given and outputs is not None and outputs.token_probabilities:
+        # A task asks for these, for its confidence, and such a row has that of its text.
+        given.setdefault("structured_outputs", dataclasses.replace(outputs, token_probabilities=False))
     return check_sampling(dataclasses.replace(base, **given))
 
 

@@ -145,3 +145,13 @@ def test_keys_on_the_command_line(hydra, override, expected):
 def test_a_wrong_value_in_a_row(value):
     with pytest.raises(ValueError, match=r"^sampling\.structured_outputs"):
         override_sampling(SamplingConfig(), {"structured_outputs": value})
+
+
+def test_a_row_that_asks_for_log_probabilities_keeps_its_guide():
+    """Both at once are refused; what the run asks for every token gives way to what the row asks for."""
+    run = SamplingConfig(structured_outputs=StructuredOutputs(regex="a", token_probabilities=True))
+    row = override_sampling(run, {"logprobs": 0})
+    assert (row.logprobs, row.structured_outputs) == (0, StructuredOutputs(regex="a"))
+    own = {"regex": "b", "token_probabilities": True}
+    with pytest.raises(ValueError, match=r"sampling\.logprobs does not go with .*token_probabilities"):
+        override_sampling(run, {"logprobs": 0, "structured_outputs": own})
