@@ -80,5 +80,9 @@ def _guided_logprobs(row: Row, slots: Slots, slot: int, count: int) -> list[floa
 def _why_it_failed(row: Row, slots: Slots, slot: int) -> str:
     text = slots.guides.texts[slot]
     assert text is not None
-    why = "the text was not whole; raise sampling.max_tokens or model.max_model_len" if text.goes_on else text.error
+    why = (
+        "the text was not whole; raise sampling.max_tokens or model.max_model_len"
+        if text.following.goes_on
+        else text.error
+    )
     return f"sampling.structured_outputs: after {text.count} tokens {why}"

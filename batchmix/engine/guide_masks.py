@@ -37,7 +37,7 @@ def apply_guides(logits: Tensor, slots: Slots, span: slice) -> tuple[Tensor, lis
         return torch.arange(len(logits)), []
     states = slots.guide_state[span].numpy()
     left = slots.max_tokens[span].numpy() - slots.generated[span].numpy() - 1
-    dropped: list[tuple[int, np.ndarray]] = []
+    dropped: dict[int, tuple[np.ndarray, list[int]]] = {}  # by set of tokens, which many rows share
     narrow: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for row in rows.tolist():
         slot = span.start + row
@@ -50,13 +50,12 @@ def apply_guides(logits: Tensor, slots: Slots, span: slice) -> tuple[Tensor, lis
             width = max(_NARROWEST, 1 << (len(tokens.few_allowed) - 1).bit_length())
             narrow[width].append((row, tokens.few_allowed))
         elif tokens.few_forbidden is not None:
-            dropped.append((row, tokens.few_forbidden))
+            dropped.setdefault(id(tokens), (tokens.few_forbidden, []))[1].append(row)
         else:
             logits[row].masked_fill_(torch.from_numpy(~tokens.allowed), float("-inf"))
-    if dropped:
-        starts = np.repeat([row * logits.shape[1] for row, _ in dropped], [len(ids) for _, ids in dropped])
-        places = torch.from_numpy(starts + np.concatenate([ids for _, ids in dropped]))
-        logits.view(-1).index_fill_(0, places, float("-inf"))
+    for ids, owners in dropped.values():
+        places = np.array(owners)[:, None] * logits.shape[1] + ids
+        logits.view(-1).index_fill_(0, torch.from_numpy(places.reshape(-1)), float("-inf"))
     groups = [_few(logits, width, entries) for width, entries in narrow.items()]
     wide = np.ones(len(logits), bool)
     for group in groups:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from batchmix.engine.answers import Answers
 from batchmix.engine.readback import to_device
-from batchmix.guided.guide import NEVER_ENDS, TokenSet, token_set
-from batchmix.guided.host_guide import HostText, follow
+from batchmix.guided.guide import NEVER_ENDS, TokenSet
+from batchmix.guided.host_guide import Following, HostText, follow
 
 FORBIDDEN, ALLOWED = 1, 2  # classes of tokens
 ONE_STATE = torch.tensor([[0, 0], [0, NEVER_ENDS], [0, 0]])  # [1 + classes, 2], see Guide; the host sees a text's end
@@ -56,13 +55,13 @@ class HostTexts:
 
     def allowed(self, slot: int) -> TokenSet:
         """The tokens that may come next."""
-        return token_set(self._choosable(slot))
+        return self._following(slot).tokens
 
-    def _choosable(self, slot: int) -> npt.NDArray[np.bool_]:
-        """[V]. Any token in the step that was on its way when the host saw the text's end: what it chooses is dropped."""
+    def _following(self, slot: int) -> Following:
         text = self._texts[slot]
         assert text is not None
-        return text.allowed if text.goes_on else np.ones_like(text.allowed)
+        # In the step that was on its way when the host saw the text's end: what it chooses is dropped.
+        return text.following if text.following.goes_on else text.guide.vocabulary.anything
 
     def hear(self, answers: Answers, is_running: np.ndarray, is_cut: np.ndarray) -> Iterator[tuple[int, HostText]]:
         """Take what rows have answered, and find what may follow; the slots whose text cannot go on, or may not.
@@ -82,7 +81,7 @@ class HostTexts:
                     longer.append(text)
         follow(longer)
         for slot, text in heard:
-            if is_cut[slot] or not text.goes_on:
+            if is_cut[slot] or not text.following.goes_on:
                 yield slot, text
 
     def tell(self, span: slice, classes: Tensor) -> None:
@@ -90,8 +89,9 @@ class HostTexts:
         slots = [slot for slot in range(span.start, span.stop) if self._texts[slot] is not None] if self._count else []
         if not slots:
             return
-        allowed = np.stack([self._choosable(slot) for slot in slots])
-        packed = to_device(np.packbits(allowed, axis=1, bitorder="little"), classes.device)  # uint8 [N, V / 8]
+        packed = to_device(
+            np.stack([self._following(slot).packed for slot in slots]), classes.device
+        )  # uint8 [N, V / 8]
         bits = packed[:, :, None] >> torch.arange(8, device=classes.device, dtype=torch.uint8) & 1
         rows = to_device(self._class_rows[slots], classes.device)
         classes.index_copy_(0, rows, bits.flatten(1)[:, : classes.shape[1]].int() * (ALLOWED - FORBIDDEN) + FORBIDDEN)

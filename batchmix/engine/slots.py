@@ -209,7 +209,7 @@ class Slots:
         new = self.answers.hear(look.slots[there], generated, finish, stop_reason, *rings)
         ended = self.answers.finish
         for slot, text in self.guides.texts.hear(self.answers, ended == RUNNING, ended == LENGTH):
-            if not text.goes_on or not text.may_end:
+            if not text.following.goes_on or not text.may_end:
                 ended[slot] = WHOLE if text.may_end else FAILED
         return new
 

@@ -64,6 +64,7 @@ class Guide:
     forced: dict[int, int]  # by state: the only token that may come next, where there is just one
     _runs: dict[int, list[int]] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[int, int], TokenSet] = field(default_factory=dict, repr=False)
+    _most: dict[int, int] = field(default_factory=dict, repr=False)  # by state: the largest need of a token
 
     def tokens_needed(self, min_tokens: int) -> int:
         """The fewest tokens of a row's text."""
@@ -107,16 +108,21 @@ class Guide:
 
     def allowed_tokens(self, state: int, left: int) -> TokenSet:
         """The tokens that `is_allowed`."""
-        classes = int(self.token_class.max())
-        need = self.table[state + 1 : state + 1 + classes, 1]
-        # All states with as much left or more are alike.
-        left = min(left, int(need[need < NEVER_ENDS].max(initial=0)))
+        most = self._most.get(state)
+        if most is None:
+            need = self._need(state)
+            most = self._most[state] = int(need[need < NEVER_ENDS].max(initial=0))
+        left = min(left, most)  # with as much left or more all is alike
         found = self._sets.get((state, left))
         if found is None:
             if len(self._sets) >= _CACHED_SETS:
                 self._sets.clear()
-            found = self._sets[state, left] = token_set((need <= left)[self.token_class - 1])
+            found = self._sets[state, left] = token_set((self._need(state) <= left)[self.token_class - 1])
         return found
+
+    def _need(self, state: int) -> npt.NDArray[np.int32]:
+        """Of each class of tokens, [C]."""
+        return self.table[state + 1 : state + 1 + int(self.token_class.max()), 1]
 
 
 def build_guide(

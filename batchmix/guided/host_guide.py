@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from batchmix.guided.guide import TokenSet, token_set
 from batchmix.guided.lark import lark
 from batchmix.guided.pattern import NEVER, Grammar, Unsupported, without_dead_ends
 
@@ -21,8 +22,24 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
+Packed: TypeAlias = npt.NDArray[np.uint8]  # a bit for each token of a vocabulary
 Tokenize: TypeAlias = Callable[[str], Sequence[int]]
+_CACHED_MASKS = 1024  # a byte for each token of the vocabulary, and some
 _BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}  # of UTF-8
+
+
+def pack(tokens: Bools) -> Packed:
+    """bool [V] as bits, [V / 8]."""
+    return np.packbits(tokens, bitorder="little")
+
+
+@dataclass(frozen=True)
+class Following:
+    """What may come next in a text."""
+
+    goes_on: bool  # whether a longer text is possible
+    tokens: TokenSet  # those that end the text included
+    packed: Packed  # the same, [V / 8]
 
 
 class HostVocabulary:
@@ -41,7 +58,11 @@ class HostVocabulary:
             # The library would take the rest of a forced text for said, and allow what comes after it.
             raise Unsupported("needs a vocabulary with a token for each byte, and the model's has none for some")
         self.tokens = tokens
+        self._packed = pack(tokens)
         self.begins_with_space = np.array([piece.startswith(b" ") for piece in pieces])
+        everything = np.ones(len(pieces), np.bool_)
+        self.anything = Following(True, token_set(everything), pack(everything))
+        self._followings: dict[tuple[bytes, tuple[int, ...]], Following] = {}  # most texts are where others were
         self.drops_leading_space = drops_leading_space
         self._library = llguidance
         # The library's end token is one that no model has: which tokens end a text is the row's matter.
@@ -57,14 +78,27 @@ class HostVocabulary:
             raise Unsupported(_line(found.get_error()))
         return found
 
-    def masks(self, matchers: Sequence[LLMatcher]) -> Bools:
-        """The tokens that each text may go on with, [N, V]; in threads, without Python's lock."""
+    def masks(self, matchers: Sequence[LLMatcher]) -> Packed:
+        """The tokens that each text may go on with, [N, V / 8]; in threads, without Python's lock."""
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
         bits = allocate_token_bitmask(len(matchers), len(self.tokens) + 1)
         fill_next_token_bitmask_par(self._executor, [(matcher, i) for i, matcher in enumerate(matchers)], bits)
-        found = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : len(self.tokens)].view(np.bool_)
-        return found & self.tokens
+        found: Packed = bits.view(np.uint8)[:, : len(self._packed)] & self._packed
+        return found
+
+    def following(self, mask: Packed, end_tokens: Sequence[int]) -> Following:
+        """A text that may go on with the tokens of the mask [V / 8], or end with one of `end_tokens`."""
+        key = mask.tobytes(), tuple(end_tokens)
+        found = self._followings.get(key)
+        if found is None:
+            if len(self._followings) >= _CACHED_MASKS:
+                self._followings.clear()
+            allowed = np.unpackbits(mask, count=len(self.tokens), bitorder="little").view(np.bool_)
+            goes_on = bool(allowed.any())
+            allowed[list(end_tokens)] = True
+            found = self._followings[key] = Following(goes_on, token_set(allowed), pack(allowed))
+        return found
 
     def _greedy(self, text: str) -> list[int]:
         return self._tokenizer.greedy_tokenize(text)
@@ -77,8 +111,8 @@ class HostGuide:
     vocabulary: HostVocabulary
     matcher: LLMatcher
     after_space: LLMatcher | None  # of the grammar with a space in front of it, where the tokenizer puts one there
-    first: Bools  # [V]: tokens that a text may begin with
-    end_tokens: npt.NDArray[np.int64]
+    first: Packed  # [V / 8]: tokens that a text may begin with
+    end_tokens: Sequence[int]
 
     def tokens_needed(self, min_tokens: int) -> int:
         """Of a row's text at least. What it takes to end one is not known beforehand."""
@@ -88,8 +122,7 @@ class HostGuide:
 class HostText:
     """One row's text under a HostGuide, as far as the host has heard of it."""
 
-    goes_on: bool  # whether a longer text is possible
-    allowed: Bools  # [V]: tokens that may come next, those that end the text included
+    following: Following
 
     def __init__(self, guide: HostGuide) -> None:
         self.guide = guide
@@ -116,11 +149,9 @@ class HostText:
             self.count += 1
             self.matcher.consume_token(token)
 
-    def allow(self, mask: Bools) -> None:
-        """`mask` [V] are the tokens that a longer text may go on with."""
-        self.goes_on = bool(mask.any())
-        self.allowed = mask.copy()
-        self.allowed[self.guide.end_tokens] = self.may_end
+    def allow(self, mask: Packed) -> None:
+        """`mask` [V / 8] are the tokens that a longer text may go on with."""
+        self.following = self.guide.vocabulary.following(mask, self.guide.end_tokens if self.may_end else ())
 
 
 def host_guide(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequence[int]) -> HostGuide:
@@ -135,9 +166,9 @@ def host_guide(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequenc
         # One space at the start is not part of the text: a token that begins with it says what follows the space.
         spaced = vocabulary.matcher(grammar, " ")
         with_space = vocabulary.masks([spaced.deep_copy()])[0]
-        forced = with_space.sum() == 1  # the way that the tokenizer itself begins
-        first = with_space if forced else with_space | (first & ~vocabulary.begins_with_space)
-    return HostGuide(vocabulary, matcher, spaced, first, np.array(end_tokens, np.int64))
+        forced = np.bitwise_count(with_space).sum() == 1  # the way that the tokenizer itself begins
+        first = with_space if forced else with_space | (first & ~pack(vocabulary.begins_with_space))
+    return HostGuide(vocabulary, matcher, spaced, first, tuple(end_tokens))
 
 
 def follow(texts: Sequence[HostText]) -> None:

@@ -68,7 +68,7 @@ def expected(reference: Any, guides: Guides, completion: Completion) -> list[flo
             assert isinstance(guide, Guide)
             allowed = guide.allowed_tokens(state, sampling.max_tokens - place - 1).allowed.copy()
         else:
-            allowed = text.allowed.copy()
+            allowed = text.following.tokens.allowed.copy()
         if place < sampling.min_tokens:
             allowed[2] = False
         left = logits[len(prompt.token_ids) + place - 1].masked_fill(~torch.from_numpy(allowed), float("-inf"))

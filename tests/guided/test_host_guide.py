@@ -78,12 +78,12 @@ def check_like_the_table(grammar: Grammar, drops: bool, source: random.Random) -
     text, state = HostText(host_guide(grammar, vocabulary(drops), [EOS])), table.start
     said: list[bytes] = []
     for _ in range(12):
-        expected, found = table.allowed_tokens(state, 2**20).allowed, text.allowed
+        expected, found = table.allowed_tokens(state, 2**20).allowed, text.following.tokens.allowed
         assert text.may_end == table.may_end(state)
-        forced = text.goes_on and found.sum() - found[EOS] == 1
+        forced = text.following.goes_on and found.sum() - found[EOS] == 1
         alike = expected[found].all() if forced else (found == expected).all()
         assert alike, (said, names(found), names(expected))
-        assert text.goes_on or table.is_over(state)
+        assert text.following.goes_on or table.is_over(state)
         options = [token for token in np.flatnonzero(found).tolist() if token != EOS]
         if not options:
             return
@@ -133,7 +133,7 @@ def test_a_recursive_schema_allows_what_it_does_when_it_is_written_out(drops):
         text = HostText(host_guide(json_schema_grammar(TREE), vocabulary(drops), [EOS]))
         state, said = table_of.start, b""
         while said.count(b"{") < 4:
-            found, expected = text.allowed, table_of.allowed_tokens(state, 2**20).allowed
+            found, expected = text.following.tokens.allowed, table_of.allowed_tokens(state, 2**20).allowed
             assert text.may_end == table_of.may_end(state)
             assert (found == expected).all() or (found.sum() == 1 and expected[found].all())
             options = [token for token in np.flatnonzero(found).tolist() if token != EOS]
@@ -169,7 +169,7 @@ def test_what_has_no_table_is_valid_too(schema):
     for _ in range(12):
         text, tokens = HostText(get(json=schema)), []
         while len(tokens) < 200:
-            options = [token for token in np.flatnonzero(text.allowed).tolist() if token != EOS]
+            options = [token for token in np.flatnonzero(text.following.tokens.allowed).tolist() if token != EOS]
             if not options or (text.may_end and source.random() < 0.3):
                 break
             closing = [token for token in options if PIECES[token][:1] in b']}"']
@@ -191,13 +191,13 @@ def test_many_choices():
         text = HostText(guide)
         rest = f" {said}".encode()  # as SentencePiece begins
         while rest:
-            options = np.flatnonzero(text.allowed).tolist()
+            options = np.flatnonzero(text.following.tokens.allowed).tolist()
             token = source.choice([token for token in options if rest.startswith(PIECES[token] or b"?")])
             rest = rest[len(PIECES[token]) :]
             text.take([token])
             follow([text])
         assert text.may_end
-        assert text.allowed[EOS]
+        assert text.following.tokens.allowed[EOS]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +224,8 @@ def test_a_way_that_never_ends_is_not_begun():
     definitions = {"endless": endless, **TREE["$defs"]}
     guide = get(json={"$defs": definitions, "anyOf": [{"$ref": "#/$defs/endless"}, {"$ref": "#/$defs/node"}]})
     text, said = HostText(guide), b""
-    while text.allowed.sum() == 1:
-        token = int(text.allowed.argmax())
+    while text.following.tokens.allowed.sum() == 1:
+        token = int(text.following.tokens.allowed.argmax())
         said += PIECES[token]
         text.take([token])
         follow([text])
