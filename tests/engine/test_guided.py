@@ -11,17 +11,15 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from checkpoints import random_mixtral, save_hub
 from engines import LateReadback, answers, load, make_engine, prompts, run
 from guided_strategies import REGEXES, SCHEMAS
-from guided_vocabulary import PIECES, SHAPE, VOCABULARY, V, encode
+from guided_vocabulary import VOCABULARY, V, encode
 from hypothesis import assume, given, settings
 from links import FakeLink
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine import decode
 from batchmix.engine.completion import hear
-from batchmix.guided.compile import Guides
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
@@ -32,26 +30,6 @@ TICKET = {
                    "note": {"type": "string"}},
     "required": ["sentiment", "urgent"],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return random_mixtral(**SHAPE)
-
-
-@pytest.fixture(scope="module")
-def folder(reference, tmp_path_factory):
-    return save_hub(reference, tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def guides():
-    return Guides(PIECES, drops_leading_space=True, eos_token_ids=[2], encode=encode)
 
 
 def engine(model, guides, **options):

@@ -10,17 +10,15 @@ from typing import Any
 
 import jsonschema
 import pytest
-from checkpoints import random_mixtral, save_hub
 from engines import LateReadback, answers, load, make_engine, prompts, run
 from guided_strategies import RECURSIVE
-from guided_vocabulary import PIECES, SHAPE, VOCABULARY, V, encode
+from guided_vocabulary import PIECES, VOCABULARY, V
 from hypothesis import assume, given, settings
 from links import FakeLink
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine.engine import Engine
 from batchmix.engine.host_texts import HostTexts
-from batchmix.guided.compile import Guides
 from batchmix.guided.host_guide import HostGuide
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
@@ -29,21 +27,6 @@ from batchmix.records import Completion, Prompt
 TREE = {"type": "object", "properties": {"n": {"type": "boolean"}, "more": {"type": "array", "items": {"$ref": "#"}}},
         "required": ["n"]}  # fmt: skip
 CLOSING = {token: 3.0 for token, piece in enumerate(PIECES) if piece[:1] in (b'"', b"]", b"}")}  # so that texts end
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_hub(random_mixtral(**SHAPE), tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def guides():
-    return Guides(PIECES, drops_leading_space=True, eos_token_ids=[2], encode=encode)
 
 
 def engine(model, guides, **options) -> Engine:

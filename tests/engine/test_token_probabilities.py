@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_mixtral, save_hub
 from engines import LateReadback, load, make_engine, prompts, run
-from guided_vocabulary import PIECES, SHAPE, V, encode
+from guided_vocabulary import V
 
 from batchmix.config import StructuredOutputs
 from batchmix.guided.compile import Guides
@@ -28,21 +27,6 @@ WISHES: list[dict[str, Any]] = [
     {"logit_bias": {2: 4.0, 100: 3.0, 250: -4.0}, "frequency_penalty": 0.5},
     {"min_tokens": 30, "top_p": 0.7},
 ]
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return random_mixtral(**SHAPE)
-
-
-@pytest.fixture(scope="module")
-def folder(reference, tmp_path_factory):
-    return save_hub(reference, tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def guides():
-    return Guides(PIECES, drops_leading_space=True, eos_token_ids=[2], encode=encode)
 
 
 def asking(count: int, tokens: int) -> list[Prompt]:
