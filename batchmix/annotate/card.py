@@ -35,7 +35,7 @@ _MEANINGS = {
     "prompt_tokens": "",
     "completion_tokens": "",
     "cumulative_logprob": "log-probability of the text",
-    "error": "why the row could not be run",
+    "error": "why there is no answer",
 }
 
 
@@ -81,7 +81,7 @@ def card(results: Results, settings: ExportConfig, counts: Counter[str], schema:
 
 
 def _counts(counts: Counter[str]) -> str:
-    lines = [f"- records: {counts['rows']:,}", f"- that could not be run (`error`): {counts['errors']:,}"]
+    lines = [f"- records: {counts['rows']:,}", f"- without an answer (`error`): {counts['errors']:,}"]
     if "invalid" in counts:
         lines.append(f"- whose text is no answer (`invalid`): {counts['invalid']:,}")
     if "reviewed" in counts:

@@ -242,7 +242,7 @@ def checks_text(checks: dict[str, Any]) -> str:
         lines[0] += f", {checks['invalid_rows']:,} answers are invalid (column invalid)"
     if checks["error_rows"]:
         lines.append(
-            f"{checks['error_rows']:,} rows could not be run (column error), for example: {checks['error_example']}"
+            f"rows without an answer (column error): {checks['error_rows']:,}, for example: {checks['error_example']}"
         )
     if "exact_match" in checks:
         exact = checks["exact_match"]

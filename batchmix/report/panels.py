@@ -25,7 +25,7 @@ Metrics = list[list[dict[str, Any]]]  # stretches of one process without a resta
 
 def tiles(summary: dict[str, Any] | None, checks: dict[str, Any] | None, sample: Sample) -> list[tuple[str, str]]:
     """The few numbers at the top."""
-    found = [("rows", f"{sample.num_rows:,}"), ("rows that could not be run", f"{sample.num_errors:,}")]
+    found = [("rows", f"{sample.num_rows:,}"), ("rows without an answer", f"{sample.num_errors:,}")]
     if checks is not None:
         found.append(("invalid answers", f"{checks['invalid_rows']:,}"))
         if "exact_match" in checks:

@@ -55,7 +55,7 @@ sampling: {seed: 3}
     done = batchmix("annotate", "spam.yaml", "data.path=rows.jsonl", "output.dir=out", "annotate.field=verdict")
     assert done.returncode == 0, done.stderr
     assert "model.path=tiny: the built-in model can do the task `tickets` alone" in done.stderr
-    assert "1 rows could not be run (column error), for example: data.template fails on this row" in done.stdout
+    assert "rows without an answer (column error): 1, for example: data.template fails on this row" in done.stdout
     again = batchmix("report", "output.dir=out")
     assert again.stdout.splitlines()[-1] == "the report is out/_report/report.html"
     assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[-len(again.stdout.splitlines()) : -1]

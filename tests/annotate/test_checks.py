@@ -62,11 +62,11 @@ def test_without_gold_there_are_counts_and_the_rows_that_samples_disagree_on(tmp
 
 
 def test_what_looks_wrong_is_said(tmp_path: Path) -> None:
-    """Gold of something else, and why rows could not be run."""
+    """Gold of something else, and why rows have no answer."""
     task = AnnotateConfig(input="x", choice=["a", "b"], field="kind")
     rows = [({"gold": "7"}, ["a"]), ({"gold": "8"}, ["b"]), ({"gold": "a"}, [None])]
     text = checks_text(check_results(finished(tmp_path, task, rows), "gold", 100))
-    assert "1 rows could not be run (column error), for example: no prompt" in text
+    assert "rows without an answer (column error): 1, for example: no prompt" in text
     assert "no gold value of kind is one of its labels: is annotate.gold the right column?" in text
     rows[0] = ({"gold": "b"}, ["a"])
     assert "right column" not in checks_text(check_results(finished(tmp_path / "b", task, rows), "gold", 100))
