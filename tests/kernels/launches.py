@@ -168,7 +168,7 @@ def single() -> None:
     tables = empty(1, 9, dtype=torch.int32), empty(1, 9, dtype=torch.bool)
     sample(
         empty(1, 9, dtype=fp32), number, int64, number, number, int64, int64, int64, int64, int64, int64, ids, int64,
-        empty(1, 9, dtype=fp32), flag, number, number, number, *tables, flag,
+        empty(1, 9, dtype=fp32), flag, number, number, number, *tables, flag, flag,
     )  # fmt: skip
     state = [empty(1, dtype=torch.int64) for _ in range(6)]
     history, automata = empty(1, 1, dtype=torch.int32), empty(1, 10, dtype=torch.int32)
