@@ -220,10 +220,11 @@ def sample(
         # A program takes every programs-th row, so the weights of all rows never exist at once: 128 KB an SM.
         programs = min(rows, current_gpu(device).num_sms)
         workspace = torch.empty(programs, vocab, dtype=torch.float32, device=device)
+        block = min(_BLOCK, triton.next_power_of_2(vocab))
         # No fused multiply-add: penalties round as the torch backend's do.
         sample_kernel[(programs,)](
             logits, *per_row, tokens, logprobs, workspace, rows, vocab, logits.stride(0), len(eos_token_ids),
-            stop_token_ids.shape[1], BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=_WARPS,
+            stop_token_ids.shape[1], BLOCK=block, num_warps=max(1, block * _WARPS // _BLOCK),
             enable_fp_fusion=False,
         )  # fmt: skip
     return tokens, logprobs
