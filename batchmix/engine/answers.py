@@ -16,9 +16,7 @@ class Answers:
         self.stop_reason = np.zeros(size, np.int64)
         self.count = np.zeros(size, np.int64)  # tokens of the row in `tokens`
         self.tokens = np.zeros((size, 64), np.int32)  # [slots, tokens so far]
-        self.among_allowed = np.zeros(
-            (size, 0), np.float32
-        )  # each token's log-probability among those that were allowed
+        self.among_allowed = np.zeros((size, 0), np.float32)  # log-probabilities among the tokens that were allowed
         self.logprobs = np.zeros((size, 0), np.float32)
         self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
         self.top_logprobs = np.zeros((size, 0, 0), np.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import numpy as np
 import torch
 
@@ -24,8 +22,6 @@ class GuideTables:
         self.classes = SharedTables(vocab_size, torch.int32, device)
         self.of_slot: list[Guide | None] = [None] * size
         self.texts = HostTexts(size)  # of rows whose guide has no table
-        self._num_texts = 0
-        self._text_keys: list[Hashable] = [None] * size
         self._followed = [(0, 0)] * size  # tokens of the row, and the guide's state after them, as far as it was asked
 
     @property
@@ -45,10 +41,8 @@ class GuideTables:
         return base, self.classes.acquire(key, lambda: torch.from_numpy(guide.token_class)[None]), guide.start
 
     def _acquire_text(self, slot: int, text: HostText) -> tuple[int, int, int]:
-        self._num_texts += 1
-        key = self._text_keys[slot] = "text", self._num_texts
         width = self.classes.data.shape[1]
-        row = self.classes.acquire(key, lambda: torch.full((1, width), ALLOWED))
+        row = self.classes.acquire(text, lambda: torch.full((1, width), ALLOWED))
         self.texts.put(slot, text, row)
         return self.states.acquire("text", lambda: ONE_STATE), row, 0
 
@@ -65,18 +59,18 @@ class GuideTables:
     def move(self, target: int, source: int) -> None:
         """The row of slot `source` is now in slot `target`."""
         self.of_slot[target], self._followed[target] = self.of_slot[source], self._followed[source]
-        self._text_keys[target] = self._text_keys[source]
         self.texts.move(target, source)
 
     def clear(self, slot: int) -> None:
         """The slot has no row."""
-        self.of_slot[slot] = self._text_keys[slot] = None
+        self.of_slot[slot] = None
         self.texts.clear(slot)
 
     def release(self, slot: int, sampling: SamplingConfig) -> None:
         """The slot's row is gone, or goes."""
         if sampling.structured_outputs is None:
             return
-        text = self._text_keys[slot]
-        self.states.release(guide_key(sampling) if text is None else "text")
-        self.classes.release(guide_key(sampling) if text is None else text)
+        key = guide_key(sampling)
+        text = self.texts[slot]
+        self.states.release(key if text is None else "text")
+        self.classes.release(key if text is None else text)

@@ -89,9 +89,8 @@ class HostTexts:
         slots = [slot for slot in range(span.start, span.stop) if self._texts[slot] is not None] if self._count else []
         if not slots:
             return
-        packed = to_device(
-            np.stack([self._following(slot).packed for slot in slots]), classes.device
-        )  # uint8 [N, V / 8]
+        masks = np.stack([self._following(slot).packed for slot in slots])  # uint8 [N, V / 8]
+        packed = to_device(masks, classes.device)
         bits = packed[:, :, None] >> torch.arange(8, device=classes.device, dtype=torch.uint8) & 1
         rows = to_device(self._class_rows[slots], classes.device)
         classes.index_copy_(0, rows, bits.flatten(1)[:, : classes.shape[1]].int() * (ALLOWED - FORBIDDEN) + FORBIDDEN)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.guided.pattern import NEVER, Alt, Chars, Named, Pattern, Range, Repeat, Seq, TooLarge, Unsupported, utf8
+from batchmix.guided.pattern import NEVER, Alt, Chars, Named, NoText, Pattern, Range, Repeat, Seq, TooLarge, utf8
 
 MAX_STATES = 16_384  # of an automaton; a string of up to 1,000 characters takes 9,000
 _MAX_NFA_STATES = 150_000
@@ -31,7 +31,7 @@ class ByteAutomaton:
 def build_automaton(pattern: Pattern) -> ByteAutomaton:
     """The automaton of the UTF-8 texts of a pattern. Unsupported where there is none or it would be too large."""
     if pattern == NEVER:
-        raise Unsupported("no text fits: an enum is empty, bounds exclude each other, or something requires itself")
+        raise NoText
     nfa = _Nfa()
     start, end = nfa.state(), nfa.state()
     nfa.add(pattern, start, end)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from batchmix.guided.guide import TokenSet, token_set
 from batchmix.guided.lark import lark
-from batchmix.guided.pattern import NEVER, Grammar, Unsupported, without_dead_ends
+from batchmix.guided.pattern import NEVER, Grammar, NoText, Unsupported, without_dead_ends
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -67,7 +67,8 @@ class HostVocabulary:
         self._library = llguidance
         # The library's end token is one that no model has: which tokens end a text is the row's matter.
         names = [piece or b"\xff<%d>" % token for token, piece in enumerate([*pieces, b""])]
-        self._tokenizer = llguidance.LLTokenizer(_Tokens(names, tokenize, self._greedy), eos_token=len(pieces))  # type: ignore[arg-type]
+        tokens_of = llguidance.TokenizerWrapper(_Tokens(names, tokenize, self._greedy))
+        self._tokenizer = llguidance.LLTokenizer(tokens_of, eos_token=len(pieces))
         self._executor = llguidance.LLExecutor()
 
     def matcher(self, grammar: Grammar, before: str) -> LLMatcher:
@@ -87,9 +88,9 @@ class HostVocabulary:
         found: Packed = bits.view(np.uint8)[:, : len(self._packed)] & self._packed
         return found
 
-    def following(self, mask: Packed, end_tokens: Sequence[int]) -> Following:
+    def following(self, mask: Packed, end_tokens: tuple[int, ...]) -> Following:
         """A text that may go on with the tokens of the mask [V / 8], or end with one of `end_tokens`."""
-        key = mask.tobytes(), tuple(end_tokens)
+        key = mask.tobytes(), end_tokens
         found = self._followings.get(key)
         if found is None:
             if len(self._followings) >= _CACHED_MASKS:
@@ -112,7 +113,7 @@ class HostGuide:
     matcher: LLMatcher
     after_space: LLMatcher | None  # of the grammar with a space in front of it, where the tokenizer puts one there
     first: Packed  # [V / 8]: tokens that a text may begin with
-    end_tokens: Sequence[int]
+    end_tokens: tuple[int, ...]
 
     def tokens_needed(self, min_tokens: int) -> int:
         """Of a row's text at least. What it takes to end one is not known beforehand."""
@@ -158,7 +159,7 @@ def host_guide(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequenc
     """The guide of a grammar's texts. Unsupported where there are none, or where the library refuses it."""
     grammar = without_dead_ends(grammar)
     if grammar.pattern == NEVER:
-        raise Unsupported("no text fits: an enum is empty, bounds exclude each other, or something requires itself")
+        raise NoText
     matcher = vocabulary.matcher(grammar, "")
     first = vocabulary.masks([matcher.deep_copy()])[0]
     spaced = None
@@ -182,7 +183,6 @@ def follow(texts: Sequence[HostText]) -> None:
 class _Tokens:
     """What llguidance asks of a tokenizer."""
 
-    is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, tokens: list[bytes], tokenize: Tokenize | None, greedy: Tokenize) -> None:

@@ -83,6 +83,13 @@ class Unsupported(ValueError):
     """What a guide cannot do; the message is one line that names the feature."""
 
 
+class NoText(Unsupported):
+    """Nothing that fits."""
+
+    def __init__(self) -> None:
+        super().__init__("no text fits: an enum is empty, bounds exclude each other, or something requires itself")
+
+
 class TooLarge(Unsupported):
     """More than tables can hold."""
 
