@@ -141,6 +141,11 @@ def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, i
     }
 
 
+def tokens_of(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """What must not depend on the backend: tokens, why they ended, and why there are none."""
+    return {key: (list(c.token_ids), c.finish_reason, c.error) for key, c in completions.items()}
+
+
 @torch.inference_mode()
 def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list[torch.Tensor]:
     """Logits of every position of every row, all rows in one packed step."""

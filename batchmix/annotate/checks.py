@@ -12,7 +12,7 @@ from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, INVALID
 from batchmix.annotate.metrics import agreement_report, calibration_bin, calibration_report, share_report
 from batchmix.annotate.results import Results
-from batchmix.data.storage import Storage, read_json, write_json, written
+from batchmix.data.storage import Storage, find_json, write_json, written
 from batchmix.errors import BatchmixError
 
 NAME = "_checks.json"
@@ -51,10 +51,7 @@ def write_checks(results: Results, gold: Any, resamples: int) -> dict[str, Any]:
 
 
 def read_checks(storage: Storage) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = read_json(storage, NAME)
-    except (FileNotFoundError, ValueError):
-        return None
+    found: dict[str, Any] | None = find_json(storage, NAME)
     return found
 
 

@@ -42,16 +42,14 @@ def response_line(samples: Sequence[Completion], model: str) -> dict[str, Any]:
 
 def response_keys(response: dict[str, Any]) -> tuple[int, str, int, int, int]:
     """Row, finish_reason, prompt tokens, completion tokens and samples. ValueError where it is none of our responses."""
-    match = _ROW_IN_ID.match(response["id"])
-    if match is None:
-        raise ValueError(f"a response has the id {response['id']!r}")
+    row = _row_of(response)
     if response["error"]:
-        return int(match[1]), "error", 0, 0, 1
+        return row, "error", 0, 0, 1
     body = response["response"]["body"]
     cut = any(choice["finish_reason"] == "length" for choice in body["choices"])
     usage = body["usage"]
     return (
-        int(match[1]),
+        row,
         "length" if cut else "stop",
         usage["prompt_tokens"],
         usage["completion_tokens"],
@@ -59,13 +57,20 @@ def response_keys(response: dict[str, Any]) -> tuple[int, str, int, int, int]:
     )
 
 
+def _row_of(response: dict[str, Any]) -> int:
+    match = _ROW_IN_ID.match(response["id"])
+    if match is None:
+        raise ValueError(f"a response has the id {response['id']!r}")
+    return int(match[1])
+
+
 def first_choice(response: dict[str, Any]) -> dict[str, Any]:
-    """Of a row's samples the first, by the names of the columns that other runs have."""
+    """Of a row's samples the first, by the names of the columns that other runs have. ValueError as above."""
     body = (response["response"] or {}).get("body") or {}
     choice = (body.get("choices") or [{}])[0]
     usage = body.get("usage") or {}
     return {
-        "row": int(response["id"].rpartition("_")[2]),
+        "row": _row_of(response),
         "id": response["custom_id"],
         "sample_index": 0,
         "generated_text": (choice.get("message") or {}).get("content"),

@@ -242,6 +242,14 @@ def read_json(storage: Storage, name: str) -> Any:
     return json.loads(storage.read(name))
 
 
+def find_json(storage: Storage, name: str) -> Any:
+    """The same, None where there is no such file or it is no JSON."""
+    try:
+        return read_json(storage, name)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def json_bytes(value: Any) -> bytes:
     """`value` as indented JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from batchmix.annotate.checks import checks_text, write_checks
 from batchmix.annotate.results import Results
 from batchmix.config import AnnotateConfig, Config
-from batchmix.data.storage import Storage, read_json, write_text, written
+from batchmix.data.storage import find_json, write_text, written
 from batchmix.report.panels import label_plots, run_plots, score_panel, tiles
 from batchmix.report.sample import read_sample
 
@@ -54,7 +54,7 @@ def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows:
     sample = read_sample(results, gold, num_rows)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    summary = _read(results.storage, "_summary.json")
+    summary = find_json(results.storage, "_summary.json")
     run = results.run
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string((_HERE / "page.html").read_text(encoding="utf-8")).render(
@@ -81,11 +81,3 @@ def _in_script(value: Any) -> str:
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text
-
-
-def _read(storage: Storage, name: str) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = read_json(storage, name)
-    except (FileNotFoundError, ValueError):
-        return None
-    return found
