@@ -160,6 +160,7 @@ def _place(
     tokens = room / model.kv_bytes
     if kv_on_host:
         tokens = min(room / staged_bytes(model), (machine.host_bytes - on_host) / model.kv_bytes)
+    tokens = int(tokens)  # before rows are counted: what is left of a token holds none of theirs
     if tokens < longest:
         return None
     at_once = max(1.0, min(limit, rows.count, tokens // max(1.0, rows.context)))
@@ -175,7 +176,7 @@ def _place(
     steps = rows.prompt / prefill_tokens  # of a row, which shares them with others
     prefill = max(operations / machine.flops, steps * weights, steps * (model.weight_bytes + on_host) / machine.hbm)
     return Placement(
-        streamed, kv_on_host, disk, int(tokens), limit, int(at_once), machine.link, link, hbm, compute, prefill,
+        streamed, kv_on_host, disk, tokens, limit, int(at_once), machine.link, link, hbm, compute, prefill,
         prefill + rows.answer * max(link, hbm, compute) / at_once,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchmix.config import Quantization
@@ -61,6 +61,7 @@ def test_what_the_host_has_no_room_for_comes_from_disk():
 
 
 @settings(max_examples=100, deadline=None)
+@example(23999996928.0, 34700574720.0, Quantization.int4, False, 300, 1.0, 1481.03125)  # 207,624.4 tokens of cache
 @given(
     st.floats(5e9, 120e9), st.floats(0, 300e9), st.sampled_from([None, *Quantization]), st.booleans(),
     st.sampled_from([None, 7, 300]), st.floats(1, 8000), st.floats(1, 2000),
