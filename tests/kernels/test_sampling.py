@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_bitwise_equal, assert_close, poisoned_allocations
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,6 +120,13 @@ def test_tokens_are_the_oracles(device, samplings, seed):
     assert_close(logprobs, expected_logprobs)
 
 
+def assert_logprobs_close(found: Tensor, expected: Tensor) -> None:
+    """Each by itself. Among few tokens one may be all but certain: then what counts is how the sum near one is rounded, which
+    a logarithm near zero shows whole."""
+    roundings = 8 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found.double().cpu(), expected.double().cpu(), rtol=2e-5, atol=roundings)
+
+
 def random_guides(slots: Slots, seed: int, states: int = 4, classes: int = 3) -> dict[str, Tensor]:
     """Two guides of any needs, for two rows of three; in each state one class of tokens is allowed throughout."""
     source, vocab, rows = torch.Generator().manual_seed(seed), slots.vocab_size, slots.capacity
@@ -148,7 +155,7 @@ def test_guides_are_the_oracles(device, samplings, seed):
     tokens, logprobs = sample(logits.to(device), **wishes(slots, device), **on_device)
     expected, expected_logprobs = reference.sample(logits, **wishes(slots, torch.device("cpu")), **guides)
     assert tokens.tolist() == expected.tolist()
-    assert_close(logprobs, expected_logprobs)
+    assert_logprobs_close(logprobs, expected_logprobs)
     for row, token in enumerate(tokens.tolist()):
         if guides["guide_base"][row] >= 0:
             kind = guides["guide_classes"][guides["guide_class"][row], token]
@@ -157,6 +164,10 @@ def test_guides_are_the_oracles(device, samplings, seed):
 
 
 @settings(max_examples=8, deadline=None)
+@example(
+    [SamplingConfig(temperature=0.0), SamplingConfig(temperature=0.0, allowed_token_ids=[2, 3, 4, 7], min_tokens=3)],
+    563,
+)
 @given(st.lists(SAMPLINGS, min_size=2, max_size=4), st.integers(0, 2**31))
 def test_log_probabilities_among_what_is_allowed(device, samplings, seed):
     """By kernel, torch backend and oracle; bias, penalties and min_tokens say what is allowed, not how likely it is."""
@@ -170,9 +181,9 @@ def test_log_probabilities_among_what_is_allowed(device, samplings, seed):
     assert none is None
     assert tokens.tolist() == expected.tolist() == chosen.tolist()
     assert logprobs[0] == 0
-    assert_close(logprobs, oracles)
+    assert_logprobs_close(logprobs, oracles)
     assert found is not None
-    assert_close(found, oracles)
+    assert_logprobs_close(found, oracles)
 
 
 @pytest.mark.slow  # 10 s under the interpreter
