@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from batchmix.kernels.gpu import Gpu, current_gpu
+from batchmix.kernels.launch import kernel, next_power_of_2, operator
 from batchmix.kernels.paged_cache import (
     LOG2_E,
     attend_tile,
@@ -63,7 +64,7 @@ def _attend_split(
     return out, peak + tl.log2(total)
 
 
-@triton.jit
+@kernel
 def decode_split_kernel(
     q_ptr, keys_ptr, values_ptr, k_scale_ptr, v_scale_ptr, partial_ptr, lse_ptr, items_ptr, num_items_ptr, context_ptr,
     table_ptr, q_stride, table_stride, scale_stride, max_splits, scale,
@@ -94,7 +95,7 @@ def decode_split_kernel(
         tl.store(lse_ptr + place, lse, mask=real)
 
 
-@triton.jit
+@kernel
 def decode_shared_kernel(
     q_ptr, keys_ptr, values_ptr, k_scale_ptr, v_scale_ptr, partial_ptr, lse_ptr, rows_ptr, split_ptr, table_ptr,
     q_stride, table_stride, scale_stride, max_splits, scale,
@@ -125,7 +126,7 @@ def decode_shared_kernel(
         tl.store(lse_ptr + place, lse, mask=real)
 
 
-@triton.jit
+@kernel
 def decode_merge_kernel(
     partial_ptr, lse_ptr, context_ptr, out_ptr, max_splits,
     H: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, MERGE_TILE: tl.constexpr,
@@ -244,7 +245,7 @@ def _max_splits(block_table: Tensor, block_size: int) -> int:
 
 
 def _pair_tile(ratio: int) -> int:
-    return max(_SHARED_TILE, int(triton.next_power_of_2(ratio)))
+    return max(_SHARED_TILE, int(next_power_of_2(ratio)))
 
 
 def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
@@ -254,7 +255,7 @@ def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
     return {"KEY_TILE": 64, "num_warps": 4, "num_stages": num_stages(gpu)}
 
 
-@torch.library.custom_op("batchmix::decode_attention", mutates_args=())
+@operator("decode_attention")
 def decode_attention(
     q: Tensor,
     keys: Tensor,
@@ -299,7 +300,7 @@ def decode_attention(
     programs = min(len(items) * kv_heads, _PROGRAMS_PER_SM * gpu.num_sms)
     decode_split_kernel[(programs,)](
         *read, items, num_items, context, block_table, *strides,
-        HEAD_TILE=max(16, triton.next_power_of_2(ratio)), **options,
+        HEAD_TILE=max(16, next_power_of_2(ratio)), **options,
     )  # fmt: skip
     decode_merge_kernel[(heads, rows)](
         partial, lse, context, out, max_splits, H=heads, C=dim, SPLIT=SPLIT, MERGE_TILE=_MERGE_TILE, num_warps=1

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from batchmix.kernels.gpu import Gpu, current_gpu
+from batchmix.kernels.launch import kernel, operator
 from batchmix.kernels.paged_cache import (
     LOG2_E,
     attend_tile,
@@ -36,7 +36,7 @@ from batchmix.kernels.paged_cache import (
 )
 
 
-@triton.jit
+@kernel
 def prefill_attention_kernel(
     q_ptr, keys_ptr, values_ptr, k_scale_ptr, v_scale_ptr, out_ptr, tiles_ptr, chunks_ptr, table_ptr, q_stride,
     table_stride, scale_stride, scale,
@@ -137,7 +137,7 @@ def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
     return {"KEY_TILE": 32 if small else 64, "num_warps": 8, "num_stages": num_stages(gpu)}
 
 
-@torch.library.custom_op("batchmix::prefill_attention", mutates_args=())
+@operator("prefill_attention")
 def prefill_attention(
     q: Tensor,
     keys: Tensor,

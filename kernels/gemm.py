@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_MOST_DESCRIPTORS = 64  # of one weight; an engine has one a tile, a search of tiles many
 BLOCK_SCALE = tl.constexpr(128)  # rows and columns of an fp8 weight block, and weights of an int4 group
 
 
@@ -142,6 +144,21 @@ def int8_pairs(words, dtype: tl.constexpr):
 def descriptor(tensor: Tensor, block: list[int]) -> Any:
     """A tensor descriptor of a matrix, for its kernel's constexpr to say that it is one."""
     return TensorDescriptor.from_tensor(tensor, block)
+
+
+def weight_descriptor(weight: Tensor, block: list[int], dtype: torch.dtype) -> Any:
+    """A tensor descriptor of [.., K] weights as a matrix of `dtype`, None where TMA cannot read it.
+
+    It is kept with the weight: the same ones are described in every launch.
+    """
+    kept = weight.__dict__.setdefault("_descriptors", {})
+    key = weight.data_ptr(), dtype, *block
+    if key not in kept:
+        if len(kept) >= _MOST_DESCRIPTORS:
+            kept.clear()
+        matrix = weight.detach().view(-1, weight.shape[-1]).view(dtype)
+        kept[key] = descriptor(matrix, block) if can_describe(matrix) else None
+    return kept[key]
 
 
 def can_describe(tensor: Tensor) -> bool:

@@ -11,17 +11,17 @@ Legend: T tokens, K input features, N output features.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from batchmix.kernels import tiles
 from batchmix.kernels.gemm import can_describe, descriptor, load_tile, product, upright, zeros
 from batchmix.kernels.gpu import current_gpu
+from batchmix.kernels.launch import cdiv, kernel, operator
 from batchmix.kernels.tiles import Tile
 
 
-@triton.jit
+@kernel
 def _linear_kernel(
     x,  # [T, K] or a descriptor
     w,  # [N, K] or a descriptor
@@ -76,7 +76,7 @@ def launch_linear(x: Tensor, w: Tensor, out: Tensor, tile: Tile) -> None:
     if not num_tokens:  # TMA has no descriptor of an empty matrix
         return
     x_described, w_described = tile.tma and can_describe(x), tile.tma and can_describe(w)
-    most = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    most = cdiv(num_tokens, tile.block_m) * cdiv(columns, tile.block_n)
     _linear_kernel[(min(most, current_gpu(x.device).num_sms * tile.programs_per_sm),)](
         descriptor(x, [tile.block_m, tile.block_k]) if x_described else x,
         descriptor(w, [tile.block_n, tile.block_k]) if w_described else w,
@@ -96,7 +96,7 @@ def launch_linear(x: Tensor, w: Tensor, out: Tensor, tile: Tile) -> None:
     )
 
 
-@torch.library.custom_op("batchmix::linear", mutates_args=())
+@operator("linear")
 def linear(x: Tensor, w: Tensor, batch_invariant: bool = True) -> Tensor:
     """x w^T, summed in float32. x [T, K] and w [N, K] of one dtype, contiguous -> [T, N]."""
     num_tokens, depth = x.shape

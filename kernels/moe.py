@@ -16,7 +16,6 @@ an output row's bits depend on its own token alone: sums run in fixed orders and
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,24 +29,28 @@ from batchmix.kernels.gemm import (
     load_tile,
     step,
     upright,
+    weight_descriptor,
     zeros,
 )
 from batchmix.kernels.gpu import current_gpu
+from batchmix.kernels.launch import cdiv, kernel, next_power_of_2, operator
 from batchmix.kernels.quantize import FP8, quantize_rows
 from batchmix.kernels.routing import route, sort_pairs
 from batchmix.kernels.tiles import Tile
 
 
-@triton.jit
-def _permute_kernel(x, order, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+@kernel
+def _permute_kernel(x, order, offsets, out, D: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
+    if row >= tl.load(offsets + E):  # a pair of padding
+        return
     token = tl.load(order + row) // TOP_K
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + token.to(tl.int64) * D + columns, mask=columns < D)
     tl.store(out + row.to(tl.int64) * D + columns, values, mask=columns < D)
 
 
-@triton.jit
+@kernel
 def _experts_kernel(
     x,  # [T, D] or sorted [P, K], or a descriptor of the latter
     w,  # [E * rows, K] as FORMAT packs it, or a descriptor
@@ -176,7 +179,7 @@ def _tile(kind: str, x: Tensor, w: Tensor, scale: Tensor | None, pairs: int, bat
     format = _weight_format(w, scale)
     name = tiles.format_of(w.dtype) if format == "dense" else format
     columns = w.shape[1] // 2 if kind == "up" else w.shape[1]
-    rows = triton.cdiv(pairs, len(w))  # of an average expert
+    rows = cdiv(pairs, len(w))  # of an average expert
     return tiles.choose(kind, name, columns, x.shape[1], rows, current_gpu(x.device), batch_invariant)
 
 
@@ -199,25 +202,32 @@ def launch_experts(
     assert all(tensor is None or tensor.is_contiguous() for tensor in (x, x_scale, w, w_scale, pair_weights))
     if not pairs:  # TMA has no descriptor of an empty matrix
         return
-    num_experts, depth = len(w), x.shape[1]
+    num_experts, depth = w.shape[0], x.shape[1]
     gather = up
     if up and tile.permute:
         permuted = torch.empty(pairs, depth, dtype=x.dtype, device=x.device)
-        _permute_kernel[(pairs, triton.cdiv(depth, 4096))](
-            x, order, permuted, D=depth, TOP_K=top_k, BLOCK=4096, num_warps=4
+        _permute_kernel[(pairs, cdiv(depth, 4096))](
+            x,
+            order,
+            offsets,
+            permuted,
+            D=depth,
+            E=num_experts,
+            TOP_K=top_k,
+            BLOCK=4096,
+            num_warps=4,
         )
         x, gather = permuted, False
-    packed = format in ("int8", "int4")  # these are loaded two bytes at a time
-    weights = w.view(-1, w.shape[2]).view(torch.int16) if packed else w.view(-1, w.shape[2])
-    w_width = tile.block_k * weights.shape[1] // depth
+    loaded = torch.int16 if format in ("int8", "int4") else w.dtype  # the former are loaded two bytes at a time
+    w_width = tile.block_k * w.shape[2] * w.itemsize // (depth * loaded.itemsize)
     x_width = tile.block_k // 2 if format == "int4" else tile.block_k
     x_described = tile.tma and not gather and can_describe(x)
-    w_described = tile.tma and can_describe(weights)
+    described = weight_descriptor(w, [tile.block_n, w_width], loaded) if tile.tma else None
     gpu = current_gpu(x.device)
-    most = (triton.cdiv(pairs, tile.block_m) + num_experts) * triton.cdiv(columns, tile.block_n)
+    most = (cdiv(pairs, tile.block_m) + num_experts) * cdiv(columns, tile.block_n)
     _experts_kernel[(min(most, gpu.num_sms * tile.programs_per_sm),)](
         descriptor(x, [tile.block_m, x_width]) if x_described else x,
-        descriptor(weights, [tile.block_n, w_width]) if w_described else weights,
+        w.view(loaded) if described is None else described,
         x_scale,
         w_scale,
         order,
@@ -227,13 +237,13 @@ def launch_experts(
         N=columns,
         K=depth,
         E=num_experts,
-        E_PAD=triton.next_power_of_2(num_experts),
+        E_PAD=next_power_of_2(num_experts),
         TOP_K=top_k,
         FORMAT=format,
         UP=up,
         GATHER=gather,
         X_DESCRIPTOR=x_described,
-        W_DESCRIPTOR=w_described,
+        W_DESCRIPTOR=described is not None,
         SWAP_AB=tile.swap_ab,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -244,7 +254,7 @@ def launch_experts(
     )
 
 
-@torch.library.custom_op("batchmix::experts_up", mutates_args=())
+@operator("experts_up")
 def experts_up(
     x: Tensor,
     x_scale: Tensor | None,
@@ -283,7 +293,7 @@ def _(
     return x.new_empty(len(order), w13.shape[1] // 2, dtype=dtype)
 
 
-@torch.library.custom_op("batchmix::experts_down", mutates_args=())
+@operator("experts_down")
 def experts_down(
     h: Tensor,
     h_scale: Tensor | None,
@@ -320,37 +330,48 @@ def _(
     return h.new_empty(len(order), w2.shape[1], dtype=dtype)
 
 
-@triton.jit
-def _combine_kernel(
-    y, residual, out, D: tl.constexpr, TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-):
+@kernel
+def _combine_kernel(y, residual, num_valid, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < D
+    worked_on = mask
+    if num_valid is not None:
+        worked_on &= token < tl.load(num_valid)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        total += tl.load(y + (token * TOP_K + k) * D + columns, mask=mask, other=0.0).to(tl.float32)
-    if RESIDUAL:
+        total += tl.load(y + (token * TOP_K + k) * D + columns, mask=worked_on, other=0.0).to(tl.float32)
+    if residual is not None:
         total += tl.load(residual + token * D + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + token * D + columns, total.to(out.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("batchmix::combine", mutates_args=())
-def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
-    """Each token's K rows summed in router order, then plus the residual, in float32. y [P, D], [T, D] -> [T, D]."""
+@operator("combine")
+def combine(y: Tensor, top_k: int, residual: Tensor | None = None, num_valid: Tensor | None = None) -> Tensor:
+    """Each token's K rows summed in router order, then plus the residual, in float32. y [P, D], [T, D] -> [T, D].
+
+    With num_valid, int32 [1], tokens from there on get the residual alone: no expert worked on them.
+    """
     assert y.is_contiguous(), y.stride()
     assert residual is None or residual.is_contiguous()
     num_tokens, hidden = len(y) // top_k, y.shape[1]
     out = torch.empty(num_tokens, hidden, dtype=y.dtype, device=y.device)
-    block = min(1024, triton.next_power_of_2(hidden))
-    _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-        y, residual, out, D=hidden, TOP_K=top_k, RESIDUAL=residual is not None, BLOCK=block, num_warps=4
+    block = min(1024, next_power_of_2(hidden))
+    _combine_kernel[(num_tokens, cdiv(hidden, block))](
+        y,
+        residual,
+        num_valid,
+        out,
+        D=hidden,
+        TOP_K=top_k,
+        BLOCK=block,
+        num_warps=4,
     )
     return out
 
 
 @combine.register_fake
-def _(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
+def _(y: Tensor, top_k: int, residual: Tensor | None = None, num_valid: Tensor | None = None) -> Tensor:
     return y.new_empty(len(y) // top_k, y.shape[1])
 
 
@@ -366,21 +387,22 @@ def moe(
     residual: Tensor | None = None,
     batch_invariant: bool = False,
     counts: Tensor | None = None,
-    counted: Tensor | None = None,
+    num_valid: Tensor | None = None,
 ) -> Tensor:
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
     x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
     Quantised weights as kernels/quantize.py makes them, with their scales; for fp8 the activations are quantised too,
     by row. `batch_invariant`: the same tile for any T, where else tiles of one order of sums follow T.
-    `counts` and `counted`: see `sort_pairs`.
+    With num_valid, int32 [1] on the device, tokens from there on are padding: no expert works on them, and they get the
+    residual alone. counts int64 [E], where given, grows by the tokens of each expert.
     """
-    weights, experts = route(x, router, top_k)
-    order, offsets = sort_pairs(experts, len(router), counts, counted)
+    weights, experts = route(x, router, top_k, num_valid)
+    order, offsets = sort_pairs(experts, len(router), counts, num_valid)
     quantised = w13.dtype == FP8
     rows, scale = quantize_rows(x, FP8) if quantised else (x, None)
     h = experts_up(rows, scale, w13, w13_scale, order, offsets, top_k, x.dtype, batch_invariant)
     rows, scale = quantize_rows(h, FP8) if quantised else (h, None)
     y = experts_down(rows, scale, w2, w2_scale, order, offsets, weights.view(-1), x.dtype, batch_invariant)
-    combined: Tensor = combine(y, top_k, residual)
+    combined: Tensor = combine(y, top_k, residual, num_valid)
     return combined

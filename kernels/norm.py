@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchmix.kernels.launch import kernel, next_power_of_2, operator
+
 
 @triton.jit
 def _normalise(x, weight_ptr, columns, inside, D, eps):
@@ -25,7 +27,7 @@ def _normalise(x, weight_ptr, columns, inside, D, eps):
     return (x32 * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
 
 
-@triton.jit
+@kernel
 def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
@@ -35,7 +37,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK_D: tl.co
     tl.store(out_ptr + row * D + columns, out.to(x.dtype), mask=inside)
 
 
-@triton.jit
+@kernel
 def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
@@ -50,7 +52,7 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, D, e
 
 def _tile(width: int) -> tuple[int, int]:
     """(BLOCK_D, num_warps): 16 values a thread, at least one warp and at most 16. Untuned."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return block, min(max(block // 512, 1), 16)
 
 
@@ -61,7 +63,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
     assert weight.is_contiguous()
 
 
-@torch.library.custom_op("batchmix::rms_norm", mutates_args=())
+@operator("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight for each token (Zhang and Sennrich 2019).
 
@@ -80,7 +82,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("batchmix::add_rms_norm", mutates_args=("residual",))
+@operator("add_rms_norm", mutates_args=("residual",))
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`residual += x`, rounded to its dtype, and the RMSNorm of the sum.
 

@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchmix.kernels.launch import cdiv, kernel, next_power_of_2, operator
+
 FP8 = torch.float8_e4m3fn
 BLOCK = 128  # side of an fp8 weight block
 GROUP = 128  # int4 elements that share a scale
@@ -79,7 +81,7 @@ def _codes(x, inverse, LIMIT: tl.constexpr, FLOAT: tl.constexpr):
     return (y + step * _ROUND) - step * _ROUND
 
 
-@triton.jit
+@kernel
 def quantize_rows_kernel(x, q, scales, K, LIMIT: tl.constexpr, FLOAT: tl.constexpr, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -90,7 +92,7 @@ def quantize_rows_kernel(x, q, scales, K, LIMIT: tl.constexpr, FLOAT: tl.constex
     tl.store(scales + row, scale)
 
 
-@triton.jit
+@kernel
 def dequantize_rows_kernel(q, scales, out, K, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -98,7 +100,7 @@ def dequantize_rows_kernel(q, scales, out, K, BLOCK_K: tl.constexpr):
     tl.store(out + row * K + k, (codes * tl.load(scales + row)).to(out.dtype.element_ty), k < K)
 
 
-@triton.jit
+@kernel
 def quantize_blocks_kernel(x, q, scales, N, K, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -112,7 +114,7 @@ def quantize_blocks_kernel(x, q, scales, N, K, LIMIT: tl.constexpr, BLOCK: tl.co
     tl.store(scales + block, scale)
 
 
-@triton.jit
+@kernel
 def dequantize_blocks_kernel(q, scales, out, N, K, BLOCK: tl.constexpr):
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -123,7 +125,7 @@ def dequantize_blocks_kernel(q, scales, out, N, K, BLOCK: tl.constexpr):
     tl.store(out + at, values.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@kernel
 def quantize_groups_kernel(x, q, scales, num_groups, LIMIT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     HALF: tl.constexpr = GROUP // 2
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -141,7 +143,7 @@ def quantize_groups_kernel(x, q, scales, num_groups, LIMIT: tl.constexpr, GROUP:
     tl.store(scales + group, scale, group < num_groups)
 
 
-@triton.jit
+@kernel
 def dequantize_groups_kernel(q, scales, out, num_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     HALF: tl.constexpr = GROUP // 2
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -156,7 +158,7 @@ def dequantize_groups_kernel(q, scales, out, num_groups, GROUP: tl.constexpr, GR
     tl.store(at + HALF, high.to(out.dtype.element_ty), inside)
 
 
-@torch.library.custom_op("batchmix::quantize_rows", mutates_args=())
+@operator("quantize_rows")
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [.., K] of 16 or 32 bits -> codes of `dtype` (float8_e4m3fn or int8) [.., K], scales float32 [..].
 
@@ -168,7 +170,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         raise ValueError(f"quantize_rows takes rows of up to {_MAX_ROW} elements, these have {size}")
     q = torch.empty_like(x, dtype=dtype)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     num_warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
     quantize_rows_kernel[(scales.numel(),)](
         x, q, scales, size, LIMIT=LIMITS[dtype], FLOAT=dtype == FP8, BLOCK_K=block, num_warps=num_warps
@@ -181,14 +183,14 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("batchmix::dequantize_rows", mutates_args=())
+@operator("dequantize_rows")
 def dequantize_rows(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """q float8_e4m3fn or int8 [.., K], scales float32 [..] -> [.., K] of `dtype`, 16 or 32 bits."""
     q, scales = q.contiguous(), scales.contiguous()
     out = torch.empty_like(q, dtype=dtype)
     size = q.shape[-1]
-    block = min(triton.next_power_of_2(size), 4096)
-    dequantize_rows_kernel[(scales.numel(), triton.cdiv(size, block))](q, scales, out, size, BLOCK_K=block, num_warps=4)
+    block = min(next_power_of_2(size), 4096)
+    dequantize_rows_kernel[(scales.numel(), cdiv(size, block))](q, scales, out, size, BLOCK_K=block, num_warps=4)
     return out
 
 
@@ -197,7 +199,7 @@ def _(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
 
 
-@torch.library.custom_op("batchmix::quantize_blocks", mutates_args=())
+@operator("quantize_blocks")
 def quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [.., N, K] of 16 or 32 bits -> float8_e4m3fn [.., N, K], scales float32 [.., ceil(N / 128), ceil(K / 128)].
 
@@ -217,7 +219,7 @@ def _(w: Tensor) -> tuple[Tensor, Tensor]:
     return w.new_empty(w.shape, dtype=FP8), w.new_empty(_blocks(w), dtype=torch.float32)
 
 
-@torch.library.custom_op("batchmix::dequantize_blocks", mutates_args=())
+@operator("dequantize_blocks")
 def dequantize_blocks(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """q float8_e4m3fn [.., N, K], scales float32 [.., ceil(N / 128), ceil(K / 128)] -> [.., N, K] of `dtype`."""
     q, scales = q.contiguous(), scales.contiguous()
@@ -231,7 +233,7 @@ def _(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
 
 
-@torch.library.custom_op("batchmix::quantize_groups", mutates_args=())
+@operator("quantize_groups")
 def quantize_groups(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [.., N, K] of 16 or 32 bits, K a multiple of 128 -> int4 in uint8 [.., N, K / 2], scales float32 [.., N, K / 128].
 
@@ -242,7 +244,7 @@ def quantize_groups(w: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"int4 needs rows of a multiple of {GROUP} elements, these have {w.shape[-1]}")
     q = torch.empty(*w.shape[:-1], w.shape[-1] // 2, dtype=torch.uint8, device=w.device)
     scales = torch.empty(*w.shape[:-1], w.shape[-1] // GROUP, dtype=torch.float32, device=w.device)
-    quantize_groups_kernel[(triton.cdiv(scales.numel(), _GROUPS_PER_PROGRAM),)](
+    quantize_groups_kernel[(cdiv(scales.numel(), _GROUPS_PER_PROGRAM),)](
         w, q, scales, scales.numel(), LIMIT=INT4_LIMIT, GROUP=GROUP, GROUPS=_GROUPS_PER_PROGRAM, num_warps=4
     )
     return q, scales
@@ -254,12 +256,12 @@ def _(w: Tensor) -> tuple[Tensor, Tensor]:
     return q, w.new_empty((*w.shape[:-1], w.shape[-1] // GROUP), dtype=torch.float32)
 
 
-@torch.library.custom_op("batchmix::dequantize_groups", mutates_args=())
+@operator("dequantize_groups")
 def dequantize_groups(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """q int4 in uint8 [.., N, K / 2], scales float32 [.., N, K / 128] -> [.., N, K] of `dtype`, 16 or 32 bits."""
     q, scales = q.contiguous(), scales.contiguous()
     out = torch.empty(*q.shape[:-1], 2 * q.shape[-1], dtype=dtype, device=q.device)
-    dequantize_groups_kernel[(triton.cdiv(scales.numel(), _GROUPS_PER_PROGRAM),)](
+    dequantize_groups_kernel[(cdiv(scales.numel(), _GROUPS_PER_PROGRAM),)](
         q, scales, out, scales.numel(), GROUP=GROUP, GROUPS=_GROUPS_PER_PROGRAM, num_warps=4
     )
     return out
@@ -271,7 +273,7 @@ def _(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(w: Tensor) -> list[int]:
-    return [*w.shape[:-2], triton.cdiv(w.shape[-2], BLOCK), triton.cdiv(w.shape[-1], BLOCK)]
+    return [*w.shape[:-2], cdiv(w.shape[-2], BLOCK), cdiv(w.shape[-1], BLOCK)]
 
 
 def _block_grid(scales: Tensor) -> tuple[int, int, int]:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchmix.kernels.launch import cdiv, kernel, operator
+
 _BLOCK_HEADS = 16  # heads that one program of 4 warps moves: 16 values a thread at head dim 128. Untuned
 _E4M3_MAX = tl.constexpr(448.0)  # of torch.float8_e4m3fn, whose next value is NaN
 
@@ -53,7 +55,7 @@ def _cached(x, cache_ptr, scale_ptr, scale_stride, kv_head, mask):
         return _e4m3(x)
 
 
-@triton.jit
+@kernel
 def rotate_and_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, positions_ptr, blocks_ptr, offsets_ptr, q_ptr, keys_ptr, values_ptr, k_scale_ptr,
     v_scale_ptr, scale_stride, qkv_stride, H, G, S, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -91,7 +93,7 @@ def rotate_and_cache_kernel(
     tl.store(value + HALF, _cached(second, values_ptr, v_scale_ptr, scale_stride, kv_head, is_value), mask=is_value)
 
 
-@torch.library.custom_op("batchmix::rotate_and_cache", mutates_args=("key_cache", "value_cache"))
+@operator("rotate_and_cache", mutates_args=("key_cache", "value_cache"))
 def rotate_and_cache(
     qkv: Tensor,
     cos: Tensor,
@@ -135,7 +137,7 @@ def rotate_and_cache(
     caches = [cache.view(torch.uint8) if fp8 else cache for cache in (key_cache, value_cache)]
     q = torch.empty(tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
     if tokens:
-        grid = tokens, triton.cdiv(heads + 2 * kv_heads, _BLOCK_HEADS)
+        grid = tokens, cdiv(heads + 2 * kv_heads, _BLOCK_HEADS)
         # No fused multiply-add: in float32 it would skip the rounding of a product.
         rotate_and_cache_kernel[grid](
             qkv, cos, sin, positions, blocks, offsets, q, *caches, k_scale, v_scale, scale_stride,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from batchmix.kernels.draw import MAX_VOCABULARY, draw, threshold_of, uniform_bits
 from batchmix.kernels.gpu import current_gpu
+from batchmix.kernels.launch import kernel, next_power_of_2, operator
 
 # Tokens that a program looks at together, 4 a thread: loops are unrolled, so 8 a thread need over 128 registers, and a
 # thread of 16 warps has no more. One program an SM then. Untuned.
@@ -46,7 +47,7 @@ def _penalised(x, counts, in_prompt, repetition, presence, frequency):
     return x - tl.where(counts > 0, presence, 0.0)
 
 
-@triton.jit
+@kernel
 def sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, row_key_ptr, sample_ptr, generated_ptr,
     min_tokens_ptr, eos_ptr, stop_ptr, bias_row_ptr, biases_ptr, penalised_ptr, repetition_ptr, presence_ptr,
@@ -147,7 +148,7 @@ def sample_kernel(
         tl.store(logprobs_ptr + row, logprob)
 
 
-@torch.library.custom_op("batchmix::sample", mutates_args=())
+@operator("sample")
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -220,7 +221,7 @@ def sample(
         # A program takes every programs-th row, so the weights of all rows never exist at once: 128 KB an SM.
         programs = min(rows, current_gpu(device).num_sms)
         workspace = torch.empty(programs, vocab, dtype=torch.float32, device=device)
-        block = min(_BLOCK, triton.next_power_of_2(vocab))
+        block = min(_BLOCK, next_power_of_2(vocab))
         # No fused multiply-add: penalties round as the torch backend's do.
         sample_kernel[(programs,)](
             logits, *per_row, tokens, logprobs, workspace, rows, vocab, logits.stride(0), len(eos_token_ids),

@@ -10,9 +10,10 @@ left alone, and what it ended with stays.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from batchmix.kernels.launch import cdiv, kernel, operator
 
 RUNNING, EOS, STOP_TOKEN, STOP_STRING, LENGTH = range(5)  # why a row ended: engine/slots.py's numbers
 WHOLE = 6
@@ -21,7 +22,7 @@ _STOP_STRING, _LENGTH, _WHOLE = tl.constexpr(STOP_STRING), tl.constexpr(LENGTH),
 _BLOCK_ROWS = 32  # a program of one warp; every load waits for memory, so many small programs. Untuned
 
 
-@triton.jit
+@kernel
 def advance_kernel(
     tokens_ptr, logprobs_ptr, token_ptr, context_ptr, generated_ptr, finish_ptr, reason_ptr, state_ptr, history_ptr,
     logprob_history_ptr, counts_ptr, penalised_ptr, max_tokens_ptr, min_tokens_ptr, ignore_eos_ptr, eos_ptr, stop_ptr,
@@ -91,8 +92,8 @@ def advance_kernel(
     tl.store(reason_ptr + row, reason, mask=running)
 
 
-@torch.library.custom_op(
-    "batchmix::advance",
+@operator(
+    "advance",
     mutates_args=(
         "token", "context", "generated", "finish", "stop_reason", "stop_state", "history", "logprob_history",
         "output_counts", "guide_state",
@@ -160,7 +161,7 @@ def advance(
     assert logprob_history is None or logprob_history.shape == history.shape
     assert output_counts is None or output_counts.shape == (rows, vocab), (output_counts.shape, vocab)
     if rows:
-        advance_kernel[(triton.cdiv(rows, _BLOCK_ROWS),)](
+        advance_kernel[(cdiv(rows, _BLOCK_ROWS),)](
             *arguments, rows, vocab, len(eos_token_ids), stop_token_ids.shape[1], history.shape[1],
             BLOCK=_BLOCK_ROWS, num_warps=1,
         )  # fmt: skip

@@ -46,6 +46,7 @@ class Tile:
     permute: bool = False  # experts: copy x into expert order first, and load it through a descriptor too
 
 
+@functools.lru_cache(4096)  # it takes longer than a launch
 def choose(kind: str, format: str, n: int, k: int, rows: int, gpu: Gpu, batch_invariant: bool = False) -> Tile:
     """The tile for `rows` rows of x against weights [n, k]; `n` counts the output's columns."""
     rows = MANY_ROWS if batch_invariant else max(rows, 1)

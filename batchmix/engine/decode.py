@@ -54,7 +54,7 @@ class Decode:
             self._forced_step(runs, width)
             return
         model.ops.find_shared(model, state.cache, slots, size)
-        model.expert_load.count_first(active)
+        model.expert_load.set_num_valid(active)
         with self.device_clock.work("decode"):
             for _ in range(steps):
                 if not captured:
@@ -79,7 +79,7 @@ class Decode:
         size, rows = len(lanes.token), active + sum(map(len, runs))
         self.state.stats.forced_tokens += rows - active
         self.state.stats.completion_tokens += rows - active
-        model.expert_load.count_first(rows)
+        model.expert_load.set_num_valid(rows)
         cache = self.state.cache
         with self.device_clock.work("decode"):
             attend = cache.around_decode(model.ops.decode(model, cache, lanes, rows, size, width), lanes, rows)

@@ -43,7 +43,7 @@ def prefill(
         tokens[end - length : end] = piece.token_ids
         chunks.append(Chunk(end - length, piece.start, length, piece.blocks))
     attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
-    model.expert_load.count_first(ends[-1])
+    model.expert_load.set_num_valid(ends[-1])
     with device_clock.work("prefill"):
         hidden = model(to_device(tokens, cache.keys.device), attend)
     state.stats.prompt_tokens += ends[-1]

@@ -100,7 +100,7 @@ class _Product:
         self.top_k = top_k
         x = random(pairs // top_k, self.depth, device=device, dtype=self.dtype, seed=1)
         experts = (torch.arange(pairs, device=device, dtype=torch.int32) % shape.experts).view(-1, top_k)
-        self.order, self.offsets = sort_pairs(experts, shape.experts)
+        self.order, self.offsets = sort_pairs(experts, shape.experts, None, None)
         self.weights = None if self.up else torch.ones(pairs, device=device)
         quantised = self.w.dtype == torch.float8_e4m3fn
         self.x: Tensor = x

@@ -61,8 +61,8 @@ class Operators(Protocol):
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 
-        Where the experts are quantised to fp8, what they are multiplied with is too, by row. `load` counts the tokens of
-        each expert.
+        Where the experts are quantised to fp8, what they are multiplied with is too, by row. Tokens that `load` takes for
+        padding go to no expert: they get the residual alone. It counts the others.
         """
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:

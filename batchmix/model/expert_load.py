@@ -1,7 +1,7 @@
-"""How many tokens each expert of each layer has worked on, counted on the device where tokens are routed anyway.
+"""Which tokens of a step are real, and how many of them each expert of each layer has worked on.
 
-Counted are the tokens of rows: none of what pads a step, but also those of a row that has ended without the host knowing
-yet, which runs along for a step or a few.
+What pads a step (free slots of a captured one, rows up to a backend's `row_tile`) reaches no expert, and is not counted. A
+row that has ended without the host knowing yet runs along for a step or a few, and is.
 """
 
 from __future__ import annotations
@@ -14,23 +14,30 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """What a backend's `moe` adds to."""
+    """What a backend's `moe` reads and adds to. Both are None outside of a run, where all tokens are real."""
 
-    counts: Tensor  # int64 [E]
-    tokens: Tensor  # int32 [1]: so many of the step's tokens count, the first ones; padding and free slots follow them
+    counts: Tensor | None  # int64 [E]: grows by the tokens of each expert
+    num_valid: Tensor | None  # int32 [1], on the device: the step's first tokens are real, those behind them padding
 
 
 class ExpertLoad:
-    """`counts` int64 [layers, E]. Steps outside of a run count nothing: `count_first` says what the next ones hold."""
+    """`counts` int64 [layers, E], on the device, as every step's `num_valid`."""
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         self.counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
-        self._layers = [LayerLoad(counts, self._tokens) for counts in self.counts]
+        self._num_valid = torch.zeros(1, dtype=torch.int32, device=device)
+        self._in_run = [LayerLoad(counts, self._num_valid) for counts in self.counts]
+        self._layers = [LayerLoad(None, None)] * num_layers
 
     def __getitem__(self, layer: int) -> LayerLoad:
         return self._layers[layer]
 
-    def count_first(self, tokens: int) -> None:
-        """From the next step on its first `tokens` tokens count. The device is not waited for."""
-        self._tokens.fill_(tokens)
+    def set_num_valid(self, tokens: int) -> None:
+        """From the next step on the first `tokens` tokens are real, and counted. The device is not waited for."""
+        self._num_valid.fill_(tokens)
+        self._layers = self._in_run
+
+    def reset(self) -> None:
+        """Forget what was counted: steps are outside of a run again."""
+        self.counts.zero_()
+        self._layers = [LayerLoad(None, None)] * len(self._layers)

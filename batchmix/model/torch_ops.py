@@ -93,7 +93,7 @@ def moe(
     """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
 
     x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
-    (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
+    Tokens that `load` takes for padding get the residual alone. (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
     in router order.
 
     Quantised experts are widened to x's dtype one at a time, as they run. With those of fp8 their inputs are rounded to
@@ -101,13 +101,15 @@ def moe(
     """
     num_experts = len(router)
     probabilities = linear(x.float(), router).softmax(-1)  # [T, E]
-    weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K]
+    if load is not None and load.num_valid is not None:
+        probabilities = probabilities[: int(load.num_valid)]
+    weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], T from here on without padding
     weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-    if load is not None:
-        load.counts.add_(torch.bincount(experts[: int(load.tokens)].flatten(), minlength=num_experts))
 
     pair_expert, order = experts.flatten().sort(stable=True)  # [T*K]; order: pair -> its place before sorting
     counts = torch.bincount(pair_expert, minlength=num_experts)
+    if load is not None and load.counts is not None:
+        load.counts.add_(counts)
     padded = (counts + ROW_TILE - 1) // ROW_TILE * ROW_TILE
     starts = padded.cumsum(0) - padded  # [E] first row of each expert's segment
     shift = starts - (counts.cumsum(0) - counts)
@@ -128,8 +130,10 @@ def moe(
             out[low:high] = _product(through_fp8(h) if fp8 else h, down)
     row_of_pair = torch.empty_like(place)
     row_of_pair[order] = place
-    chosen = out.index_select(0, row_of_pair).view(len(x), top_k, -1)  # [T, K, D]
+    chosen = out.index_select(0, row_of_pair).view(len(weights), top_k, -1)  # [T, K, D]
     result = chosen[:, 0] * weights[:, 0, None]
     for k in range(1, top_k):
         result = torch.addcmul(result, chosen[:, k], weights[:, k, None])
+    if len(result) < len(x):
+        result = torch.cat((result, result.new_zeros(len(x) - len(result), x.shape[1])))
     return result if residual is None else residual + result

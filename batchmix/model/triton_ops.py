@@ -59,7 +59,7 @@ class TritonOperators:
         down, down_scale = (w2.codes, w2.scales) if isinstance(w2, Quantized) else (w2, None)
         return moe.moe(
             x, router, up, down, top_k, w13_scale=up_scale, w2_scale=down_scale, residual=residual,
-            batch_invariant=self.batch_invariant, counts=load.counts, counted=load.tokens,
+            batch_invariant=self.batch_invariant, counts=load.counts, num_valid=load.num_valid,
         )  # fmt: skip
 
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:

@@ -122,12 +122,13 @@ def _compile(call: Callable[[], None], arch: str) -> list[Compiled]:
     from triton.runtime.jit import JITFunction
 
     from batchmix.kernels.gpu import A100, B200, H100, H200, MI300X, RTX4090, assume_gpu
+    from batchmix.kernels.launch import Kernel
 
     gpus = [
         gpu for gpu in (A100, RTX4090, H100, H200, B200, MI300X) if gpu.arch == arch
     ]  # each may have tables of its own
     compiled: dict[int, Compiled] = {}
-    run = JITFunction.run
+    run, getitem = JITFunction.run, Kernel.__getitem__
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -138,13 +139,13 @@ def _compile(call: Callable[[], None], arch: str) -> list[Compiled]:
         return kernel
 
     driver.set_active(_Driver(arch))  # type: ignore[arg-type]
-    JITFunction.run = record
+    JITFunction.run, Kernel.__getitem__ = record, lambda self, grid: self.jit[grid]
     try:
         for gpu in gpus:
             with assume_gpu(gpu):
                 call()
     finally:
-        JITFunction.run = run
+        JITFunction.run, Kernel.__getitem__ = run, getitem
     return list(compiled.values())
 
 

@@ -105,7 +105,7 @@ def moe(format: str, rows: int) -> None:
     w13, w13_scale = quantized(2 * F, D, stored, pack, scales)
     w2, w2_scale = quantized(D, F, stored, pack, scales)
     x, router = empty(rows * E // 2, D, dtype=dtype), empty(E, D, dtype=torch.float32)
-    load = {"counts": empty(E, dtype=torch.int64), "counted": empty(1, dtype=torch.int32)}
+    load = {"counts": empty(E, dtype=torch.int64), "num_valid": empty(1, dtype=torch.int32)}
     moe(x, router, w13, w2, 2, w13_scale=w13_scale, w2_scale=w2_scale, residual=x, **load)
 
 

@@ -212,7 +212,7 @@ def test_the_operator_is_registered_whole(device):
     paged = random_cache([40, 3], 2, 32, 16, torch.float16, device)
     plan = plan_decode(paged.block_table, torch.tensor([40, 3], device=device), 16, 2)
     arguments = (queries(2, 4, 32, torch.float16, device), paged.keys, paged.values, *plan)
-    torch.library.opcheck(decode_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(decode_attention.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu

@@ -215,7 +215,7 @@ def test_the_operator_is_registered_whole(device):
     paged = random_cache([40, 3], 2, 32, 16, torch.float16, device)
     plan = plan_prefill([(0, 0, 40), (40, 0, 3)], paged.block_table, 43, 2, torch.float16)
     arguments = (queries(43, 4, 32, torch.float16, device), paged.keys, paged.values, *plan)
-    torch.library.opcheck(prefill_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(prefill_attention.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu

@@ -98,7 +98,7 @@ def test_sort_pairs(top_k: int, num_experts: int, chosen: list[int]) -> None:
     chosen = (chosen * top_k)[: len(chosen) // top_k * top_k or top_k]
     experts = torch.tensor([expert % num_experts for expert in chosen], dtype=torch.int32).view(-1, top_k)
     with poisoned_allocations():
-        order, offsets = moe.sort_pairs(experts.to(device), num_experts)
+        order, offsets = moe.sort_pairs(experts.to(device), num_experts, None, None)
     expected_order, expected_offsets = reference.sort_pairs(experts, num_experts)
     assert_bitwise_equal(order.cpu(), expected_order)
     assert_bitwise_equal(offsets.cpu(), expected_offsets)
@@ -107,23 +107,47 @@ def test_sort_pairs(top_k: int, num_experts: int, chosen: list[int]) -> None:
 @pytest.mark.parametrize("pairs", [1023, 1024, 1025, 4099])
 def test_sort_pairs_over_several_programs(pairs: int, device: torch.device) -> None:
     experts = torch.randint(8, (pairs, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    order, offsets = moe.sort_pairs(experts.to(device), 8)
+    order, offsets = moe.sort_pairs(experts.to(device), 8, None, None)
     expected_order, expected_offsets = reference.sort_pairs(experts, 8)
     assert_bitwise_equal(order.cpu(), expected_order)
     assert_bitwise_equal(offsets.cpu(), expected_offsets)
 
 
-@pytest.mark.parametrize("counted", [0, 1, 600, 2050, 9999])
-def test_sort_pairs_counts_the_first_tokens(counted: int, device: torch.device) -> None:
+@pytest.mark.parametrize("valid", [0, 1, 600, 2050, 9999])
+def test_sort_pairs_leaves_padding_out_and_counts_the_rest(valid: int, device: torch.device) -> None:
     experts = torch.randint(5, (2050, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    routed = experts.clone()
+    routed[valid:] = 2**30  # what lies in memory that routing left as it was
     counts = torch.full((5,), 2**40, dtype=torch.int64, device=device)
-    order, offsets = moe.sort_pairs(
-        experts.to(device), 5, counts, torch.tensor([counted], dtype=torch.int32, device=device)
-    )
-    expected_order, expected_offsets = reference.sort_pairs(experts, 5)
-    assert_bitwise_equal(order.cpu(), expected_order)
+    num_valid = torch.tensor([valid], dtype=torch.int32, device=device)
+    order, offsets = moe.sort_pairs(routed.to(device), 5, counts, num_valid)
+    expected_order, expected_offsets = reference.sort_pairs(experts[:valid], 5)
+    assert_bitwise_equal(order[: len(expected_order)].cpu(), expected_order)
     assert_bitwise_equal(offsets.cpu(), expected_offsets)
-    assert (counts - 2**40).tolist() == torch.bincount(experts[:counted].flatten(), minlength=5).tolist()
+    assert (counts - 2**40).tolist() == torch.bincount(experts[:valid].flatten(), minlength=5).tolist()
+
+
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.parametrize("format", ["dense", "fp8", "int4"])
+@pytest.mark.parametrize("valid", [0, 3, 150])
+def test_padding_reaches_no_expert(valid: int, format: str, device: torch.device) -> None:
+    """Tokens have the bits that they have without padding, which itself gets the residual alone."""
+    router, w13, w2 = layer(3, 128, 128, torch.float16, device)
+    options: dict[str, Any] = {"batch_invariant": True}
+    if format != "dense":
+        w13, options["w13_scale"], _ = quantised(format, w13)
+        w2, options["w2_scale"], _ = quantised(format, w2)
+    x = tokens(150, 128, torch.float16, device)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    num_valid = torch.tensor([valid], dtype=torch.int32, device=device)
+    with poisoned_allocations():
+        alone = moe.moe(x[:valid], router, w13, w2, 2, residual=x[:valid], **options)
+        padded = moe.moe(x, router, w13, w2, 2, residual=x, counts=counts, num_valid=num_valid, **options)
+        summed = moe.moe(x, router, w13, w2, 2, num_valid=num_valid, **options)
+    assert_bitwise_equal(padded[:valid], alone)
+    assert_bitwise_equal(padded[valid:], x[valid:])
+    assert not summed[valid:].any()
+    assert counts.sum() == 2 * valid
 
 
 def tiles(kind: str, format: str, device: torch.device) -> list[Tile]:
@@ -276,7 +300,7 @@ def test_no_tokens(format: str, device: torch.device) -> None:
     x = tokens(0, 128, torch.float16, device)
     with poisoned_allocations():
         assert moe.moe(x, router, w13, w2, 2, **scales).shape == (0, 128)
-        order, offsets = moe.sort_pairs(torch.empty(0, 2, dtype=torch.int32, device=device), 4)
+        order, offsets = moe.sort_pairs(torch.empty(0, 2, dtype=torch.int32, device=device), 4, None, None)
     assert order.tolist() == []
     assert offsets.tolist() == [0] * 5
 
@@ -291,7 +315,7 @@ def test_rows_that_lie_apart_are_refused(device: torch.device) -> None:
         lambda: moe.experts_up(x, None, w13, None, order, offsets, 1, x.dtype),
         lambda: moe.experts_down(x[:, :32], None, w2, None, order, offsets, torch.ones(5, device=device), x.dtype),
         lambda: moe.combine(x, 1),
-        lambda: moe.sort_pairs(torch.zeros(2, 4, dtype=torch.int32, device=device).T, 4),
+        lambda: moe.sort_pairs(torch.zeros(2, 4, dtype=torch.int32, device=device).T, 4, None, None),
     ]
     for call in calls:
         with pytest.raises(AssertionError):
@@ -369,16 +393,16 @@ def test_operators_are_registered_as_they_are(device: torch.device) -> None:
     router, w13, w2 = layer(3, 32, 32, torch.float32, device)
     x = tokens(4, 32, torch.float32, device)
     weights, experts = moe.route(x, router, 2)
-    order, offsets = moe.sort_pairs(experts, 3)
+    order, offsets = moe.sort_pairs(experts, 3, None, None)
     h = moe.experts_up(x, None, w13, None, order, offsets, 2, torch.float32)
     y = moe.experts_down(h, None, w2, None, order, offsets, weights.view(-1), torch.float32)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (moe.route, (x, router, 2)),
-        (moe.sort_pairs, (experts, 3)),
+        (moe.sort_pairs, (experts, 3, None, None)),
         (moe.sort_pairs, (experts, 3, experts.new_zeros(3, dtype=torch.int64), experts.new_ones(1))),
         (moe.experts_up, (x, None, w13, None, order, offsets, 2, torch.float32)),
         (moe.experts_down, (h, None, w2, None, order, offsets, weights.view(-1), torch.float32)),
         (moe.combine, (y, 2, x)),
     ]
     for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(operator.op, arguments, test_utils=("test_schema", "test_faketensor"))

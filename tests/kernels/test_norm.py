@@ -73,5 +73,5 @@ def test_no_tokens(device):
 
 def test_custom_ops_are_well_formed(device):
     x, residual, weight = inputs(3, 2, 40, torch.float32, device)
-    torch.library.opcheck(rms_norm, (x, weight, EPS))
-    torch.library.opcheck(add_rms_norm, (x, residual, weight, EPS))
+    torch.library.opcheck(rms_norm.op, (x, weight, EPS))
+    torch.library.opcheck(add_rms_norm.op, (x, residual, weight, EPS))

@@ -136,4 +136,4 @@ def test_no_tokens(device):
 
 
 def test_custom_op_is_well_formed(device):
-    torch.library.opcheck(rotate_and_cache, tuple(inputs(6, 3, 2, 1, 32, torch.float32, device)))
+    torch.library.opcheck(rotate_and_cache.op, tuple(inputs(6, 3, 2, 1, 32, torch.float32, device)))

@@ -321,6 +321,6 @@ def test_no_rows(device):
 def test_custom_op_is_well_formed(device):
     slots = slots_for([SamplingConfig(temperature=0.0, presence_penalty=1.0)] * 2, 9)
     rest = wishes(slots, device)
-    names = sample._opoverload._schema.arguments[1:]
+    names = sample.op._opoverload._schema.arguments[1:]
     rest |= {name: tensor.to(device) for name, tensor in random_guides(slots, 1).items()}
-    torch.library.opcheck(sample, (random_logits(0, 2, 9).to(device), *(rest[name.name] for name in names)))
+    torch.library.opcheck(sample.op, (random_logits(0, 2, 9).to(device), *(rest[name.name] for name in names)))

@@ -231,4 +231,4 @@ def test_automata_of_other_integers(device):
 def test_custom_op_is_well_formed(device):
     slots = slots_for([SamplingConfig(stop=["ab"], presence_penalty=0.5), SamplingConfig()])
     tokens = torch.tensor([3, 4], device=device)
-    torch.library.opcheck(advance, (tokens, tokens.float(), *arguments(slots, device).values()))
+    torch.library.opcheck(advance.op, (tokens, tokens.float(), *arguments(slots, device).values()))

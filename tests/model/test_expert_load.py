@@ -31,17 +31,17 @@ def counts(folder: Path, triton: bool, monkeypatch: pytest.MonkeyPatch) -> tuple
     options = {"capture": lambda step: step} if triton else {}  # captured steps run over free slots too
     engine = make_engine(model, block_size=4, kv_blocks=100, max_model_len=32, max_num_seqs=5, **options)
     real, forwarded = [0], [0]
-    count_first, forward = model.expert_load.count_first, Mixtral.__call__
+    set_num_valid, forward = model.expert_load.set_num_valid, Mixtral.__call__
 
     def note(tokens: int) -> None:
         real[0] = tokens
-        count_first(tokens)
+        set_num_valid(tokens)
 
     def call(self: Mixtral, *arguments: Any) -> torch.Tensor:
         forwarded[0] += real[0]
         return forward(self, *arguments)
 
-    monkeypatch.setattr(model.expert_load, "count_first", note)
+    monkeypatch.setattr(model.expert_load, "set_num_valid", note)
     monkeypatch.setattr(Mixtral, "__call__", call)
     rows = prompts(3, V, seed=2, longest=9, max_tokens=5) + prompts(1, V, seed=3, longest=9, max_tokens=2)
     for number, row in enumerate(rows):
