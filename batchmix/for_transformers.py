@@ -65,7 +65,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         raise ValueError(f'experts_implementation="{NAME}" does not share experts between GPUs')
     _check_device(hidden_states)
     dtype, top_k = hidden_states.dtype, top_k_index.shape[1]
-    order, offsets = sort_pairs(top_k_index.int(), len(experts.gate_up_proj))
+    order, offsets = sort_pairs(top_k_index.int(), len(experts.gate_up_proj), None, None)
     hidden_states = hidden_states.contiguous()
     h = experts_up(hidden_states, None, experts.gate_up_proj, None, order, offsets, top_k, dtype)
     weights = top_k_weights.float().reshape(-1)

@@ -137,7 +137,7 @@ def _sort_kernel(
 
 @torch.library.custom_op("batchmix::sort_pairs", mutates_args=("counts",))
 def sort_pairs(
-    experts: Tensor, num_experts: int, counts: Tensor | None = None, counted: Tensor | None = None
+    experts: Tensor, num_experts: int, counts: Tensor | None, counted: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Pairs by expert, in their own order within one. experts int32 [T, K] -> order int32 [P], offsets int32 [E + 1].
 
@@ -169,7 +169,5 @@ def sort_pairs(
 
 
 @sort_pairs.register_fake
-def _(
-    experts: Tensor, num_experts: int, counts: Tensor | None = None, counted: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _(experts: Tensor, num_experts: int, counts: Tensor | None, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     return experts.new_empty(experts.numel()), experts.new_empty(num_experts + 1)

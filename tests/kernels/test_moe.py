@@ -98,7 +98,7 @@ def test_sort_pairs(top_k: int, num_experts: int, chosen: list[int]) -> None:
     chosen = (chosen * top_k)[: len(chosen) // top_k * top_k or top_k]
     experts = torch.tensor([expert % num_experts for expert in chosen], dtype=torch.int32).view(-1, top_k)
     with poisoned_allocations():
-        order, offsets = moe.sort_pairs(experts.to(device), num_experts)
+        order, offsets = moe.sort_pairs(experts.to(device), num_experts, None, None)
     expected_order, expected_offsets = reference.sort_pairs(experts, num_experts)
     assert_bitwise_equal(order.cpu(), expected_order)
     assert_bitwise_equal(offsets.cpu(), expected_offsets)
@@ -107,7 +107,7 @@ def test_sort_pairs(top_k: int, num_experts: int, chosen: list[int]) -> None:
 @pytest.mark.parametrize("pairs", [1023, 1024, 1025, 4099])
 def test_sort_pairs_over_several_programs(pairs: int, device: torch.device) -> None:
     experts = torch.randint(8, (pairs, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    order, offsets = moe.sort_pairs(experts.to(device), 8)
+    order, offsets = moe.sort_pairs(experts.to(device), 8, None, None)
     expected_order, expected_offsets = reference.sort_pairs(experts, 8)
     assert_bitwise_equal(order.cpu(), expected_order)
     assert_bitwise_equal(offsets.cpu(), expected_offsets)
@@ -276,7 +276,7 @@ def test_no_tokens(format: str, device: torch.device) -> None:
     x = tokens(0, 128, torch.float16, device)
     with poisoned_allocations():
         assert moe.moe(x, router, w13, w2, 2, **scales).shape == (0, 128)
-        order, offsets = moe.sort_pairs(torch.empty(0, 2, dtype=torch.int32, device=device), 4)
+        order, offsets = moe.sort_pairs(torch.empty(0, 2, dtype=torch.int32, device=device), 4, None, None)
     assert order.tolist() == []
     assert offsets.tolist() == [0] * 5
 
@@ -291,7 +291,7 @@ def test_rows_that_lie_apart_are_refused(device: torch.device) -> None:
         lambda: moe.experts_up(x, None, w13, None, order, offsets, 1, x.dtype),
         lambda: moe.experts_down(x[:, :32], None, w2, None, order, offsets, torch.ones(5, device=device), x.dtype),
         lambda: moe.combine(x, 1),
-        lambda: moe.sort_pairs(torch.zeros(2, 4, dtype=torch.int32, device=device).T, 4),
+        lambda: moe.sort_pairs(torch.zeros(2, 4, dtype=torch.int32, device=device).T, 4, None, None),
     ]
     for call in calls:
         with pytest.raises(AssertionError):
@@ -369,12 +369,12 @@ def test_operators_are_registered_as_they_are(device: torch.device) -> None:
     router, w13, w2 = layer(3, 32, 32, torch.float32, device)
     x = tokens(4, 32, torch.float32, device)
     weights, experts = moe.route(x, router, 2)
-    order, offsets = moe.sort_pairs(experts, 3)
+    order, offsets = moe.sort_pairs(experts, 3, None, None)
     h = moe.experts_up(x, None, w13, None, order, offsets, 2, torch.float32)
     y = moe.experts_down(h, None, w2, None, order, offsets, weights.view(-1), torch.float32)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (moe.route, (x, router, 2)),
-        (moe.sort_pairs, (experts, 3)),
+        (moe.sort_pairs, (experts, 3, None, None)),
         (moe.sort_pairs, (experts, 3, experts.new_zeros(3, dtype=torch.int64), experts.new_ones(1))),
         (moe.experts_up, (x, None, w13, None, order, offsets, 2, torch.float32)),
         (moe.experts_down, (h, None, w2, None, order, offsets, weights.view(-1), torch.float32)),
