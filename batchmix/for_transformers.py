@@ -65,11 +65,12 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         raise ValueError(f'experts_implementation="{NAME}" does not share experts between GPUs')
     _check_device(hidden_states)
     dtype, top_k = hidden_states.dtype, top_k_index.shape[1]
-    order, offsets = sort_pairs(top_k_index.int(), len(experts.gate_up_proj), None, None)
+    order, offsets = sort_pairs.op(top_k_index.int(), len(experts.gate_up_proj), None, None)
     hidden_states = hidden_states.contiguous()
-    h = experts_up(hidden_states, None, experts.gate_up_proj, None, order, offsets, top_k, dtype)
+    h = experts_up.op(hidden_states, None, experts.gate_up_proj, None, order, offsets, top_k, dtype)
     weights = top_k_weights.float().reshape(-1)
-    combined: Tensor = combine(experts_down(h, None, experts.down_proj, None, order, offsets, weights, dtype), top_k)
+    y = experts_down.op(h, None, experts.down_proj, None, order, offsets, weights, dtype)
+    combined: Tensor = combine.op(y, top_k)
     return combined
 
 

@@ -119,11 +119,11 @@ def advance(
     stop_token_ids: Tensor,
     stop_base: Tensor,
     automata: Tensor,
-    guide_state: Tensor | None = None,
-    guide_base: Tensor | None = None,
-    guide_class: Tensor | None = None,
-    guide_tables: Tensor | None = None,
-    guide_classes: Tensor | None = None,
+    guide_state: Tensor | None,
+    guide_base: Tensor | None,
+    guide_class: Tensor | None,
+    guide_tables: Tensor | None,
+    guide_classes: Tensor | None,
 ) -> None:
     """Append a token to each running row and see which rows have ended. Rows with finish != RUNNING stay as they are.
 

@@ -125,5 +125,5 @@ class TritonOperators:
             slots.min_tokens[span], slots.ignore_eos[span], slots.eos_token_ids, slots.stop_token_ids[span],
             slots.stop_base[span], slots.automata.data,
             *((slots.guide_state[span], slots.guide_base[span], slots.guide_class[span], slots.guides.states.data,
-               slots.guides.classes.data) if slots.guides.used else ()),
+               slots.guides.classes.data) if slots.guides.used else (None,) * 5),
         )  # fmt: skip

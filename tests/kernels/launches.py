@@ -187,6 +187,7 @@ def single() -> None:
         ids,
         int64,
         automata,
+        *[None] * 5,
     )
 
 
@@ -300,8 +301,8 @@ def slots() -> None:
     eos, stop, automata = (empty(*shape, dtype=torch.int64) for shape in ((1,), (rows, 4), (9, V + 1)))
     limits = flags, *integers[:2], flags, eos, stop, integers[2], automata
     tokens, token, context, *state = integers
-    advance(tokens, None, token, None, *state, history, None, None, *limits)
+    advance(tokens, None, token, None, *state, history, None, None, *limits, *[None] * 5)
     counts = empty(rows, V, dtype=torch.int32)
-    advance(tokens, logprobs, token, context, *state, history, history.float(), counts, *limits)
+    advance(tokens, logprobs, token, context, *state, history, history.float(), counts, *limits, *[None] * 5)
     guides = empty(1000, 2, dtype=torch.int32), empty(3, V, dtype=torch.int32)
     advance(tokens, None, token, context, *state, history, None, counts, *limits, *integers[4:7], *guides)

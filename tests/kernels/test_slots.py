@@ -32,7 +32,7 @@ WISHES = ["penalised", "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids
 ORDER = [
     "token", "context", "generated", "finish", "stop_reason", "stop_state", "history", "logprob_history",
     "output_counts", "penalised", "max_tokens", "min_tokens", "ignore_eos", "eos_token_ids", "stop_token_ids",
-    "stop_base", "automata",
+    "stop_base", "automata", "guide_state", "guide_base", "guide_class", "guide_tables", "guide_classes",
 ]  # fmt: skip
 CHANGED = [*STATE, "history", "logprob_history", "output_counts"]
 
@@ -59,7 +59,7 @@ def slots_for(samplings: list[SamplingConfig]) -> Slots:
 
 
 def arguments(slots: Slots, device: torch.device, history: int = 8) -> dict[str, Tensor | None]:
-    """What `advance` takes beside tokens and log-probabilities: copies of the slots' fields, and empty histories."""
+    """What `advance` takes beside tokens and log-probabilities: copies of the slots' fields, empty histories, no guides."""
     found: dict[str, Any] = {name: getattr(slots, name).clone() for name in (*STATE, *WISHES)}
     counts = slots.output_counts
     found |= {"output_counts": None if counts is None else counts.clone(), "eos_token_ids": slots.eos_token_ids}
@@ -67,7 +67,7 @@ def arguments(slots: Slots, device: torch.device, history: int = 8) -> dict[str,
     rows = slots.capacity
     found |= {"history": torch.empty(rows, history, dtype=torch.int32), "logprob_history": torch.empty(rows, history)}
     poison(found["history"], found["logprob_history"])
-    return {name: None if found[name] is None else found[name].to(device) for name in ORDER}
+    return {name: None if found.get(name) is None else found[name].to(device) for name in ORDER}
 
 
 def assert_same(left: dict[str, Tensor | None], right: dict[str, Tensor | None], rows: slice = slice(None)) -> None:
