@@ -223,6 +223,7 @@ def _compile(job: Specialization) -> Outcome:
         kernel = importlib.import_module(module)
         for part in name.split("."):
             kernel = getattr(kernel, part)
+        kernel = getattr(kernel, "jit", kernel)  # kernels/launch.py
         source = triton.compiler.ASTSource(kernel, job.signature, job.constants, job.attributes)
         compiled = triton.compile(source, target=job.target, options=job.options)
     except Exception as error:  # whatever the compiler does not like about one kernel, the others are compiled
