@@ -4,13 +4,16 @@ VENV := .venv
 RUN := PYTHONSAFEPATH=1 $(VENV)/bin/
 INSTALLED := $(VENV)/.installed
 DEMO := build/demo
+LOWEST := build/venv-lowest
+NEWEST := build/venv-newest
 CHROMIUM ?= chromium
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchmix needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster test-browser lint format bench clean
+.PHONY: help demo test test-slow test-lowest test-newest test-cluster test-browser lint format bench clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 demo: $(INSTALLED)  ## annotate examples/support_tickets.jsonl with the built-in model and print the accuracy
 	$(RUN)batchmix generate data.path=examples/support_tickets.jsonl output.dir=$(DEMO) output.overwrite=true sampling.temperature=0 sampling.max_tokens=64
@@ -21,6 +24,15 @@ test: $(INSTALLED)  ## the test suite without the slow tests
 
 test-slow: $(INSTALLED)  ## the slow tests: packaging, kills, large inputs
 	$(RUN)python -m pytest -m slow
+
+test-lowest: $(LOWEST)/.installed  ## `make test` with the lowest releases that pyproject.toml allows (6 GB)
+	PYTHONSAFEPATH=1 $(LOWEST)/bin/python -m pytest
+
+test-newest:  ## `make test` with the newest releases of everything, whatever constraints.txt says (6 GB)
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	PYTHONSAFEPATH=1 $(NEWEST)/bin/python -m pytest
 
 test-cluster: $(INSTALLED)  ## tests on a real Slurm (installed with apt) and a real Ray
 	@tests/cluster/install_slurm.sh
@@ -47,8 +59,16 @@ bench: $(INSTALLED)  ## run every benchmark on this machine
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+$(LOWEST)/.installed: pyproject.toml
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -e '.[dev]'
+	$(LOWEST)/bin/python tests/lowest.py
+	@touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchmix needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -1,0 +1,108 @@
+"""The figures of README.md and docs/ are those of the files in benchmarks/results, rounded as they are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RATE = {"synthesise": "output_tokens_per_second", "annotate": "total_tokens_per_second"}  # what a workload is judged by
+
+
+def result(what: str) -> dict[str, Any]:
+    """The newest result of that name, whatever its date."""
+    found: dict[str, Any] = json.loads(max(RESULTS.glob(f"????-??-??-{what}.json")).read_text())
+    return found
+
+
+def page(name: str) -> str:
+    return " ".join((ROOT / name).read_text().split())  # lines are wrapped wherever they are full
+
+
+def h200(workload: str, ours: str, vllm: str | None) -> tuple[dict[str, Any], dict[str, Any], float, float]:
+    """What was measured of a workload, its roofline, and the rates that are compared."""
+    found = result(f"nvidia-h200-throughput-synthesise-{ours}")["workloads"][workload]
+    theirs = result(f"nvidia-h200-vllm-{vllm}")["workloads"][workload]["vllm"] if vllm else {}
+    return found["batchmix"], found["roofline"], found["batchmix"][RATE[workload]], theirs.get(RATE[workload], 0.0)
+
+
+@pytest.mark.parametrize("workload", RATE)
+@pytest.mark.parametrize(("weights", "suffix"), [("bf16", ""), ("fp8", "-fp8")])
+def test_readme_on_a_gpu(workload, weights, suffix):
+    run, _, ours, theirs = h200(workload, f"annotate{suffix}", f"0.26{suffix}")
+    unit = RATE[workload].replace("_tokens_per_second", " tokens/s").replace("total tokens/s", "tokens/s in all")
+    line = (
+        f"| {workload}, {weights}: {unit} | {ours:,.0f} | {run['share_of_roofline']:.1%} | {theirs:,.0f} |"
+        f" {ours / theirs:.2f} x |"
+    )
+    assert line in page("README.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "vllm", "workloads"),
+    [
+        ("bf16", "annotate", "0.26", RATE),
+        ("bf16, repeated beside vLLM", "run2", "0.26", ["synthesise"]),
+        ("bf16, captured sizes 32 apart", "annotate-finer-sizes", "0.26", RATE),
+        ("fp8 experts and cache", "annotate-fp8", "0.26-fp8", RATE),
+    ],
+)
+def test_performance_page(name, ours, vllm, workloads):
+    for workload in workloads:
+        run, best, rate, theirs = h200(workload, ours, vllm)
+        seconds = run["stage_seconds"]
+        line = (
+            f"| {workload} | {name} | {run['output_tokens_per_second']:,.0f} | {run['total_tokens_per_second']:,.0f} |"
+            f" {run['share_of_roofline']:.1%} | {seconds['prefill']:.1f} of {best['prefill_seconds']:.1f} |"
+            f" {seconds['decode']:.1f} of {best['decode_seconds']:.1f} | {run['device_busy']:.1%} |"
+            f" {theirs:,.0f} | {rate / theirs:.2f} x |"
+        )
+        assert line in page("docs/performance.md")
+
+
+@pytest.mark.parametrize("file", ["kernels-untuned", "kernels-moe-untuned"])
+def test_kernel_page(file):
+    text = page("docs/kernels.md")
+    for case in result(f"nvidia-h200-{file}")["cases"]:
+        if case["kernel"] in ("add + RMSNorm", "rotary + cache write", "quantise rows to fp8"):
+            continue  # so short that the launch was measured, as the page says
+        bound = case["bound"]
+        rate = {"compute": f"{case['flops_per_second'] / 1e12:,.0f} TFLOP/s",
+                "memory": f"{case['bytes_per_second'] / 1e12:.2f} TB/s"}[bound]  # fmt: skip
+        peers = ", ".join(f"{name} {peer['ratio']:.2f} x" for name, peer in case["peers"].items())
+        line = (
+            f"| {case['kernel']} | {case['work']} | {case['dtype']} | {case['seconds'] * 1e3:.3f} | {rate} |"
+            f" {case['share_of_ceiling']:.0%} | {peers} |"
+        )
+        assert line in text
+        assert case["right"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_readme_on_a_cpu(dtype):
+    rates = result(f"cpu-engine-{dtype}")["output_tokens_per_second"]
+    ours, hf, vllm = rates["batchmix"], rates["transformers"], rates["vllm"]
+    text = page("README.md")
+    assert f"| {dtype} | {ours:,.0f} | {hf:,.0f} (" in text
+    assert f"{ours / hf:.2f} x) | {vllm:,.0f} ({ours / vllm:.2f} x) |" in text
+
+
+def test_readme_beside_the_model():
+    text = page("README.md")
+    found = result("cpu-pipeline")
+    assert f"{found['prompt_tokens_per_second'] / 1e6:.2f} M prompt tokens/s and {found['peak_gib']:.2f} GiB" in text
+    assert f"take {result('cpu-workers')['ratio']:.2f} times the ideal split" in text
+    found = result("cpu-plan-large")
+    assert (
+        f"takes {found['seconds']:.1f} s up to the first row of one of 8 workers, and {found['peak_gib']:.2f} GiB"
+        in text
+    )
+    greedy, sampled = result("cpu-step")["beside_the_model"].values()
+    assert (
+        f"{greedy['median_ms']:.2f} ms greedy; {sampled['median_ms']:.2f} ms sampled with top-p,"
+        f" {sampled['choosing_ms']:.2f} of them" in text
+    )
