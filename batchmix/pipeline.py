@@ -122,8 +122,7 @@ def _run(
         for completion in completions:
             sink.write(completion)
             progress.count(completion)
-        device_seconds = engine.device_clock.seconds()
-        stats.expert_tokens = engine.model.expert_load.counts.tolist()
+        device_seconds = engine.read_totals()
     return RunStatistics(progress.totals, stats, clock, time.monotonic() - started, device_seconds)
 
 
@@ -189,8 +188,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
                 for completion in completions:
                     sink.write(completion)
                     totals.count(completion)
-                reports.device_seconds = engine.device_clock.seconds()
-                engine.stats.expert_tokens = engine.model.expert_load.counts.tolist()
+                reports.device_seconds = engine.read_totals()
                 reports.num_rows = source.num_rows
         signals.raise_if_received()
 

@@ -37,7 +37,7 @@ from batchmix.model.weights import empty_weights
 
 LAYERS = 8  # enough that what a step does once does not count
 CONFIG = MixtralConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS, num_attention_heads=32,
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=4096,
     rms_norm_eps=1e-5, rope_theta=1e6,
 )  # fmt: skip
@@ -102,6 +102,8 @@ def layer_seconds(rows: int, turns: int) -> tuple[list[float], float]:
     with assume_gpu(H200), torch.inference_mode():
         ops = NoProducts()
         model = Mixtral(CONFIG, empty_weights(CONFIG, torch.bfloat16, cpu), ops, 4096)
+        model.weights.layers *= LAYERS
+        model.expert_load = [model.expert_load[0]] * LAYERS  # type: ignore[assignment]
         # Looking up embeddings would touch memory.
         model.weights.embedding = Embedding(torch.empty(rows, CONFIG.hidden_size, dtype=torch.bfloat16))  # type: ignore[assignment]
         cache = KVCache(CONFIG, 1, 64, torch.bfloat16, cpu)

@@ -24,13 +24,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from common import save
 
 from batchmix import pipeline
 from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig, ShardConfig
 from batchmix.engine.stats import EngineStats
-from batchmix.model.expert_load import ExpertLoad
 from batchmix.records import Batch, Completion
 from batchmix.report.clock import StageClock
 
@@ -45,11 +43,8 @@ class SleepingEngine:
     def __init__(self, rows_per_second: float) -> None:
         self._rows_per_second = rows_per_second
         self.clock, self.stats = StageClock(), EngineStats()
-        self.device_clock = SimpleNamespace(seconds=lambda: None)
         self.max_model_len = 4096
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(vocab_size=32000), expert_load=ExpertLoad(1, 1, torch.device("cpu"))
-        )
+        self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000))
         self.guides = None
         self.state = SimpleNamespace(
             slots=SimpleNamespace(capacity=ROWS_AT_ONCE),
@@ -57,6 +52,9 @@ class SleepingEngine:
             cache=SimpleNamespace(block_size=64),
             prefixes=None,
         )
+
+    def read_totals(self) -> None:
+        """There is no device."""
 
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
         """Answers with the first tokens of the prompt."""

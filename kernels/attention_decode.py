@@ -64,7 +64,7 @@ def _attend_split(
     return out, peak + tl.log2(total)
 
 
-@kernel
+@kernel("table_stride", "max_splits")
 def decode_split_kernel(
     q_ptr, keys_ptr, values_ptr, k_scale_ptr, v_scale_ptr, partial_ptr, lse_ptr, items_ptr, num_items_ptr, context_ptr,
     table_ptr, q_stride, table_stride, scale_stride, max_splits, scale,
@@ -95,7 +95,7 @@ def decode_split_kernel(
         tl.store(lse_ptr + place, lse, mask=real)
 
 
-@kernel
+@kernel("table_stride", "max_splits")
 def decode_shared_kernel(
     q_ptr, keys_ptr, values_ptr, k_scale_ptr, v_scale_ptr, partial_ptr, lse_ptr, rows_ptr, split_ptr, table_ptr,
     q_stride, table_stride, scale_stride, max_splits, scale,
@@ -126,7 +126,7 @@ def decode_shared_kernel(
         tl.store(lse_ptr + place, lse, mask=real)
 
 
-@kernel
+@kernel("max_splits")
 def decode_merge_kernel(
     partial_ptr, lse_ptr, context_ptr, out_ptr, max_splits,
     H: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, MERGE_TILE: tl.constexpr,

@@ -36,7 +36,7 @@ from batchmix.kernels.paged_cache import (
 )
 
 
-@kernel
+@kernel("table_stride")
 def prefill_attention_kernel(
     q_ptr, keys_ptr, values_ptr, k_scale_ptr, v_scale_ptr, out_ptr, tiles_ptr, chunks_ptr, table_ptr, q_stride,
     table_stride, scale_stride, scale,

@@ -9,7 +9,7 @@ environment each time. An engine's launches repeat, layer by layer and step by s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -30,9 +30,11 @@ class Kernel:
     `arguments` are all that are no constexprs, by position; `settings` are constexprs, warps, stages and the like.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], counts: Sequence[str], of_rows: Sequence[str]) -> None:
         functools.update_wrapper(self, function)
-        self.jit: Any = triton.jit(function)
+        self.jit: Any = triton.jit(
+            function, do_not_specialize=list(counts), do_not_specialize_on_alignment=list(of_rows)
+        )
         self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # what is launched, and its constexprs
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -52,9 +54,13 @@ class Kernel:
         known[0][(*grid, 1, 1)[:3]](*arguments, *known[1])
 
 
-def kernel(function: Callable[..., Any]) -> Kernel:
-    """Make a function a kernel that is launched; those that kernels call are `triton.jit`'s."""
-    return Kernel(function)
+def kernel(*counts: str, of_rows: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Kernel]:
+    """Make a function a kernel that is launched; those that kernels call are `triton.jit`'s.
+
+    One kernel is compiled for all values of the integers named by `counts`, which change from step to step, and for all
+    alignments of the pointers named by `of_rows`, which point at the first row of a step.
+    """
+    return lambda function: Kernel(function, counts, of_rows)
 
 
 class Operator(Generic[P, T]):

@@ -21,7 +21,7 @@ from batchmix.kernels.launch import cdiv, kernel, operator
 from batchmix.kernels.tiles import Tile
 
 
-@kernel
+@kernel("num_tokens")
 def _linear_kernel(
     x,  # [T, K] or a descriptor
     w,  # [N, K] or a descriptor

@@ -39,7 +39,7 @@ from batchmix.kernels.routing import route, sort_pairs
 from batchmix.kernels.tiles import Tile
 
 
-@kernel
+@kernel()
 def _permute_kernel(x, order, offsets, out, D: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     if row >= tl.load(offsets + E):  # a pair of padding
@@ -50,7 +50,7 @@ def _permute_kernel(x, order, offsets, out, D: tl.constexpr, E: tl.constexpr, TO
     tl.store(out + row.to(tl.int64) * D + columns, values, mask=columns < D)
 
 
-@kernel
+@kernel()
 def _experts_kernel(
     x,  # [T, D] or sorted [P, K], or a descriptor of the latter
     w,  # [E * rows, K] as FORMAT packs it, or a descriptor
@@ -330,7 +330,7 @@ def _(
     return h.new_empty(len(order), w2.shape[1], dtype=dtype)
 
 
-@kernel
+@kernel()
 def _combine_kernel(y, residual, num_valid, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -27,7 +27,7 @@ def _normalise(x, weight_ptr, columns, inside, D, eps):
     return (x32 * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
 
 
-@kernel
+@kernel()
 def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
@@ -37,7 +37,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK_D: tl.co
     tl.store(out_ptr + row * D + columns, out.to(x.dtype), mask=inside)
 
 
-@kernel
+@kernel()
 def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)

@@ -81,7 +81,7 @@ def _codes(x, inverse, LIMIT: tl.constexpr, FLOAT: tl.constexpr):
     return (y + step * _ROUND) - step * _ROUND
 
 
-@kernel
+@kernel()
 def quantize_rows_kernel(x, q, scales, K, LIMIT: tl.constexpr, FLOAT: tl.constexpr, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -92,7 +92,7 @@ def quantize_rows_kernel(x, q, scales, K, LIMIT: tl.constexpr, FLOAT: tl.constex
     tl.store(scales + row, scale)
 
 
-@kernel
+@kernel()
 def dequantize_rows_kernel(q, scales, out, K, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -100,7 +100,7 @@ def dequantize_rows_kernel(q, scales, out, K, BLOCK_K: tl.constexpr):
     tl.store(out + row * K + k, (codes * tl.load(scales + row)).to(out.dtype.element_ty), k < K)
 
 
-@kernel
+@kernel()
 def quantize_blocks_kernel(x, q, scales, N, K, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -114,7 +114,7 @@ def quantize_blocks_kernel(x, q, scales, N, K, LIMIT: tl.constexpr, BLOCK: tl.co
     tl.store(scales + block, scale)
 
 
-@kernel
+@kernel()
 def dequantize_blocks_kernel(q, scales, out, N, K, BLOCK: tl.constexpr):
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -125,7 +125,7 @@ def dequantize_blocks_kernel(q, scales, out, N, K, BLOCK: tl.constexpr):
     tl.store(out + at, values.to(out.dtype.element_ty), inside)
 
 
-@kernel
+@kernel()
 def quantize_groups_kernel(x, q, scales, num_groups, LIMIT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     HALF: tl.constexpr = GROUP // 2
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -143,7 +143,7 @@ def quantize_groups_kernel(x, q, scales, num_groups, LIMIT: tl.constexpr, GROUP:
     tl.store(scales + group, scale, group < num_groups)
 
 
-@kernel
+@kernel()
 def dequantize_groups_kernel(q, scales, out, num_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     HALF: tl.constexpr = GROUP // 2
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)

@@ -55,7 +55,7 @@ def _cached(x, cache_ptr, scale_ptr, scale_stride, kv_head, mask):
         return _e4m3(x)
 
 
-@kernel
+@kernel()
 def rotate_and_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, positions_ptr, blocks_ptr, offsets_ptr, q_ptr, keys_ptr, values_ptr, k_scale_ptr,
     v_scale_ptr, scale_stride, qkv_stride, H, G, S, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,

@@ -17,7 +17,7 @@ _ROUTE_ELEMENTS = 8192  # tokens * experts * columns that a program holds in reg
 _SORT_ELEMENTS = 8192  # pairs * experts
 
 
-@kernel
+@kernel("num_tokens")
 def _route_kernel(
     x,
     router,
@@ -105,7 +105,7 @@ def _(x: Tensor, router: Tensor, top_k: int, num_valid: Tensor | None = None) ->
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
-@kernel
+@kernel("num_pairs")
 def _sort_kernel(
     experts,
     order,

@@ -47,7 +47,15 @@ def _penalised(x, counts, in_prompt, repetition, presence, frequency):
     return x - tl.where(counts > 0, presence, 0.0)
 
 
-@kernel
+_OF_ROWS = (
+    "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "row_key_ptr", "sample_ptr", "generated_ptr",
+    "min_tokens_ptr", "stop_ptr", "bias_row_ptr", "penalised_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr",
+    "counts_ptr", "in_prompt_ptr", "wants_logprob_ptr", "among_allowed_ptr", "guide_base_ptr", "guide_state_ptr",
+    "guide_class_ptr", "max_tokens_ptr",
+)  # fmt: skip
+
+
+@kernel("R", "num_eos", "num_stop", of_rows=_OF_ROWS)
 def sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, row_key_ptr, sample_ptr, generated_ptr,
     min_tokens_ptr, eos_ptr, stop_ptr, bias_row_ptr, biases_ptr, penalised_ptr, repetition_ptr, presence_ptr,

@@ -22,7 +22,14 @@ _STOP_STRING, _LENGTH, _WHOLE = tl.constexpr(STOP_STRING), tl.constexpr(LENGTH),
 _BLOCK_ROWS = 32  # a program of one warp; every load waits for memory, so many small programs. Untuned
 
 
-@kernel
+_OF_ROWS = (
+    "token_ptr", "context_ptr", "generated_ptr", "finish_ptr", "reason_ptr", "state_ptr", "history_ptr",
+    "logprob_history_ptr", "counts_ptr", "penalised_ptr", "max_tokens_ptr", "min_tokens_ptr", "ignore_eos_ptr",
+    "stop_ptr", "stop_base_ptr", "guide_state_ptr", "guide_base_ptr", "guide_class_ptr",
+)  # fmt: skip
+
+
+@kernel("R", "num_eos", "num_stop", "history_length", of_rows=_OF_ROWS)
 def advance_kernel(
     tokens_ptr, logprobs_ptr, token_ptr, context_ptr, generated_ptr, finish_ptr, reason_ptr, state_ptr, history_ptr,
     logprob_history_ptr, counts_ptr, penalised_ptr, max_tokens_ptr, min_tokens_ptr, ignore_eos_ptr, eos_ptr, stop_ptr,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,16 @@ def test_a_decode_step_beside_the_model_is_timed(monkeypatch: pytest.MonkeyPatch
     assert seconds.shape == (5, 2)
     assert (seconds[:, 0] > seconds[:, 1]).all()
     assert (seconds > 0).all()
+
+
+@pytest.mark.slow  # compiles for sm_90, which the tests' interpreter does not
+def test_launches_of_a_decode_layer_are_timed() -> None:
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "benchmarks"), str(root)])}
+    command = [sys.executable, "benchmarks/bench_launch.py", "--rows", "30", "--turns", "2"]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("a decode layer of 30 rows: 10.1 launches, ")
 
 
 @pytest.mark.slow  # starts two workers

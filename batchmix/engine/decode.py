@@ -8,7 +8,7 @@ import numpy as np
 
 from batchmix.engine.completion import hear, listen
 from batchmix.engine.forced import append_runs, forced_runs, wants_skipping
-from batchmix.engine.graphs import rung
+from batchmix.engine.graphs import pad_to_capture_size
 from batchmix.engine.kv_cache import OutOfBlocks
 from batchmix.engine.state import State
 from batchmix.engine.step import choose, pad
@@ -48,19 +48,21 @@ class Decode:
         width = min(width, slots.block_table.shape[1])
         captured = state.graphs.enabled and not wants_logprobs and not any(runs) and not on_host
         # A captured step runs over free slots too, so that few sizes serve all.
-        size = rung(state.ladder, active) if captured else pad(active, model.ops.row_tile)
+        size = pad_to_capture_size(state.capture_sizes, active) if captured else pad(active, model.ops.row_tile)
         slots.upload()
         if any(runs):
             self._forced_step(runs, width)
             return
         model.ops.find_shared(model, state.cache, slots, size)
         model.expert_load.set_num_valid(active)
-        with self.device_clock.work("decode"):
-            for _ in range(steps):
-                if not captured:
-                    self._step(active, size, width)
-                else:
-                    state.graphs.run((size, width), slots.tables(), partial(self._step, size, size, width))
+        for _ in range(steps):
+            step = partial(self._step, size if captured else active, size, width)
+            if captured:
+                step = state.graphs.prepare((size, width), slots.tables(), step)
+            with self.device_clock.work(
+                "decode", size if captured else None
+            ):  # each step apart: gaps between them are no work
+                step()
         self._end(active, steps)
 
     def _end(self, active: int, steps: int) -> None:

@@ -7,8 +7,10 @@ an ended row's slot is refilled.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,6 +35,10 @@ from batchmix.records import Batch, Completion
 from batchmix.report.clock import StageClock
 from batchmix.report.device_clock import DeviceClock
 
+if TYPE_CHECKING:
+    from batchmix.engine.compile_ahead import CompileClock
+
+_log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
 
 
@@ -56,11 +62,13 @@ class Engine:
         share_prefix: bool = False,
         readback: Readback | None = None,
         guides: Guides | None = None,
+        compile_clock: CompileClock | None = None,
     ) -> None:
         """`steps_per_read`: decode steps between two looks at what they did. `capture` makes a CUDA graph of a step.
         `readback`, to the cache's device, says when results are looked at."""
         self.model = model
         self.guides = guides
+        self.compile_clock = compile_clock
         self.max_model_len = max_model_len
         self.should_stop = should_stop
         self.prefill_chunk = prefill_chunk
@@ -79,6 +87,7 @@ class Engine:
             guides=guides,
         )
         make_graphs = partial(StepGraphs, capture)
+        model.expert_load.reset()
         # Tokens from which a prefill step takes longer to compute than its weights to come, which streamed ones take long for.
         full = full_step(model.config) if model.stream is None else max_num_batched_tokens
         self.state = State(cache, max_num_seqs, max_num_batched_tokens, full, make_slots, make_graphs, share_prefix)
@@ -143,6 +152,24 @@ class Engine:
                 ) from None
             # What the failed step held is freed with the traceback, so before `start_over`.
         start_over(self.state, name, self.prefill_chunk)
+
+    def read_totals(self) -> float | None:
+        """Wait for the device and read the totals that it keeps into `stats`. The seconds that it worked; None on a CPU."""
+        seconds, stats = self.device_clock.seconds(), self.stats
+        stats.expert_tokens = self.model.expert_load.counts.tolist()
+        stats.decode_steps = self.device_clock.steps()
+        if self.compile_clock is not None:
+            stats.kernels_compiled, stats.compile_seconds = self.compile_clock.kernels, self.compile_clock.seconds
+        if stats.decode_steps:
+            sizes = ", ".join(
+                f"{size}: {count:,.0f} of {took / count * 1e3:.1f} ms"
+                for size, (count, took) in stats.decode_steps.items()
+            )
+            _log.info(
+                "decode steps by captured size: %s; %d graphs captured in %.1f s, %d kernels compiled in %.1f s during the run",
+                sizes, stats.graphs_captured, stats.capture_seconds, stats.kernels_compiled, stats.compile_seconds,
+            )  # fmt: skip
+        return seconds
 
     def _completed(self) -> Iterator[Completion]:
         completed, self.state.completed = self.state.completed, []

@@ -6,75 +6,109 @@ slots it runs over, how many blocks of each row it looks at, and where in memory
 
 from __future__ import annotations
 
+import gc
+import time
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 
 import torch
 
+from batchmix.engine.stats import EngineStats
+
 Step = Callable[[], None]
 
+# Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps (800 rows of `synthesise` take 1,000)
+# runs 1.25 d steps at each of n/d sizes, with d/2 rows of padding on average, so n rows cost (n/d) C + n 1.25 p d/2 seconds
+# where a capture takes C and a row of padding p: least at d = sqrt(2 C / 1.25 p). p is 4.3 us on an H200, as padding
+# reaches no expert (2.94 GFLOP of projections and head at 690 TFLOP/s); with C of 15 to 30 ms d is 75 to 106. C is an
+# estimate (450 launches by the host): not measured on a GPU. 64 rows are also 16 an expert, a step in its tiles.
+SPACING = 64
+MAX_GRAPHS = 64  # kept at once. Each holds its own launches in device memory; what they work in is one pool for all
 
-def ladder(capacity: int) -> list[int]:
-    """Sizes of decode steps, ascending: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..., `capacity`.
 
-    At most half of a step's slots are free, above 16 a third, and a batch that shrinks captures two graphs each time it
-    halves.
+def capture_sizes(capacity: int) -> list[int]:
+    """Sizes of decode steps, ascending: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, ..., `capacity`.
+
+    A step has fewer than SPACING rows of padding, and at most as many as rows, above 16 half as many.
     """
-    sizes, size = [1, 2, 4, 8], 16
-    while size < capacity:
-        sizes += [size, size + size // 2]
-        size *= 2
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, *range(2 * SPACING, capacity, SPACING)]
     return [size for size in sizes if size < capacity] + [capacity]
 
 
-def rung(sizes: list[int], active: int) -> int:
-    """The smallest size that holds `active` rows."""
-    return sizes[bisect_left(sizes, active)]
+def pad_to_capture_size(sizes: list[int], rows: int) -> int:
+    """The smallest size that holds `rows` rows."""
+    return sizes[bisect_left(sizes, rows)]
 
 
 class StepGraphs:
-    """Runs a step that is known by a key: at first as it is, which compiles kernels, from the second time on as a graph.
+    """Steps that are known by a key: run as they are at first, which loads their kernels, from the second time on as graphs.
 
-    `capture` makes a graph of a step without running it; None: there are no graphs, and `run` is not called.
+    `capture` makes a graph of a step without running it; None: there are no graphs, and `prepare` is not called. The
+    MAX_GRAPHS graphs that were used last are kept.
     """
 
-    def __init__(self, capture: Callable[[Step], Step] | None) -> None:
+    def __init__(self, capture: Callable[[Step], Step] | None, stats: EngineStats) -> None:
         self._capture = capture
-        self._graphs: dict[Hashable, Step | None] = {}  # None: ran once
+        self._stats = stats
+        self._graphs: OrderedDict[Hashable, Step | None] = OrderedDict()  # None: ran once
         self._tables: Hashable = None
-        self.num_captured = 0
-        self.num_replayed = 0
 
     @property
     def enabled(self) -> bool:
         return self._capture is not None
 
-    def run(self, key: Hashable, tables: Hashable, step: Step) -> None:
-        """Run the step. `tables` names the memory that graphs rely on: those captured with another one are dropped."""
+    def prepare(self, key: Hashable, tables: Hashable, step: Step) -> Step:
+        """The step, or its graph. `tables` names the memory that graphs rely on: those captured with another one are dropped."""
         assert self._capture is not None
         if tables != self._tables:
             self._graphs.clear()
             self._tables = tables
         if key not in self._graphs:
             self._graphs[key] = None
-            step()
-            return
+            return step
         graph = self._graphs[key]
         if graph is None:
+            started = time.perf_counter()
             graph = self._graphs[key] = self._capture(step)
-            self.num_captured += 1
-        graph()
-        self.num_replayed += 1
+            self._stats.graphs_captured += 1
+            self._stats.capture_seconds += time.perf_counter() - started
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        self._stats.graphs_replayed += 1
+        return graph
 
 
 def cuda_capture() -> Callable[[Step], Step]:
-    """Captures into one pool of memory: graphs never run together and leave nothing in it that is read later."""
+    """Captures into one pool of memory: graphs never run together and leave nothing in it that is read later.
+
+    The device is not waited for, and its memory not given back, as `torch.cuda.graph` does each time: a capture is work
+    of the host, done while the device is at the steps queued before.
+    """
     pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def capture(step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            step()
+        stream.wait_stream(torch.cuda.current_stream())
+        collects = gc.isenabled()
+        gc.disable()  # what it would free on the device cannot be freed meanwhile
+        try:
+            with torch.cuda.stream(stream):
+                # Other threads may pin memory and copy meanwhile.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                except BaseException:
+                    with suppress(RuntimeError):  # the step's own error is the one to tell of
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         replay: Step = graph.replay
         return replay
 

@@ -14,8 +14,8 @@ Arrival = Callable[[], list[np.ndarray]]  # waits for copies on their way to the
 def to_device(data: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """A copy on the device, made in the order of its work; on the CPU `data` itself. Host memory may change at once."""
     tensor = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
-    if device.type == "cpu":
-        return tensor
+    if device.type != "cuda":
+        return tensor.to(device)
     # From pinned memory, which torch does not give away before the copy is done.
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,11 +88,26 @@ def start_engine(
         plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), shards)
         if plan is not None:
             offload = Offload(link, spread(plan.streamed, checkpoint.config.num_hidden_layers))
+    sliced = shards.slice_config(checkpoint.config)
+    compile_ahead, compile_clock = None, None
+    if device.type == "cuda":
+        from batchmix.engine.compile_ahead import CompileAhead, CompileClock, Steps
+        from batchmix.kernels.gpu import current_gpu
+
+        compile_clock = CompileClock()
+        if shards.rank == 0:  # the others' kernels are the same
+            steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, config.max_num_seqs or _rows(plan),
+                          prefill_tokens, checkpoint.max_model_len, config.batch_invariant, config.share_prefix)  # fmt: skip
+            cpus = max(1, (os.cpu_count() or 1) // config.data_parallel_size)  # of engines that start at once
+            compile_ahead = CompileAhead(steps, current_gpu(device), cpus)
     weights = load_weights(checkpoint, dtype, device, shards, offload)
     operators = open_backend(place.backend, config)
-    sliced = shards.slice_config(checkpoint.config)
     model = Mixtral(sliced, weights, operators, checkpoint.max_model_len, shards, offload)
     loaded = time.perf_counter()
+    if compile_ahead is not None:
+        compile_ahead.finish()
+    if device.type == "cuda":
+        shards.smallest(0)  # where the others wait for the kernels
     if place.backend is Backend.torch:
         _check_products(weights, prefill_tokens)
     sizes = choose_sizes(model, checkpoint, config, link, plan)
@@ -117,6 +133,7 @@ def start_engine(
         # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
         guides=guides or open_guides(checkpoint, tokenizer),
+        compile_clock=compile_clock,
     )
 
 
@@ -181,7 +198,7 @@ def choose_sizes(
         processes = model.shards.size * config.data_parallel_size  # which share the memory
         free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
     else:
-        rows = config.max_num_seqs or (plan.max_num_seqs if plan else RESIDENT_ROWS)
+        rows = config.max_num_seqs or _rows(plan)
         graphs = config.cuda_graphs and not plan
         workspace = measure_workspace(
             model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, graphs, kv_dtype
@@ -194,6 +211,11 @@ def choose_sizes(
     blocks = model.shards.smallest(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
     # Each row holds a block at least.
     return Sizes(config.max_num_seqs or min(rows, blocks), blocks, BLOCK_SIZE, workspace)
+
+
+def _rows(plan: Placement | None) -> int:
+    """Rows that a GPU runs at once where nobody says how many."""
+    return plan.max_num_seqs if plan else RESIDENT_ROWS
 
 
 def cache_dtype(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.dtype:

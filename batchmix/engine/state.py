@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from batchmix.engine.graphs import StepGraphs, ladder
+from batchmix.engine.graphs import StepGraphs, capture_sizes
 from batchmix.engine.kv_cache import BlockPool, KVCache
 from batchmix.engine.prefix_cache import PrefixCache
 from batchmix.engine.slots import Slots
@@ -50,7 +50,7 @@ class State:
 
     slots: Slots
     graphs: StepGraphs
-    ladder: list[int]
+    capture_sizes: list[int]
     pool: BlockPool
     prefixes: PrefixCache | None
     rows: list[Row]  # of slot 0, 1, ...
@@ -65,7 +65,7 @@ class State:
         max_num_batched_tokens: int,
         full_prefill: int,
         make_slots: Callable[[int], Slots],
-        make_graphs: Callable[[], StepGraphs],
+        make_graphs: Callable[[EngineStats], StepGraphs],
         share_prefix: bool,
     ) -> None:
         self.cache = cache
@@ -84,8 +84,8 @@ class State:
         self.rows, self.admissions = [], []
         self.pool = BlockPool(self.cache.num_blocks)
         self.prefixes = PrefixCache(self.pool, self.cache.block_size) if self._share_prefix else None
-        self.slots, self.graphs = self._make_slots(capacity), self._make_graphs()
-        self.ladder = ladder(capacity)
+        self.slots, self.graphs = self._make_slots(capacity), self._make_graphs(self.stats)
+        self.capture_sizes = capture_sizes(capacity)
         self.startable, self.idle_reads = 0, 0.0
 
     def num_available(self) -> int:

@@ -23,6 +23,14 @@ class EngineStats:
     put_back: int = 0  # rows that gave way when blocks ran out, and started again
     streamed_bytes: int = 0  # weights, keys and values that were copied to the device
     decode_streamed_bytes: int = 0  # of them, in decode steps
+    graphs_captured: int = 0  # CUDA graphs of decode steps
+    graphs_replayed: int = 0
+    capture_seconds: float = 0.0  # of the host, in which the device has work as long as it lasts
+    kernels_compiled: int = 0  # in the run itself: none where all were compiled before
+    compile_seconds: float = 0.0  # for them
+    decode_steps: dict[int, list[float]] | None = (
+        None  # captured size: steps, and seconds of the device; see expert_tokens
+    )
     out_of_memory: int = 0  # steps that failed for want of memory; after each the batch is half as large
     first_prefill_time: float | None = None
     last_token_time: float | None = None
@@ -42,4 +50,18 @@ def _add(tables: Iterable[list[list[int]]]) -> list[list[int]]:
     return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
 
-_UNITE: dict[str, Callable[[Any], Any]] = {"first_prefill_time": min, "last_token_time": max, "expert_tokens": _add}
+def _add_steps(tables: Iterable[dict[int, list[float]]]) -> dict[int, list[float]]:
+    """Steps and seconds by size, added up."""
+    total: dict[int, list[float]] = {}
+    for table in tables:
+        for size, numbers in table.items():
+            total[size] = [a + b for a, b in zip(total.get(size, [0, 0.0]), numbers, strict=True)]
+    return dict(sorted(total.items()))
+
+
+_UNITE: dict[str, Callable[[Any], Any]] = {
+    "first_prefill_time": min,
+    "last_token_time": max,
+    "expert_tokens": _add,
+    "decode_steps": _add_steps,
+}

@@ -55,6 +55,7 @@ def largest_prefill(
     ]
     tile = model.ops.row_tile
     tokens = torch.zeros(-(-num_tokens // tile) * tile, dtype=torch.int64, device=cache.keys.device)
+    model.expert_load.set_num_valid(num_tokens)
     model(tokens, model.ops.prefill(model, cache, chunks, len(tokens)))
 
 
@@ -68,6 +69,7 @@ def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: in
     for sample in range(rows):
         slots.add(prompt, sample, max_tokens=1)
     slots.upload()
+    model.expert_load.set_num_valid(rows)
     ops.find_shared(model, cache, slots, len(slots.token))
     hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))
     tokens, *_ = ops.choose(model.logits(hidden)[:rows], slots, 0)

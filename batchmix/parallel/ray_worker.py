@@ -63,7 +63,8 @@ class RayWorker:
             if len(answered) >= _REPORT_ROWS or time.monotonic() - last > _REPORT_EVERY:
                 yield answered, Report(engine.stats, seconds=engine.clock.seconds)
                 answered, last = [], time.monotonic()
-        yield answered, Report(engine.stats, seconds=engine.clock.seconds, device_seconds=engine.device_clock.seconds())
+        device_seconds = engine.read_totals()
+        yield answered, Report(engine.stats, seconds=engine.clock.seconds, device_seconds=device_seconds)
 
     def _batches(self) -> Iterator[Batch]:
         """One unit after the other, so that slots are refilled from the next one while the last rows of one still run."""

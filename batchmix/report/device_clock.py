@@ -24,13 +24,16 @@ class DeviceClock:
         self._device = device
         self._on = device.type == "cuda"
         self._seconds = 0.0
-        self._open: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()  # not known to have ended
+        self._steps: dict[int, list[float]] = {}  # size: how many, and their seconds
+        self._open: deque[tuple[str, int | None, torch.cuda.Event, torch.cuda.Event]] = (
+            deque()
+        )  # not known to have ended
         self._free: list[torch.cuda.Event] = []
         self._zero: tuple[torch.cuda.Event, float] | None = None  # an event, and time.perf_counter() when it happened
 
     @contextmanager
-    def work(self, name: str) -> Iterator[None]:
-        """The operators that the block queues on the current stream."""
+    def work(self, name: str, size: int | None = None) -> Iterator[None]:
+        """The operators that the block queues on the current stream; with `size`, one step of that size, see `steps`."""
         if not self._on:
             yield
             return
@@ -39,8 +42,8 @@ class DeviceClock:
             self._zero[0].synchronize()
         started = self._event()
         yield
-        self._open.append((name, started, self._event()))
-        while self._open and self._open[0][2].query():  # type: ignore[no-untyped-call]
+        self._open.append((name, size, started, self._event()))
+        while self._open and self._open[0][3].query():  # type: ignore[no-untyped-call]
             self._close(*self._open.popleft())
 
     def seconds(self) -> float | None:
@@ -52,14 +55,21 @@ class DeviceClock:
             self._close(*self._open.popleft())
         return self._seconds
 
+    def steps(self) -> dict[int, list[float]]:
+        """How many steps of each size there were and what they took together in seconds, once `seconds` has waited."""
+        return {size: [count, round(seconds, 4)] for size, (count, seconds) in sorted(self._steps.items())}
+
     def _event(self) -> torch.cuda.Event:
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _close(self, name: str, started: torch.cuda.Event, ended: torch.cuda.Event) -> None:
+    def _close(self, name: str, size: int | None, started: torch.cuda.Event, ended: torch.cuda.Event) -> None:
         took = started.elapsed_time(ended) / 1e3
         self._seconds += took
+        if size is not None:
+            count, seconds = self._steps.get(size, (0, 0.0))
+            self._steps[size] = [count + 1, seconds + took]
         if self.trace is not None and self._zero is not None:
             zero, at = self._zero
             begin = at + zero.elapsed_time(started) / 1e3

@@ -99,7 +99,7 @@ def test_rows_put_back_for_want_of_blocks(folder, model):
     assert tight.stats.put_back, "the test must run out of blocks"
 
 
-def test_several_steps_between_looks_and_sizes_of_a_ladder(folder, model):
+def test_several_steps_between_looks_and_capture_sizes(folder, model):
     """The engine as on a GPU, but for what a graph is: steps run over free slots and rows that have ended, and what they
     did is looked at one window late."""
     rows = prompts(7, V, seed=5, longest=8, temperature=1.0, max_tokens=8, presence_penalty=0.3, stop=["abc", "dd"])
@@ -114,8 +114,8 @@ def test_several_steps_between_looks_and_sizes_of_a_ladder(folder, model):
     fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture, readback=readback)
     assert_same(run(fast, rows), run(engine(load(folder)), rows))
     assert max(readback.queued_behind) == 1
-    assert fast.state.graphs.num_captured == len(captured)
-    assert fast.state.graphs.num_replayed >= len(captured) > 1
+    assert fast.stats.graphs_captured == len(captured)
+    assert fast.stats.graphs_replayed >= len(captured) > 1
     assert {size for size, _, _ in captured} <= {1, 2, 4, 6}
 
 
@@ -135,7 +135,7 @@ def test_out_of_memory_between_graphs(folder, model, monkeypatch):
     short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step, readback=LateReadback())
     tables, graphs = short.state.slots.tables(), short.state.graphs
     assert_same(run(short, rows), run(engine(load(folder)), rows))
-    assert (short.stats.out_of_memory, short.state.slots.capacity, short.state.ladder[-1]) == (1, 3, 3)
+    assert (short.stats.out_of_memory, short.state.slots.capacity, short.state.capture_sizes[-1]) == (1, 3, 3)
     assert short.state.graphs is not graphs
     assert short.state.slots.tables() != tables
 
@@ -195,7 +195,7 @@ def test_cuda_graphs_change_no_token(folder, batch_invariant):
     fast = engine(model, max_num_seqs=8, steps_per_read=3, capture=cuda_capture())
     found = run(fast, rows)
     assert_same(found, expected)
-    assert fast.state.graphs.num_replayed > fast.state.graphs.num_captured > 0
+    assert fast.stats.graphs_replayed > fast.stats.graphs_captured > 0
 
 
 @pytest.mark.gpu

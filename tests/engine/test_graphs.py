@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from batchmix.engine.graphs import StepGraphs, ladder, rung
+from batchmix.engine import graphs as graphs_module
+from batchmix.engine.graphs import SPACING, StepGraphs, capture_sizes, pad_to_capture_size
+from batchmix.engine.stats import EngineStats
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 3, 8, 9, 16, 17, 24, 100, 256, 1000, 1024])
-def test_every_batch_finds_a_size_that_is_not_much_larger(capacity):
-    sizes = ladder(capacity)
+@pytest.mark.parametrize("capacity", [1, 2, 3, 8, 9, 16, 17, 24, 100, 128, 129, 256, 1000, 1024, 4096])
+def test_padding_is_bounded(capacity):
+    sizes = capture_sizes(capacity)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == capacity
-    for active in range(1, capacity + 1):
-        size = rung(sizes, active)
-        assert active <= size <= max(1, 2 * active - 1)
-        if active > 16:
-            assert size <= 1.5 * active
-    assert len(sizes) <= 2 * capacity.bit_length() + 1
+    for rows in range(1, capacity + 1):
+        size = pad_to_capture_size(sizes, rows)
+        assert rows <= size <= max(1, 2 * rows - 1)
+        assert size - rows < SPACING
+        if rows > 16:
+            assert size <= 1.5 * rows
+    assert len(sizes) <= 11 + capacity // SPACING
 
 
 def test_a_step_is_captured_when_it_comes_again_and_its_tables_are_where_they_were():
@@ -27,11 +30,12 @@ def test_a_step_is_captured_when_it_comes_again_and_its_tables_are_where_they_we
         events.append("capture")
         return lambda: events.append("replay")
 
-    graphs = StepGraphs(capture)
+    stats = EngineStats()
+    graphs = StepGraphs(capture, stats)
 
     def run(key, tables):
         events.clear()
-        graphs.run(key, tables, lambda: events.append("step"))
+        graphs.prepare(key, tables, lambda: events.append("step"))()
         return list(events)
 
     assert run((8, 4), "a") == ["step"]
@@ -40,6 +44,22 @@ def test_a_step_is_captured_when_it_comes_again_and_its_tables_are_where_they_we
     assert run((4, 4), "a") == ["step"]
     assert run((8, 4), "b") == ["step"]  # the graph reads memory that is no longer a table
     assert run((8, 4), "b") == ["capture", "replay"]
-    assert (graphs.num_captured, graphs.num_replayed) == (2, 3)
+    assert (stats.graphs_captured, stats.graphs_replayed) == (2, 3)
+    assert stats.capture_seconds > 0
     assert graphs.enabled
-    assert not StepGraphs(None).enabled
+    assert not StepGraphs(None, stats).enabled
+
+
+def test_the_graphs_that_were_used_last_are_kept(monkeypatch):
+    monkeypatch.setattr(graphs_module, "MAX_GRAPHS", 3)
+    graphs = StepGraphs(lambda step: step, stats := EngineStats())
+    for key in (1, 2, 3, 1, 4):
+        for _ in range(2):
+            graphs.prepare(key, None, lambda: None)
+    assert stats.graphs_captured == 4
+    for key in (1, 3, 4):
+        graphs.prepare(key, None, lambda: None)
+    assert stats.graphs_captured == 4
+    graphs.prepare(2, None, lambda: None)
+    graphs.prepare(2, None, lambda: None)
+    assert stats.graphs_captured == 5

@@ -49,13 +49,14 @@ def test_pieces_of_work_add_up_without_their_gaps_and_without_waiting(monkeypatc
     with Trace(tmp_path / "trace.json") as clock.trace:
         for start, end in [(10, 30), (30, 35), (100, 200)]:
             Event.now = start
-            with clock.work("decode"):
+            with clock.work("decode", size=8):
                 Event.now = end
             Event.reached = 32.0  # the host is ahead: later pieces are still open
         with pytest.raises(torch.OutOfMemoryError), clock.work("prefill"):
             raise torch.OutOfMemoryError
         assert len(clock._open) == 2
         assert clock.seconds() == pytest.approx(0.125)
+    assert clock.steps() == {8: [3, 0.125]}
     spans = [event for event in json.loads((tmp_path / "trace.json").read_text()) if event["ph"] == "X"]
     assert [span["dur"] for span in spans] == [20_000, 5_000, 100_000]
     assert [span["ts"] - spans[0]["ts"] for span in spans] == pytest.approx([0, 20_000, 90_000])

@@ -1,0 +1,171 @@
+"""Compile the kernels of a run before it: those of each captured size of a decode step, and of prefill steps of any size.
+
+The steps run as they do later, on tensors without memory ("meta") and one layer, while launches are recorded. What they
+would compile is then compiled in parallel processes, into Triton's cache on disk. All of that is another process's work, so
+that this one can load weights. Imported where there is a GPU alone: Triton takes a second to import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.cache import get_cache_manager
+
+from batchmix.config import Quantization
+from batchmix.engine.graphs import capture_sizes
+from batchmix.engine.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
+from batchmix.engine.readback import Readback
+from batchmix.engine.slots import Slots
+from batchmix.engine.step import choose
+from batchmix.kernels import tiles
+from batchmix.kernels.compile import compile_in_processes, recorded
+from batchmix.kernels.gpu import Gpu
+from batchmix.model.backend import Chunk
+from batchmix.model.config import MixtralConfig
+from batchmix.model.mixtral import Mixtral
+from batchmix.model.triton_ops import TritonOperators
+from batchmix.model.weights import empty_weights
+
+_DONE = "compiled_ahead"
+_META = torch.device("meta")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the kernels of a run's steps depend on."""
+
+    config: MixtralConfig  # of this process's slice
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    quantization: Quantization | None
+    max_num_seqs: int
+    prefill_tokens: int  # in one step, at most
+    max_model_len: int
+    batch_invariant: bool
+    share_prefix: bool
+
+
+def record_steps(steps: Steps) -> None:
+    """Launch what the steps launch; inside of `kernels.compile.recorded`, where launches compile and run nothing.
+
+    Rows with penalties, log-probabilities or guides take other variants of the sampling kernels, which are compiled when
+    they come.
+    """
+    operators = TritonOperators(steps.batch_invariant, steps.share_prefix)
+    config = replace(steps.config, num_hidden_layers=1)
+    weights = empty_weights(config, steps.dtype, _META, steps.quantization)
+    model = Mixtral(config, weights, operators, steps.max_model_len)
+    cache = KVCache(config, 1, BLOCK_SIZE, steps.kv_dtype, _META)
+    slots = Slots(
+        steps.max_num_seqs, config.vocab_size, -(-steps.max_model_len // BLOCK_SIZE), (2,), None, Readback(_META),
+        operators.row_tile,
+    )  # fmt: skip
+    model.expert_load.set_num_valid(0)
+    for size in capture_sizes(steps.max_num_seqs):
+        operators.find_shared(model, cache, slots, size)
+        attend = operators.decode(model, cache, slots, size, size, width=1)
+        choose(model, slots, 0, model.logits(model(slots.token[:size], attend)), decoded=True)
+    for tokens in _prefill_sizes(steps.prefill_tokens):
+        blocks = [SCRATCH_BLOCK] * -(-tokens // BLOCK_SIZE)
+        attend = operators.prefill(model, cache, [Chunk(0, 0, tokens, blocks)], tokens)
+        hidden = model(torch.empty(tokens, dtype=torch.int64, device=_META), attend)
+        choose(model, slots, 0, model.logits(hidden[:1]), decoded=False)
+
+
+def _prefill_sizes(most: int) -> Iterable[int]:
+    """Powers of two and what lies midway, which meet every tile of rules and tables; and the largest."""
+    sizes = {min(most, part << power) for power in range(most.bit_length()) for part in (2, 3)}
+    return sorted(sizes | {most})
+
+
+class CompileAhead:
+    """A process that records the steps and has their kernels compiled, while weights load; `finish` waits for it."""
+
+    def __init__(self, steps: Steps, gpu: Gpu, processes: int) -> None:
+        self._note = get_cache_manager(_fingerprint(steps, gpu))
+        self._process = None
+        if self._note.get_file(_DONE) is None:
+            environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__], env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            assert self._process.stdin is not None
+            self._process.stdin.write(pickle.dumps((steps, gpu, processes)))
+            self._process.stdin.close()
+            self._process.stdin = None  # `communicate` would write to it
+
+    def finish(self) -> None:
+        """Wait, and log a line of what was compiled. What was not is compiled when it is first launched."""
+        if self._process is None:
+            _log.info("kernels: all of this run's were compiled before")
+            return
+        printed, errors = self._process.communicate()
+        if self._process.returncode:
+            lines = errors.decode(errors="replace").strip().splitlines() or [f"exit code {self._process.returncode}"]
+            _log.warning("no kernel was compiled before the run: %s", lines[-1])
+            return
+        found = json.loads(printed.decode().splitlines()[-1])
+        for kernel, error in found["failed"]:
+            _log.warning("%s was not compiled before the run: %s", kernel, error)
+        if not found["failed"]:
+            self._note.put("", _DONE, binary=False)
+        _log.info(
+            "kernels: %d compiled in %.1f s in %d processes before the run, %d were in Triton's cache",
+            found["compiled"], found["seconds"], found["processes"], found["cached"],
+        )  # fmt: skip
+
+
+def _fingerprint(steps: Steps, gpu: Gpu) -> str:
+    """Of all that decides which kernels there are, and what they are compiled from."""
+    folder = Path(tiles.__file__).parent
+    sources = [path.read_bytes() for path in sorted([*folder.glob("*.py"), *folder.glob("configs/*.json")])]
+    return hashlib.sha256(repr((steps, gpu, triton.__version__, sources)).encode()).hexdigest()
+
+
+def _main() -> None:
+    """The process: steps in, a line of JSON out."""
+    steps, gpu, processes = pickle.load(sys.stdin.buffer)
+    started = time.perf_counter()
+    with torch.inference_mode(), recorded(gpu) as jobs:
+        record_steps(steps)
+    outcomes = compile_in_processes(jobs, processes)
+    cached = sum(outcome.cached for outcome in outcomes)
+    failed = [
+        (job.kernel, outcome.error) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.error is not None
+    ]
+    print(json.dumps({
+        "compiled": len(jobs) - cached - len(failed), "cached": cached, "failed": failed, "processes": processes,
+        "seconds": time.perf_counter() - started,
+    }))  # fmt: skip
+
+
+class CompileClock:
+    """Counts what Triton compiles in this process from now on, and how long it takes: a hook of Triton's."""
+
+    def __init__(self) -> None:
+        self.kernels, self.seconds = 0, 0.0
+        triton.knobs.compilation.listener = self
+
+    def __call__(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            self.kernels += 1
+            self.seconds += times.total / 1e6
+
+
+if __name__ == "__main__":
+    _main()
