@@ -290,7 +290,7 @@ def decode_attention(
     strides = q.stride(0), block_table.stride(0), scale_stride(k_scale), max_splits, dim**-0.5 * LOG2_E
     options = {
         "H": heads, "G": kv_heads, "S": size, "C": dim, "PRODUCT": product_dtype(q.dtype, keys.dtype), "SPLIT": SPLIT,
-        "PRECISION": float32_precision(gpu), **_tile(gpu, q.dtype),
+        "PRECISION": float32_precision(gpu), "enable_fp_fusion": False, **_tile(gpu, q.dtype),
     }  # fmt: skip
     if len(shared_rows):
         decode_shared_kernel[(kv_heads, len(shared_rows))](

@@ -165,7 +165,7 @@ def prefill_attention(
             q, readable(keys, gpu), readable(values, gpu), k_scale, v_scale, out, tiles, chunks, block_table,
             q.stride(0), block_table.stride(0), scale_stride(k_scale), dim**-0.5 * LOG2_E,
             H=heads, G=kv_heads, S=size, C=dim, PRODUCT=product_dtype(q.dtype, keys.dtype), QUERY_TILE=query_tile,
-            PRECISION=float32_precision(gpu), **_tile(gpu, q.dtype),
+            PRECISION=float32_precision(gpu), enable_fp_fusion=False, **_tile(gpu, q.dtype),
         )  # fmt: skip
     return out
 

@@ -69,16 +69,19 @@ def attend_tile(
     """Take one tile of a row's keys and values into acc [M, C], peak [M] (of scores in base 2) and total [M].
 
     Online softmax after Milakov and Gimelshein 2018. A query sees positions up to its own; a tile that all queries see
-    whole needs no mask. Every query sees position `low` or an earlier tile, so no peak stays -inf.
+    whole needs no mask. Every query sees position `low` or an earlier tile, so no peak stays -inf. scale > 0.
+
+    A tile has the same bits with MASKED and without: what is fused to a multiply-add is written so, and launchers turn
+    the compiler's own fusion off, which a mask between product and difference would prevent in one of the two alone.
     """
     position = low + tl.arange(0, KEY_TILE)
     rows = cache_rows(table_ptr, low, end, kv_head, G, S, KEY_TILE)
     k = widen(load_tile(keys_ptr, rows, position < end, C, MASKED), q.dtype)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(position[None, :] <= query_position[:, None], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    p = tl.exp2(scores - new_peak[:, None])
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    p = tl.exp2(tl.fma(scores, scale, -new_peak[:, None]))
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(p, 1)
     v = widen(load_tile(values_ptr, rows, position < end, C, MASKED), q.dtype)

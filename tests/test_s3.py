@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 from processes import TICKETS, finish, read, start, wait_for
 
 from batchmix.annotate.results import Results
@@ -29,6 +27,10 @@ from batchmix.config import ShardConfig
 from batchmix.data.lease import Lease, shard_name
 from batchmix.data.object_store import ObjectStore
 from batchmix.data.storage import write_json
+
+boto3, s3fs = pytest.importorskip("boto3"), pytest.importorskip("s3fs")  # all of the `dev` extra
+for module in ("moto", "flask", "flask_cors"):  # the server, in a process of its own
+    pytest.importorskip(module)
 
 pytestmark = pytest.mark.slow  # starts a server and many processes
 

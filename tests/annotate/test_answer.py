@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jsonschema
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,8 @@ from hypothesis import strategies as st
 from batchmix.annotate.answer import Choice, Invalid, Json, Pattern, Text
 from batchmix.annotate.arrow_types import field_of
 from batchmix.errors import BatchmixError
+
+jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
 
 LABELS = pa.dictionary(pa.int32(), pa.string())
 

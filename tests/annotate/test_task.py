@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import pytest
 from hydra import compose, initialize_config_module
 from hypothesis import given
@@ -19,6 +18,8 @@ from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
 from batchmix.jobs.annotate import main
+
+pydantic = pytest.importorskip("pydantic")  # of the `annotate` extra
 
 TASKS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf/annotate").glob("*.yaml"))
 COLUMNS = {

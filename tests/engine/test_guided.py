@@ -8,7 +8,6 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 from engines import LateReadback, answers, load, make_engine, prompts, run, tokens_of
@@ -23,6 +22,8 @@ from batchmix.engine.completion import hear
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+
+jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
 
 TICKET = {
     "type": "object",

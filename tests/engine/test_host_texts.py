@@ -8,7 +8,6 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import jsonschema
 import pytest
 from engines import LateReadback, answers, load, make_engine, prompts, run, tokens_of
 from guided_strategies import RECURSIVE
@@ -23,6 +22,9 @@ from batchmix.guided.host_guide import HostGuide
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+
+jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
+pytest.importorskip("llguidance")  # of the `guided` extra
 
 TREE = {"type": "object", "properties": {"n": {"type": "boolean"}, "more": {"type": "array", "items": {"$ref": "#"}}},
         "required": ["n"]}  # fmt: skip

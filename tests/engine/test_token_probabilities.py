@@ -17,6 +17,8 @@ from batchmix.guided.host_guide import HostGuide, HostText, follow
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
 
+pytest.importorskip("llguidance")  # of the `guided` extra
+
 TICKET = {"type": "object", "properties": {"mood": {"enum": ["good", "bad", "mixed"]}, "note": {"type": "string"}},
           "required": ["mood"]}  # fmt: skip
 TREE = {"type": "object", "properties": {"n": {"type": "boolean"}, "more": {"type": "array", "items": {"$ref": "#"}}},

@@ -7,7 +7,6 @@ import random
 from functools import cache
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from guided_strategies import REGEXES, SCHEMAS
@@ -24,6 +23,9 @@ from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Grammar, Unsupported
 from batchmix.guided.regex import regex_pattern
 from batchmix.guided.trie import TokenTrie
+
+jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
+pytest.importorskip("llguidance")  # of the `guided` extra
 
 # Control tokens, single bytes as SentencePiece has them, then pieces that overlap.
 WORDS = ["a", "b", "ab", "aa", " a", " ", "  ", "é", "a b", "x1", "1", "日本", '"', '{"', '": ', '", "', '"}', "]]"]

@@ -8,7 +8,6 @@ import random
 import time
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from guided_strategies import SCHEMAS
@@ -20,6 +19,8 @@ from batchmix.guided.compile import Guides
 from batchmix.guided.dfa import ByteAutomaton, build_automaton
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Unsupported
+
+jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
 
 Validator = jsonschema.Draft202012Validator
 

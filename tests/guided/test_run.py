@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pyarrow.dataset as ds
 import pytest
 from hydra import compose, initialize_config_module
@@ -24,6 +23,8 @@ from batchmix.config import (
 from batchmix.config_checks import check, override_sampling
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
+
+jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
 
 TICKET = {
     "type": "object",

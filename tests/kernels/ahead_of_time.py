@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class Compiled:
     local: int | None
     wgmma: int  # instructions in the PTX
     mma: int  # mma.sync in the PTX
+    fp_fusion: bool  # whether the compiler may fuse a product and a sum
+    floats: dict[str, int]  # floating-point instructions in the PTX, products of matrices among them
+    loops: list[dict[str, int]]  # the same of each innermost loop that multiplies matrices, in order
     grid: tuple[int, ...]
     seconds: float
 
@@ -95,6 +99,33 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         file.flush()
         shown = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown.stdout)}
+
+
+_PRODUCT = re.compile(r"(?:mma\.sync|wgmma\.mma_async\.sync)\.[\w.:]+")
+_FLOAT = re.compile(r"\s(?:fma|mul|add|sub|neg|max|min|ex2|lg2|div|rcp|sqrt|rsqrt)\.[\w.]*f(?:16|16x2|32|64)\b")
+
+
+def _count_floats(ptx: list[str]) -> dict[str, int]:
+    """How often each floating-point instruction stands in the lines."""
+    found = [match[0].strip() for line in ptx for match in [_PRODUCT.search(line) or _FLOAT.search(line)] if match]
+    return dict(sorted(Counter(found).items()))
+
+
+def _count_loops(ptx: list[str]) -> list[dict[str, int]]:
+    """Instructions of each loop that holds no other loop and multiplies matrices."""
+    labels = {line.split(":")[0]: number for number, line in enumerate(ptx) if line.startswith("$L")}
+    spans = []
+    for number, line in enumerate(ptx):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
+        if jump and labels[jump[1]] < number:
+            spans.append((labels[jump[1]], number))
+    innermost = [
+        (low, high)
+        for low, high in spans
+        if not any((low, high) != other and low <= other[0] and other[1] <= high for other in spans)
+    ]
+    counts = [_count_floats(ptx[low:high]) for low, high in sorted(innermost)]
+    return [count for count in counts if any("mma" in name for name in count)]
 
 
 class _Driver:
@@ -173,6 +204,9 @@ def _describe(function: Any, kernel: Any, named: dict[str, Any], grid: Any, seco
         local=usage.get("LOCAL"),
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync"),
+        fp_fusion=kernel.metadata.enable_fp_fusion,
+        floats=_count_floats(ptx.splitlines()),
+        loops=_count_loops(ptx.splitlines()),
         grid=tuple(grid(named) if callable(grid) else grid),
         seconds=round(seconds, 2),
     )

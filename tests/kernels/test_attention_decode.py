@@ -238,6 +238,19 @@ def test_a_cuda_graph_follows_the_context_on_the_device(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16)] + [FP8_PAIR])
+@pytest.mark.parametrize("heads", [8, 12])  # 4 and 6 a kv head: 8x7B's and 8x22B's
+@pytest.mark.parametrize(("context", "prefixes"), PREFIXES)
+def test_sharing_a_prefix_changes_no_bit_on_a_card(device, context, prefixes, heads, dtypes):
+    query, stored = dtypes
+    paged = random_cache(context, 2, 128, 64, stored, device, shared=[(rows, t // 64) for rows, t in prefixes])
+    q = queries(len(context), heads, 128, query, device)
+    shared = sharing(q, paged, context)
+    assert len(shared.rows) > 0
+    assert_bitwise_equal(run(q, paged, context, shared), run(q, paged, context))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", [(dtype, dtype) for dtype in DTYPES] + [FP8_PAIR])
 def test_many_rows_with_a_shared_prefix(device, dtypes):
     query, stored = dtypes

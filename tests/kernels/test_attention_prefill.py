@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import triton
@@ -230,6 +232,21 @@ def test_nothing_waits_for_the_device(device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_bitwise_equal(out, expected)
+
+
+ON_CARD = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16)] + [FP8_PAIR]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", ON_CARD)
+@pytest.mark.parametrize("cuts", [[1], [63], [64], [65], [1000], [100, 101, 700], [16, 256, 513, 1024]], ids=str)
+def test_a_prompt_has_the_same_bits_on_a_card_wherever_it_is_cut(device, cuts, dtypes):
+    query, stored = dtypes
+    paged = random_cache([1100], 2, 128, 64, stored, device)
+    q = queries(1100, 8, 128, query, device)
+    whole = run(q, paged, [(0, 0, 1100)])
+    for begin, end in pairwise([0, *cuts, 1100]):
+        assert_bitwise_equal(run(q[begin:end], paged, [(0, begin, end - begin)]), whole[begin:end])
 
 
 @pytest.mark.gpu

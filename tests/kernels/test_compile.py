@@ -17,13 +17,6 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, technical
 needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="neither triton nor the PATH has cuobjdump")
 
 
-@pytest.fixture(scope="session")
-def compiler() -> Iterator[Compiler]:
-    compiler = Compiler()
-    yield compiler
-    compiler.close()
-
-
 def cases() -> Iterator[object]:
     for name, call in launches.CALLS.items():
         for arch in call.arches:
@@ -81,7 +74,22 @@ def test_a_kernel_that_does_not_compile_is_an_error_and_the_next_one_compiles(co
 
 
 def test_limits_are_checked() -> None:
-    kernel = Compiled("k", "", 200_000, 0, 64, 0, 0, wgmma=0, mma=4, grid=(1, 70_000), seconds=0.0)
+    kernel = Compiled(
+        "k",
+        "",
+        200_000,
+        0,
+        64,
+        0,
+        0,
+        wgmma=0,
+        mma=4,
+        fp_fusion=True,
+        floats={},
+        loops=[],
+        grid=(1, 70_000),
+        seconds=0.0,
+    )
     assert len(complaints([kernel], A100, ())) == 2
     assert complaints([kernel], H100, ("k",))[1:] == ["k []: no wgmma, 4 mma.sync"]
     assert complaints([kernel], H100, ("other",))[-1] == "other was not launched"

@@ -31,6 +31,7 @@ def test_norms_equal_the_oracle(device, seed, tokens, width, dtype):
         normed = add_rms_norm(x, residual, weight, EPS)
     assert_bitwise_equal(residual, total)
     assert_close(normed, reference.rms_norm(total, weight, EPS))
+    assert_bitwise_equal(normed, rms_norm(total, weight, EPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,7 @@ from batchmix.measure import kernels
 from batchmix.measure.case import SHAPES, Case
 from batchmix.measure.kernels import benchmark_kernels
 from batchmix.measure.moe import FORMATS
+from batchmix.measure.rest import elementwise_cases
 from batchmix.measure.tune import _Product, tune
 
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
@@ -44,6 +45,13 @@ def test_kernels_are_measured_and_checked(batchmix, tmp_path):
         assert case["share_of_ceiling"] > 0
     assert {"batch_invariant", "transformers eager", "transformers grouped_mm"} <= result["cases"][0]["peers"].keys()
     assert all("ratio" in peer for peer in result["cases"][0]["peers"].values()), result["cases"][0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_elementwise_cases_are_right(device):
+    cases = list(elementwise_cases(SHAPES["tiny"], 16, torch.device(device), torch.float16))
+    assert cases
+    assert [case.kernel for case in cases if not case.check() <= case.tolerance] == []
 
 
 @pytest.mark.slow  # two commands that search under the interpreter

@@ -49,6 +49,7 @@ def save_compressed(
 ) -> Path:
     """A random Mixtral whose linear layers the library compresses, beside it `plain`: as the library decompresses it."""
     # Not at the top: the library takes four seconds to import, and these tests are slow ones.
+    pytest.importorskip("compressed_tensors")  # of the `dev` extra
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -204,6 +205,7 @@ def converted(folder: Path, quantization: Quantization | None = None, name: str 
 
 @pytest.mark.parametrize("format", list(Quantization))
 def test_what_we_save_the_library_and_transformers_read(tmp_path, format, capsys):
+    pytest.importorskip("compressed_tensors")  # of the `dev` extra
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from transformers import MixtralForCausalLM
