@@ -167,17 +167,17 @@ def heuristic(kind: str, format: str, rows: int, gpu: Gpu, batch_invariant: bool
     # only: 642 TFLOP/s in all.
     permute = has_descriptors and rows > 128
     tile = replace(tile, permute=permute, programs_per_sm=2 if warps == 4 else 1)
-    return replace(tile, num_stages=_stages(tile, kind, format, gpu))
+    return replace(tile, num_stages=min(6, max(2, most_stages(tile, kind, format, gpu))))
 
 
-def _stages(tile: Tile, kind: str, format: str, gpu: Gpu) -> int:
-    """As many stages as shared memory holds, 2 to 6."""
+def most_stages(tile: Tile, kind: str, format: str, gpu: Gpu) -> int:
+    """How many steps over K shared memory holds at once."""
     x_bytes = {"float32": 4, "fp8": 1, "fp8_block": 1}.get(format, 2)
     w_bits = {"float32": 32, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4}.get(format, 16)
     columns = tile.block_n * (2 if kind == "up" else 1)
     stage = tile.block_k * (tile.block_m * x_bytes + columns * w_bits // 8)
     # Beside the stages only barriers: the epilogue turns its tile around in their memory.
-    return min(6, max(2, (gpu.shared_memory // tile.programs_per_sm - 2048) // stage))
+    return (gpu.shared_memory // tile.programs_per_sm - 2048) // stage
 
 
 def format_of(dtype: torch.dtype) -> str:
