@@ -15,6 +15,7 @@ import gc
 import os
 import statistics
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,7 +107,7 @@ def layer_seconds(rows: int, turns: int) -> tuple[list[float], float]:
         model.expert_load = [model.expert_load[0]] * LAYERS  # type: ignore[assignment]
         # Looking up embeddings would touch memory.
         model.weights.embedding = Embedding(torch.empty(rows, CONFIG.hidden_size, dtype=torch.bfloat16))  # type: ignore[assignment]
-        cache = KVCache(CONFIG, 1, 64, torch.bfloat16, cpu)
+        cache = KVCache(replace(CONFIG, num_hidden_layers=LAYERS), 1, 64, torch.bfloat16, cpu)
         slots = Slots(rows, CONFIG.vocab_size, WIDTH, (), None, Readback(cpu))
         tokens = torch.zeros(rows, dtype=torch.int64)
         attend = ops.decode(model, cache, slots, rows, rows, WIDTH)

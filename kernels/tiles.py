@@ -1,12 +1,14 @@
 """Which tile a matrix product runs with: measured tables where there are any, else rules from the GPU's properties.
 
-A table is kernels/configs/<gpu>-<format>.json, written by `batchmix tune`: {"<kind> N=<n> K=<k>": {"<rows>": {tile}}},
-where `rows` is the number of rows that one matrix sees: all of them, or for experts those of an average expert.
+A table is kernels/configs/<arch>-<gpu>-<format>.json, written by `batchmix tune`: {"<kind> N=<n> K=<k>": {"<rows>":
+{tile}}}, where `rows` is the number of rows that one matrix sees: all of them, or for experts those of an average
+expert. null instead of a tile: no tile was clearly faster than the rule's there. A GPU without a table of its own has
+that of another one of its architecture.
 
 Bits: the sum over K of an output runs in steps of block_k in the same order whatever the rest of the tile is, and
 block_k depends on the format and the architecture alone, in tables too. Whether tensor cores then give the same bits
-for tiles of different shapes has not been measured; `batch_invariant` needs no such promise, it takes one tile for any
-number of rows.
+for tiles of different shapes is for a test on a GPU to say (`test_tiles_of_every_size_give_the_same_bits`);
+`batch_invariant` needs no such promise, it takes one tile for any number of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import functools
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ from batchmix.kernels.gpu import Gpu
 
 CONFIGS = Path(__file__).parent / "configs"
 MANY_ROWS = 1 << 20
+REACH = math.sqrt(2)  # half-way to the next power of two: how far from its number of rows a measured tile is used
+PREFILL_ROWS = 1024  # a row tile more or less does not matter from here on, so neither does the distance
 
 # Formats of weights: the dtype's own name for those that are not quantised.
 FORMATS = ("float32", "float16", "bfloat16", "fp8", "fp8_block", "int8", "int4")
@@ -46,15 +50,18 @@ class Tile:
     permute: bool = False  # experts: copy x into expert order first, and load it through a descriptor too
 
 
-@functools.lru_cache(4096)  # it takes longer than a launch
 def choose(kind: str, format: str, n: int, k: int, rows: int, gpu: Gpu, batch_invariant: bool = False) -> Tile:
     """The tile for `rows` rows of x against weights [n, k]; `n` counts the output's columns."""
-    rows = MANY_ROWS if batch_invariant else max(rows, 1)
-    path = table_path(gpu, format)
-    table = _table(path).get(table_key(kind, n, k))
-    if table is None:
+    return _choose(CONFIGS, kind, format, n, k, MANY_ROWS if batch_invariant else max(rows, 1), gpu, batch_invariant)
+
+
+@functools.lru_cache(4096)  # it takes longer than a launch
+def _choose(folder: Path, kind: str, format: str, n: int, k: int, rows: int, gpu: Gpu, batch_invariant: bool) -> Tile:
+    path, table = _measured(folder, gpu, format, table_key(kind, n, k))
+    tile = nearest(table, rows)
+    if tile is None:
         return heuristic(kind, format, rows, gpu, batch_invariant)
-    tile, step = nearest(table, rows), block_k(format, gpu.arch)
+    step = block_k(format, gpu.arch)
     if tile.block_k != step:
         raise ValueError(f"{path}: block_k {tile.block_k}, where {format} on {gpu.arch} sums in steps of {step}")
     return tile
@@ -62,7 +69,7 @@ def choose(kind: str, format: str, n: int, k: int, rows: int, gpu: Gpu, batch_in
 
 def table_path(gpu: Gpu, format: str) -> Path:
     """Where the measured tiles of this GPU and format are, if there are any."""
-    return CONFIGS / f"{re.sub(r'[^a-z0-9]+', '_', gpu.name.lower()).strip('_')}-{format}.json"
+    return CONFIGS / f"{gpu.arch}-{re.sub(r'[^a-z0-9]+', '_', gpu.name.lower()).strip('_')}-{format}.json"
 
 
 def table_key(kind: str, n: int, k: int) -> str:
@@ -70,17 +77,53 @@ def table_key(kind: str, n: int, k: int) -> str:
     return f"{kind} N={n} K={k}"
 
 
-def nearest(table: dict[int, Tile], rows: int) -> Tile:
-    """The tile measured at the number of rows nearest to `rows`, by ratio; the larger number wins a tie."""
-    return table[min(sorted(table, reverse=True), key=lambda measured: abs(math.log(measured / rows)))]
+def nearest(table: dict[int, Tile | None], rows: int) -> Tile | None:
+    """The tile measured at the number of rows nearest to `rows`, by ratio; the larger number wins a tie.
+
+    None where the rule was as good there, or where nothing was measured within `REACH`: a tile for decoding says nothing
+    about prefill. Numbers from `PREFILL_ROWS` on reach all others from there on.
+    """
+
+    def distance(measured: int) -> float:
+        return abs(math.log(measured / rows))
+
+    near = [
+        measured for measured in sorted(table, reverse=True)
+        if min(measured, rows) >= PREFILL_ROWS or distance(measured) <= math.log(REACH)
+    ]  # fmt: skip
+    return table[min(near, key=distance)] if near else None
 
 
 @functools.cache
-def _table(path: Path) -> dict[str, dict[int, Tile]]:
+def _measured(folder: Path, gpu: Gpu, format: str, key: str) -> tuple[Path | None, dict[int, Tile | None]]:
+    """What was measured for one product, and where it is written: on this very GPU, else on one of its architecture."""
+    own = folder / table_path(gpu, format).name
+    for path in (own, *sorted(folder.glob(f"{gpu.arch}-*-{format}.json"))):
+        if key in (table := read_table(path)):
+            return path, table[key]
+    return None, {}
+
+
+def read_table(path: Path) -> dict[str, dict[int, Tile | None]]:
+    """The products in a table, and the tile for each number of rows; nothing where there is no file."""
     if not path.exists():
         return {}
     stored = json.loads(path.read_text())
-    return {key: {int(rows): Tile(**tile) for rows, tile in by_rows.items()} for key, by_rows in stored.items()}
+    return {
+        key: {int(rows): tile and Tile(**tile) for rows, tile in by_rows.items()} for key, by_rows in stored.items()
+    }
+
+
+def write_table(path: Path, key: str, found: dict[int, Tile | None]) -> None:
+    """Put what was measured for one product into a table; what it has of other products and numbers of rows stays."""
+    table = read_table(path)
+    table[key] = dict(sorted((table.get(key, {}) | found).items()))
+    stored = {
+        key: {str(rows): tile and asdict(tile) for rows, tile in by_rows.items()} for key, by_rows in table.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+    _measured.cache_clear()
 
 
 def block_k(format: str, arch: str) -> int:
@@ -93,7 +136,7 @@ def block_k(format: str, arch: str) -> int:
 
 
 def heuristic(kind: str, format: str, rows: int, gpu: Gpu, batch_invariant: bool = False) -> Tile:
-    """A tile by rule. Starting points are vLLM's tables for Mixtral on H100 and H200; none has been measured here."""
+    """A tile by rule. Starting points are vLLM's tables for Mixtral on H100 and H200, where no comment says otherwise."""
     if gpu.arch == "cpu":  # the interpreter: small enough for tests to have many tiles
         tile = Tile(16, 32, block_k(format, "cpu"), 2, 4, 2, swap_ab=rows < 16)
         return replace(tile, tma=True, permute=rows >= 64)
@@ -123,18 +166,22 @@ def heuristic(kind: str, format: str, rows: int, gpu: Gpu, batch_invariant: bool
             total_n //= 2
     block_n = total_n // 2 if kind == "up" else total_n
     tile = Tile(block_m, block_n, step, 64 if few else 8, warps, 2, swap, tma=has_descriptors)
-    tile = replace(tile, permute=has_descriptors and rows >= 256, programs_per_sm=2 if warps == 4 else 1)
-    return replace(tile, num_stages=_stages(tile, kind, format, gpu))
+    # On an H200 in bfloat16 (8x7B, up): 0.74 instead of 0.96 ms at 144 rows an expert, where two tiles are mostly padding,
+    # 0.72 instead of 0.73 at 256; no gain at 96 (0.50), and 512 is in the table without. 4,096 rows were measured with it
+    # only: 642 TFLOP/s in all.
+    permute = has_descriptors and rows > 128
+    tile = replace(tile, permute=permute, programs_per_sm=2 if warps == 4 else 1)
+    return replace(tile, num_stages=min(6, max(2, most_stages(tile, kind, format, gpu))))
 
 
-def _stages(tile: Tile, kind: str, format: str, gpu: Gpu) -> int:
-    """As many stages as shared memory holds, 2 to 6."""
+def most_stages(tile: Tile, kind: str, format: str, gpu: Gpu) -> int:
+    """How many steps over K shared memory holds at once."""
     x_bytes = {"float32": 4, "fp8": 1, "fp8_block": 1}.get(format, 2)
     w_bits = {"float32": 32, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4}.get(format, 16)
     columns = tile.block_n * (2 if kind == "up" else 1)
     stage = tile.block_k * (tile.block_m * x_bytes + columns * w_bits // 8)
     # Beside the stages only barriers: the epilogue turns its tile around in their memory.
-    return min(6, max(2, (gpu.shared_memory // tile.programs_per_sm - 2048) // stage))
+    return (gpu.shared_memory // tile.programs_per_sm - 2048) // stage
 
 
 def format_of(dtype: torch.dtype) -> str:

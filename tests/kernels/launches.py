@@ -8,9 +8,11 @@ kernel with the same arguments compiles once.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,15 +100,19 @@ def moe(format: str, rows: int) -> None:
     from batchmix.kernels.moe import moe
 
     dtype = MOE_DTYPES.get(format, torch.bfloat16)
-    stored, pack = {"fp8": (FP8, 1), "fp8_block": (FP8, 1), "int8": (torch.int8, 1), "int4": (torch.uint8, 2)}.get(
-        format, (dtype, 1)
-    )
-    scales = {"fp8_block": (128, 128), "int4": (1, 128), "fp8": (1, 0), "int8": (1, 0)}.get(format)
-    w13, w13_scale = quantized(2 * F, D, stored, pack, scales)
-    w2, w2_scale = quantized(D, F, stored, pack, scales)
+    (w13, w13_scale), (w2, w2_scale) = stored_weights(format, 2 * F, D), stored_weights(format, D, F)
     x, router = empty(rows * E // 2, D, dtype=dtype), empty(E, D, dtype=torch.float32)
     load = {"counts": empty(E, dtype=torch.int64), "num_valid": empty(1, dtype=torch.int32)}
     moe(x, router, w13, w2, 2, w13_scale=w13_scale, w2_scale=w2_scale, residual=x, **load)
+
+
+def stored_weights(format: str, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+    """All experts' weights [E, n, k] in a format, and their scales."""
+    stored, pack = {"fp8": (FP8, 1), "fp8_block": (FP8, 1), "int8": (torch.int8, 1), "int4": (torch.uint8, 2)}.get(
+        format, (MOE_DTYPES.get(format, torch.bfloat16), 1)
+    )
+    scales = {"fp8_block": (128, 128), "int4": (1, 128), "fp8": (1, 0), "int8": (1, 0)}.get(format)
+    return quantized(n, k, stored, pack, scales)
 
 
 def quantized(
@@ -120,13 +126,42 @@ def quantized(
     return weight, empty(*shape, dtype=torch.float32)
 
 
-MOE_DTYPES = {**DTYPES, "fp32": torch.float32}
+MOE_DTYPES = {**DTYPES, "fp32": torch.float32, "float16": torch.float16, "float32": torch.float32}
 EXPERT_ROWS = {"16": 16, "64": 64, "128": 128, "1024": 1024}  # one for each tile of a format
 WGMMA = ("_experts_kernel",)
 launch(wgmma=WGMMA, quick="moe-bf16-1024", format={key: key for key in DTYPES}, rows=EXPERT_ROWS)(moe)
 launch(wgmma=WGMMA, arches=FP8_ARCHES, format={key: key for key in ("fp8", "fp8_block")}, rows=EXPERT_ROWS)(moe)
 launch(wgmma=WGMMA, format={key: key for key in ("int8", "int4")}, rows=EXPERT_ROWS)(moe)
 launch(format={"fp32": "fp32"}, rows={"64": 64})(moe)
+
+
+def tile_table(path: Path) -> None:
+    """Every tile that a shipped table has; `moe` has the rule's."""
+    from batchmix.kernels import tiles
+    from batchmix.kernels.moe import launch_experts
+
+    format = path.stem.rpartition("-")[2]
+    for key, by_rows in tiles.read_table(path).items():
+        kind, n, k = re.fullmatch(r"(up|down) N=(\d+) K=(\d+)", key).groups()  # type: ignore[union-attr]
+        columns, depth, top_k = int(n), int(k), 2 if kind == "up" else 1
+        weights = stored_weights(format, 2 * columns if kind == "up" else columns, depth)
+        for rows, tile in by_rows.items():
+            if tile is None:
+                continue
+            pairs = rows * E
+            x, x_scale = empty(pairs // top_k, depth, dtype=MOE_DTYPES.get(format, torch.bfloat16)), None
+            out = empty(pairs, columns, dtype=x.dtype)
+            if format.startswith("fp8"):
+                x, x_scale = empty(*x.shape, dtype=FP8), empty(len(x), dtype=torch.float32)
+            launch_experts(
+                x, x_scale, *weights, empty(pairs, dtype=torch.int32), empty(E + 1, dtype=torch.int32),
+                None if kind == "up" else empty(pairs, dtype=torch.float32), out, top_k,
+                tile,
+            )  # fmt: skip
+
+
+for path in sorted((Path(__file__).parents[2] / "kernels/configs").glob("*.json")):
+    CALLS[f"tile_table-{path.stem}"] = Call(partial(tile_table, path), [path.stem.partition("-")[0]], WGMMA, quick=True)
 
 
 @launch()

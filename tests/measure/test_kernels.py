@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +16,14 @@ import torch
 from batchmix.config import BenchmarkConfig, TuneConfig
 from batchmix.errors import BatchmixError
 from batchmix.kernels import tiles
-from batchmix.kernels.gpu import current_gpu
+from batchmix.kernels.gpu import A100, B200, H200, MI300X, RTX4090, current_gpu
 from batchmix.measure import kernels
+from batchmix.measure.candidates import candidates, suits
 from batchmix.measure.case import SHAPES, Case
 from batchmix.measure.kernels import benchmark_kernels
 from batchmix.measure.moe import FORMATS
 from batchmix.measure.rest import elementwise_cases
-from batchmix.measure.tune import _Product, tune
+from batchmix.measure.tune import ROWS, _Product, _search, choose_clearly_faster, tune
 
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
 
@@ -56,19 +59,20 @@ def test_elementwise_cases_are_right(device):
 
 @pytest.mark.slow  # two commands that search under the interpreter
 def test_a_search_writes_tables_that_launchers_read(batchmix, tmp_path):
-    done = batchmix("tune", "tune.shape=tiny", "tune.formats=[int4]", "tune.rows=[4]", "tune.seconds=2",
+    done = batchmix("tune", "tune.shape=tiny", "tune.formats=[int4]", "tune.rows=[4]", "tune.seconds=60",
                     "tune.dir=tables", env=INTERPRETED)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    [path] = (tmp_path / "tables").glob("*-int4.json")
-    table = tiles._table(path)
+    [path] = (tmp_path / "tables").glob("cpu-*-int4.json")
+    table = tiles.read_table(path)
     assert set(table) == {"up N=128 K=128", "down N=128 K=128"}
     for by_rows in table.values():
-        assert by_rows[4].block_k == tiles.block_k("int4", "cpu"), "the step over K is the format's, not searched"
-    again = batchmix("tune", "tune.shape=tiny", "tune.formats=[int4]", "tune.rows=[16]", "tune.seconds=2",
+        tile = by_rows[4]
+        step = tiles.block_k("int4", "cpu")
+        assert tile is None or tile.block_k == step, "the step over K is the format's, not searched"
+    again = batchmix("tune", "tune.shape=tiny", "tune.formats=[int4]", "tune.rows=[16]", "tune.seconds=60",
                      "tune.dir=tables", env=INTERPRETED)  # fmt: skip
     assert again.returncode == 0, again.stderr
-    tiles._table.cache_clear()
-    assert {rows for by_rows in tiles._table(path).values() for rows in by_rows} == {4, 16}, "other rows are kept"
+    assert {rows for by_rows in tiles.read_table(path).values() for rows in by_rows} == {4, 16}, "other rows are kept"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,7 @@ def test_a_search_writes_tables_that_launchers_read(batchmix, tmp_path):
     [
         (BenchmarkConfig(shape="7b"), "benchmark.shape=7b: the shapes are 8x7b, 8x22b, tiny"),
         (BenchmarkConfig(shape="tiny", only=["mow"]), "benchmark.only has 'mow'"),
+        (TuneConfig(shape="tiny", rows=[16, 0]), "tune.rows has 0; an expert has at least 1 row"),
         (TuneConfig(formats=["int3"]), "tune.formats has 'int3'; the formats are bfloat16, float16, float32, fp8,"),
     ],
 )
@@ -96,13 +101,92 @@ def test_without_gpu_and_interpreter_one_line_says_so(monkeypatch, job, config):
 
 def test_a_tile_with_a_wrong_answer_is_not_kept(monkeypatch):
     product = _Product("down", "float32", SHAPES["tiny"], torch.device("cpu"))
-    product.prepare(4)
-    tile = tiles.choose("down", "float32", product.columns, product.depth, 4, current_gpu(torch.device("cpu")))
-    assert product.time(tile) < float("inf")
-    monkeypatch.setattr(product, "run", lambda tile: product.out.zero_())
-    assert product.time(tile) == float("inf")
-    monkeypatch.setattr(product, "run", lambda tile: None)
-    assert product.time(tile) == float("inf"), "elements that were never written"
+    product.take_rows(4)
+    product.ask_oracle()
+    tile = tiles.heuristic("down", "float32", 4, current_gpu(torch.device("cpu")))
+    assert product.right(tile)
+    wrong = replace(tile, swap_ab=not tile.swap_ab)
+    run, seconds = product.run, {tile: 1.0, wrong: 0.5}
+    monkeypatch.setattr(product, "time", lambda tile: seconds[tile])
+    monkeypatch.setattr(product, "glance", lambda tile, fastest: seconds[tile])
+    assert _search(product, tile, [wrong], float("inf"), "4 rows") == wrong
+    monkeypatch.setattr(product, "run", lambda each: product.out.zero_() if each == wrong else run(each))
+    assert _search(product, tile, [wrong], float("inf"), "4 rows") is None
+    monkeypatch.setattr(product, "run", lambda each: None if each == wrong else run(each))
+    assert _search(product, tile, [wrong], float("inf"), "4 rows") is None, "elements that were never written"
+
+
+def test_only_a_tile_that_is_clearly_faster_than_the_rules_is_kept():
+    rule, other = (tiles.heuristic("up", "bfloat16", rows, H200) for rows in (16, 32))
+    for took, expected in ((1.1, None), (0.98, None), (0.969, other)):
+        assert choose_clearly_faster({rule: 1.0, other: took}, rule) == expected
+    assert choose_clearly_faster({other: 1.0}, rule) == other, "the rule's does not run here"
+    assert choose_clearly_faster({}, rule) is None
+
+
+@pytest.mark.parametrize("gpu", [A100, RTX4090, H200, B200, MI300X], ids=lambda gpu: gpu.arch)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", ["up", "down"])
+def test_candidates_fit_the_gpu_and_sum_in_the_formats_steps(kind, form, gpu):
+    found = candidates(kind, form, gpu)
+    assert len(set(found)) == len(found) > 1
+    for tile in found:
+        assert tile.block_k == tiles.block_k(form, gpu.arch)
+        assert tile.num_stages <= tiles.most_stages(tile, kind, form, gpu)
+    for rows in ROWS:
+        some = [tile for tile in found if suits(tile, rows)]
+        assert some
+        assert all(tile.block_m < 2 * max(rows, 16) for tile in some)
+
+
+def test_rows_are_searched_between_powers_of_two_and_for_prefill():
+    assert {96, 144, 192, 1024, 2048, 4096} < set(ROWS)
+
+
+def test_time_that_is_up_writes_no_table(tmp_path, capsys):
+    with pytest.raises(BatchmixError, match=r"^tune.seconds=0: nothing could be searched in that time; give it more$"):
+        tune(TuneConfig(shape="tiny", formats=["float32"], rows=[4], seconds=0.0, dir=str(tmp_path)))
+    assert capsys.readouterr().out.splitlines() == [
+        f"float32 {kind}, 4 rows an expert: not searched, the time is up" for kind in ("up", "down")
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+_COMPILE_CANDIDATES = """
+import torch
+from batchmix.kernels.compile import recorded
+from batchmix.kernels.gpu import H200
+from batchmix.measure.candidates import candidates, compiled
+from batchmix.measure.case import SHAPES
+from batchmix.measure.tune import _Product
+
+for form in ("bfloat16", "fp8", "fp8_block", "int8", "int4"):
+    kinds = []
+    for rows in (16, 4096):
+        product = _Product("up", form, SHAPES["8x7b"], torch.device("meta"))
+        product.take_rows(rows)
+        tiles = candidates("up", form, H200)
+        with recorded(H200) as jobs:
+            for tile in tiles:
+                product.run(tile)
+        kinds.append([job.identity for job in jobs])
+    assert kinds[0] == kinds[1] and len(kinds[0]) < len(tiles), form
+few = [(product.run, tiles[:2])]
+for _ in range(2):
+    assert compiled(few, H200, 600.0) == [tiles[:2]]
+print("--")
+assert compiled(few, H200, 0.0) == [[]]
+"""
+
+
+@pytest.mark.slow  # processes that compile
+def test_no_candidate_is_compiled_twice(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", _COMPILE_CANDIDATES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("_experts_kernel.cubin"))) in (1, 2), "two tiles, twice"
+    assert "skipped: not compiled within 0.0 s" in done.stdout.rpartition("--")[2]
 
 
 def test_a_case_outside_its_tolerance_fails_the_benchmark(monkeypatch, tmp_path):
