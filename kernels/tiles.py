@@ -124,6 +124,7 @@ def write_table(path: Path, key: str, found: dict[int, Tile | None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")
     _measured.cache_clear()
+    _choose.cache_clear()
 
 
 def block_k(format: str, arch: str) -> int:
