@@ -5,7 +5,8 @@ then a row's splits are merged by their log-sum-exp in order (FlashDecoding, Dao
 the same blocks in a split, that split is attended to once for all of them, as one product (Hydragen, Juravsky et al.
 2024). Splits are the same for a row that shares and one that does not, so sharing need not change a bit: on NVIDIA, for
 head dim 64 and up, both kernels compile to the same mma.sync (their tiles are below wgmma's 64 rows), warps side by side
-over the keys, so that a row's products and sums have one order. (gfx942 takes other instructions for the taller tile.)
+over the keys, so that a row's products and sums have one order, and neither fuses what the other does not (`attend_tile`).
+(gfx942 takes other instructions for the taller tile.)
 
 Legend: B rows, H heads, G kv heads, R = H / G, C head dim, S block size, W blocks per table row, N splits of a row.
 """

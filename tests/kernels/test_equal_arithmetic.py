@@ -42,8 +42,6 @@ def test_a_shared_split_has_the_arithmetic_of_a_rows_own(compiler: Compiler, nam
     kernels = compiler(name, arch)
     own, shared = (launched(kernels, f"decode_{kind}_kernel") for kind in ("split", "shared"))
     for one, other in zip(own, shared, strict=True):
-        assert not one.fp_fusion
-        assert not other.fp_fusion
         [own_loop], [shared_loop] = one.loops, other.loops
         times = shared_loop["ex2.approx.ftz.f32"] / own_loop["ex2.approx.ftz.f32"]  # as many pairs in a tile
         # A maximum and a sum over the 4 warps that share the keys take as many steps for any number of pairs.
@@ -53,6 +51,8 @@ def test_a_shared_split_has_the_arithmetic_of_a_rows_own(compiler: Compiler, nam
             for instruction, count in own_loop.items()
         }
         assert shared_loop == expected, (one.meta, other.meta)
+        assert not one.fp_fusion
+        assert not other.fp_fusion
         assert fused(own_loop) > 0  # scores, scale and peak, fused as written
         assert fused(one.floats) == fused(own_loop), "fused outside of the loop over keys"
         assert fused(other.floats) == fused(shared_loop), "fused outside of the loop over keys"
@@ -63,9 +63,9 @@ def test_masked_and_unmasked_tiles_of_a_prompt_have_the_same_arithmetic(
     compiler: Compiler, name: str, arch: str
 ) -> None:
     for kernel in launched(compiler(name, arch), "prefill_attention_kernel"):
-        assert not kernel.fp_fusion
         unmasked, masked = kernel.loops
         assert masked == unmasked, kernel.meta
+        assert not kernel.fp_fusion
         assert fused(kernel.floats) == fused(masked) + fused(unmasked), "fused outside of the loops over keys"
 
 
