@@ -59,10 +59,15 @@ def run_peer(name: str, work: Path, path: str | None = None) -> Iterator[Found]:
         environment["PYTHONPATH"] = os.pathsep.join(places)
     log = work.with_name(f"{name}.log")
     expired = threading.Event()
+
+    def end() -> None:
+        expired.set()
+        _kill(process.pid)
+
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         assert process.stdout is not None
-        timer = threading.Timer(limit, lambda: (expired.set(), _kill(process.pid)))
+        timer = threading.Timer(limit, end)
         timer.start()
         try:
             for line in process.stdout:
