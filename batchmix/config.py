@@ -290,7 +290,7 @@ class PlanConfig:
 class BenchmarkConfig:
     """What `batchmix benchmark` measures."""
 
-    name: str = "kernels"  # kernels, throughput or offload; batchmix benchmark NAME is short for it
+    name: str = "kernels"  # kernels, throughput, peers or offload; batchmix benchmark NAME is short for it
     shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for machines without a GPU
     # Of kernels' moe, prefill, decode, linear, elementwise, sampling; of throughput's annotate, synthesise, long.
     only: list[str] | None = None
@@ -298,6 +298,9 @@ class BenchmarkConfig:
     layers: int | None = None  # of throughput's model; null: as many as fit
     # Of throughput's transformers, generate_batch, vllm, sglang, of offload's accelerate; null: all that are installed
     peers: list[str] | None = None
+    peers_path: str | None = (
+        None  # folders of packages (a:b) that peers of throughput import first, such as vLLM unpacked
+    )
     peer_seconds: float = 120.0  # on each workload, after which a peer of throughput starts no more rows
     formats: list[str] | None = None  # of weights, for moe; null: all that the GPU runs
     tokens: list[int] | None = None  # for moe and linear; null: 1 to 65,536

@@ -1,4 +1,4 @@
-"""Measure what this GPU reaches: `batchmix benchmark kernels`, `throughput`, `offload`."""
+"""Measure what this GPU reaches: `batchmix benchmark kernels`, `throughput`, `peers`, `offload`."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def _run(config: Config) -> None:
         from batchmix.measure.kernels import benchmark_kernels
 
         path = benchmark_kernels(config.benchmark)
-    elif config.benchmark.name == "throughput":
+    elif config.benchmark.name in ("throughput", "peers"):
         from batchmix.measure.throughput import benchmark_throughput
 
         path = benchmark_throughput(config)
@@ -24,7 +24,7 @@ def _run(config: Config) -> None:
         path = benchmark_offload(config)
     else:
         raise BatchmixError(
-            f"benchmark.name={config.benchmark.name}: no such benchmark; there are kernels, throughput and offload"
+            f"benchmark.name={config.benchmark.name}: no such benchmark; there are kernels, throughput, peers and offload"
         )
     print(f"written: {path}")
 

@@ -79,7 +79,7 @@ WRONG_LINES = {
     ),
     ("benchmark", "speed"): (
         1,
-        "benchmark.name=speed: no such benchmark; there are kernels, throughput and offload",
+        "benchmark.name=speed: no such benchmark; there are kernels, throughput, peers and offload",
     ),
     ("generate", *GIVEN, "hydra/launcher=slurm"): (1, "hydra/launcher=slurm: "),  # needs submitit, or --multirun
     (): (

@@ -3,18 +3,20 @@
     python -m batchmix.measure.peers NAME WORK.json     # prints a line `RESULT {...}` for each workload
 
 Their models have random weights of the same shape, built on the device. Building, loading and a warm-up are not timed.
-A peer that has not finished after WORK.json's `seconds` starts no more rows; its rate is that of the rows it did.
+A peer that has not finished after WORK.json's `seconds` starts no more rows; its rate is that of the rows it did. A peer's
+package may lie in folders that are no part of this environment (`benchmark.peers_path`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib.machinery
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,34 +35,64 @@ _SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "VLLM_NO_
              "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0",
              "PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # fmt: skip
 
+_ROOT = Path(__file__).resolve().parents[2]  # of batchmix
+
 Found = dict[str, Any]
 Run = Callable[[list[list[int]], list[int], float], tuple[list[int], float]]  # -> rows done, seconds
 
 
-def available_peers() -> list[str]:
-    """Those whose package can be imported here."""
-    return [name for name, package in PEERS.items() if importlib.util.find_spec(package)]
+def available_peers(path: str | None = None) -> list[str]:
+    """Those whose package can be imported here, or from the folders of `path`. A folder without a module is none."""
+    places = [*(path.split(os.pathsep) if path else ()), *sys.path]
+    found = {name: importlib.machinery.PathFinder.find_spec(package, places) for name, package in PEERS.items()}
+    return [name for name, spec in found.items() if spec is not None and spec.origin is not None]
 
 
-def run_peer(name: str, work: Path) -> Iterator[Found]:
-    """Results by workload as they come, or one with `error` where the peer failed."""
+def run_peer(name: str, work: Path, path: str | None = None) -> Iterator[Found]:
+    """Results by workload as they come, or one with `error` where the peer failed; its packages are in `path` first."""
     content = json.loads(work.read_text())
     limit = _START_SECONDS + 2 * content["seconds"] * len(content["workloads"])
     command = [sys.executable, "-m", "batchmix.measure.peers", name, str(work)]
+    environment = os.environ | _SETTINGS
+    if path:  # absolute, and with what made batchmix importable behind it
+        places = [*path.split(os.pathsep), *filter(None, [os.environ.get("PYTHONPATH")]), str(_ROOT)]
+        environment["PYTHONPATH"] = os.pathsep.join(places)
     log = work.with_name(f"{name}.log")
+    expired = threading.Event()
+
+    def end() -> None:
+        expired.set()
+        _kill(process.pid)
+
     with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        assert process.stdout is not None
+        timer = threading.Timer(limit, end)
+        timer.start()
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=limit,
-                                  env=os.environ | _SETTINGS)  # fmt: skip
-            text, ended = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired as expired:
-            text, ended = (expired.stdout or b"").decode(), f"ended after {limit:.0f} s"
-    for line in text.splitlines():
-        if line.startswith("RESULT "):
-            yield json.loads(line.removeprefix("RESULT "))
-    if ended:
+            for line in process.stdout:
+                if line.startswith("RESULT "):
+                    yield json.loads(line.removeprefix("RESULT "))
+            code = process.wait()
+        finally:
+            timer.cancel()
+            _kill(process.pid)
+            process.wait()
+    if expired.is_set() or code:
+        ended = f"ended after {limit:.0f} s" if expired.is_set() else f"exit code {code}"
         last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
         yield {"peer": name, "error": f"{ended}: {last[:300]}"}
+
+
+def _kill(pid: int) -> None:
+    """A process and all that it started, which may hold the GPU and the pipe of what it prints."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def main() -> None:
@@ -69,7 +101,7 @@ def main() -> None:
     openers: dict[str, Callable[..., contextlib.AbstractContextManager[Run]]] = {
         "transformers": _open_generate,
         "generate_batch": _open_generate_batch,
-        "vllm": _open_vllm,
+        "vllm": partial(_open_vllm, content.get("quantization"), content.get("kv_cache_dtype")),
         "sglang": _open_sglang,
         "accelerate": partial(_open_accelerate, content.get("card_bytes")),
     }
@@ -86,13 +118,19 @@ def main() -> None:
             output = sum(answers[row] for row in rows)
             total = output + sum(len(prompts[row]) for row in rows)
             print("RESULT " + json.dumps({
-                "peer": name, "workload": workload, "rows": len(rows), "complete": len(rows) == len(prompts),
+                "peer": name, "weights": _weights(name, content), "workload": workload, "rows": len(rows), "complete": len(rows) == len(prompts),
                 "seconds": round(seconds, 3), "output_tokens": output,
                 "output_tokens_per_second": round(output / seconds, 1),
                 "total_tokens_per_second": round(total / seconds, 1),
             }), flush=True)  # fmt: skip
     sys.stdout.flush()
     os._exit(0)  # a thread of continuous batching that was cut short must not hold the process
+
+
+def _weights(name: str, content: dict[str, Any]) -> str:
+    """What a peer's weights are in. batchmix may have quantised its own; of the peers only vLLM does it as it loads."""
+    fp8 = name == "vllm" and content.get("quantization") == "fp8"
+    return "fp8" if fp8 else str(content["dtype"])
 
 
 def _build(folder: str, device: str, dtype: str, attention: str, on_host: bool = False) -> Any:
@@ -228,12 +266,16 @@ def _open_generate_batch(folder: str, device: str, dtype: str, longest: int) -> 
 
 
 @contextlib.contextmanager
-def _open_vllm(folder: str, device: str, dtype: str, longest: int) -> Iterator[Run]:
-    """vLLM with its defaults (prefix caching too), random weights by load_format=dummy."""
+def _open_vllm(
+    quantization: str | None, cache: str | None, folder: str, device: str, dtype: str, longest: int
+) -> Iterator[Run]:
+    """vLLM with its defaults (prefix caching too), random weights by load_format=dummy. fp8 takes in all linear layers."""
     from vllm import LLM, SamplingParams
 
+    asked = {"quantization": "fp8"} if quantization == "fp8" else {}
+    asked |= {"kv_cache_dtype": "fp8"} if cache == "fp8" else {}
     engine = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, dtype=dtype, max_model_len=longest + 8,
-                 max_num_seqs=1024, gpu_memory_utilization=0.92, disable_log_stats=True)  # fmt: skip
+                 max_num_seqs=1024, gpu_memory_utilization=0.92, disable_log_stats=True, **asked)  # fmt: skip
 
     def run(prompts: list[list[int]], answers: list[int], limit: float) -> tuple[list[int], float]:
         rows = list(range(len(prompts)))

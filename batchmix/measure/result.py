@@ -15,5 +15,7 @@ def save_result(folder: str | Path, device: str, what: str, result: dict[str, An
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     path = Path(folder, f"{date}-{name}-{what}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"date": date, **result}, indent=1) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"date": date, **result}, indent=1) + "\n")
+    partial.replace(path)  # whole at any moment: a benchmark that saves as it goes may be killed
     return path

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import json
+import os
 import platform
 import resource
 import tempfile
@@ -40,6 +41,7 @@ from batchmix.measure.roofline import Device, Roofline, roofline
 from batchmix.measure.timing import Ceilings, measure_ceilings
 from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.config import MixtralConfig
 from batchmix.plan.cost import Footprint, footprint
 
 _RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations
@@ -50,77 +52,102 @@ _CPU_SHRINK = 16  # of what the ceilings are measured on
 
 
 def benchmark_throughput(config: Config) -> Path:
-    """Run, print a line for each workload and engine as it is known, and write it all to a JSON file, whose path is given."""
+    """Run, print a line for each workload and engine as it is known, and write it all to a JSON file, whose path is given.
+
+    The file is written anew after each of them. With benchmark.name=peers only the peers run.
+    """
     benchmark = config.benchmark
+    alone = benchmark.name == "peers"
     names, peers = _names(config), _peers(config)
+    if alone and not peers:
+        raise BatchmixError(
+            f"benchmark peers: none of {', '.join(PEERS)} can be imported here (see benchmark.peers_path)"
+        )
     device = choose_place(config.engine).device
     if device.type == "cpu" and benchmark.shape != "tiny":
         raise BatchmixError(
-            f"benchmark throughput: there is no GPU, and benchmark.shape={benchmark.shape} would take days on a CPU; to"
-            " try the code path, batchmix benchmark throughput benchmark.shape=tiny benchmark.rows=40"
+            f"benchmark {benchmark.name}: there is no GPU, and benchmark.shape={benchmark.shape} would take days on a CPU;"
+            f" to try the code path, batchmix benchmark {benchmark.name} benchmark.shape=tiny benchmark.rows=40"
         )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype_name = str(dtype).removeprefix("torch.")
     layers = benchmark.layers or _fitting_layers(benchmark.shape, device)
-    ceilings = measure_ceilings(device, None if device.type == "cuda" else _CPU_SHRINK)
     gpu = current_gpu(device).name if device.type == "cuda" else platform.processor() or "cpu"
-    print(
-        f"{gpu}: {benchmark.shape} with {layers} of {full_layers(benchmark.shape)} layers in {dtype_name}; copy"
-        f" {ceilings.copy / 1e9:,.0f} GB/s (read plus written),"
-        f" {dtype_name} product {ceilings.matmul[dtype_name] / 1e12:,.2f} TFLOP/s",
-        flush=True,
-    )
+    quantization = config.model.quantization and config.model.quantization.value
     found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="batchmix-") as temporary:
-        folder = Path(temporary, "model")
-        folder.mkdir()
-        save_model(folder, benchmark.shape, layers, dtype_name)
-        model = open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random)).config
-        kv_itemsize = 1 if config.model.kv_cache_dtype is KVCacheDtype.fp8 else dtype.itemsize
-        size = footprint(model, dtype.itemsize, config.model.quantization, kv_itemsize)
-        tokenizer = load_tokenizer(folder)
-        works = [draw_work(name, benchmark.rows, benchmark.shape, model, tokenizer, folder.parent) for name in names]
-        # Kernels are compiled when they first run, which is no more part of a rate than the peers' warm-up is of theirs.
-        few = min(_WARM_UP_ROWS, benchmark.rows or _WARM_UP_ROWS)
-        run_work(
-            config,
-            folder,
-            draw_work("annotate", few, benchmark.shape, model, tokenizer, folder.parent, "warm-up"),
-            device,
-        )
-        for work in works:
-            ours = run_work(config, folder, work, device)
-            best = roofline(
-                model, dtype.itemsize, [len(prompt) for prompt in work.prompts], work.answers, work.shared,
-                _device(size, dtype, ceilings, device, ours, config.model),
-                expert_itemsize=size.layer_bytes / (3 * model.num_local_experts * model.hidden_size * model.intermediate_size),
-                kv_itemsize=kv_itemsize,
-            )  # fmt: skip
-            found[work.name] = {"work": _describe(work), "roofline": _roofline_json(best, work), "batchmix": ours}
-            ours["share_of_roofline"] = round(best.seconds / ours["seconds"], 4)
-            print(_line(work, best, ours), flush=True)
-        plan = folder.parent / "work.json"
-        plan.write_text(json.dumps({
-            "model": str(folder), "device": device.type, "dtype": dtype_name, "seconds": benchmark.peer_seconds,
-            "workloads": {work.name: {"prompts": work.prompts, "answers": work.answers} for work in works},
-        }))  # fmt: skip
-        for peer in peers:
-            for result in run_peer(peer, plan):
-                print(_peer_line(result, found), flush=True)
-                if "workload" in result:
-                    found[result["workload"]][peer] = result
     result = {
         "device": gpu,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "shape": benchmark.shape,
         "layers": layers,
         "dtype": dtype_name,
-        "quantization": config.model.quantization and config.model.quantization.value,
+        "quantization": quantization,
         "kv_cache_dtype": config.model.kv_cache_dtype.value,
-        "ceilings": asdict(ceilings),
         "workloads": found,
     }
-    return save_result(benchmark.dir, gpu, f"throughput-{'-'.join(names)}", result)
+    path = Path()
+
+    def keep(name: str, engine: str, value: dict[str, Any]) -> None:
+        nonlocal path
+        found[name][engine] = value
+        path = save_result(benchmark.dir, gpu, _title(config, names), result)
+
+    with tempfile.TemporaryDirectory(prefix="batchmix-") as temporary:
+        folder = Path(temporary, "model")
+        folder.mkdir()
+        save_model(folder, benchmark.shape, layers, dtype_name)
+        model = open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random)).config
+        tokenizer = load_tokenizer(folder)
+
+        def draw(name: str, rows: int | None, title: str | None = None) -> Work:
+            return draw_work(name, rows, benchmark.shape, model, tokenizer, folder.parent, title)
+
+        works = [draw(name, benchmark.rows) for name in names]
+        found |= {work.name: {"work": _describe(work)} for work in works}
+        if not alone:
+            # Kernels are compiled when they first run, which is no more part of a rate than the peers' warm-up is of theirs.
+            few = draw("annotate", min(_WARM_UP_ROWS, benchmark.rows or _WARM_UP_ROWS), "warm-up")
+            ceilings = measure_ceilings(device, None if device.type == "cuda" else _CPU_SHRINK)
+            result["ceilings"] = asdict(ceilings)
+            print(
+                f"{gpu}: {benchmark.shape} with {layers} of {full_layers(benchmark.shape)} layers in {dtype_name}; copy"
+                f" {ceilings.copy / 1e9:,.0f} GB/s (read plus written),"
+                f" {dtype_name} product {ceilings.matmul[dtype_name] / 1e12:,.2f} TFLOP/s",
+                flush=True,
+            )
+            run_work(config, folder, few, device)
+            for work in works:
+                ours = run_work(config, folder, work, device)
+                best = _best(config, model, work, ours, ceilings, device, dtype)
+                ours["share_of_roofline"] = round(best.seconds / ours["seconds"], 4)
+                found[work.name]["roofline"] = _roofline_json(best, work)
+                keep(work.name, "batchmix", ours)
+                print(_line(work, best, ours), flush=True)
+        plan = folder.parent / "work.json"
+        plan.write_text(json.dumps({
+            "model": str(folder), "device": device.type, "dtype": dtype_name, "seconds": benchmark.peer_seconds,
+            "quantization": quantization, "kv_cache_dtype": config.model.kv_cache_dtype.value,
+            "workloads": {work.name: {"prompts": work.prompts, "answers": work.answers} for work in works},
+        }))  # fmt: skip
+        failed = []
+        for peer in peers:
+            for measured in run_peer(peer, plan, benchmark.peers_path):
+                print(_peer_line(measured, found, quantization), flush=True)
+                if "workload" in measured:
+                    keep(measured["workload"], peer, measured)
+                else:
+                    failed.append(f"{peer}: {measured['error']}")
+    if alone and failed:
+        raise BatchmixError(f"benchmark peers: {failed[0]}")
+    return path
+
+
+def _title(config: Config, names: list[str]) -> str:
+    """Of the file: runs that differ in what they are compared by have files of their own."""
+    kind = "peers" if config.benchmark.name == "peers" else "throughput"
+    cache = "kv-fp8" if config.model.kv_cache_dtype is KVCacheDtype.fp8 else ""
+    weights = config.model.quantization.value if config.model.quantization else cache
+    return "-".join(filter(None, [kind, *names, weights]))
 
 
 def _names(config: Config) -> list[str]:
@@ -138,7 +165,11 @@ def _names(config: Config) -> list[str]:
 
 
 def _peers(config: Config) -> list[str]:
-    there = available_peers()
+    path = config.benchmark.peers_path
+    for folder in path.split(os.pathsep) if path else ():
+        if not Path(folder).is_dir():
+            raise BatchmixError(f"benchmark.peers_path has {folder!r}, which is no folder")
+    there = available_peers(path)
     for name in config.benchmark.peers or ():
         if name not in PEERS:
             raise BatchmixError(f"benchmark.peers has {name!r}; the peers are {', '.join(PEERS)}")
@@ -215,6 +246,19 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
         peak[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _best(config: Config, model: MixtralConfig, work: Work, ours: dict[str, Any], ceilings: Ceilings,
+          device: torch.device, dtype: torch.dtype) -> Roofline:  # fmt: skip
+    """The roofline of `work`, with weights and cache as `config` has them."""
+    kv_itemsize = 1 if config.model.kv_cache_dtype is KVCacheDtype.fp8 else dtype.itemsize
+    size = footprint(model, dtype.itemsize, config.model.quantization, kv_itemsize)
+    parameters = 3 * model.num_local_experts * model.hidden_size * model.intermediate_size
+    return roofline(
+        model, dtype.itemsize, [len(prompt) for prompt in work.prompts], work.answers, work.shared,
+        _device(size, dtype, ceilings, device, ours, config.model),
+        expert_itemsize=size.layer_bytes / parameters, kv_itemsize=kv_itemsize,
+    )  # fmt: skip
+
+
 def _device(
     size: Footprint,
     dtype: torch.dtype,
@@ -257,11 +301,15 @@ def _line(work: Work, best: Roofline, ours: dict[str, Any]) -> str:
     )
 
 
-def _peer_line(result: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+def _peer_line(result: dict[str, Any], found: dict[str, dict[str, Any]], quantization: str | None) -> str:
     if "error" in result:
         return f"{result['peer']}: {result['error']}"
-    ours = found[result["workload"]]["batchmix"]
+    ours = found[result["workload"]].get("batchmix")
     rate = result["output_tokens_per_second"]
-    ratio = f"batchmix is {ours['output_tokens_per_second'] / rate:.2f} x" if rate else "no row was done in time"
+    beside = f": batchmix is {ours['output_tokens_per_second'] / rate:.2f} x" if ours and rate else ""
     part = "" if result["complete"] else f", {result['rows']:,} rows in the time it had"
-    return f"{result['workload']}: {result['peer']} {rate:,.0f} output tokens/s{part}: {ratio}"
+    other = "" if quantization in (None, result["weights"]) else f" with weights in {result['weights']}"
+    return (
+        f"{result['workload']}: {result['peer']}{other} {rate:,.0f} output tokens/s,"
+        f" {result['total_tokens_per_second']:,.0f} in all{part}{beside if rate else ': no row was done in time'}"
+    )

@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ import torch
 from batchmix.config import BenchmarkConfig, Config, Dtype, EngineConfig, ModelConfig, ModelFormat
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.errors import BatchmixError
-from batchmix.measure.peers import _static_batches
+from batchmix.measure import peers
+from batchmix.measure.peers import _static_batches, available_peers
 from batchmix.measure.roofline import Device, roofline
 from batchmix.measure.throughput import benchmark_throughput
 from batchmix.measure.workloads import ROWS, WORKLOADS, draw_work, save_model
@@ -95,9 +97,72 @@ def test_sglang_is_asked_for_the_same_work(tmp_path, monkeypatch):
     assert lines[2] == "SHUTDOWN"
 
 
+VLLM = """
+import json, pathlib
+class SamplingParams:
+    def __init__(self, **options):
+        assert options["ignore_eos"] and options["temperature"] == 0
+class LLM:
+    def __init__(self, **options):
+        pathlib.Path(__file__).with_name("options.json").write_text(json.dumps(options))
+    def generate(self, prompts, sampling, use_tqdm):
+        assert len(prompts) == len(sampling) and all(prompt["prompt_token_ids"] for prompt in prompts)
+"""
+
+
+def test_a_peer_that_lies_unpacked_in_a_folder(batchmix, tmp_path):
+    """Only peers run, and one that can quantise as it loads has the weights and the cache that ours have."""
+    (tmp_path / "unpacked" / "vllm").mkdir(parents=True)
+    assert "vllm" not in available_peers(str(tmp_path / "unpacked")), "a folder without a module is no package"
+    (tmp_path / "unpacked" / "vllm" / "__init__.py").write_text(VLLM)
+    assert "vllm" in available_peers(str(tmp_path / "unpacked"))
+    done = batchmix("benchmark", "peers", "benchmark.shape=tiny", "benchmark.rows=3", "benchmark.only=[synthesise,annotate]",
+                    "benchmark.peers=[vllm]", "benchmark.peers_path=unpacked", "benchmark.dir=results", "engine.device=cpu",
+                    "model.quantization=fp8", "model.kv_cache_dtype=fp8")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [path] = (tmp_path / "results").iterdir()
+    assert path.name.endswith("-peers-synthesise-annotate-fp8.json")
+    for found in json.loads(path.read_text())["workloads"].values():
+        assert found.keys() == {"work", "vllm"}
+        assert found["vllm"]["complete"]
+        assert found["vllm"]["weights"] == "fp8"
+        assert found["vllm"]["output_tokens"] == found["work"]["output_tokens"]
+    options = json.loads((tmp_path / "unpacked" / "vllm" / "options.json").read_text())
+    assert (options["quantization"], options["kv_cache_dtype"], options["dtype"]) == ("fp8", "fp8", "float32")
+    assert done.stdout.splitlines()[0].startswith("synthesise: vllm ")
+
+
+HANGING = """
+import time
+class SamplingParams:
+    def __init__(self, **options): pass
+class LLM:
+    def __init__(self, **options): self.calls = 0
+    def generate(self, prompts, sampling, use_tqdm):
+        self.calls += 1
+        time.sleep(0.01 if self.calls < 3 else 3600)
+"""
+
+
+def test_what_a_peer_measured_before_it_was_ended_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text(HANGING)
+    monkeypatch.setattr(peers, "_START_SECONDS", 15.0)
+    rows = {"prompts": [[5, 6, 7]], "answers": [4]}
+    work = {"model": "folder", "device": "cpu", "dtype": "float32", "seconds": 0,
+            "workloads": {"annotate": rows, "long": rows}}  # fmt: skip
+    (tmp_path / "work.json").write_text(json.dumps(work))
+    started = time.monotonic()
+    first, last = peers.run_peer("vllm", tmp_path / "work.json", str(tmp_path))
+    assert (first["workload"], first["output_tokens"]) == ("annotate", 4)
+    assert last["error"].startswith("ended after 15 s")
+    assert time.monotonic() - started < 60
+
+
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
+        ({"name": "peers", "peers": []}, "benchmark peers: none of transformers, generate_batch, vllm, sglang can be"),
+        ({"peers_path": "/nowhere"}, "benchmark.peers_path has '/nowhere', which is no folder"),
         ({"shape": "7b"}, "benchmark.shape=7b: the shapes are 8x7b, 8x22b, tiny"),
         ({"only": ["anotate"]}, "benchmark.only has 'anotate'; the workloads are annotate, synthesise, long"),
         ({"peers": ["tgi"]}, "benchmark.peers has 'tgi'; the peers are transformers, generate_batch, vllm, sglang"),
@@ -107,7 +172,7 @@ def test_sglang_is_asked_for_the_same_work(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_input_is_one_line(keys, line):
-    config = Config(benchmark=BenchmarkConfig(name="throughput", **keys), engine=EngineConfig(device="cpu"))
+    config = Config(benchmark=BenchmarkConfig(**{"name": "throughput"} | keys), engine=EngineConfig(device="cpu"))
     with pytest.raises(BatchmixError, match=re.escape(line)):
         benchmark_throughput(config)
 
