@@ -31,7 +31,7 @@ class Kernel:
     """
 
     def __init__(self, function: Callable[..., Any], counts: Sequence[str], of_rows: Sequence[str]) -> None:
-        functools.update_wrapper(self, function)
+        self.__name__ = function.__name__
         self.jit: Any = triton.jit(
             function, do_not_specialize=list(counts), do_not_specialize_on_alignment=list(of_rows)
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from batchmix.engine.completion import hear, listen
 from batchmix.engine.forced import append_runs, forced_runs, wants_skipping
-from batchmix.engine.graphs import pad_to_capture_size
+from batchmix.engine.graphs import Step, pad_to_capture_size
 from batchmix.engine.kv_cache import OutOfBlocks
 from batchmix.engine.state import State
 from batchmix.engine.step import choose, pad
@@ -56,7 +56,7 @@ class Decode:
         model.ops.find_shared(model, state.cache, slots, size)
         model.expert_load.set_num_valid(active)
         for _ in range(steps):
-            step = partial(self._step, size if captured else active, size, width)
+            step: Step = partial(self._step, size if captured else active, size, width)
             if captured:
                 step = state.graphs.prepare((size, width), slots.tables(), step)
             with self.device_clock.work(

@@ -35,10 +35,10 @@ def stored(weight: Tensor, form: str) -> Stored:
     if form in ("bfloat16", "float16", "float32"):
         return weight.to(getattr(torch, form)), None
     if form == "int4":
-        return quantize_groups(weight)  # type: ignore[no-any-return]
+        return quantize_groups(weight)
     if form == "fp8_block":
-        return quantize_blocks(weight)  # type: ignore[no-any-return]
-    return quantize_rows(weight, FP8 if form == "fp8" else torch.int8)  # type: ignore[no-any-return]
+        return quantize_blocks(weight)
+    return quantize_rows(weight, FP8 if form == "fp8" else torch.int8)
 
 
 def restored(weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -46,9 +46,9 @@ def restored(weight: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return weight.float()
     if weight.dtype == torch.uint8:
-        return dequantize_groups(weight, scale, torch.float32)  # type: ignore[no-any-return]
+        return dequantize_groups(weight, scale, torch.float32)
     dequantize = dequantize_rows if scale.dim() == 2 else dequantize_blocks
-    return dequantize(weight, scale, torch.float32)  # type: ignore[no-any-return]
+    return dequantize(weight, scale, torch.float32)
 
 
 def moe_cases(shape: Shape, formats: list[str], tokens: list[int], device: torch.device) -> Iterator[Case]:

@@ -58,7 +58,10 @@ class PrefillAttention(_Paged):
         self.plan = plan_prefill(spans, blocks, num_tokens, self.ratio, model.weights.embedding.dtype)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        attended: Tensor = prefill_attention(*self._rotate(layer, qkv), *self.plan, *self.cache.scales)
+        plan = self.plan
+        attended = prefill_attention(
+            *self._rotate(layer, qkv), plan.chunks, plan.tiles, plan.block_table, plan.query_tile, *self.cache.scales
+        )
         return attended.flatten(1)
 
 
@@ -87,5 +90,4 @@ class DecodeAttention(_Paged):
         self.plan = plan_decode(table, position + running, cache.block_size, self.ratio, shared)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        attended: Tensor = decode_attention(*self._rotate(layer, qkv), *self.plan, *self.cache.scales)
-        return attended.flatten(1)
+        return decode_attention(*self._rotate(layer, qkv), *self.plan, *self.cache.scales).flatten(1)
