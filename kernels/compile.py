@@ -93,7 +93,7 @@ def recorded(gpu: Gpu) -> Iterator[list[Specialization]]:
 
     found: list[Specialization] = []
     active, hook = driver._active, triton.knobs.runtime.jit_cache_hook
-    driver.set_active(_Recorder(target))  # type: ignore[arg-type]
+    driver.set_active(_Recorder(target))
     triton.knobs.runtime.jit_cache_hook = record
     try:
         with assume_gpu(gpu):

@@ -170,7 +170,7 @@ class _Product:
         return once if once > 1.3 * fastest else self._mean(tile, 6)
 
     def _mean(self, tile: Tile, calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(calls):
             self.run(tile)
