@@ -292,7 +292,7 @@ class BenchmarkConfig:
 
     name: str = "kernels"  # kernels, throughput, peers or offload; batchmix benchmark NAME is short for it
     shape: str = "8x7b"  # whose sizes: 8x7b, 8x22b; tiny is for machines without a GPU
-    # Of kernels' moe, prefill, decode, linear, elementwise, sampling; of throughput's annotate, synthesise, long.
+    # Of kernels' moe, prefill, decode, linear, elementwise, launch, sampling; of throughput's annotate, synthesise, long.
     only: list[str] | None = None
     rows: int | None = None  # of throughput's annotate and synthesise, long has a tenth; null: 4,000
     layers: int | None = None  # of throughput's model; null: as many as fit

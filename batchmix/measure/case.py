@@ -25,6 +25,7 @@ class Case:
     bytes: float = 0.0  # bytes that have to move, each once
     rate: str = "bfloat16"  # the ceiling that `flops` are compared with
     peers: Mapping[str, Run] = field(default_factory=dict)
+    of_host: bool = False  # the host's time for the launch is what counts, not the device's for the work
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.attention import decode_case, prefill_case
 from batchmix.measure.case import SHAPES, Case, Run
 from batchmix.measure.moe import FORMATS, moe_cases
-from batchmix.measure.rest import elementwise_cases, linear_case, sampling_case
+from batchmix.measure.rest import elementwise_cases, launch_cases, linear_case, sampling_case
 from batchmix.measure.result import save_result
-from batchmix.measure.timing import Ceilings, measure_ceilings, seconds
+from batchmix.measure.timing import Ceilings, Timing, measure_ceilings, time_call, time_launch
 
 TOKENS = [1, 16, 64, 256, 1024, 4096, 16384, 65536]
 _TINY_TOKENS = [1, 40]
@@ -73,6 +73,7 @@ def _cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
         "elementwise": lambda: chain.from_iterable(
             elementwise_cases(shape, n, device, dtype) for n in ([40] if tiny else [256, 8192])
         ),
+        "launch": lambda: launch_cases(shape, device, dtype),
         "sampling": lambda: iter([sampling_case(shape, 4 if tiny else 512, device)]),
     }
     wanted = config.only or list(groups)
@@ -91,7 +92,8 @@ def _formats(device: torch.device) -> list[str]:
 
 def _measure(case: Case, ceilings: Ceilings, device: torch.device) -> dict[str, Any]:
     error = case.check()
-    took = seconds(case.run, device)
+    timing = _time(case, case.run, device)
+    took = timing.seconds
     flops, moved = case.flops / took, case.bytes / took
     ceiling = ceilings.matmul.get(case.rate)
     shares = {"memory": moved / ceilings.copy, "compute": flops / ceiling if ceiling else 0.0}
@@ -101,6 +103,7 @@ def _measure(case: Case, ceilings: Ceilings, device: torch.device) -> dict[str, 
         "work": case.work,
         "dtype": case.dtype,
         "seconds": took,
+        "timed": timing.how,
         "flops_per_second": flops,
         "bytes_per_second": moved,
         "bound": bound,
@@ -108,28 +111,43 @@ def _measure(case: Case, ceilings: Ceilings, device: torch.device) -> dict[str, 
         "error": error,
         "tolerance": case.tolerance,
         "right": error <= case.tolerance,
-        "peers": {name: _time_peer(run, took, device) for name, run in case.peers.items()},
+        "peers": {name: _time_peer(case, run, took, device) for name, run in case.peers.items()},
     }
 
 
-def _time_peer(run: Run, ours: float, device: torch.device) -> dict[str, Any]:
+def _time(case: Case, run: Run, device: torch.device) -> Timing:
+    return time_launch(run, device) if case.of_host else time_call(run, device)
+
+
+def _time_peer(case: Case, run: Run, ours: float, device: torch.device) -> dict[str, Any]:
     """A peer's time and how many times ours it is; or why it does not run here."""
     try:
-        theirs = seconds(run, device)
+        theirs = _time(case, run, device)
     except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
         return {"error": str(error).strip().partition("\n")[0]}
-    return {"seconds": theirs, "ratio": theirs / ours}
+    return {"seconds": theirs.seconds, "timed": theirs.how, "ratio": theirs.seconds / ours}
 
 
 def _line(found: dict[str, Any]) -> str:
     peers = ", ".join(
-        f"{name} {peer['ratio']:.2f} x" if "ratio" in peer else f"{name} does not run ({peer['error'][:60]})"
+        f"{name} {peer['ratio']:.2f} x{_aside(peer, found)}"
+        if "ratio" in peer
+        else f"{name} does not run ({peer['error'][:60]})"
         for name, peer in found["peers"].items()
     )
     share = f"{found['share_of_ceiling']:.0%} of {found['bound']}"
+    if found["timed"] == "eager":
+        share += ", eager"
+    if found["timed"] == "host":
+        share = f"{found['seconds'] * 1e6:.0f} us of the host"
     wrong = "" if found["right"] else " WRONG"
     return (
         f"{found['kernel']} | {found['work']} | {found['dtype']} | {found['seconds'] * 1e3:.3f}"
         f" | {found['flops_per_second'] / 1e12:.1f} | {found['bytes_per_second'] / 1e9:,.0f} | {share}"
         f" | {found['error']:.1e}{wrong} | {peers}"
     )
+
+
+def _aside(peer: dict[str, Any], ours: dict[str, Any]) -> str:
+    """How a peer was timed, where that is not how our kernel was."""
+    return "" if peer["timed"] == ours["timed"] else f" ({peer['timed']})"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from batchmix.kernels import reference
 from batchmix.kernels.linear import linear
-from batchmix.kernels.norm import add_rms_norm
+from batchmix.kernels.norm import add_rms_norm, rms_norm
 from batchmix.kernels.quantize import quantize_rows
 from batchmix.kernels.rotary import rotate_and_cache
 from batchmix.kernels.sampling import sample
@@ -78,6 +80,27 @@ def _quantise_case(shape: Shape, tokens: int, device: torch.device, dtype: torch
         "quantise rows to fp8", f"{tokens:,} tokens", _name(dtype), lambda: quantize_rows(x, torch.float8_e4m3fn),
         check, 0.0, bytes=x.nbytes + x.numel() + 4 * tokens,
     )  # fmt: skip
+
+
+def launch_cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """What a launch costs the host: through torch.library, and without its dispatch. One op changes an argument."""
+    x, residual = (random(1, shape.hidden, device=device, dtype=dtype, seed=seed) for seed in (1, 2))
+    weight = random(shape.hidden, device=device, dtype=dtype, seed=3)
+    ops: dict[str, tuple[Any, tuple[object, ...]]] = {
+        "RMSNorm": (rms_norm, (x, weight, _EPS)),
+        "add + RMSNorm": (add_rms_norm, (x, residual, weight, _EPS)),
+    }
+    for name, (op, arguments) in ops.items():
+
+        def check(op: Any = op, arguments: tuple[object, ...] = arguments) -> float:
+            copies = [tuple(item.clone() if isinstance(item, Tensor) else item for item in arguments) for _ in range(2)]
+            return relative_error(op.op(*copies[0]), op(*copies[1]))
+
+        yield Case(
+            "launch", f"{name} of 1 token through torch.library", _name(dtype),
+            partial(op.op, *arguments), check, 0.0,
+            peers={"without its dispatch": partial(op, *arguments)}, of_host=True,
+        )  # fmt: skip
 
 
 def linear_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -> Case:

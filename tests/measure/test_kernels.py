@@ -22,7 +22,8 @@ from batchmix.measure.candidates import candidates, suits
 from batchmix.measure.case import SHAPES, Case
 from batchmix.measure.kernels import benchmark_kernels
 from batchmix.measure.moe import FORMATS
-from batchmix.measure.rest import elementwise_cases
+from batchmix.measure.rest import elementwise_cases, launch_cases
+from batchmix.measure.timing import Timing, seconds, time_call, time_launch
 from batchmix.measure.tune import ROWS, _Product, _search, choose_clearly_faster, tune
 
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
@@ -106,9 +107,9 @@ def test_a_tile_with_a_wrong_answer_is_not_kept(monkeypatch):
     tile = tiles.heuristic("down", "float32", 4, current_gpu(torch.device("cpu")))
     assert product.right(tile)
     wrong = replace(tile, swap_ab=not tile.swap_ab)
-    run, seconds = product.run, {tile: 1.0, wrong: 0.5}
-    monkeypatch.setattr(product, "time", lambda tile: seconds[tile])
-    monkeypatch.setattr(product, "glance", lambda tile, fastest: seconds[tile])
+    run, times = product.run, {tile: 1.0, wrong: 0.5}
+    monkeypatch.setattr(product, "time", lambda tile: times[tile])
+    monkeypatch.setattr(product, "glance", lambda tile, fastest: times[tile])
     assert _search(product, tile, [wrong], float("inf"), "4 rows") == wrong
     monkeypatch.setattr(product, "run", lambda each: product.out.zero_() if each == wrong else run(each))
     assert _search(product, tile, [wrong], float("inf"), "4 rows") is None
@@ -195,6 +196,52 @@ def test_a_case_outside_its_tolerance_fails_the_benchmark(monkeypatch, tmp_path)
     with pytest.raises(BatchmixError, match="1 of 1 cases are not within tolerance"):
         benchmark_kernels(BenchmarkConfig(shape="tiny", dir=str(tmp_path)))
     assert list(tmp_path.iterdir()), "the figures are kept"
+
+
+def test_how_each_call_was_timed_is_said(monkeypatch, tmp_path, capsys):
+    peers = {"alike": lambda: None, "that waits": lambda: None, "that fails": lambda: None}
+    work = Case("moe", "1 token", "float32", lambda: None, lambda: 0.0, 0.1, peers=peers)
+    launch = Case("launch", "1 token", "float32", lambda: None, lambda: 0.0, 0.1, peers={"direct": print}, of_host=True)
+    monkeypatch.setattr(kernels, "_cases", lambda config, device: iter([work, launch]))
+
+    def time_call(run, device):
+        if run is peers["that fails"]:
+            raise RuntimeError("no kernel image")
+        return Timing(2e-3, "eager" if run is peers["that waits"] else "captured graph")
+
+    monkeypatch.setattr(kernels, "time_call", time_call)
+    monkeypatch.setattr(kernels, "time_launch", lambda run, device: Timing(8e-5 if run is launch.run else 2e-5, "host"))
+    path = benchmark_kernels(BenchmarkConfig(shape="tiny", dir=str(tmp_path)))
+    moe, host = capsys.readouterr().out.splitlines()[-2:]
+    assert moe.endswith("alike 1.00 x, that waits 1.00 x (eager), that fails does not run (no kernel image)")
+    assert "80 us of the host" in host
+    assert host.endswith("direct 0.25 x")
+    cases = json.loads(path.read_text())["cases"]
+    assert [case["timed"] for case in cases] == ["captured graph", "host"]
+    assert cases[0]["peers"]["that waits"] == {"seconds": 2e-3, "timed": "eager", "ratio": 1.0}
+
+
+def test_the_launch_case_compares_the_op_with_its_own_launcher():
+    cpu = torch.device("cpu")
+    found = list(launch_cases(SHAPES["tiny"], cpu, torch.float32))
+    assert [case.work.partition(" of ")[0] for case in found] == ["RMSNorm", "add + RMSNorm"]
+    for case in found:
+        assert case.check() == 0.0
+        assert [time_launch(run, cpu).how for run in (case.run, *case.peers.values())] == ["host", "host"]
+    assert time_call(lambda: None, cpu).how == "eager"
+
+
+@pytest.mark.gpu
+def test_calls_are_timed_in_a_captured_graph_unless_they_wait():
+    gpu = torch.device("cuda")
+    x = torch.ones(1 << 26, device=gpu)
+    assert time_call(lambda: x.nonzero(), gpu).how == "eager"
+    captured = time_call(lambda: x.add_(1), gpu)
+    assert captured.how == "captured graph"
+    assert captured.seconds == pytest.approx(seconds(lambda: x.add_(1), gpu), rel=0.2)
+    with pytest.raises(RuntimeError, match="size"):
+        time_call(lambda: x + x[:3], gpu)
+    assert 1e-7 < time_launch(lambda: x[:8].add_(1), gpu).seconds < 1e-3
 
 
 def test_defaults_name_what_there_is():
