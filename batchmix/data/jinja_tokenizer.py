@@ -27,7 +27,6 @@ from batchmix.errors import BatchmixError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_MAX_VOCABULARY = 2**21  # ids; the largest vocabularies have a quarter million tokens
 _PROBE_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
@@ -214,8 +213,6 @@ def _read_vocabulary(
             f"tokenizer.json: decoder {sorted(kinds)} is not supported; byte-level and SentencePiece decoders are"
         )
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if size > _MAX_VOCABULARY:
-        raise BatchmixError(f"tokenizer.json: has a token of id {size - 1}; ids must be below {_MAX_VOCABULARY:,}")
     text = [b""] * size
     for piece, token in backend.get_vocab(with_added_tokens=False).items():
         text[token] = to_bytes(piece)

@@ -13,7 +13,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchmix.data.messages import Message, PromptError
-from batchmix.data.vocabulary import TokenIds
+from batchmix.data.vocabulary import MAX_VOCABULARY, TokenIds
 from batchmix.errors import BatchmixError
 from batchmix.json_file import read_object, shown
 
@@ -107,6 +107,8 @@ def _load_transformers(folder: Path) -> Tokenizer:
 
     from batchmix.data.jinja_tokenizer import JinjaTokenizer
 
+    template = _read_chat_template(folder, _read_json(folder / "tokenizer_config.json"))
+    _check_ids(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -114,12 +116,25 @@ def _load_transformers(folder: Path) -> Tokenizer:
         raise BatchmixError(f"{folder}: transformers cannot load this tokenizer: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BatchmixError(f"{folder}: no fast tokenizer; save it once with transformers to get a tokenizer.json")
-    tokenizer.chat_template = _read_chat_template(folder, _read_json(folder / "tokenizer_config.json"))
+    tokenizer.chat_template = template
     return JinjaTokenizer(tokenizer)
 
 
 def _num_threads() -> int:
     return min(os.cpu_count() or 1, _MAX_THREADS)
+
+
+def _check_ids(folder: Path) -> None:
+    """BatchmixError for an absurd token id: the tokenizers library walks through all ids below it."""
+    model = _read_json(folder / "tokenizer.json").get("model") if (folder / "tokenizer.json").is_file() else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = vocab.values() if isinstance(vocab, dict) else ()
+    largest = max((token for token in ids if isinstance(token, int)), default=-1)
+    largest = max(largest, _largest_added_id(folder))
+    if largest >= MAX_VOCABULARY:
+        raise BatchmixError(
+            f"{folder}: its tokenizer has a token of id {largest}; ids must be below {MAX_VOCABULARY:,}"
+        )
 
 
 def _largest_added_id(folder: Path) -> int:

@@ -79,7 +79,7 @@ def test_no_key_of_transformers_tokenizers_is_missing() -> None:
         PreTrainedTokenizerBase._from_pretrained,
     ):
         found |= set(re.findall(r'kwargs\.(?:pop|get|setdefault)\(\s*"(\w+)"', inspect.getsource(code)))
-    internal = {name for name in found if name.startswith("_")} | {"tokenizer_object", "gguf_file", "post_processor",
+    internal = {name for name in found if name.startswith("_")} | {"tokenizer", "tokenizer_object", "gguf_file", "post_processor",
         "tokenizer_padding", "tokenizer_truncation"}  # fmt: skip
     assert found - internal - documented("used") - documented("no effect") == set()
 
@@ -220,7 +220,8 @@ def test_a_folder_with_nothing_but_tokenizer_model(tmp_path: Path, added: bool) 
 
 
 @pytest.mark.parametrize(
-    ("values", "around"), [({"add_bos_token": False}, ([], [])), ({"add_eos_token": True}, ([1], [2]))]
+    ("values", "around"),
+    [({"add_bos_token": False}, ([], [])), ({"add_bos_token": True, "add_eos_token": True}, ([1], [2]))],
 )
 def test_other_tokens_at_the_ends_of_a_text_are_heeded(tmp_path: Path, values, around) -> None:
     folder = sentencepiece_folder(tmp_path / "model", **values)
