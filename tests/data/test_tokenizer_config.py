@@ -11,6 +11,7 @@ from typing import Any
 
 import mistral_common
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -198,8 +199,14 @@ def test_a_template_of_another_type_is_one_line(folder: Path, template: object) 
 
 
 def sentencepiece_folder(folder: Path, **config: Any) -> Path:
+    """A small vocabulary of Mistral's kind: transformers takes seconds to find the merges of 32,000 pieces."""
     folder.mkdir()
-    shutil.copy(V1, folder / "tokenizer.model")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["Hello there, you", "the quick brown fox jumps over the lazy dog"] * 20),
+        model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
     ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return configure(folder, tokenizer_class="LlamaTokenizer", **ends, **config)
 
@@ -208,15 +215,16 @@ def sentencepiece_folder(folder: Path, **config: Any) -> Path:
 def test_a_folder_with_nothing_but_tokenizer_model(tmp_path: Path, added: bool) -> None:
     """transformers needs protobuf for it."""
     folder = sentencepiece_folder(tmp_path / "model", chat_template=CHATML)
+    size = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
     if added:
         token = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-        configure(folder, eos_token="<|im_end|>", added_tokens_decoder={"32000": {**token, "special": True}})
+        configure(folder, eos_token="<|im_end|>", added_tokens_decoder={str(size): {**token, "special": True}})
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, JinjaTokenizer)
     theirs = AutoTokenizer.from_pretrained(folder)
     message = {"role": "user", "content": "Hello  there,\nyou"}
     assert encode(tokenizer, message) == theirs.apply_chat_template([message], return_dict=False)
-    assert tokenizer.eos_id == (32_000 if added else 2)
+    assert tokenizer.eos_id == (size if added else 2)
 
 
 @pytest.mark.parametrize(
