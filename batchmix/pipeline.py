@@ -62,6 +62,8 @@ def generate(config: Config) -> None:
         check_apart(config.data, config.output.dir, f"part-00000-000000.{config.output.format.value}")
         source = open_source(config.data, config.shard)
         checkpoint = open_checkpoint(config.model)
+        for note in checkpoint.notes:
+            _log.warning("%s", note)
         if not on_ray:
             check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)

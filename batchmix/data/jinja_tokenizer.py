@@ -13,7 +13,7 @@ import re
 import secrets
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -121,16 +121,31 @@ class JinjaTokenizer:
 
     def _render_chat(self, chat: Sequence[Message]) -> str | _Marked | PromptError:
         try:
-            if self._always_hide or any(self._control.search(message.text) for message in chat):
+            self._check_names(chat)
+            texts = (text for message in chat for text in (message.text, message.name or ""))
+            if self._always_hide or any(map(self._control.search, texts)):
                 return self._render_hidden(chat)
             return self._render(_turns(chat), chat[-1].prefix)
         except PromptError as error:
             return error
 
+    def _check_names(self, chat: Sequence[Message]) -> None:
+        """PromptError where the template does not write the names of a role's messages: they would be lost silently."""
+        for role in {message.role for message in chat if message.name}:
+            bare = [replace(message, name=None) if message.role == role else message for message in chat]
+            try:
+                unchanged = self._render(_turns(bare), chat[-1].prefix) == self._render(_turns(chat), chat[-1].prefix)
+            except PromptError:
+                continue  # with names, the template has refused the row, as it will below; or it needs them
+            if unchanged:
+                where = next(message.where for message in chat if message.role == role and message.name)
+                raise PromptError(f"{where}: the model's chat template does not write its name; take it out")
+
     def _render_hidden(self, chat: Sequence[Message]) -> _Marked:
         turns = _turns(chat)
         for turn in turns:
-            turn["content"] = self._control.sub(lambda match: self._hidden[match[0]], turn["content"])
+            for key in turn.keys() - {"role"}:
+                turn[key] = self._control.sub(lambda match: self._hidden[match[0]], turn[key])
         rendered = self._render(turns, chat[-1].prefix)
         rendered = self._control.sub(lambda match: self._aliases[match[0]], rendered)
         return _Marked(self._hidden_pattern.sub(lambda match: self._shown[match[0]], rendered))
@@ -158,7 +173,10 @@ class JinjaTokenizer:
 
 
 def _turns(chat: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.text} for message in chat]
+    return [
+        {"role": message.role, "content": message.text} | ({} if message.name is None else {"name": message.name})
+        for message in chat
+    ]
 
 
 def _is_plain(content: str) -> bool:
@@ -194,7 +212,7 @@ def _read_vocabulary(
         raise BatchmixError(
             f"tokenizer.json: decoder {sorted(kinds)} is not supported; byte-level and SentencePiece decoders are"
         )
-    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     text = [b""] * size
     for piece, token in backend.get_vocab(with_added_tokens=False).items():
         text[token] = to_bytes(piece)

@@ -23,6 +23,7 @@ class Message:
     parts: tuple[str, ...]
     prefix: bool = False  # the model continues this assistant turn
     where: str = ""  # for error messages: "messages[2] (user)"
+    name: str | None = None  # of who speaks, for templates that write it
 
     @property
     def text(self) -> str:
@@ -33,7 +34,7 @@ class Message:
 def parse_messages(value: object, column: str) -> list[Message]:
     """The conversation in `value`, a list of {role, content} or the JSON text of one.
 
-    Keys that say nothing about the text are ignored. PromptError where it is not a conversation that ends with a
+    Keys that say nothing about the text are ignored; a `name` does where the chat format writes it. PromptError where it is not a conversation that ends with a
     turn to answer or, marked with `"prefix": true`, an assistant's turn to continue.
     """
     if isinstance(value, str):
@@ -79,8 +80,11 @@ def _parse_message(message: object, where: str) -> Message:
     if role is None:
         raise PromptError(f"{where}: role {given!r} is not one of system, user, assistant")
     where = f"{where} ({given})"
-    if message.get("tool_calls"):
+    if message.get("tool_calls") or message.get("function_call"):
         raise PromptError(f"{where}: tool calls are not supported")
+    name = message.get("name")
+    if name is not None:
+        check_text(name, f"{where}: name")
     prefix = role == "assistant" and message.get("prefix")
     if prefix not in (None, True, False):
         raise PromptError(f"{where}: prefix must be true or false, not {prefix!r}")
@@ -94,7 +98,7 @@ def _parse_message(message: object, where: str) -> Message:
         raise PromptError(f"{where}: no content")
     else:
         raise PromptError(f"{where}: content must be text or a list of text parts, not {type(content).__name__}")
-    return Message(role, parts, bool(prefix), where)
+    return Message(role, parts, bool(prefix), where, name)
 
 
 def _parse_part(part: Any, where: str) -> str:

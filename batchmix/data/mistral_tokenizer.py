@@ -105,6 +105,8 @@ def _merge_turns(chat: Sequence[Message]) -> list[Message]:
     turns: list[Message] = []
     previous = ""
     for message in chat:
+        if message.name:
+            raise PromptError(f"{message.where}: Mistral's chat format has no place for a name; take it out")
         if message.role == "system" and previous == "assistant":
             raise PromptError(f"{message.where}: a system message cannot follow an assistant's")
         if message.role == "assistant" and not message.parts:

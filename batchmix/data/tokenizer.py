@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,15 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchmix.data.messages import Message, PromptError
-from batchmix.data.vocabulary import TokenIds
+from batchmix.data.vocabulary import MAX_VOCABULARY, TokenIds
 from batchmix.errors import BatchmixError
+from batchmix.json_file import read_object, shown
 
 if TYPE_CHECKING:
     from batchmix.data.mistral_tokenizer import MistralTokenizer
 
 BUILT_IN = {"mistral-v1": "tokenizer.model.v1"}  # config.json's batchmix_tokenizer -> file of mistral-common
+_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "additional_chat_templates/*.jinja")
 _SENTENCEPIECE_FILES = ("tokenizer.model.v3", "tokenizer.model", "tokenizer.model.v1")
 _MAX_THREADS = 8  # encoding beyond this outruns the reader
 
@@ -74,7 +75,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     files = [folder / file for file in _SENTENCEPIECE_FILES if (folder / file).is_file()]
     if files:
         mistral = _load_mistral(files[0])
-        if _largest_added_id(folder) < mistral.vocab_size and _is_mistral_template(folder):
+        own = _largest_added_id(folder) >= mistral.vocab_size or _has_other_ends(folder)
+        if not own and _is_mistral_template(folder):
             return mistral
     elif not (folder / "tokenizer.json").is_file():
         return None
@@ -84,7 +86,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 def tokenizer_fingerprint(folder: Path) -> str:
     """Sha256 over the files that the tokenizer and the chat format of a model folder come from."""
     digest = hashlib.sha256(str(_read_json(folder / "config.json").get("batchmix_tokenizer")).encode())
-    for path in sorted([*folder.glob("tokenizer*"), *folder.glob("*.jinja"), *folder.glob("special_tokens_map.json")]):
+    for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -105,13 +107,16 @@ def _load_transformers(folder: Path) -> Tokenizer:
 
     from batchmix.data.jinja_tokenizer import JinjaTokenizer
 
+    template = _read_chat_template(folder, _read_json(folder / "tokenizer_config.json"))
+    _check_ids(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise BatchmixError(f"{folder}: transformers cannot load this tokenizer: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BatchmixError(f"{folder}: no fast tokenizer; save it once with transformers to get a tokenizer.json")
+    tokenizer.chat_template = template
     return JinjaTokenizer(tokenizer)
 
 
@@ -119,11 +124,38 @@ def _num_threads() -> int:
     return min(os.cpu_count() or 1, _MAX_THREADS)
 
 
+def _check_ids(folder: Path) -> None:
+    """BatchmixError for an absurd token id: the tokenizers library walks through all ids below it."""
+    model = _read_json(folder / "tokenizer.json").get("model") if (folder / "tokenizer.json").is_file() else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = vocab.values() if isinstance(vocab, dict) else ()
+    largest = max((token for token in ids if isinstance(token, int)), default=-1)
+    largest = max(largest, _largest_added_id(folder))
+    if largest >= MAX_VOCABULARY:
+        raise BatchmixError(
+            f"{folder}: its tokenizer has a token of id {largest}; ids must be below {MAX_VOCABULARY:,}"
+        )
+
+
 def _largest_added_id(folder: Path) -> int:
-    added = [entry["id"] for entry in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
-    added += map(int, _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}))
-    added += _read_json(folder / "added_tokens.json").values()
-    return max(added, default=-1)
+    path, added = folder / "tokenizer.json", [-1]
+    try:
+        added += [entry["id"] for entry in _read_json(path).get("added_tokens", [])]
+        path = folder / "tokenizer_config.json"
+        added += map(int, _read_json(path).get("added_tokens_decoder") or {})
+        path = folder / "added_tokens.json"
+        added += _read_json(path).values()
+        return max(added)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise BatchmixError(f"{path}: its added tokens are malformed ({error!r})") from None
+
+
+def _has_other_ends(folder: Path) -> bool:
+    """Whether the folder begins or ends a text otherwise than Mistral's tokenizer does, <s> before it and nothing after."""
+    config = _read_json(folder / "tokenizer_config.json")
+    tokens = any(_token_content(config.get(name), default) != default for name, default in _DEFAULT_TOKENS.items())
+    in_file = (folder / "tokenizer.json").is_file()  # it says so itself, and transformers goes by it
+    return tokens or (not in_file and (config.get("add_bos_token") is False or config.get("add_eos_token") is True))
 
 
 def _is_mistral_template(folder: Path) -> bool:
@@ -165,28 +197,43 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def named_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The folder's chat templates by name, from where transformers takes them: files before tokenizer_config.json."""
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    found: Any = config.get("chat_template")
+    if files:
+        try:
+            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        except (OSError, ValueError) as error:
+            raise BatchmixError(f"{folder}: a chat template cannot be read ({error})") from None
+    if found is None or isinstance(found, str):
+        return {} if found is None else {"default": found}
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        path = folder / "tokenizer_config.json"
+        raise BatchmixError(f"{path}: chat_template must be a text or a list of {{name, template}}, not {shown(found)}")
+    return found
+
+
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
-    return template
+    """The template that is used where none is named; None where the folder has none at all."""
+    templates = named_templates(folder, config)
+    if templates and "default" not in templates:
+        raise BatchmixError(
+            f"{folder}: of its chat templates ({', '.join(map(repr, templates))}) none is called 'default';"
+            " name one with data.chat_template"
+        )
+    return templates.get("default")
 
 
 def _token_content(token: Any, default: str) -> str:
-    return token["content"] if isinstance(token, dict) else token or default
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) and content else default
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise BatchmixError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BatchmixError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
+    return read_object(path) if path.exists() else {}

@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 TokenIds: TypeAlias = "array[int]"  # typecode "i": 4 bytes a token where a list takes 36
 
+MAX_VOCABULARY = 2**21  # ids; the largest vocabularies have a quarter million tokens
+
 
 @dataclass(frozen=True)
 class Vocabulary:

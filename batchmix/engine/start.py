@@ -123,7 +123,7 @@ def start_engine(
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=checkpoint.max_model_len,
-        eos_token_ids=checkpoint.eos_token_ids,
+        eos_token_ids=checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id),
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
         # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.

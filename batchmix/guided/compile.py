@@ -184,7 +184,7 @@ def open_guides(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Guides |
     """The guides of a checkpoint's vocabulary; None without a tokenizer. Compiles nothing yet."""
     if tokenizer is None:
         return None
-    return Guides.of(tokenizer, checkpoint.config.vocab_size, checkpoint.eos_token_ids)
+    return Guides.of(tokenizer, checkpoint.config.vocab_size, checkpoint.end_tokens(tokenizer.eos_id))
 
 
 def guide_key(sampling: SamplingConfig) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,21 @@ import torch
 
 from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Offload, Quantization
 from batchmix.errors import BatchmixError
-from batchmix.model.config import MixtralConfig
+from batchmix.json_file import read_object, shown
+from batchmix.model.config import MixtralConfig, token_ids, window_of
+from batchmix.model.config_keys import CONFIG as CONFIG_KEYS
+from batchmix.model.config_keys import GENERATION_CONFIG
+from batchmix.model.config_keys import PARAMS as PARAMS_KEYS
 from batchmix.model.prequantized import Packing, open_packing
 from batchmix.model.quantized import check_shape
-from batchmix.model.sources import TensorFiles
+from batchmix.model.sources import TensorFiles, in_line
 
 TINY = Path(__file__).parent / "tiny"
 CONFIG, PARAMS, INDEX = "config.json", "params.json", "model.safetensors.index.json"
+SINGLE, ADAPTER = "model.safetensors", "adapter_config.json"
 _SMALL_FILES = ["*.json", "tokenizer*", "*.jinja"]
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt")
+_FILE_NAME = re.compile(r"[^/\\\0-\x1f\ud800-\udfff]{1,200}\.safetensors")
 _HEADER_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -34,13 +40,22 @@ class Checkpoint:
     config: MixtralConfig
     dtype: torch.dtype  # in which the engine runs
     max_model_len: int  # prompt + completion tokens
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # of the configuration; `end_tokens` has the tokenizer's too
     files: tuple[Path, ...]
     quantization: Quantization | None = None  # in which the experts are kept in memory; None: dtype
     packing: Packing | None = None  # how weights are kept in the files, where they are quantised there
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
     offload: Offload = Offload.auto
     offload_dir: str | None = None
+    notes: tuple[str, ...] = ()  # what the folder says that has no effect: a line each, for the log
+
+    def end_tokens(self, of_tokenizer: int | None) -> tuple[int, ...]:
+        """The ids at which an answer ends, as in vLLM: the configuration's and the tokenizer's own.
+
+        Those that the model has no row for are left out: it cannot say them.
+        """
+        ids = dict.fromkeys([*self.eos_token_ids, *(() if of_tokenizer is None else (of_tokenizer,))])
+        return tuple(token for token in ids if 0 <= token < self.config.vocab_size)
 
     def num_bytes(self) -> int:
         """Bytes of the weight files."""
@@ -68,32 +83,58 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     weights = weights and not random
     folder = _find_folder(model, weights)
     form = _find_format(folder, ModelFormat.hf if random else model.format)
+    packing = None
     if form is ModelFormat.hf or not (folder / PARAMS).is_file():
-        raw = read_json(folder / CONFIG)
+        raw, keys = read_object(folder / CONFIG), CONFIG_KEYS
         config = MixtralConfig.from_hf(raw)
         saved = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        eos = _hf_eos(folder, raw)
+        generation = _generation_config(folder)
+        eos = token_ids(generation, "generation_config.json", "eos_token_id")
+        if "eos_token_id" not in generation:
+            eos = token_ids({"eos_token_id": 2, **raw}, CONFIG, "eos_token_id")
         packing = None if random else open_packing(raw, folder)
     else:
-        packing = None
-        config = MixtralConfig.from_mistral(read_json(folder / PARAMS))
-        saved, eos = "", (2,)
+        raw, keys = read_object(folder / PARAMS), PARAMS_KEYS
+        config = MixtralConfig.from_mistral(raw)
+        saved, eos, generation = "", (2,), {}
+    max_model_len = _max_model_len(model, config, window_of(raw, keys.file), keys.file)
     files = () if not weights else _hf_files(folder) if form is ModelFormat.hf else _mistral_files(folder)
     saved = saved or _stored_dtype(files)
     name = saved if model.dtype is Dtype.auto else model.dtype.value
-    if name not in DTYPES:
-        raise BatchmixError(f"{folder}: dtype {name!r} is not one of {', '.join(DTYPES)}; set model.dtype")
-    limit = config.max_position_embeddings
-    if model.max_model_len is not None and model.max_model_len > limit:
-        raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise BatchmixError(f"{folder}: dtype {shown(name)} is not one of {', '.join(DTYPES)}; set model.dtype")
     form = ModelFormat.random if random else form
     quantization = model.quantization or (packing.runs if packing is not None else None)
     check_shape(quantization, config)
+    notes = [*keys.notes(raw), *GENERATION_CONFIG.notes(generation), *_notes(folder, files, eos, config.vocab_size)]
     return Checkpoint(
-        folder, form, config, DTYPES[name], model.max_model_len or limit, eos, files,
-        quantization=quantization, packing=packing, kv_cache_dtype=model.kv_cache_dtype,
-        offload=model.offload, offload_dir=model.offload_dir,
+        folder, form, config, DTYPES[name], max_model_len, eos, files, quantization=quantization, packing=packing,
+        kv_cache_dtype=model.kv_cache_dtype, offload=model.offload, offload_dir=model.offload_dir, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _max_model_len(model: ModelConfig, config: MixtralConfig, window: int | None, file: str) -> int:
+    """Prompt + completion tokens. A sliding window is full attention as long as no row is longer."""
+    limit = config.max_position_embeddings
+    if model.max_model_len is not None and model.max_model_len > limit:
+        raise BatchmixError(f"model.max_model_len={model.max_model_len}: the checkpoint allows at most {limit}")
+    length = model.max_model_len or limit
+    if window is not None and length > window:
+        raise BatchmixError(
+            f"{file}: sliding_window={window} is not supported for rows that are longer;"
+            f" model.max_model_len={window} or less runs it, with the same answers"
+        )
+    return length
+
+
+def _notes(folder: Path, files: tuple[Path, ...], eos: tuple[int, ...], vocab_size: int) -> list[str]:
+    notes = []
+    beyond = [token for token in eos if token >= vocab_size]
+    if beyond:
+        notes.append(f"{folder}: eos_token_id {shown(beyond)} is not in the model's vocabulary of {vocab_size} tokens")
+    if [path.name for path in files] == [SINGLE] and (folder / INDEX).is_file():
+        notes.append(f"{folder}: {SINGLE} is read, as in transformers; {INDEX} beside it is not")
+    return notes
 
 
 def _find_folder(model: ModelConfig, weights: bool) -> Path:
@@ -137,10 +178,16 @@ def _download(model: ModelConfig, weights: bool) -> Path:
 def _weight_patterns(folder: Path, form: ModelFormat) -> list[str]:
     if form is ModelFormat.mistral:
         return ["consolidated*"]
-    return sorted(set(_weight_map(folder).values())) or ["model.safetensors"]
+    return sorted({*_weight_map(folder).values(), SINGLE})  # both where both are there: the single file is read
 
 
 def _find_format(folder: Path, wanted: ModelFormat) -> ModelFormat:
+    if (folder / ADAPTER).is_file():
+        base = read_object(folder / ADAPTER).get("base_model_name_or_path")
+        raise BatchmixError(
+            f"model.path={folder}: {ADAPTER} makes it a LoRA adapter{f' of {shown(base)}' if base else ''}; merge it into"
+            " its base model and give the merged folder (peft: model.merge_and_unload().save_pretrained(folder))"
+        )
     marks = {ModelFormat.hf: CONFIG, ModelFormat.mistral: PARAMS}
     for form, name in marks.items():
         if wanted in (form, ModelFormat.auto) and (folder / name).is_file():
@@ -153,26 +200,14 @@ def _find_format(folder: Path, wanted: ModelFormat) -> ModelFormat:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; BatchmixError where there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BatchmixError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BatchmixError(f"{path}: is no JSON object")
-    return value
-
-
-def _hf_eos(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    generation = folder / "generation_config.json"
-    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id", 2))
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_object(path) if path.is_file() else {}
 
 
 def _hf_files(folder: Path) -> tuple[Path, ...]:
-    weight_map = _weight_map(folder)
-    names = sorted(set(weight_map.values())) or ["model.safetensors"]
+    weight_map = {} if (folder / SINGLE).is_file() else _weight_map(folder)  # the order of transformers
+    names = sorted(set(weight_map.values())) or [SINGLE]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and any(folder.glob("*.bin")):
         raise BatchmixError(f"{folder}: holds .bin weights, which can run code when loaded; save it again as safetensors "
@@ -186,7 +221,7 @@ def _hf_files(folder: Path) -> tuple[Path, ...]:
         raise BatchmixError(
             f"{folder}: {missing[0]} is missing"
             + (f", and {len(missing) - 1} more" if missing[1:] else "")
-            + (f" (tensor {lost[0]} is in it)" if lost else "")
+            + (f" (tensor {in_line(lost[0])} is in it)" if lost else "")
         )
     return tuple(folder / name for name in names)
 
@@ -196,12 +231,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if not index.is_file():
         return {}
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BatchmixError(f"{index}: has no weight_map, which says what tensor is in which file")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise BatchmixError(f"{index}: tensor {name} is in {file!r}, which is no file name")
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise BatchmixError(f"{index}: tensor {in_line(name)} is in {shown(file)}, which is no file name")
     return weight_map
 
 
@@ -213,10 +248,12 @@ def _stored_dtype(files: tuple[Path, ...]) -> str:
 
 def check_index(folder: Path, files: TensorFiles) -> None:
     """BatchmixError where a file lacks a tensor that the index says is in it."""
+    if (folder / SINGLE).is_file():
+        return
     shapes = files.shapes()
     for name, file in _weight_map(folder).items():
         if name not in shapes or files.path(name).name != file:
-            raise BatchmixError(f"{folder / file}: has no tensor {name}, which {INDEX} says is in it")
+            raise BatchmixError(f"{folder / file}: has no tensor {in_line(name)}, which {INDEX} says is in it")
 
 
 def _mistral_files(folder: Path) -> tuple[Path, ...]:

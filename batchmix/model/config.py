@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from batchmix.errors import BatchmixError
+from batchmix.json_file import shown
+from batchmix.model.config_keys import CONFIG, MOE, PARAMS, ROPE, Keys
+
+# The largest sizes that are read: some times those of the largest Mixtral, and small enough that a file that lies about
+# them costs no memory before the weights' headers are compared with it.
+_LIMITS = {
+    "vocab_size": 2**21, "hidden_size": 2**17, "intermediate_size": 2**17, "num_hidden_layers": 256,
+    "num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 1024, "num_local_experts": 512,
+    "num_experts_per_tok": 512, "max_position_embeddings": 2**20,
+}  # fmt: skip
+_NAMES = {  # of params.json
+    "dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "num_experts": "num_local_experts",
+    "max_seq_len": "max_position_embeddings",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,37 +48,31 @@ class MixtralConfig:
         """From a hub folder's config.json; BatchmixError for another architecture or a feature that we lack."""
         kind = config.get("model_type")
         if kind != "mixtral":
-            raise BatchmixError(f"config.json: model_type is {kind!r}; batchmix runs mixtral only")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise BatchmixError(f"config.json: rope_parameters is {rope!r}, no object")
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise BatchmixError(f"config.json: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
+            raise BatchmixError(f"config.json: model_type is {shown(kind)}; batchmix runs mixtral only")
+        CONFIG.check(config)
+        rope = _rope(config)
         number = partial(_number, config, "config.json")
-        positions = number("max_position_embeddings", 32768)
-        window = config.get("sliding_window")
-        if window is not None and not (isinstance(window, int) and window >= positions):
-            raise BatchmixError(
-                f"config.json: sliding_window={window} is not supported (Mixtral attends to all tokens)"
-            )
         heads, hidden = number("num_attention_heads"), number("hidden_size")
+        experts = number("num_local_experts", config.get("num_experts"))  # transformers knows both names
+        if config.get("num_experts") not in (None, experts):
+            raise BatchmixError(
+                f"config.json: num_experts={shown(config['num_experts'])}, but num_local_experts={experts}"
+            )
         return cls(
             vocab_size=number("vocab_size"),
             hidden_size=hidden,
             intermediate_size=number("intermediate_size"),
             num_hidden_layers=number("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", heads),
+            num_key_value_heads=number("num_key_value_heads", heads if "num_key_value_heads" in config else 8),
             head_dim=number("head_dim", hidden // heads),
-            num_local_experts=number("num_local_experts"),
+            num_local_experts=experts,
             num_experts_per_tok=number("num_experts_per_tok", 2),
-            max_position_embeddings=positions,
+            max_position_embeddings=number("max_position_embeddings", 131072),
             rms_norm_eps=_real(config, "config.json", "rms_norm_eps", 1e-5),
-            rope_theta=_real(
-                {"rope_theta": config.get("rope_theta") or rope.get("rope_theta")}, "config.json", "rope_theta", 1e6
-            ),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
+            rope_theta=_real(rope, "config.json", "rope_theta", 1e6),
+            tie_word_embeddings=_flag(config, "config.json", "tie_word_embeddings"),
+        )._checked("config.json")
 
     @classmethod
     def from_mistral(cls, params: Mapping[str, Any]) -> MixtralConfig:
@@ -72,8 +80,8 @@ class MixtralConfig:
         moe = params.get("moe")
         if not isinstance(moe, dict):
             raise BatchmixError("params.json: has no `moe`, so it is no Mixtral (batchmix runs mixtral only)")
-        if params.get("sliding_window"):
-            raise BatchmixError(f"params.json: sliding_window={params['sliding_window']} is not supported")
+        PARAMS.check(params)
+        _refuse_others(MOE, moe)
         number = partial(_number, params, "params.json")
         return cls(
             vocab_size=number("vocab_size"),
@@ -88,7 +96,21 @@ class MixtralConfig:
             max_position_embeddings=number("max_seq_len", 32768),
             rms_norm_eps=_real(params, "params.json", "norm_eps", None),
             rope_theta=_real(params, "params.json", "rope_theta", 1e6),
-        )
+        )._checked("params.json")
+
+    def _checked(self, file: str) -> MixtralConfig:
+        """Itself, if its sizes fit together."""
+        if self.head_dim % 2:
+            raise BatchmixError(f"{file}: head_dim is {self.head_dim}; it must be even, for rotary pairs")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise BatchmixError(
+                f"{file}: {self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value heads"
+            )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise BatchmixError(
+                f"{file}: num_experts_per_tok is {self.num_experts_per_tok}, more than the {self.num_local_experts} experts"
+            )
+        return self
 
     def to_hf(self) -> dict[str, Any]:
         """The keys of config.json."""
@@ -111,16 +133,68 @@ class MixtralConfig:
         }
 
 
-def _number(values: Mapping[str, Any], where: str, key: str, default: int | None = None) -> int:
+def window_of(values: Mapping[str, Any], file: str) -> int | None:
+    """`sliding_window`, the number of tokens that a token attends to; None: all."""
+    window = values.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise BatchmixError(f"{file}: sliding_window is {shown(window)}; it must be null or a whole number from 1")
+    return window
+
+
+def token_ids(values: Mapping[str, Any], file: str, key: str) -> tuple[int, ...]:
+    """values[key], a token id, a list of them or null."""
+    value = values.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise BatchmixError(f"{file}: {key} is {shown(value)}; it must be a token id, a list of them or null")
+    return tuple(dict.fromkeys(ids))
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters from where transformers takes them: rope_scaling, else rope_parameters, and rope_theta for both."""
+    found = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise BatchmixError(f"config.json: {key} is {shown(value)}, no object")
+        if value:
+            _refuse_others(ROPE, value)
+            found[key] = value
+    rope = found.get("rope_scaling") or found.get("rope_parameters") or {}
+    return {"rope_theta": config.get("rope_theta")} | {key: value for key, value in rope.items() if value is not None}
+
+
+def _refuse_others(keys: Keys, values: Mapping[str, Any]) -> None:
+    """As `check`, and no key but those that we know: others here change the network."""
+    keys.check(values)
+    for key, value in values.items():
+        if key not in keys.used and key not in keys.only and value is not None:
+            raise BatchmixError(f"{keys.file}: {shown(key)[1:-1]}={shown(value)} is not supported")
+
+
+def _number(values: Mapping[str, Any], where: str, key: str, default: Any = None) -> int:
     """values[key], or the default where that is missing or null; BatchmixError where it is no size."""
     value = default if values.get(key) is None else values[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise BatchmixError(f"{where}: {key} is {'missing' if value is None else repr(value)}; it must be 1 or more")
+    limit = _LIMITS[_NAMES.get(key, key)]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+        raise BatchmixError(f"{where}: {key} is {_given(value)}; it must be a whole number from 1 to {limit:,}")
     return value
 
 
 def _real(values: Mapping[str, Any], where: str, key: str, default: float | None) -> float:
     value = default if values.get(key) is None else values[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise BatchmixError(f"{where}: {key} is {'missing' if value is None else repr(value)}; it must be above 0")
+    # A whole number beyond 2**63 may be none that a float holds.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**63:
+        raise BatchmixError(f"{where}: {key} is {_given(value)}; it must be a number above 0")
     return float(value)
+
+
+def _flag(values: Mapping[str, Any], where: str, key: str) -> bool:
+    value = values.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise BatchmixError(f"{where}: {key} is {shown(value)}; it must be true or false")
+    return bool(value)
+
+
+def _given(value: object) -> str:
+    return "missing" if value is None else shown(value)

@@ -23,7 +23,8 @@ from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelFo
 from batchmix.data.storage import sync_folder
 from batchmix.data.tokenizer import BUILT_IN
 from batchmix.errors import BatchmixError
-from batchmix.model.checkpoint import CONFIG, DTYPES, PARAMS, Checkpoint, open_checkpoint, read_json
+from batchmix.json_file import read_object
+from batchmix.model.checkpoint import CONFIG, DTYPES, PARAMS, Checkpoint, open_checkpoint
 from batchmix.model.compressed_tensors_format import quantization_config
 from batchmix.model.convert_quantized import QuantizedExperts
 from batchmix.model.layouts import HubNames, Layout, Stored, from_hub, fused, hub, mistral
@@ -133,14 +134,14 @@ def _write_config(
     params, hf = checkpoint.folder / PARAMS, checkpoint.folder / CONFIG
     if config.format is ConvertFormat.mistral:
         kept = checkpoint.format is ModelFormat.mistral and params.is_file()
-        _write_json(folder / PARAMS, read_json(params) if kept else checkpoint.config.to_mistral())
+        _write_json(folder / PARAMS, read_object(params) if kept else checkpoint.config.to_mistral())
         if checkpoint.eos_token_ids != (2,):
             _log.warning(
                 "params.json has no place for eos_token_id=%s; answers will end at 2", checkpoint.eos_token_ids
             )
         return
     if checkpoint.format is ModelFormat.hf or not params.is_file():
-        values = read_json(hf)
+        values = read_object(hf)
     else:
         values = checkpoint.config.to_hf() | {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": None}
     for key in ("torch_dtype", "quantization_config", "compression_config"):
@@ -162,7 +163,7 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
     config = checkpoint.folder / CONFIG
     if not (folder / CONFIG).is_file() and config.is_file():
-        built_in = BUILT_IN.get(read_json(config).get("batchmix_tokenizer", ""))  # a file that mistral-common brings
+        built_in = BUILT_IN.get(read_object(config).get("batchmix_tokenizer", ""))  # a file that mistral-common brings
         if built_in is not None:
             data = importlib.resources.files("mistral_common") / "data" / built_in
             (folder / built_in).write_bytes(data.read_bytes())

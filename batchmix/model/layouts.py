@@ -7,6 +7,7 @@ halves. Every other layout says which of the hub's tensors each of its own holds
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from batchmix.errors import BatchmixError
+from batchmix.json_file import shown
 from batchmix.model.config import MixtralConfig
-from batchmix.model.sources import TensorFiles, release_pages
+from batchmix.model.sources import TensorFiles, in_line, release_pages
 
+_log = logging.getLogger(__name__)
 Shape = tuple[int, ...]
 FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -144,12 +147,33 @@ def choose_layout(files: TensorFiles, layouts: list[Layout], folder: Path) -> La
         raise BatchmixError(f"{folder}: tensor {missing[0]} is missing{more}")
     for name, stored in layout.items():
         if shapes[name] != stored.shape:
-            raise BatchmixError(f"{files.path(name)}: tensor {name} is {list(shapes[name])}, not {list(stored.shape)}")
+            raise BatchmixError(
+                f"{files.path(name)}: tensor {name} is {shown(list(shapes[name]))}, not {list(stored.shape)}"
+            )
         if files.dtype(name) not in FLOATS:
             raise BatchmixError(
                 f"{files.path(name)}: tensor {name} is of type {files.dtype(name)}, not one of {', '.join(FLOATS)}"
             )
     return layout
+
+
+def check_rest(files: TensorFiles, layout: Layout, config: MixtralConfig) -> None:
+    """Warn of tensors that no part of the network is made of.
+
+    BatchmixError for an output layer that says something else than the embeddings that config.json ties it to.
+    """
+    rest = [name for name in files.shapes() if name not in layout and not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_word_embeddings and "lm_head.weight" in rest:
+        rest.remove("lm_head.weight")
+        if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+            raise BatchmixError(
+                f"{files.path('lm_head.weight')}: tensor lm_head.weight differs from model.embed_tokens.weight, but"
+                " config.json says tie_word_embeddings=true; set it to false"
+            )
+    if rest:
+        more = f" and {len(rest) - 1} more tensors are" if rest[1:] else " is"
+        _log.warning("%s: tensor %s%s not used: a Mixtral of this configuration has none of that name",
+                     files.path(rest[0]), in_line(rest[0]), more)  # fmt: skip
 
 
 class HubNames:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from batchmix.config import Quantization
 from batchmix.errors import BatchmixError
+from batchmix.json_file import shown
 from batchmix.model.bitsandbytes_format import bitsandbytes
 from batchmix.model.compressed_tensors_format import compressed_tensors, fp8
 from batchmix.model.config import MixtralConfig
@@ -61,10 +62,10 @@ def open_packing(raw: Mapping[str, Any], folder: Path) -> Packing | None:
     config = raw.get("quantization_config") or raw.get("compression_config")
     if not config:
         return None
-    method = config.get("quant_method")
     try:
-        if method not in _METHODS:
-            raise ValueError(f"quant_method {method!r} is not one of {', '.join(_METHODS)}")
+        method = config.get("quant_method")
+        if not isinstance(method, str) or method not in _METHODS:
+            raise ValueError(f"quant_method {shown(method)} is not one of {', '.join(_METHODS)}")
         return _METHODS[method](config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"is incomplete ({error!r})"
@@ -89,7 +90,9 @@ class PackedTensors:
                     raise BatchmixError(f"{folder}: tensor {stored} is missing")
                 if shapes and there[stored] not in shapes:
                     wanted = " or ".join(str(list(shape)) for shape in shapes)
-                    raise BatchmixError(f"{files.path(stored)}: tensor {stored} is {list(there[stored])}, not {wanted}")
+                    raise BatchmixError(
+                        f"{files.path(stored)}: tensor {stored} is {shown(list(there[stored]))}, not {wanted}"
+                    )
             if not packed and files.dtype(name) not in FLOATS:
                 raise BatchmixError(
                     f"{files.path(name)}: tensor {name} is of type {files.dtype(name)} and has no {packing.mark} beside it"

@@ -17,8 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from batchmix.errors import BatchmixError
+from batchmix.json_file import shown
 
 _libc = ctypes.CDLL(None)
+
+
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 class SafetensorsFile:
@@ -31,7 +35,7 @@ class SafetensorsFile:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, OverflowError) as error:
             reason = _cut_off(path) or f"is damaged or no safetensors file ({_first_line(error)})"
             raise BatchmixError(f"{path}: {reason}") from None
 
@@ -74,7 +78,7 @@ class TensorFiles:
             twice = next((name for name in file.shapes if name in self._files), None)
             if twice is not None:
                 raise BatchmixError(
-                    f"{path}: tensor {twice} is in {self._files[twice].path.name} too; slices of a tensor-parallel run"
+                    f"{path}: tensor {in_line(twice)} is in {self._files[twice].path.name} too; slices of a tensor-parallel run"
                     " cannot be joined here (each tensor must be whole and in one file)"
                 )
             self._files |= dict.fromkeys(file.shapes, file)
@@ -113,6 +117,11 @@ def release_pages(tensor: Tensor) -> None:
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
+def in_line(name: str) -> str:
+    """A tensor's name, which can be any text, for a message of one line."""
+    return name if name.isprintable() and len(name) <= 200 else shown(name)
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
@@ -130,9 +139,11 @@ def _cut_off(path: Path) -> str | None:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER:
+                return None
             header = json.loads(file.read(min(length, size)))
         ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         cut = min((end, name) for name, end in ends.items() if end > size)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
-    return f"is cut off: tensor {cut[1]} ends at byte {cut[0]:,}, the file at {size:,}"
+    return f"is cut off: tensor {in_line(cut[1])} ends at byte {cut[0]:,}, the file at {size:,}"

@@ -16,7 +16,17 @@ from torch import Tensor
 from batchmix.config import ModelFormat, Quantization
 from batchmix.model.checkpoint import Checkpoint, check_index
 from batchmix.model.config import MixtralConfig
-from batchmix.model.layouts import HubNames, choose_layout, expert_name, fused, hub, hub_shapes, mistral, stacked
+from batchmix.model.layouts import (
+    HubNames,
+    check_rest,
+    choose_layout,
+    expert_name,
+    fused,
+    hub,
+    hub_shapes,
+    mistral,
+    stacked,
+)
 from batchmix.model.offload import Offload
 from batchmix.model.places import DensePlace, Place
 from batchmix.model.prequantized import PackedTensors, Packing
@@ -140,6 +150,7 @@ def open_tensors(checkpoint: Checkpoint) -> HubNames | PackedTensors:
         return _open_packed(files, checkpoint, checkpoint.packing)
     layouts = [mistral, stacked] if checkpoint.format is ModelFormat.mistral else [hub, fused]
     layout = choose_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
+    check_rest(files, layout, checkpoint.config)
     return HubNames(files, layout, checkpoint.config)
 
 

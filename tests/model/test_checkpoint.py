@@ -67,7 +67,7 @@ def test_what_the_cache_lacks_is_one_line(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "weights", "expected"),
     [
-        ("auto", True, ["model-00001.safetensors", "model-00002.safetensors"]),
+        ("auto", True, ["model-00001.safetensors", "model-00002.safetensors", "model.safetensors"]),
         ("mistral", True, ["consolidated*"]),
         ("auto", False, None),
     ],
