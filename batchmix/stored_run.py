@@ -17,7 +17,7 @@ from batchmix.data.finalize import (
     read_markers,
     read_runs,
 )
-from batchmix.data.lease import FOLDER
+from batchmix.data.lease import FOLDER, Busy
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import Parts
 from batchmix.data.storage import open_storage, reason_of
@@ -61,10 +61,11 @@ def finalize_folder(config: Config) -> str:
     storage.make_folder(FOLDER)
     with finalizing(storage, config.shard) as lease:
         for record in open_leases(storage):
-            if not record.lost:
+            try:
+                close_lost(parts, config.shard, record)
+            except Busy:
                 raise BatchmixError(f"output.dir={storage.url}: {record.owner} is writing {describe(record)} there; the last "
-                                    "worker to finish does this by itself")  # fmt: skip
-            close_lost(parts, config.shard, record)
+                                    "worker to finish does this by itself") from None  # fmt: skip
         markers = read_markers(storage)
         if not markers:
             raise BatchmixError(f"output.dir={storage.url}: no worker has read the data to its end yet; run the generate "

@@ -23,7 +23,7 @@ from batchmix.data.finalize import (
     statistics_name,
     success,
 )
-from batchmix.data.lease import FOLDER, Lease, Record, shard_name, wait_until_lost
+from batchmix.data.lease import FOLDER, Busy, Lease, Record, shard_name, wait_until_lost
 from batchmix.data.parts import PartLog, Parts
 from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.redo import replace_rows, rows_to_redo
@@ -238,11 +238,12 @@ class OutputFolder:
 
     def _check_overwrite(self, record: Record) -> None:
         """BatchmixError where a lost worker may only be silent: its seal would be deleted with all the rest."""
-        in_flight = record.owner.gone and record.silence <= record.takeover_seconds
+        silence = record.silence(self.storage)
+        in_flight = record.owner.gone and silence <= record.takeover_seconds
         may_write = record.needs_seal(self.storage) and (not record.owner.gone or in_flight)
         if self._output.overwrite and record.first_number is not None and may_write:
             raise BatchmixError(
-                f"output.overwrite=true: {record.owner} was last heard of {record.silence:.0f} s ago and may still write to"
+                f"output.overwrite=true: {record.owner} was not heard of for {silence:.0f} s and may still write to"
                 f" output.dir={self.storage.url}; see that it has ended and delete {self.storage.url}/{record.path}, or"
                 " choose another output.dir"
             )
@@ -264,9 +265,15 @@ class OutputFolder:
         return int(name.split("-")[1]) % self._shard.count == self._shard.index
 
     def _is_alone(self) -> bool:
-        """Whether no other shard is at work."""
+        """Whether no other shard is at work; those elsewhere are waited for until they give a sign or are lost."""
         mine = shard_name(self._shard.index, self._shard.count)
-        return not any(record.name != mine and not record.lost for record in open_leases(self.storage))
+        try:
+            for record in open_leases(self.storage):
+                if record.name != mine:
+                    wait_until_lost(self.storage, record, describe(record))
+        except Busy:
+            return False
+        return True
 
     def _end_the_lost(self) -> bool:
         """Before the whole is put in order. False where a worker is alive: it will be the last to finish."""

@@ -239,7 +239,10 @@ def sync_folder(folder: Path) -> None:
 
 def read_json(storage: Storage, name: str) -> Any:
     """FileNotFoundError or ValueError where it cannot be read."""
-    return json.loads(storage.read(name))
+    try:
+        return json.loads(storage.read(name))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def find_json(storage: Storage, name: str) -> Any:
