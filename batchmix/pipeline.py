@@ -41,7 +41,7 @@ from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
 from batchmix.report.totals import Totals
 from batchmix.report.trace import Trace
-from batchmix.run_info import describe_run, provenance
+from batchmix.run_info import accept_weights, describe_run, provenance
 from batchmix.signals import StopSignals
 from batchmix.stages import check_error, make_sink, planned_batches, progress_of
 
@@ -90,6 +90,7 @@ def generate(config: Config) -> None:
                     with tensor_parallel(config, _give_up) as (shards, followers):
                         engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards, guides)
                         signals.defer()
+                        accept_weights(output.storage, engine.model.weights.fingerprint)
                         statistics = _run(config, source, tokenizer, output, engine, followers, chain([first], rows))
                 signals.raise_if_received()
                 output.write_statistics(statistics)
@@ -176,6 +177,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
             signals.defer()
             totals = Totals()
             storage = open_storage(config.output.dir)
+            accept_weights(storage, engine.model.weights.fingerprint)
             parts = _parts(config, source, checkpoint, tokenizer, share.run)
             log = PartLog(parts, share.folder, share.shard.index, share.first_number, lambda: None)
             with (

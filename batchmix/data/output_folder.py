@@ -36,7 +36,7 @@ from batchmix.run_info import accept_run, differences, read_run, record_redo
 
 _PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
 _OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics*.jsonl", "_summary*.json", "_evaluation.json", "_checks.json",
-         "_trace*.json", "_done-*", "_journal-*.json", SUCCESS)  # fmt: skip
+         "_trace*.json", "_weights.json", "_done-*", "_journal-*.json", SUCCESS)  # fmt: skip
 _OUR_FOLDERS = (".hydra", REDO_STAGING, "_report")
 
 _log = logging.getLogger(__name__)
