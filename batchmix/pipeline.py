@@ -41,7 +41,7 @@ from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
 from batchmix.report.totals import Totals
 from batchmix.report.trace import Trace
-from batchmix.run_info import accept_weights, describe_run, provenance
+from batchmix.run_info import accept_weights, describe_run, differences, provenance, read_run
 from batchmix.signals import StopSignals
 from batchmix.stages import check_error, make_sink, planned_batches, progress_of
 
@@ -72,6 +72,7 @@ def generate(config: Config) -> None:
         parts = _parts(config, source, checkpoint, tokenizer, run)
         num_workers = config.engine.data_parallel_size
         with closing(OutputFolder(config.output, config.shard, parts, run, config.data.limit, num_workers)) as output:
+            _check_data(source, output)
             if output.complete:
                 _log.info("%s is complete, nothing to do", config.output.dir)
                 return
@@ -95,6 +96,7 @@ def generate(config: Config) -> None:
                 signals.raise_if_received()
                 output.write_statistics(statistics)
             assert source.num_rows is not None  # all have been read
+            _check_unchanged(source, output, run)
             summary = output.finish(source.num_rows)
             others = "so are all others" if output.complete else "others are not"
             print(summary.text() if summary else f"this shard is done, {others}")
@@ -117,7 +119,7 @@ def _run(
         closing(_completions(config, source, tokenizer, engine, followers, rows)) as completions,
         Progress(source.shard_rows, output.num_done, stats) as progress,
         Metrics(output.storage, stats, progress.totals, config.shard.index),
-        make_sink(config, output.log(), tokenizer, clock) as sink,
+        make_sink(config, output.log(source.new_extents), tokenizer, clock) as sink,
     ):
         output.report(partial(progress_of, source, progress.totals))
         for completion in completions:
@@ -179,7 +181,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
             storage = open_storage(config.output.dir)
             accept_weights(storage, engine.model.weights.fingerprint)
             parts = _parts(config, source, checkpoint, tokenizer, share.run)
-            log = PartLog(parts, share.folder, share.shard.index, share.first_number, lambda: None)
+            log = PartLog(parts, share.folder, share.shard.index, share.first_number, lambda: None, source.new_extents)
             with (
                 _traced(config, engine, storage, trace_name(share.shard)),
                 closing(
@@ -214,7 +216,7 @@ def _give_up(error: BatchmixError) -> None:
 
 
 def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
-    return describe_run(
+    run = describe_run(
         config,
         openai_model=checkpoint.folder.name if source.openai_batch else None,
         model=checkpoint.fingerprint(),
@@ -224,6 +226,26 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[st
         quantization=None if checkpoint.quantization is None else checkpoint.quantization.value,
         max_model_len=checkpoint.max_model_len,
     )
+    return run | {"data_versions": source.versions()}
+
+
+def _check_data(source: Source, output: OutputFolder) -> None:
+    """BatchmixError where what was read for the rows there has other bytes now."""
+    change = source.find_change(output.extents(), read_run(output.storage).get("data_versions"))
+    if change is not None:
+        raise BatchmixError(f"output.dir={output.storage.url} holds rows made with other settings (data: {change}); choose "
+                            "another output.dir, or set output.overwrite=true to delete them and start afresh")  # fmt: skip
+
+
+def _check_unchanged(source: Source, output: OutputFolder, run: dict[str, Any]) -> None:
+    """BatchmixError where a file was written to while it was read."""
+    changed = differences({"data": run["identity"]["data"]}, {"data": source.fingerprint()})
+    if not changed and source.versions() != run["data_versions"]:
+        changed = [f"data: {change}"] if (change := source.find_change(output.extents(), None)) else []
+    if changed:
+        raise BatchmixError(f"{'; '.join(changed)} while it was read, so output.dir={output.storage.url} may hold answers to "
+                            "either; put back what it was and run the command again, or set output.overwrite=true to start "
+                            "afresh once nobody writes to it")  # fmt: skip
 
 
 def _parts(

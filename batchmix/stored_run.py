@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchmix.config import Config, Order, OutputFormat
+from batchmix.data.checksums import FOLDER as CHECKSUMS
 from batchmix.data.columns import OutputColumns
 from batchmix.data.finalize import (
     close_lost,
@@ -48,7 +49,7 @@ def open_stored(url: str) -> tuple[Parts, dict[str, Any]]:
 
 def read_status(config: Config) -> Status:
     """How far the run in `output.dir` is. Reads only, so it may be called from anywhere at any time."""
-    return Status.read(open_stored(config.output.dir)[0])
+    return Status.read(open_stored(config.output.dir)[0].unchecked())
 
 
 def finalize_folder(config: Config) -> str:
@@ -59,6 +60,7 @@ def finalize_folder(config: Config) -> str:
     parts, run = open_stored(config.output.dir)
     storage = parts.storage
     storage.make_folder(FOLDER)
+    storage.make_folder(CHECKSUMS)
     with finalizing(storage, config.shard) as lease:
         for record in open_leases(storage):
             try:

@@ -15,6 +15,7 @@ from batchmix.data.exchange import finish_exchange, unfinished_exchange
 from batchmix.data.lease import CLOSED, CLOSING, FINALIZE, Busy, Lease, Record, read_leases, wait_until_lost
 from batchmix.data.merge import STAGING, check_once, merge_in_order
 from batchmix.data.parts import Parts
+from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.storage import Storage, read_json, write_json
 from batchmix.report.summary import Summary
 
@@ -131,6 +132,7 @@ def finalize(
         merge_in_order(parts, rows_per_shard, lease.generation)
     summary = Summary(parts.totals(), runs)
     lease.check(look=True)
+    parts.checksums.sweep(parts.names() + parts.names(f"{REDO_STAGING}/"))
     summary.write(parts.storage, "_summary.json")
     write_json(parts.storage, SUCCESS, success(limit, order, parts))
     return summary

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchmix.config import OutputConfig, ShardConfig
+from batchmix.data.checksums import FOLDER as CHECKSUMS
 from batchmix.data.finalize import (
     SUCCESS,
     Marker,
@@ -25,6 +26,7 @@ from batchmix.data.finalize import (
 )
 from batchmix.data.lease import FOLDER, Busy, Lease, Record, shard_name, wait_until_lost
 from batchmix.data.parts import PartLog, Parts
+from batchmix.data.read_log import Extent
 from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.redo import replace_rows, rows_to_redo
 from batchmix.data.rowset import AllBut, RowSet
@@ -37,7 +39,7 @@ from batchmix.run_info import accept_run, differences, read_run, record_redo
 _PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
 _OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics*.jsonl", "_summary*.json", "_evaluation.json", "_checks.json",
          "_trace*.json", "_weights.json", "_done-*", "_journal-*.json", SUCCESS)  # fmt: skip
-_OUR_FOLDERS = (".hydra", REDO_STAGING, "_report")
+_OUR_FOLDERS = (".hydra", REDO_STAGING, "_report", CHECKSUMS)
 
 _log = logging.getLogger(__name__)
 
@@ -147,9 +149,14 @@ class OutputFolder:
         """What heartbeats say of this shard's progress from now on."""
         self._lease.progress = progress
 
-    def log(self) -> PartLog:
-        """What commits this process's rows here."""
-        return PartLog(self._parts, self.folder, self._shard.index, self.first_number, self._lease.check)
+    def log(self, read: Callable[[], list[Extent]] = list) -> PartLog:
+        """What commits this process's rows here; `read` tells what was newly read of the input."""
+        return PartLog(self._parts, self.folder, self._shard.index, self.first_number, self._lease.check, read)
+
+    def extents(self) -> list[Extent]:
+        """What all who committed rows had read of the input."""
+        rows = self._parts.names() or self._parts.names(f"{REDO_STAGING}/")
+        return self._parts.checksums.extents() if rows else []
 
     @property
     def trace_name(self) -> str:
@@ -202,6 +209,7 @@ class OutputFolder:
         url = self.storage.url
         try:
             self.storage.make_folder(FOLDER)
+            self.storage.make_folder(CHECKSUMS)
             exclusive = self.storage.exclusive
         except BatchmixError:
             raise
@@ -253,6 +261,7 @@ class OutputFolder:
             self.storage.delete(name)
         for name in _OUR_FOLDERS:
             self.storage.delete_folder(name)
+        self.storage.make_folder(CHECKSUMS)
 
     def _is_void(self, run: dict[str, Any]) -> bool:
         """Whether a run with other settings left no rows here, as one does that is stopped while the model is loaded."""

@@ -62,7 +62,7 @@ def run_on_ray(
         RayPool(config, checkpoint.fingerprint(), partial(accept_weights, output.storage)) as pool,
         Progress(source.shard_rows, output.num_done, pool.stats) as progress,
         Metrics(output.storage, pool.stats, progress.totals, config.shard.index),
-        make_sink(config, output.log(), tokenizer, clock) as sink,
+        make_sink(config, output.log(source.new_extents), tokenizer, clock) as sink,
     ):
         output.report(partial(progress_of, source, progress.totals))
         for completion in pool.answer(rows, source.schema.names, signals.stopping, clock):

@@ -86,6 +86,7 @@ def job(tmp_path: Path, limit: int | None, **output: Any) -> Config:
 
 
 def test_a_resume_with_other_weights_commits_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     shutil.copytree(TINY, tmp_path / "m")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(6)))
     generate(job(tmp_path, 3))
@@ -100,6 +101,7 @@ def test_a_resume_with_other_weights_commits_nothing(tmp_path: Path, caplog: pyt
         with pytest.raises(BatchmixError, match="model is another: the values of its weights differ"):
             generate(config)
         assert sorted((tmp_path / "out").glob("part-*")) == before
+        shutil.rmtree(tmp_path / "out" / "_redo", ignore_errors=True)
     shutil.copy(weights, kept)  # the same bytes, written now
     (tmp_path / "out" / WEIGHTS).unlink()  # as an earlier release leaves it
     generate(job(tmp_path, 5))
