@@ -28,6 +28,7 @@ from yaml import YAMLError
 from batchmix.config import Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
 from batchmix.config_errors import explain, explain_missing
+from batchmix.config_files import check_config_files
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
 
@@ -156,6 +157,8 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             # Hydra wants a folder for its multirun.yaml before any job has accepted its output.dir.
             args.overrides.insert(0, f"hydra.sweep.dir={scratch}")
         try:
+            for folder in filter(None, (args.config_dir, args.config_path)):
+                check_config_files(folder)
             _run_hydra(args, args_parser, task, config_path="pkg://batchmix.conf", config_name=name)
             sys.stdout.flush()
         except BatchmixError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -20,7 +21,7 @@ from batchmix.data.parts import PartLog, Parts
 from batchmix.data.prompt import check_prompts
 from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
-from batchmix.data.storage import Storage, open_storage
+from batchmix.data.storage import Storage, open_storage, reason_of
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
@@ -55,7 +56,7 @@ def generate(config: Config) -> None:
     """
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
         raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
-    with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
+    with StopSignals() as signals, _output_errors_in_one_line(config.output.dir):
         on_ray = config.cluster.kind is ClusterKind.ray
         if not on_ray:  # whose nodes are not this machine
             check_places(config.engine, config.model.tensor_parallel_size)
@@ -165,7 +166,7 @@ def _run_replicas(
 
 def _work(parent: Parent, config: Config, share: Share) -> None:
     """One worker of `_run_replicas`: the whole chain of stages on its share of the rows."""
-    with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
+    with StopSignals() as signals, _output_errors_in_one_line(config.output.dir):
         begin_share(parent, share)
         source = open_source(config.data, share.shard)
         rows = source.rows(share.skip)
@@ -268,12 +269,22 @@ def _parts(
 
 
 @contextmanager
-def _full_disk_in_one_line(folder: str) -> Iterator[None]:
+def _output_errors_in_one_line(folder: str) -> Iterator[None]:
+    """BatchmixError where the disk is full, the output folder was deleted, or its store does not answer any more."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise BatchmixError(
-            f"output.dir={folder}: {error.strerror}; what was committed is safe, make room and run the command again"
-        ) from None
+        if error.errno in NO_SPACE:
+            raise BatchmixError(
+                f"output.dir={folder}: {error.strerror}; what was committed is safe, make room and run the command again"
+            ) from None
+        local = folder.removeprefix("file://")
+        if "://" not in local:
+            if not str(error.filename).startswith(os.path.join(local, "")) and error.filename != local:
+                raise  # not of the output
+            gone = not os.path.isdir(local)
+            reason = "was deleted while the run wrote to it" if gone else f"{error.filename}: {error.strerror}"
+        else:  # input has errors of its own, see `batchmix.data.data_file.reading`
+            reason = f"the store fails ({reason_of(error)})"
+        raise BatchmixError(f"output.dir={folder}: {reason}; what is committed there is whole, run the command again for the "
+                            "rest") from None  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 
 import batchmix
 from batchmix.config import Config
-from batchmix.data.storage import Storage, create_json, read_json, write_json
+from batchmix.data.storage import Storage, create_json, read_json, reason_of, write_json
 from batchmix.errors import BatchmixError
 
 NAME, WEIGHTS = "_run.json", "_weights.json"
@@ -116,10 +116,11 @@ def read_run(storage: Storage, folder: str = "") -> dict[str, Any]:
     """What `_run.json` says."""
     try:
         run: dict[str, Any] = read_json(storage, folder + NAME)
-        run["identity"], run["redone"]
+        if not isinstance(run["identity"], dict) or not isinstance(run["redone"], list):
+            raise ValueError("identity is no object or redone no list")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BatchmixError(
-            f"{storage.url}/{folder}{NAME}: cannot be read ({error}); it is not a file of batchmix"
+            f"{storage.url}/{folder}{NAME}: cannot be read ({reason_of(error)}); it is damaged or not a file of batchmix"
         ) from None
     return run
 

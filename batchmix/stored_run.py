@@ -39,7 +39,13 @@ def open_stored(url: str) -> tuple[Parts, dict[str, Any]]:
     if not begun:
         raise BatchmixError(f"output.dir={url}: holds no {NAME}, so no run of batchmix has begun there")
     run = read_run(storage)
-    output, form = run["config"]["output"], OutputFormat[run["config"]["output"]["format"]]
+    try:
+        output, form = run["config"]["output"], OutputFormat[run["config"]["output"]["format"]]
+        Order[output["order"]], output["compression"], int(output["rows_per_shard"]), run["openai_model"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BatchmixError(
+            f"{storage.url}/{NAME}: is damaged: what it says of the output cannot be read ({error!r})"
+        ) from None
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     parts = Parts(storage, part_format(form, columns, output["compression"], run["openai_model"]))
     if names := parts.names():

@@ -127,7 +127,7 @@ class Record:
         return record
 
 
-_TYPES = {"str": str, "int": int, "float": (int, float), "list[int]": list, "int | None": (int, type(None)),
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "list[int]": list, "int | None": (int, type(None)),
           "Owner": Owner, "dict[str, Any]": dict}  # fmt: skip
 
 

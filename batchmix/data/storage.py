@@ -171,7 +171,7 @@ class LocalFolder:
                 raise BatchmixError(f"output.dir={self.url}: this file system has no hard links, which commits need; "
                                     "choose another output.dir") from None  # fmt: skip
         except FileNotFoundError:
-            if not self.root.is_dir():
+            if not path.parent.is_dir():
                 raise
             return False  # whoever took over has swept up
         finally:
