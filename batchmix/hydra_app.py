@@ -126,18 +126,20 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
         _usage_error(name, "--experimental-rerun does not apply: the same command again finishes what is left")
 
     started_in = os.getpid()
-    failed = False
+    failed = composed_all = False
 
     @functools.wraps(function)  # Hydra names the job after the module of the function
     def task(composed: DictConfig) -> None:
-        nonlocal failed
+        nonlocal failed, composed_all
         elsewhere = os.getpid() != started_in  # in a launcher's worker
         if elsewhere:
             with suppress(OSError):
                 os.rmdir(scratch)  # Hydra has made it here too
         try:
             _check_launcher()
-            function(to_config(composed))
+            config = to_config(composed)
+            composed_all = True
+            function(config)
         except BatchmixError as error:
             if elsewhere:  # only the exception crosses to the process that waits
                 raise
@@ -172,6 +174,12 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             if not (args.help or args.hydra_help or args.cfg or args.info):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        except RecursionError:
+            if composed_all:
+                raise
+            _report(BatchmixError("an override or a configuration file is nested too deeply; give a file instead of nested"
+                                  " values, or fewer of them"))  # fmt: skip
+            failed = True
         except Exception as error:
             if (line := slurm.explain(error)) is None:
                 if not _is_about_config(error):

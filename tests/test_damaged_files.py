@@ -18,6 +18,8 @@ from batchmix.data.finalize import read_runs
 from batchmix.data.source import Source
 from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError
+from batchmix.jobs.annotate import main as annotate_job
+from batchmix.jobs.generate import main as generate_job
 from batchmix.pipeline import generate
 from batchmix.records import Row
 from batchmix.report.panels import _metrics
@@ -141,3 +143,34 @@ def test_yaml_with_a_few_aliases_is_read(tmp_path: Path) -> None:
     assert load_yaml("a: &a [1, 2]\nb: [*a, *a]")["b"] == [[1, 2], [1, 2]]
     (tmp_path / "broken.yaml").write_text("a: [")
     check_config_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "[" * 5000], ids=["bomb", "of itself", "deep"])
+def test_a_task_file_that_is_a_bomb_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text(text)
+    assert annotate_job([str(path), "data.path=x", "output.dir=out"]) == 1
+    assert capsys.readouterr().err.startswith(f"batchmix: error: {path}: cannot be read as a task file (")
+
+
+def test_a_folder_of_configurations_that_holds_a_bomb_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sampling").mkdir()
+    (tmp_path / "sampling" / "mine.yaml").write_text(BOMB)
+    assert generate_job(["--config-dir", str(tmp_path), "sampling=mine", "data.path=x", "output.dir=out"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"batchmix: error: {tmp_path}/sampling/mine.yaml: cannot be read (its aliases stand for")
+
+
+BRACES = "{a: " * 3000 + "1" + "}" * 3000
+
+
+@pytest.mark.parametrize(
+    "override", [f"sampling.logit_bias={BRACES}", f"data.path={'[' * 3000}{']' * 3000}"], ids=["map", "list"]
+)
+def test_an_override_that_is_nested_deeply_is_one_line(capsys: pytest.CaptureFixture[str], override: str) -> None:
+    assert generate_job(["data.path=x", "output.dir=out", override]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("batchmix: error: ")
+    assert len(error.splitlines()) == 1

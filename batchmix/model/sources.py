@@ -128,7 +128,7 @@ def _digest(tensor: Tensor) -> str:
     """Of its bytes, in the order of its elements."""
     digest = xxhash.xxh3_128()
     for block in torch.split(tensor.reshape(-1).view(torch.uint8), _BLOCK_BYTES):  # reshape copies odd strides
-        digest.update(memoryview(block.numpy()))
+        digest.update(cast(Any, block.numpy()))
     return digest.hexdigest()
 
 
