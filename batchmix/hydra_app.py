@@ -28,6 +28,7 @@ from yaml import YAMLError
 from batchmix.config import Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
 from batchmix.config_errors import explain, explain_missing
+from batchmix.config_files import check_config_files
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
 
@@ -125,18 +126,20 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
         _usage_error(name, "--experimental-rerun does not apply: the same command again finishes what is left")
 
     started_in = os.getpid()
-    failed = False
+    failed = composed_all = False
 
     @functools.wraps(function)  # Hydra names the job after the module of the function
     def task(composed: DictConfig) -> None:
-        nonlocal failed
+        nonlocal failed, composed_all
         elsewhere = os.getpid() != started_in  # in a launcher's worker
         if elsewhere:
             with suppress(OSError):
                 os.rmdir(scratch)  # Hydra has made it here too
         try:
             _check_launcher()
-            function(to_config(composed))
+            config = to_config(composed)
+            composed_all = True
+            function(config)
         except BatchmixError as error:
             if elsewhere:  # only the exception crosses to the process that waits
                 raise
@@ -156,6 +159,8 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             # Hydra wants a folder for its multirun.yaml before any job has accepted its output.dir.
             args.overrides.insert(0, f"hydra.sweep.dir={scratch}")
         try:
+            for folder in filter(None, (args.config_dir, args.config_path)):
+                check_config_files(folder)
             _run_hydra(args, args_parser, task, config_path="pkg://batchmix.conf", config_name=name)
             sys.stdout.flush()
         except BatchmixError as error:
@@ -169,6 +174,12 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             if not (args.help or args.hydra_help or args.cfg or args.info):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        except RecursionError:
+            if composed_all:
+                raise
+            _report(BatchmixError("an override or a configuration file is nested too deeply; give a file instead of nested"
+                                  " values, or fewer of them"))  # fmt: skip
+            failed = True
         except Exception as error:
             if (line := slurm.explain(error)) is None:
                 if not _is_about_config(error):

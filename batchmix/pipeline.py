@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -20,7 +21,7 @@ from batchmix.data.parts import PartLog, Parts
 from batchmix.data.prompt import check_prompts
 from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
-from batchmix.data.storage import Storage, open_storage
+from batchmix.data.storage import Storage, open_storage, reason_of
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
@@ -41,7 +42,7 @@ from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
 from batchmix.report.totals import Totals
 from batchmix.report.trace import Trace
-from batchmix.run_info import describe_run, provenance
+from batchmix.run_info import accept_weights, describe_run, differences, provenance, read_run
 from batchmix.signals import StopSignals
 from batchmix.stages import check_error, make_sink, planned_batches, progress_of
 
@@ -55,7 +56,7 @@ def generate(config: Config) -> None:
     """
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
         raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
-    with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
+    with StopSignals() as signals, _output_errors_in_one_line(config.output.dir):
         on_ray = config.cluster.kind is ClusterKind.ray
         if not on_ray:  # whose nodes are not this machine
             check_places(config.engine, config.model.tensor_parallel_size)
@@ -74,6 +75,7 @@ def generate(config: Config) -> None:
         parts = _parts(config, source, checkpoint, tokenizer, run)
         num_workers = config.engine.data_parallel_size
         with closing(OutputFolder(config.output, config.shard, parts, run, config.data.limit, num_workers)) as output:
+            _check_data(source, output)
             if output.complete:
                 _log.info("%s is complete, nothing to do", config.output.dir)
                 return
@@ -92,10 +94,12 @@ def generate(config: Config) -> None:
                     with tensor_parallel(config, _give_up) as (shards, followers):
                         engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards, guides)
                         signals.defer()
+                        accept_weights(output.storage, engine.model.weights.fingerprint)
                         statistics = _run(config, source, tokenizer, output, engine, followers, chain([first], rows))
                 signals.raise_if_received()
                 output.write_statistics(statistics)
             assert source.num_rows is not None  # all have been read
+            _check_unchanged(source, output, run)
             summary = output.finish(source.num_rows)
             others = "so are all others" if output.complete else "others are not"
             print(summary.text() if summary else f"this shard is done, {others}")
@@ -118,7 +122,7 @@ def _run(
         closing(_completions(config, source, tokenizer, engine, followers, rows)) as completions,
         Progress(source.shard_rows, output.num_done, stats) as progress,
         Metrics(output.storage, stats, progress.totals, config.shard.index),
-        make_sink(config, output.log(), tokenizer, clock) as sink,
+        make_sink(config, output.log(source.new_extents), tokenizer, clock) as sink,
     ):
         output.report(partial(progress_of, source, progress.totals))
         for completion in completions:
@@ -163,7 +167,7 @@ def _run_replicas(
 
 def _work(parent: Parent, config: Config, share: Share) -> None:
     """One worker of `_run_replicas`: the whole chain of stages on its share of the rows."""
-    with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
+    with StopSignals() as signals, _output_errors_in_one_line(config.output.dir):
         begin_share(parent, share)
         source = open_source(config.data, share.shard)
         rows = source.rows(share.skip)
@@ -177,8 +181,9 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
             signals.defer()
             totals = Totals()
             storage = open_storage(config.output.dir)
+            accept_weights(storage, engine.model.weights.fingerprint)
             parts = _parts(config, source, checkpoint, tokenizer, share.run)
-            log = PartLog(parts, share.folder, share.shard.index, share.first_number, lambda: None)
+            log = PartLog(parts, share.folder, share.shard.index, share.first_number, lambda: None, source.new_extents)
             with (
                 _traced(config, engine, storage, trace_name(share.shard)),
                 closing(
@@ -212,7 +217,7 @@ def _give_up(error: BatchmixError) -> None:
 
 
 def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
-    return describe_run(
+    run = describe_run(
         config,
         openai_model=checkpoint.folder.name if source.openai_batch else None,
         model=checkpoint.fingerprint(),
@@ -222,6 +227,26 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[st
         quantization=None if checkpoint.quantization is None else checkpoint.quantization.value,
         max_model_len=checkpoint.max_model_len,
     )
+    return run | {"data_versions": source.versions()}
+
+
+def _check_data(source: Source, output: OutputFolder) -> None:
+    """BatchmixError where what was read for the rows there has other bytes now."""
+    change = source.find_change(output.extents(), read_run(output.storage).get("data_versions"))
+    if change is not None:
+        raise BatchmixError(f"output.dir={output.storage.url} holds rows made with other settings (data: {change}); choose "
+                            "another output.dir, or set output.overwrite=true to delete them and start afresh")  # fmt: skip
+
+
+def _check_unchanged(source: Source, output: OutputFolder, run: dict[str, Any]) -> None:
+    """BatchmixError where a file was written to while it was read."""
+    changed = differences({"data": run["identity"]["data"]}, {"data": source.fingerprint()})
+    if not changed and source.versions() != run["data_versions"]:
+        changed = [f"data: {change}"] if (change := source.find_change(output.extents(), None)) else []
+    if changed:
+        raise BatchmixError(f"{'; '.join(changed)} while it was read, so output.dir={output.storage.url} may hold answers to "
+                            "either; put back what it was and run the command again, or set output.overwrite=true to start "
+                            "afresh once nobody writes to it")  # fmt: skip
 
 
 def _parts(
@@ -244,12 +269,22 @@ def _parts(
 
 
 @contextmanager
-def _full_disk_in_one_line(folder: str) -> Iterator[None]:
+def _output_errors_in_one_line(folder: str) -> Iterator[None]:
+    """BatchmixError where the disk is full, the output folder was deleted, or its store does not answer any more."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise BatchmixError(
-            f"output.dir={folder}: {error.strerror}; what was committed is safe, make room and run the command again"
-        ) from None
+        if error.errno in NO_SPACE:
+            raise BatchmixError(
+                f"output.dir={folder}: {error.strerror}; what was committed is safe, make room and run the command again"
+            ) from None
+        local = folder.removeprefix("file://")
+        if "://" not in local:
+            if not str(error.filename).startswith(os.path.join(local, "")) and error.filename != local:
+                raise  # not of the output
+            gone = not os.path.isdir(local)
+            reason = "was deleted while the run wrote to it" if gone else f"{error.filename}: {error.strerror}"
+        else:  # input has errors of its own, see `batchmix.data.data_file.reading`
+            reason = f"the store fails ({reason_of(error)})"
+        raise BatchmixError(f"output.dir={folder}: {reason}; what is committed there is whole, run the command again for the "
+                            "rest") from None  # fmt: skip

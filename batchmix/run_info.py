@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,14 @@ from typing import Any
 
 import batchmix
 from batchmix.config import Config
-from batchmix.data.storage import Storage, create_json, read_json, write_json
+from batchmix.data.storage import Storage, create_json, read_json, reason_of, write_json
 from batchmix.errors import BatchmixError
 
-NAME = "_run.json"
+NAME, WEIGHTS = "_run.json", "_weights.json"
 _CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
               "llguidance")  # fmt: skip
+_log = logging.getLogger(__name__)
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.
 _FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",
@@ -85,14 +87,40 @@ def accept_run(storage: Storage, run: dict[str, Any], folder: str = "") -> dict[
     return old
 
 
+def accept_weights(storage: Storage, fingerprint: str | None) -> None:
+    """Write `_weights.json`, or compare with the one there: BatchmixError where it is of other weights.
+
+    `fingerprint`: of all tensors, as they were loaded; None for random weights, whose settings say what they are. To be
+    called before the first part is committed.
+    """
+    said = {"xxh3_128": fingerprint}
+    if fingerprint is None:
+        return
+    if not storage.exists(WEIGHTS) and storage.names("part-*"):
+        _log.info("%s has rows of an earlier batchmix, which kept no checksum of the weights: they were compared by size"
+                  " and by their files' ends alone", storage.url)  # fmt: skip
+    if create_json(storage, WEIGHTS, said):
+        return
+    try:
+        same = bool(read_json(storage, WEIGHTS) == said)
+    except ValueError as error:
+        raise BatchmixError(f"{storage.url}/{WEIGHTS}: cannot be read ({error}); choose another output.dir") from None
+    if not same:
+        raise BatchmixError(
+            f"output.dir={storage.url} holds rows made with other settings (model is another: the values of its weights"
+            " differ); choose another output.dir, or set output.overwrite=true to delete them and start afresh"
+        )
+
+
 def read_run(storage: Storage, folder: str = "") -> dict[str, Any]:
     """What `_run.json` says."""
     try:
         run: dict[str, Any] = read_json(storage, folder + NAME)
-        run["identity"], run["redone"]
+        if not isinstance(run["identity"], dict) or not isinstance(run["redone"], list):
+            raise ValueError("identity is no object or redone no list")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BatchmixError(
-            f"{storage.url}/{folder}{NAME}: cannot be read ({error}); it is not a file of batchmix"
+            f"{storage.url}/{folder}{NAME}: cannot be read ({reason_of(error)}); it is damaged or not a file of batchmix"
         ) from None
     return run
 

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchmix.config import Config, Order, OutputFormat
+from batchmix.data.checksums import FOLDER as CHECKSUMS
 from batchmix.data.columns import OutputColumns
 from batchmix.data.finalize import (
     close_lost,
@@ -17,7 +18,7 @@ from batchmix.data.finalize import (
     read_markers,
     read_runs,
 )
-from batchmix.data.lease import FOLDER
+from batchmix.data.lease import FOLDER, Busy
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import Parts
 from batchmix.data.storage import open_storage, reason_of
@@ -38,7 +39,13 @@ def open_stored(url: str) -> tuple[Parts, dict[str, Any]]:
     if not begun:
         raise BatchmixError(f"output.dir={url}: holds no {NAME}, so no run of batchmix has begun there")
     run = read_run(storage)
-    output, form = run["config"]["output"], OutputFormat[run["config"]["output"]["format"]]
+    try:
+        output, form = run["config"]["output"], OutputFormat[run["config"]["output"]["format"]]
+        Order[output["order"]], output["compression"], int(output["rows_per_shard"]), run["openai_model"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BatchmixError(
+            f"{storage.url}/{NAME}: is damaged: what it says of the output cannot be read ({error!r})"
+        ) from None
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     parts = Parts(storage, part_format(form, columns, output["compression"], run["openai_model"]))
     if names := parts.names():
@@ -48,7 +55,7 @@ def open_stored(url: str) -> tuple[Parts, dict[str, Any]]:
 
 def read_status(config: Config) -> Status:
     """How far the run in `output.dir` is. Reads only, so it may be called from anywhere at any time."""
-    return Status.read(open_stored(config.output.dir)[0])
+    return Status.read(open_stored(config.output.dir)[0].unchecked())
 
 
 def finalize_folder(config: Config) -> str:
@@ -59,12 +66,14 @@ def finalize_folder(config: Config) -> str:
     parts, run = open_stored(config.output.dir)
     storage = parts.storage
     storage.make_folder(FOLDER)
+    storage.make_folder(CHECKSUMS)
     with finalizing(storage, config.shard) as lease:
         for record in open_leases(storage):
-            if not record.lost:
+            try:
+                close_lost(parts, config.shard, record)
+            except Busy:
                 raise BatchmixError(f"output.dir={storage.url}: {record.owner} is writing {describe(record)} there; the last "
-                                    "worker to finish does this by itself")  # fmt: skip
-            close_lost(parts, config.shard, record)
+                                    "worker to finish does this by itself") from None  # fmt: skip
         markers = read_markers(storage)
         if not markers:
             raise BatchmixError(f"output.dir={storage.url}: no worker has read the data to its end yet; run the generate "

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from batchmix.config import Config
+from batchmix.config_files import load_yaml
 from batchmix.hydra_app import job
 
 
@@ -34,8 +35,8 @@ def _run_file(path: Path, arguments: Sequence[str]) -> int:
     """Hydra takes the files of a group from folders, so the task file is copied into one. Its keys need no package."""
     try:
         text = path.read_text(encoding="utf-8")
-        task = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        task = load_yaml(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         print(f"batchmix: error: {path}: cannot be read as a task file ({reason})", file=sys.stderr)
         return 1

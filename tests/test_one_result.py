@@ -17,7 +17,7 @@ from processes import TICKETS, finish, read, start, wait_for
 from batchmix.config import Config, DataConfig, EngineConfig, Order, OutputConfig, SamplingConfig, ShardConfig
 from batchmix.data.lease import CLOSED, Lease, Record, shard_name
 from batchmix.data.owner import Owner
-from batchmix.data.storage import open_storage
+from batchmix.data.storage import open_storage, write_json
 from batchmix.errors import BatchmixError
 from batchmix.pipeline import generate
 from batchmix.report.status import ShardStatus, Status
@@ -97,17 +97,47 @@ def rows_of(path: Path) -> list[int]:
 
 def test_exit_codes() -> None:
     here = Record("00000-of-00002", 1, Owner.this_process(), heartbeat=time.time())
-    silent = dataclasses.replace(here, heartbeat=time.time() - 40)
+    silent = dataclasses.replace(here, progress={"silent": 40})
     ended = dataclasses.replace(here, state=CLOSED)
 
     def code(*shards: tuple[int | None, Record | None], complete: bool = False) -> int:
-        found = [ShardStatus(index, len(shards), 5, 0, left, lease) for index, (left, lease) in enumerate(shards)]
+        silence = [0.0 if lease is None else lease.progress.get("silent", 0.0) for _, lease in shards]
+        found = [ShardStatus(index, len(shards), 5, 0, left, lease, silence[index])
+                 for index, (left, lease) in enumerate(shards)]  # fmt: skip
         return Status("out", complete, found, None).exit_code
 
     assert code((0, ended), (0, ended), complete=True) == 0
     assert code((3, here), (None, here)) == code((0, ended), (0, here)) == 3
     assert code((0, ended), (0, ended)) == code((3, None), (0, here)) == code((3, silent), (3, here)) == 4
     assert code((None, ended), (3, here)) == code((0, silent), (0, here)) == 4
+
+
+def test_status_trusts_no_other_machines_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers elsewhere, whose clocks are a day ahead and a day behind; the latter alone still beats."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(TICKETS.read_text().splitlines(keepends=True)[:2]))
+    out = tmp_path / "out"
+    generate(job(data, str(out), 0, 2))
+    storage = open_storage(str(out))
+
+    def write(index: int, ahead: float, beats: int) -> None:
+        owner = Owner("node7", 4711, time.time() + ahead, "another boot")
+        record = Record(shard_name(index, 2), 2, owner, started=time.time() + ahead, heartbeat=time.time() + ahead,
+                        beats=beats, heartbeat_seconds=0.4)  # fmt: skip
+        write_json(storage, record.path, dataclasses.asdict(record))
+
+    write(0, 86400, 7)
+    write(1, -86400, 7)
+    sleep, beats = time.sleep, iter(range(8, 1000))
+
+    def beat(seconds: float) -> None:
+        sleep(seconds)
+        write(1, -86400, next(beats))
+
+    monkeypatch.setattr(time, "sleep", beat)
+    lines = read_status(Config(output=OutputConfig(dir=str(out)))).text().splitlines()
+    assert "stuck: no heartbeat for" in lines[1]
+    assert "alive, 4711 on node7" in lines[2]
 
 
 @pytest.mark.slow  # starts five processes, and waits until one of them has been silent for long enough

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -45,10 +46,17 @@ main(["-H", "127.0.0.1", "-p", sys.argv[1]])
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A client of a server with one bucket; the environment leads every S3 library there."""
+    with serving(tmp_path_factory.mktemp("s3")) as (client, _):
+        yield client
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
+    """A server's client and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = (tmp_path_factory.mktemp("s3") / "log").open("wb")
+    log = (folder / "log").open("wb")
     server = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     environment = {
@@ -67,7 +75,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 assert time.monotonic() < deadline, Path(log.name).read_text()
                 time.sleep(0.2)
         try:
-            yield client
+            yield client, server
         finally:
             server.kill()
             server.wait()
@@ -295,3 +303,22 @@ def test_a_task_and_all_that_comes_after_it(s3: Any, data: Path, tmp_path: Path,
     assert nowhere.stderr.splitlines()[-1].startswith(
         "batchmix: error: export.dir=s3://nowhere/set: cannot be written ("
     )
+
+
+def appeared(client: Any, prefix: str) -> bool:
+    time.sleep(0.3)
+    return "Contents" in client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+
+
+def test_a_store_that_is_gone_in_the_middle_of_a_run_is_one_line(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(TICKETS.read_text().splitlines(keepends=True)[:300]))
+    with serving(tmp_path) as (client, server):
+        run = start(data, "s3://bucket/gone", "output.flush_seconds=0.2", threads=1)  # type: ignore[arg-type]
+        for name in ("_workers/", "_run.json", "part-"):  # each may take its time; asked seldom, to leave the run some
+            wait_for(partial(appeared, client, f"gone/{name}"), run)
+        server.kill()
+        code, output = finish(run)
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith("batchmix: error: output.dir=s3://bucket/gone: the store fails ("), output

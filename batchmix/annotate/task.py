@@ -18,6 +18,7 @@ import yaml
 from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Text
 from batchmix.config import MAX_SCORED_CHOICES, AnnotateConfig, Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
+from batchmix.config_files import load_yaml
 from batchmix.data.messages import PromptError
 from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
@@ -120,7 +121,9 @@ def _read(path: str, key: str) -> Any:
         text = Path(path).expanduser().read_text(encoding="utf-8")
         if path.endswith(".jsonl"):
             return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        return json.loads(text) if path.endswith(".json") else load_yaml(text)
+    except RecursionError:
+        raise BatchmixError(f"{key}={path}: cannot be read (it is nested too deeply)") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BatchmixError(f"{key}={path}: cannot be read ({reason})") from None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import zstandard
@@ -24,12 +24,16 @@ _ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` needs
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of an fsspec file system. `name` is what messages call it; `format` is never auto."""
+    """A file of an fsspec file system. `name` is what messages call it; `format` is never auto.
+
+    `watch` is given the file as it is stored, and gives what is read in its place.
+    """
 
     filesystem: Any
     path: str
     name: str
     format: DataFormat
+    watch: Callable[[IO[bytes]], IO[bytes]] = field(default=lambda stored: stored, compare=False)
 
     @property
     def compression(self) -> str | None:
@@ -41,7 +45,7 @@ class DataFile:
     def open(self, raw: bool = False) -> Iterator[IO[bytes] | io.BufferedReader]:
         """The file's bytes, decompressed unless `raw`."""
         with self.reading():
-            stored: IO[bytes] = self.filesystem.open(self.path, "rb")
+            stored: IO[bytes] = self.watch(self.filesystem.open(self.path, "rb"))
         with closing(stored):
             compression = None if raw else self.compression
             if compression == "gzip":

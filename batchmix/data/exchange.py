@@ -7,13 +7,16 @@ if there is none yet: so a holder that wakes up late cannot begin a change any m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from batchmix.data.lease import Lease, lost
 from batchmix.data.storage import Storage, create_json, read_json
+from batchmix.errors import BatchmixError
 
-_VOID = {"staging": "", "add": [], "remove": []}
+_VOID: dict[str, Any] = {"staging": "", "add": [], "remove": []}
+_STAGING = re.compile(r"_redo|_merge(-\d+)?")
 
 
 def exchange(storage: Storage, generation: int, staging: str, staged: Sequence[str], removed: Sequence[str]) -> None:
@@ -34,7 +37,7 @@ def finish_exchange(storage: Storage, lease: Lease) -> None:
         if record.needs_seal(storage):
             create_json(storage, _journal(record.generation), _VOID)
     for name in storage.names("_journal-*.json"):
-        steps = read_json(storage, name)
+        steps = _read(storage, name)
         if steps != _VOID:
             _do(storage, name, steps)
     lease.forget_predecessors()
@@ -42,11 +45,31 @@ def finish_exchange(storage: Storage, lease: Lease) -> None:
 
 def unfinished_exchange(storage: Storage) -> bool:
     """Whether there is one."""
-    return any(read_json(storage, name) != _VOID for name in storage.names("_journal-*.json"))
+    return any(_read(storage, name) != _VOID for name in storage.names("_journal-*.json"))
 
 
 def _journal(generation: int) -> str:
     return f"_journal-{generation:06}.json"
+
+
+def _read(storage: Storage, journal: str) -> dict[str, Any]:
+    """BatchmixError where it is damaged: what it says is deleted."""
+    try:
+        steps: dict[str, Any] = read_json(storage, journal)
+        staging, add, remove = steps["staging"], steps["add"], steps["remove"]
+        good = steps == _VOID or (
+            _STAGING.fullmatch(staging)
+            and all(name.startswith(f"{staging}/") and ".." not in name for name in add)
+            and not any("/" in name or name.startswith(("_", ".")) for name in remove)
+        )
+        if not good:
+            raise ValueError("it names what no exchange does")
+    except FileNotFoundError:  # another has just finished it
+        return _VOID
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BatchmixError(f"output.dir={storage.url}: {journal}, a change of parts that was interrupted, is damaged "
+                            f"({error}); choose another output.dir") from None  # fmt: skip
+    return steps
 
 
 def _do(storage: Storage, journal: str, steps: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from batchmix.data.exchange import finish_exchange, unfinished_exchange
 from batchmix.data.lease import CLOSED, CLOSING, FINALIZE, Busy, Lease, Record, read_leases, wait_until_lost
 from batchmix.data.merge import STAGING, check_once, merge_in_order
 from batchmix.data.parts import Parts
+from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.storage import Storage, read_json, write_json
 from batchmix.report.summary import Summary
+from batchmix.report.totals import Totals
 
 SUCCESS = "_SUCCESS"
 _MARKER = re.compile(r"_done-(\d+)-of-(\d+)$")
@@ -131,6 +133,7 @@ def finalize(
         merge_in_order(parts, rows_per_shard, lease.generation)
     summary = Summary(parts.totals(), runs)
     lease.check(look=True)
+    parts.checksums.sweep(parts.names() + parts.names(f"{REDO_STAGING}/"))
     summary.write(parts.storage, "_summary.json")
     write_json(parts.storage, SUCCESS, success(limit, order, parts))
     return summary
@@ -142,6 +145,15 @@ def success(limit: int | None, order: Order, parts: Parts) -> dict[str, Any]:
 
 
 def read_runs(storage: Storage, count: int) -> list[Any]:
-    """What the last runs of the shards did."""
-    names = [statistics_name(index, count) for index in range(count)]
-    return [read_json(storage, name) for name in names if storage.exists(name)]
+    """What the last runs of the shards did. A damaged file is left out with a line: no row depends on it."""
+    found = []
+    for name in (statistics_name(index, count) for index in range(count)):
+        try:
+            run = read_json(storage, name)
+            Summary(Totals(), [run]).as_json()
+            found.append(run)
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _log.warning("%s/%s is damaged (%s): the summary lacks that shard's times", storage.url, name, error)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from batchmix.data.arrow_readers import plain, read_batches
 from batchmix.data.chunk import Wanted
 from batchmix.data.data_file import reading
 from batchmix.data.input_files import InputChunk
+from batchmix.data.read_log import Extent, ReadLog
 from batchmix.data.schema import infer_schema, settle
 from batchmix.errors import BatchmixError
 
@@ -28,6 +29,7 @@ class HubInput:
         import datasets
 
         self.name, self._split = name, split
+        self.read_log = ReadLog()  # nothing: the fingerprint is of the contents or the commit
         try:
             self._builder = datasets.load_dataset_builder(name)
             self._stream = self._builder.as_streaming_dataset(split=split)
@@ -53,6 +55,12 @@ class HubInput:
     def fingerprint(self) -> dict[str, Any]:
         """The hash that `datasets` makes of the data set's files or commit."""
         return {"hub": self.name, "split": self._split, "hash": self._builder.hash}
+
+    def versions(self) -> list[str | None]:
+        return []
+
+    def find_change(self, extents: Sequence[Extent], before: Sequence[str | None] | None) -> str | None:
+        return None
 
     def read(self, wanted: Wanted, columns: list[str] | None, limit: int) -> Iterator[InputChunk]:
         batches = (batch for table in self._tables(columns) for batch in table.to_batches())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -20,12 +21,16 @@ from batchmix.data.data_file import DataFile
 from batchmix.data.formats import count_rows, read_chunks, stated_schema
 from batchmix.data.in_parallel import in_parallel
 from batchmix.data.openai_batch import OPENAI_SCHEMA
+from batchmix.data.read_log import Extent, ReadLog, find_change
 from batchmix.data.schema import LOOSE, infer_schema, loose, settle
 from batchmix.data.text_readers import csv_header
 from batchmix.errors import BatchmixError
 
 _SAMPLE_ROWS = 10_000  # of the JSON-lines files and of the CSV files, from which their columns' types are inferred
 _SAMPLE_CHARS = 8 << 20
+# What fsspec's file systems call a file's version, hash and times of change.
+_VERSION_KEYS = ("VersionId", "version_id", "generation", "ETag", "etag", "md5Hash", "content_md5", "LastModified",
+                 "last_modified", "mtime", "updated", "modified", "created", "ino")  # fmt: skip
 _END_BYTES = 64 << 10  # of each end of a file, hashed
 
 
@@ -51,8 +56,18 @@ class Input(Protocol):
     def num_rows(self) -> int | None:
         """Rows, where metadata tells without reading them."""
 
+    read_log: ReadLog
+    """What `read` has read."""
+
     def fingerprint(self) -> dict[str, Any]:
-        """What changes when the data does."""
+        """What tells other data sets apart without reading them."""
+
+    def versions(self) -> list[str | None]:
+        """Of each file what its storage calls its version, or when it was changed; None where it knows neither."""
+
+    def find_change(self, extents: Sequence[Extent], before: Sequence[str | None] | None) -> str | None:
+        """The file that is not what it was when these extents were read, and where it differs. Files in a store whose
+        version is the one `before` are not read again."""
 
     def read(self, wanted: Wanted, columns: list[str] | None, limit: int) -> Iterator[InputChunk]:
         """The wanted ones of the first `limit` rows, in order; at least the given columns of them."""
@@ -63,6 +78,7 @@ class FileInput:
 
     def __init__(self, files: Sequence[DataFile], as_text: Collection[str] = ()) -> None:
         self._files = files
+        self.read_log = ReadLog()
         self.name = files[0].name
         self.openai_batch = files[0].format is DataFormat.openai_batch
         for file in files:
@@ -104,9 +120,26 @@ class FileInput:
     def fingerprint(self) -> dict[str, Any]:
         return {"files": in_parallel(_fingerprint, self._files)}
 
+    def versions(self) -> list[str | None]:
+        return in_parallel(_version, self._files)
+
+    def find_change(self, extents: Sequence[Extent], before: Sequence[str | None] | None) -> str | None:
+        now = self.versions()
+        known = before if before is not None and len(before) == len(now) else [None] * len(now)
+
+        def change(number: int) -> str | None:
+            file = self._files[number]
+            if not _is_local(file) and known[number] is not None and known[number] == now[number]:
+                return None
+            where = find_change(number, file, extents)
+            return None if where is None else f"{file.name} has changed {where}"
+
+        numbers = sorted({extent.file for extent in extents if extent.file < len(self._files)})
+        return next(filter(None, in_parallel(change, numbers)), None)
+
     def read(self, wanted: Wanted, columns: list[str] | None, limit: int) -> Iterator[InputChunk]:
         offset = 0
-        for file in self._files:
+        for number, file in enumerate(self._files):
             if offset >= limit:
                 return
             last = 0
@@ -118,7 +151,8 @@ class FileInput:
 
             stated = self._stated.get(file)
             typed = stated is not None and all(self.schema.field(field.name).type == field.type for field in stated)
-            for chunk in read_chunks(file, of_file, columns, limit - offset):
+            watched = replace(file, watch=partial(self.read_log.watch, number))
+            for chunk in read_chunks(watched, of_file, columns, limit - offset):
                 if file.format is DataFormat.csv:
                     self._parse_fields(chunk)
                 yield InputChunk(file.name, offset, chunk, typed)
@@ -214,3 +248,15 @@ def _fingerprint(file: DataFile) -> dict[str, Any]:
         opened.seek(max(0, size - _END_BYTES))
         digest = hashlib.sha256(head + opened.read(_END_BYTES)).hexdigest()
     return {"name": file.name.rsplit("/", 1)[-1], "bytes": size, "sha256_ends": digest[:32]}
+
+
+def _is_local(file: DataFile) -> bool:
+    protocol = file.filesystem.protocol
+    return bool({"file", "local"} & ({protocol} if isinstance(protocol, str) else set(protocol)))
+
+
+def _version(file: DataFile) -> str | None:
+    with file.reading():
+        info = file.filesystem.info(file.path)
+    found = [str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None]
+    return " ".join(found) or None

@@ -28,15 +28,18 @@ holds for what is not a shard: the lease `finalize` is held by whoever puts the 
 of the change to be made (`exchange`). Nobody waits for a seal where the old holder is known to be gone: a process of this
 machine that is no more, on a store that does nothing late.
 
-Whether a worker is alive: a process of this machine is looked up. Another one is, as long as its heartbeats come; when
-none has been seen for `shard.takeover_seconds` it counts as dead. The time of a heartbeat is its holder's clock, so clocks
-should agree within a fraction of that; if they do not, a living worker may lose its shard, and no row is lost or doubled.
+Whether a worker is alive: a process of this machine is looked up. Another one is, as long as its heartbeats come: who
+wants to know watches their number (`beats`). When it has not grown for `shard.takeover_seconds` of the watcher's own clock
+the worker counts as dead. Times that another machine has written are never compared with this machine's, so clocks need
+not agree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -52,6 +55,9 @@ FOLDER = "_workers"
 FINALIZE = "finalize"
 RUNNING, CLOSING, CLOSED = "running", "closing", "closed"
 _PATIENCE = 0.5  # seconds between two looks at a heartbeat
+_NAME = re.compile(rf"\d+-of-\d+|{FINALIZE}")
+
+_first_seen: dict[tuple[str, str], tuple[int, float]] = {}  # by folder and lease: beats, time.monotonic()
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ def shard_name(index: int, count: int) -> str:
 
 @dataclass
 class Record:
-    """What a lease file says. Times are time.time(), durations are seconds."""
+    """What a lease file says. Times are time.time() by the holder's clock, durations are seconds."""
 
     name: str  # of the shard, or FINALIZE
     generation: int
@@ -83,15 +89,19 @@ class Record:
     def path(self) -> str:
         return f"{FOLDER}/{self.name}-{self.generation:06}.json"
 
-    @property
-    def silence(self) -> float:
-        """Seconds since the last heartbeat, by this machine's clock."""
-        return max(0.0, time.time() - self.heartbeat)
+    def silence(self, storage: Storage) -> float:
+        """Seconds without a heartbeat: of a process of this machine since the last one, of another since this process
+        first saw the last one."""
+        key = storage.url, self.path
+        beats, since = _first_seen.get(key, (-1, 0.0))
+        if beats != self.beats:
+            since = time.monotonic()
+            _first_seen[key] = self.beats, since
+        return max(0.0, time.time() - self.heartbeat) if self.owner.here else time.monotonic() - since
 
-    @property
-    def lost(self) -> bool:
+    def lost(self, storage: Storage) -> bool:
         """Whether its holder may be succeeded: it has closed it, is gone, or was not heard of for too long."""
-        return self.state == CLOSED or self.owner.gone or self.silence > self.takeover_seconds
+        return self.state == CLOSED or self.owner.gone or self.silence(storage) > self.takeover_seconds
 
     def needs_seal(self, storage: Storage) -> bool:
         """Whether a deed of its holder may still come, now that it has been taken over.
@@ -103,12 +113,32 @@ class Record:
 
     @staticmethod
     def load(storage: Storage, path: str) -> Record:
-        """FileNotFoundError or ValueError where it cannot be read."""
-        values = read_json(storage, path)
+        """FileNotFoundError where it is gone; BatchmixError where it is no lease."""
         try:
-            return Record(**{**values, "owner": Owner(**values["owner"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path}: {error}") from None
+            values = read_json(storage, path)
+            record = Record(**{**values, "owner": Owner(**values["owner"])})
+            _check_types(record)
+            _check_types(record.owner)
+            if record.path != path or not _NAME.fullmatch(record.name):
+                raise ValueError(f"name is {record.name!r}, generation {record.generation}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise BatchmixError(f"output.dir={storage.url}: {path} is not a lease of batchmix ({error}); if no worker runs, "
+                                "delete it and run the command again") from None  # fmt: skip
+        return record
+
+
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "list[int]": list, "int | None": (int, type(None)),
+          "Owner": Owner, "dict[str, Any]": dict}  # fmt: skip
+
+
+def _check_types(value: Record | Owner) -> None:
+    """ValueError where a field holds what it cannot."""
+    for item in dataclasses.fields(value):
+        found = getattr(value, item.name)
+        good = isinstance(found, _TYPES[str(item.type)]) and not isinstance(found, bool)
+        good = good and (not isinstance(found, list) or all(type(index) is int for index in found))
+        if not good or (isinstance(found, float) and not math.isfinite(found)):
+            raise ValueError(f"{item.name} is {found!r}")
 
 
 def read_leases(storage: Storage) -> dict[str, list[Record]]:
@@ -119,8 +149,6 @@ def read_leases(storage: Storage) -> dict[str, list[Record]]:
             record = Record.load(storage, path)
         except FileNotFoundError:  # a successor has just removed it
             continue
-        except ValueError as error:
-            raise BatchmixError(f"output.dir={storage.url}: {path} is not a lease of batchmix ({error})") from None
         found.setdefault(record.name, []).append(record)
     return {name: sorted(records, key=lambda record: record.generation) for name, records in found.items()}
 
@@ -226,21 +254,22 @@ def lost(storage: Storage, what: str, successor: Record | None = None) -> Lost:
 def wait_until_lost(storage: Storage, record: Record, what: str) -> None:
     """Return when the lease may be taken; Busy as soon as its holder is known to be alive, but for one that is CLOSING.
 
-    A process of this machine is asked at once. Another one is waited for: it may have been killed a moment ago, as a job
-    is that its scheduler starts again on another machine.
+    A process of this machine is asked at once. Another one is watched for takeover_seconds: it may have been killed a
+    moment ago, as a job is that its scheduler starts again on another machine.
     """
     waiting = False
-    while not record.lost:
+    while not record.lost(storage):
         newest = _reload(storage, record)
         if newest is None or newest.state == CLOSED:
             return
         if (record.owner.here or newest.beats != record.beats) and newest.state != CLOSING:
             raise Busy(f"output.dir={storage.url}: another process ({record.owner}) is writing {what} there; "
                        "wait for it to end or choose another output.dir")  # fmt: skip
+        record = newest
         if not waiting:
             waiting = True
-            _log.info("%s was held by %s, last heard of %.0f s ago; waiting up to %.0f s for another sign of it",
-                      what, record.owner, record.silence, record.takeover_seconds - record.silence)  # fmt: skip
+            _log.info("%s is held by %s; waiting up to %.0f s for a sign of it", what, record.owner,
+                      record.takeover_seconds - record.silence(storage))  # fmt: skip
         time.sleep(_PATIENCE)
 
 

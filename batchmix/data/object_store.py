@@ -120,16 +120,16 @@ class ObjectStore:
         self._put(name, self._appended[name], mode="overwrite")
 
     def move(self, source: str, target: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _failing_as_os_error():
             self._fs.cp_file(self._path(source), self._path(target))
             self.delete(source)
 
     def delete(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _failing_as_os_error():
             self._fs.rm_file(self._path(name))
 
     def delete_folder(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _failing_as_os_error():
             self._fs.rm(self._path(name), recursive=True)
 
     def sync(self) -> None:

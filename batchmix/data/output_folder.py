@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchmix.config import OutputConfig, ShardConfig
+from batchmix.data.checksums import FOLDER as CHECKSUMS
 from batchmix.data.finalize import (
     SUCCESS,
     Marker,
@@ -23,8 +24,9 @@ from batchmix.data.finalize import (
     statistics_name,
     success,
 )
-from batchmix.data.lease import FOLDER, Lease, Record, shard_name, wait_until_lost
+from batchmix.data.lease import FOLDER, Busy, Lease, Record, shard_name, wait_until_lost
 from batchmix.data.parts import PartLog, Parts
+from batchmix.data.read_log import Extent
 from batchmix.data.redo import STAGING as REDO_STAGING
 from batchmix.data.redo import replace_rows, rows_to_redo
 from batchmix.data.rowset import AllBut, RowSet
@@ -36,8 +38,8 @@ from batchmix.run_info import accept_run, differences, read_run, record_redo
 
 _PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
 _OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics*.jsonl", "_summary*.json", "_evaluation.json", "_checks.json",
-         "_trace*.json", "_done-*", "_journal-*.json", SUCCESS)  # fmt: skip
-_OUR_FOLDERS = (".hydra", REDO_STAGING, "_report")
+         "_trace*.json", "_weights.json", "_done-*", "_journal-*.json", SUCCESS)  # fmt: skip
+_OUR_FOLDERS = (".hydra", REDO_STAGING, "_report", CHECKSUMS)
 
 _log = logging.getLogger(__name__)
 
@@ -147,9 +149,14 @@ class OutputFolder:
         """What heartbeats say of this shard's progress from now on."""
         self._lease.progress = progress
 
-    def log(self) -> PartLog:
-        """What commits this process's rows here."""
-        return PartLog(self._parts, self.folder, self._shard.index, self.first_number, self._lease.check)
+    def log(self, read: Callable[[], list[Extent]] = list) -> PartLog:
+        """What commits this process's rows here; `read` tells what was newly read of the input."""
+        return PartLog(self._parts, self.folder, self._shard.index, self.first_number, self._lease.check, read)
+
+    def extents(self) -> list[Extent]:
+        """What all who committed rows had read of the input."""
+        rows = self._parts.names() or self._parts.names(f"{REDO_STAGING}/")
+        return self._parts.checksums.extents() if rows else []
 
     @property
     def trace_name(self) -> str:
@@ -202,6 +209,7 @@ class OutputFolder:
         url = self.storage.url
         try:
             self.storage.make_folder(FOLDER)
+            self.storage.make_folder(CHECKSUMS)
             exclusive = self.storage.exclusive
         except BatchmixError:
             raise
@@ -238,11 +246,12 @@ class OutputFolder:
 
     def _check_overwrite(self, record: Record) -> None:
         """BatchmixError where a lost worker may only be silent: its seal would be deleted with all the rest."""
-        in_flight = record.owner.gone and record.silence <= record.takeover_seconds
+        silence = record.silence(self.storage)
+        in_flight = record.owner.gone and silence <= record.takeover_seconds
         may_write = record.needs_seal(self.storage) and (not record.owner.gone or in_flight)
         if self._output.overwrite and record.first_number is not None and may_write:
             raise BatchmixError(
-                f"output.overwrite=true: {record.owner} was last heard of {record.silence:.0f} s ago and may still write to"
+                f"output.overwrite=true: {record.owner} was not heard of for {silence:.0f} s and may still write to"
                 f" output.dir={self.storage.url}; see that it has ended and delete {self.storage.url}/{record.path}, or"
                 " choose another output.dir"
             )
@@ -252,6 +261,7 @@ class OutputFolder:
             self.storage.delete(name)
         for name in _OUR_FOLDERS:
             self.storage.delete_folder(name)
+        self.storage.make_folder(CHECKSUMS)
 
     def _is_void(self, run: dict[str, Any]) -> bool:
         """Whether a run with other settings left no rows here, as one does that is stopped while the model is loaded."""
@@ -264,9 +274,15 @@ class OutputFolder:
         return int(name.split("-")[1]) % self._shard.count == self._shard.index
 
     def _is_alone(self) -> bool:
-        """Whether no other shard is at work."""
+        """Whether no other shard is at work; those elsewhere are waited for until they give a sign or are lost."""
         mine = shard_name(self._shard.index, self._shard.count)
-        return not any(record.name != mine and not record.lost for record in open_leases(self.storage))
+        try:
+            for record in open_leases(self.storage):
+                if record.name != mine:
+                    wait_until_lost(self.storage, record, describe(record))
+        except Busy:
+            return False
+        return True
 
     def _end_the_lost(self) -> bool:
         """Before the whole is put in order. False where a worker is alive: it will be the last to finish."""

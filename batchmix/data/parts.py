@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchmix.data.checksums import Checksums
 from batchmix.data.lease import Record, lost
 from batchmix.data.part_formats import Keys, PartFormat
+from batchmix.data.read_log import Extent
 from batchmix.data.rowset import RowSet
-from batchmix.data.storage import Storage, reason_of
+from batchmix.data.storage import Storage, Write, reason_of
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion
 from batchmix.report.totals import Totals
@@ -25,11 +28,20 @@ _READERS = 8  # parts read at once: an object store answers slowly, and many
 
 
 class Parts:
-    """The part files of one output folder, in one format. Names end with the folder they are in: "" or `_redo/`."""
+    """The part files of one output folder, in one format. Names end with the folder they are in: "" or `_redo/`.
 
-    def __init__(self, storage: Storage, form: PartFormat) -> None:
+    Every byte of a part is compared with its checksum when it is first read, but for `check=False`.
+    """
+
+    def __init__(self, storage: Storage, form: PartFormat, check: bool = True) -> None:
         self.storage = storage
         self.format = form
+        self.checksums = Checksums(storage)
+        self._files = cast(Storage, _Checked(storage, self.checksums)) if check else storage
+
+    def unchecked(self) -> Parts:
+        """The same for who only wants to know how far a run is."""
+        return Parts(self.storage, self.format, check=False)
 
     def names(self, folder: str = "") -> list[str]:
         """The committed parts, sorted by name."""
@@ -38,15 +50,15 @@ class Parts:
     def keys(self, name: str) -> Keys:
         """BatchmixError where the file is not what we wrote, as of the next two."""
         with self._reading(name):
-            return self.format.keys(self.storage, name)
+            return self.format.keys(self._files, name)
 
     def schema(self, name: str) -> pa.Schema | None:
         with self._reading(name):
-            return self.format.schema(self.storage, name)
+            return self.format.schema(self._files, name)
 
     def batches(self, name: str, columns: Sequence[str] | None = None) -> Iterator[Any]:
         with self._reading(name):
-            yield from self.format.batches(self.storage, name, columns)
+            yield from self.format.batches(self._files, name, columns)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -98,9 +110,15 @@ class Parts:
         """One above all that there are, whatever their index and also among rows that are run again."""
         return 1 + max((number for folder in ("", "_redo/") for _, number in self._numbers(folder)), default=-1)
 
-    def create(self, name: str, records: Any) -> bool:
-        """Commit a part, unless there is one of that name."""
-        return self.storage.create(name, lambda file: self.format.write(file, records))
+    def create(self, name: str, records: Any, extents: Sequence[Extent] = ()) -> bool:
+        """Commit a part, unless there is one of that name. `extents`: what was read of the input and not said before."""
+        return self._create(name, lambda file: self.format.write(file, records), extents)
+
+    def _create(self, name: str, write: Write, extents: Sequence[Extent] = ()) -> bool:
+        buffer = io.BytesIO()
+        write(buffer)
+        self.checksums.keep(name, buffer.getvalue(), extents)
+        return self.storage.create(name, lambda file: file.write(buffer.getbuffer()))
 
     def seal(self, lease: Record) -> None:
         """See to it that the lease's holder commits nothing from here on (`batchmix/data/lease.py` says why so)."""
@@ -109,7 +127,7 @@ class Parts:
         for index in lease.indices:
             there = [number for found, number in self._numbers(lease.folder) if found == index]
             number = max([lease.first_number, *(number + 1 for number in there)])
-            while not self.storage.create(self.name(index, number, lease.folder), self.format.write_empty):
+            while not self._create(self.name(index, number, lease.folder), self.format.write_empty):
                 number += 1
 
     def _numbers(self, folder: str) -> Iterator[tuple[int, int]]:
@@ -119,17 +137,43 @@ class Parts:
 
 
 class PartLog:
-    """The parts of one index, one after another, by one writer. `check` may say early that it is too late."""
+    """The parts of one index, one after another, by one writer. `check` may say early that it is too late; `read` tells
+    what was read of the input since it was last asked.
+    """
 
-    def __init__(self, parts: Parts, folder: str, index: int, first_number: int, check: Callable[[], None]) -> None:
+    def __init__(
+        self, parts: Parts, folder: str, index: int, first_number: int, check: Callable[[], None],
+        read: Callable[[], list[Extent]] = list,
+    ) -> None:  # fmt: skip
         self._parts, self._folder, self._index = parts, folder, index
         self._number = first_number
-        self._check = check
+        self._check, self._read = check, read
 
     def commit(self, completions: Sequence[Completion]) -> None:
         """Lost where another writer goes on with this index: then these rows are done there."""
         self._check()
         records = self._parts.format.records(completions)
-        if not self._parts.create(self._parts.name(self._index, self._number, self._folder), records):
+        name = self._parts.name(self._index, self._number, self._folder)
+        if not self._parts.create(name, records, self._read()):
             raise lost(self._parts.storage, f"shard index {self._index}")
         self._number += 1
+
+
+class _Checked:
+    """Parts as readers see them: whole, and compared with their checksums when they are first read."""
+
+    def __init__(self, storage: Storage, checksums: Checksums) -> None:
+        self._storage, self._checksums = storage, checksums
+        self._good: set[str] = set()
+
+    def open(self, name: str) -> IO[bytes]:
+        return self._storage.open(name) if name in self._good else io.BytesIO(self._read(name))
+
+    def arrow_file(self, name: str) -> pa.NativeFile:
+        return self._storage.arrow_file(name) if name in self._good else pa.BufferReader(self._read(name))
+
+    def _read(self, name: str) -> bytes:
+        data = self._storage.read(name)
+        self._checksums.check(name, data)
+        self._good.add(name)
+        return data

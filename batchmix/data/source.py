@@ -25,6 +25,7 @@ from batchmix.data.formats import guess_format
 from batchmix.data.hub import HubInput
 from batchmix.data.input_files import FileInput, Input, InputChunk
 from batchmix.data.openai_batch import read_request
+from batchmix.data.read_log import Extent
 from batchmix.data.rowset import Skip
 from batchmix.data.schema import Conformer, is_unicode, short
 from batchmix.data.template import RowTemplate
@@ -115,6 +116,18 @@ class Source:
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data: names, sizes and a hash of each file's ends."""
         return self._input.fingerprint()
+
+    def versions(self) -> list[str | None]:
+        """What storage calls each file's version, or when it was changed."""
+        return self._input.versions()
+
+    def new_extents(self) -> list[Extent]:
+        """What was read of the files since the last call."""
+        return self._input.read_log.take()
+
+    def find_change(self, extents: Sequence[Extent], before: Sequence[str | None] | None) -> str | None:
+        """The file whose bytes are not those of these extents, and where; files in a store of the version `before` pass."""
+        return self._input.find_change(extents, before)
 
     def rows(self, done: Skip) -> Iterator[Row]:
         """This shard's rows that are not done, in order.

@@ -171,7 +171,7 @@ class LocalFolder:
                 raise BatchmixError(f"output.dir={self.url}: this file system has no hard links, which commits need; "
                                     "choose another output.dir") from None  # fmt: skip
         except FileNotFoundError:
-            if not self.root.is_dir():
+            if not path.parent.is_dir():
                 raise
             return False  # whoever took over has swept up
         finally:
@@ -239,7 +239,10 @@ def sync_folder(folder: Path) -> None:
 
 def read_json(storage: Storage, name: str) -> Any:
     """FileNotFoundError or ValueError where it cannot be read."""
-    return json.loads(storage.read(name))
+    try:
+        return json.loads(storage.read(name))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def find_json(storage: Storage, name: str) -> Any:

@@ -31,6 +31,7 @@ from batchmix.model.layouts import HubNames, Layout, Stored, from_hub, fused, hu
 from batchmix.model.prequantized import PackedTensors
 from batchmix.model.quantized import dense
 from batchmix.model.safetensors_writer import Entry, write_safetensors, write_sharded
+from batchmix.model.sources import TensorFiles
 from batchmix.model.weights import open_tensors
 from batchmix.report.loading import LoadProgress
 from batchmix.signals import StopSignals
@@ -57,7 +58,7 @@ def convert(config: Config) -> None:
     with StopSignals():
         started = time.perf_counter()
         checkpoint = open_checkpoint(config.model)
-        source = open_tensors(checkpoint)
+        source = open_tensors(checkpoint, TensorFiles(checkpoint.files))
         experts = _quantized_experts(checkpoint, config, source)
         entries = _entries(checkpoint, config.convert, source, experts)
         num_bytes = sum(entry.nbytes for entry in entries)

@@ -8,17 +8,20 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from batchmix.errors import BatchmixError
 from batchmix.json_file import shown
 
+_BLOCK_BYTES = 16 << 20  # hashed at once, without Python's lock
 _libc = ctypes.CDLL(None)
 
 
@@ -69,9 +72,14 @@ class PthFile:
 
 
 class TensorFiles:
-    """All tensors of a checkpoint under their own names: a `TensorSource`."""
+    """All tensors of a checkpoint under their own names: a `TensorSource`.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    With `hashed`, each is hashed when it is first read, which brings its pages into memory for whoever reads it.
+    """
+
+    def __init__(self, paths: Sequence[Path], hashed: bool = False) -> None:
+        self._hashed, self._lock = hashed, threading.Lock()
+        self._digests: dict[str, str] = {}
         self._files: dict[str, SafetensorsFile | PthFile] = {}
         for path in paths:
             file = SafetensorsFile(path) if path.suffix == ".safetensors" else PthFile(path)
@@ -99,10 +107,33 @@ class TensorFiles:
         return self._files[name].path
 
     def read(self, name: str) -> Tensor:
-        return self._files[name].read(name)
+        tensor = self._files[name].read(name)
+        with self._lock:
+            first = self._hashed and name not in self._digests
+            if first:
+                self._digests[name] = ""
+        if first:
+            self._digests[name] = _digest(tensor)
+        return tensor
+
+    def fingerprint(self) -> str | None:
+        """Of the names, dtypes, shapes and bytes of all tensors read; None without `hashed`. Call it when none is being read."""
+        if not self._hashed:
+            return None
+        shapes = self.shapes()
+        found = [(name, self.dtype(name), shapes[name], digest) for name, digest in sorted(self._digests.items())]
+        return xxhash.xxh3_128(repr(found).encode()).hexdigest()
 
     def release(self, name: str) -> None:
         release_pages(self.read(name))
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of its bytes, in the order of its elements."""
+    digest = xxhash.xxh3_128()
+    for block in torch.split(tensor.reshape(-1).view(torch.uint8), _BLOCK_BYTES):  # reshape copies odd strides
+        digest.update(cast(Any, block.numpy()))
+    return digest.hexdigest()
 
 
 def release_pages(tensor: Tensor) -> None:

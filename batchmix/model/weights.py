@@ -58,6 +58,9 @@ class Weights:
     layers: list[LayerWeights]
     norm: Tensor  # [D]
     lm_head: Tensor  # [V, D]; the embedding itself where the checkpoint ties them
+    fingerprint: str | None = (
+        None  # of the tensors that were read, every byte; None on ranks above 0 and for random ones
+    )
 
     def num_bytes(self) -> int:
         """Bytes that the weights take, tied tensors counted once."""
@@ -130,7 +133,8 @@ def load_weights(
         weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
         _draw(weights)
         return weights
-    source = open_tensors(checkpoint)
+    files = TensorFiles(checkpoint.files, hashed=shards.rank == 0)
+    source = open_tensors(checkpoint, files)
     weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
     staging = open_staging(device)
     places = _places(checkpoint, weights, shards, staging, device)
@@ -138,12 +142,12 @@ def load_weights(
     with LoadProgress("loading weights", checkpoint.num_bytes(), elements) as progress:
         fill(source, places, progress)
         staging.finish()
+    weights.fingerprint = files.fingerprint()
     return weights
 
 
-def open_tensors(checkpoint: Checkpoint) -> HubNames | PackedTensors:
-    """The checkpoint's tensors under the hub's names; BatchmixError where a file or a tensor is not as it should be."""
-    files = TensorFiles(checkpoint.files)
+def open_tensors(checkpoint: Checkpoint, files: TensorFiles) -> HubNames | PackedTensors:
+    """The checkpoint's tensors, in `files`, under the hub's names; BatchmixError where one is not as it should be."""
     if checkpoint.format is ModelFormat.hf:
         check_index(checkpoint.folder, files)
     if checkpoint.packing is not None:

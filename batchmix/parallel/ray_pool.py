@@ -32,6 +32,7 @@ from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
+from batchmix.run_info import accept_weights
 from batchmix.signals import StopSignals
 from batchmix.stages import check_error, make_sink, progress_of
 
@@ -58,10 +59,10 @@ def run_on_ray(
     clock, started = StageClock(), time.monotonic()
     signals.defer()
     with (
-        RayPool(config, checkpoint.fingerprint()) as pool,
+        RayPool(config, checkpoint.fingerprint(), partial(accept_weights, output.storage)) as pool,
         Progress(source.shard_rows, output.num_done, pool.stats) as progress,
         Metrics(output.storage, pool.stats, progress.totals, config.shard.index),
-        make_sink(config, output.log(), tokenizer, clock) as sink,
+        make_sink(config, output.log(source.new_extents), tokenizer, clock) as sink,
     ):
         output.report(partial(progress_of, source, progress.totals))
         for completion in pool.answer(rows, source.schema.names, signals.stopping, clock):
@@ -86,8 +87,8 @@ class _Worker:
 class RayPool:
     """A context manager: connects to Ray, or starts it on this machine; no actor is left at the end of the block."""
 
-    def __init__(self, config: Config, model: str) -> None:
-        self._config, self._model = config, model
+    def __init__(self, config: Config, model: str, accept: Callable[[str | None], None]) -> None:
+        self._config, self._model, self._accept = config, model, accept
         self.stats = EngineStats()
         self._workers: list[_Worker] = []
         self._all: list[_Worker] = []  # those that are gone, too
@@ -206,7 +207,7 @@ class RayPool:
 
         try:
             if worker.loading is not None:
-                self._ray.get(worker.loading)
+                self._accept(self._ray.get(worker.loading))
                 worker.loading = None
                 return []
             reference = next(worker.answers, None)

@@ -33,8 +33,8 @@ class RayWorker:
         self._units: SimpleQueue[list[Row]] = SimpleQueue()
         self._open = ExitStack()
 
-    def load(self, version: str, model: str) -> None:
-        """Load the model. BatchmixError where this node has another batchmix or another model than the driver."""
+    def load(self, version: str, model: str) -> str | None:
+        """Load the model; returns the fingerprint of its weights. BatchmixError where this node has another batchmix or another model than the driver."""
         config, node = self._config, socket.gethostname()
         if version != __version__:
             raise BatchmixError(
@@ -48,6 +48,7 @@ class RayWorker:
         self._tokenizer = load_tokenizer(checkpoint.folder)
         shards, self._followers = self._open.enter_context(tensor_parallel(config, _give_up))
         self._engine = start_engine(checkpoint, self._tokenizer, config.engine, lambda: False, shards)
+        return self._engine.model.weights.fingerprint
 
     def feed(self, rows: list[Row]) -> None:
         """Rows to answer: by the `run` that is at work, or by the next."""

@@ -19,6 +19,8 @@ _MOST_BARS = 20
 _MOST_LINES = 6  # shards with a line of their own
 _MOST_POINTS = 400  # of a line
 _RATE_SECONDS = 1.0
+_METRICS = ("time", "shard", "rows", "completion_tokens", "output_tokens_per_second", "prompt_tokens_per_second",
+            "kv_blocks_used", "kv_blocks_total", "running")  # fmt: skip
 
 Metrics = list[list[dict[str, Any]]]  # stretches of one process without a restart
 
@@ -117,7 +119,8 @@ def _metrics(storage: Storage) -> Metrics:
     for line in (line for name in storage.names("_metrics*.jsonl") for line in storage.read(name).splitlines()):
         try:
             entry = json.loads(line)
-        except ValueError:  # what a killed process was writing
+            float(sum(entry[key] for key in _METRICS))
+        except (ValueError, KeyError, TypeError, RecursionError):  # what a killed process was writing, or damage
             continue
         known = stretches.setdefault(entry["shard"], [])
         if (

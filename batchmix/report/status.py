@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
@@ -10,10 +11,12 @@ from batchmix.data.finalize import SUCCESS, read_markers
 from batchmix.data.lease import CLOSED, FINALIZE, Record, read_leases
 from batchmix.data.parts import Parts
 from batchmix.data.rowset import RowSet
+from batchmix.data.storage import Storage
 from batchmix.report.progress import duration
 
 COMPLETE, RUNNING, ATTENTION = 0, 3, 4  # exit codes of `batchmix status`
 _MISSED_BEATS = 3  # after so many a worker is called stuck; it can be taken over later, after shard.takeover_seconds
+_PATIENCE = 0.5  # seconds between two looks at the heartbeats of other machines
 _HEAD = f"{'shard':>7} {'done':>11} {'failed':>8} {'left':>11} {'rows/s':>7}  worker"
 
 
@@ -27,6 +30,7 @@ class ShardStatus:
     failed: int
     left: int | None
     lease: Record | None
+    silence: float = 0.0  # seconds without a heartbeat, see Record.silence
 
     @property
     def alive(self) -> bool:
@@ -39,7 +43,7 @@ class ShardStatus:
         lease = self.lease
         if lease is None or lease.state == CLOSED or lease.owner.gone:
             return False
-        return lease.silence > _MISSED_BEATS * lease.heartbeat_seconds
+        return self.silence > _MISSED_BEATS * lease.heartbeat_seconds
 
     @property
     def rate(self) -> float:
@@ -60,7 +64,7 @@ class ShardStatus:
         if lease is None:
             return "not started"
         if self.stuck:
-            return f"stuck: no heartbeat for {lease.silence:.0f} s"
+            return f"stuck: no heartbeat for {self.silence:.0f} s"
         if self.alive:
             return f"alive, {lease.owner.pid} on {lease.owner.host}"
         if self.left == 0:
@@ -79,9 +83,12 @@ class Status:
 
     @staticmethod
     def read(parts: Parts) -> Status:
-        """From the leases, the parts and what finished shards have said."""
+        """From the leases, the parts and what finished shards have said.
+
+        Workers of other machines are watched until each has given a sign, or missed three heartbeats.
+        """
         storage = parts.storage
-        leases = {name: records[-1] for name, records in read_leases(storage).items()}
+        leases = _watch(storage)
         finalizer = leases.pop(FINALIZE, None)
         done, failed = RowSet(), RowSet()
         for keys in parts.all_keys(parts.names()):
@@ -90,15 +97,19 @@ class Status:
         said = [record.progress.get("num_rows") for record in leases.values()]
         ends = [marker.end for marker in read_markers(storage).values()] + [rows for rows in said if rows is not None]
         end = max(ends, default=None)
-        newest = max(leases.values(), key=lambda record: record.started, default=None)
+        # Of runs with other counts: whose numbers of parts are the highest. Their clocks may differ.
+        newest = max(
+            leases.values(), key=lambda record: (record.state != CLOSED, record.first_number or 0), default=None
+        )
         count = int(newest.name.partition("-of-")[2]) if newest else 1
         shards = []
         for index in range(count):
             rows = done.num_of_shard(index, count)
             left = None if end is None else max(0, len(range(index, end, count)) - rows)
             lease = leases.get(f"{index:05}-of-{count:05}")
-            shards.append(ShardStatus(index, count, rows, failed.num_of_shard(index, count), left, lease))
-        busy = finalizer if finalizer is not None and not finalizer.lost else None
+            silence = 0.0 if lease is None else lease.silence(storage)
+            shards.append(ShardStatus(index, count, rows, failed.num_of_shard(index, count), left, lease, silence))
+        busy = finalizer if finalizer is not None and not _lost(storage, finalizer) else None
         return Status(storage.url, storage.exists(SUCCESS), shards, busy)
 
     @property
@@ -141,3 +152,24 @@ class Status:
         elif left is not None and rate > 0:
             parts.append(f"ETA {duration(left / rate)}")
         return ", ".join(filter(None, parts))
+
+
+def _watch(storage: Storage) -> dict[str, Record]:
+    """The newest leases by name, once it is known of each whether its holder gives signs of life."""
+    first = {name: records[-1] for name, records in read_leases(storage).items()}
+    while True:
+        leases = {name: records[-1] for name, records in read_leases(storage).items()}
+        unknown = [
+            lease
+            for name, lease in leases.items()
+            if lease.state != CLOSED and not lease.owner.here and name in first
+            and (lease.generation, lease.beats) == (first[name].generation, first[name].beats)
+            and lease.silence(storage) <= _MISSED_BEATS * lease.heartbeat_seconds
+        ]  # fmt: skip
+        if not unknown:
+            return leases
+        time.sleep(_PATIENCE)
+
+
+def _lost(storage: Storage, lease: Record) -> bool:
+    return lease.lost(storage) or lease.silence(storage) > _MISSED_BEATS * lease.heartbeat_seconds

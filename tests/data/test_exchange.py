@@ -66,7 +66,7 @@ def test_an_exchange_by_one_who_wakes_up_late_is_refused(tmp_path: Path, monkeyp
     (tmp_path / "_merge" / "new").write_text("new")
     first = finalizer(storage)
     with monkeypatch.context() as patch:
-        patch.setattr("batchmix.data.lease.Record.lost", True)  # no sign of life
+        patch.setattr("batchmix.data.lease.Record.lost", lambda *_: True)  # no sign of life
         second = finalizer(storage)
     finish_exchange(storage, second)
     with pytest.raises(Lost, match="the whole was taken over"):

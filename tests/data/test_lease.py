@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,12 +15,24 @@ import pytest
 from batchmix.config import OutputFormat, SamplingConfig, ShardConfig
 from batchmix.data import lease as leases
 from batchmix.data.columns import OutputColumns
-from batchmix.data.lease import CLOSED, FOLDER, Busy, Lease, Lost, Record, read_leases, shard_name
+from batchmix.data.lease import (
+    CLOSED,
+    CLOSING,
+    FOLDER,
+    Busy,
+    Lease,
+    Lost,
+    Record,
+    read_leases,
+    shard_name,
+    wait_until_lost,
+)
 from batchmix.data.object_store import ObjectStore
 from batchmix.data.owner import Owner
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import PartLog, Parts
 from batchmix.data.storage import LocalFolder, Storage, write_json
+from batchmix.errors import BatchmixError
 from batchmix.records import Completion, Prompt
 
 SHARD = ShardConfig(1, 4)
@@ -100,15 +113,39 @@ def test_a_process_that_is_no_more_is_succeeded_at_once(storage: Storage) -> Non
     assert dataclasses.replace(here, started=here.started - 60).gone, "another process of the same number"
 
 
-def test_a_process_elsewhere_is_waited_for(storage: Storage) -> None:
+@pytest.mark.parametrize("ahead", [-1e6, 0.0, 86400.0, 1e9], ids="clock {} s ahead".format)
+def test_a_process_elsewhere_is_waited_for_by_the_own_clock(storage: Storage, ahead: float) -> None:
     first = take(storage)
     first.close()
-    elsewhere(storage, first, state="running", heartbeat=time.time() - 89)
+    record = elsewhere(storage, first, state="running", heartbeat=time.time() + ahead, takeover_seconds=1.0)
     started = time.monotonic()
-    second = take(storage)
-    assert 0.4 < time.monotonic() - started < 30
+    wait_until_lost(storage, record, "shard 1 of 4")
+    assert 1.0 < time.monotonic() - started < 10
+    second = take(storage)  # not waited for again
+    assert time.monotonic() - started < 10
     assert second.generation == 2
     second.close()
+
+
+def test_heartbeats_with_a_clock_that_stands_are_signs_of_life(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A holder that is CLOSING and lives is waited for, as long as it beats."""
+    first = take(storage)
+    first.close()
+    record = elsewhere(storage, first, state=CLOSING, heartbeat=0.0, takeover_seconds=0.3)
+    beats = iter(range(record.beats + 1, record.beats + 6))
+    sleep = time.sleep
+
+    def beat(_: float) -> None:
+        sleep(0.2)
+        if (number := next(beats, None)) is not None:
+            elsewhere(storage, first, state=CLOSING, heartbeat=0.0, takeover_seconds=0.3, beats=number)
+
+    monkeypatch.setattr(time, "sleep", beat)
+    started = time.monotonic()
+    wait_until_lost(storage, record, "shard 1 of 4")
+    assert 1.2 < time.monotonic() - started < 10
 
 
 def test_a_process_elsewhere_that_lives_is_not_succeeded(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +169,7 @@ def test_late_commits_are_refused(
     logs = [PartLog(parts, "", index, 0, first.check) for index in (1, 5)]
     for row in range(committed):
         logs[0].commit([failed(row)])
-    elsewhere(storage, first, heartbeat=time.time() - 100)
+    elsewhere(storage, first, takeover_seconds=0.1)
     second = take(storage)
     logs[0].commit([failed(10)])  # between the new holder's lease and its seal
     for record in second.predecessors:
@@ -160,7 +197,7 @@ def test_late_commits_are_refused(
 
 def test_a_holder_that_was_succeeded_before_it_had_published_ends_there(storage: Storage) -> None:
     first = take(storage)
-    elsewhere(storage, first, heartbeat=time.time() - 100)
+    elsewhere(storage, first, takeover_seconds=0.1)
     second = take(storage)
     with pytest.raises(Lost):
         first.publish([1], 0, "")
@@ -175,7 +212,7 @@ def test_heartbeats(storage: Storage) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert record.progress == {"rows": 5}
-    assert not record.lost
+    assert not record.lost(storage)
     newer = dataclasses.replace(record, generation=2)
     write_json(storage, newer.path, dataclasses.asdict(newer))
     while lease._thread.is_alive():
@@ -201,3 +238,29 @@ def test_heartbeats_go_on_when_the_store_was_away(storage: Storage, monkeypatch:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     lease.close()
+
+
+DAMAGED = {
+    "cut off": lambda text: text[: len(text) // 2],
+    "no JSON": lambda text: "\x00" + text,
+    "deep": lambda text: "[" * 100_000,
+    "a list": lambda text: f"[{text}]",
+    "no owner": lambda text: text.replace('"owner"', '"own"'),
+    "a word for a number": lambda text: (
+        text.replace('"beats": ', '"beats": "x').replace("x0", 'x0"').replace("x1", 'x1"')
+    ),
+    "NaN": lambda text: text.replace('"takeover_seconds": 90.0', '"takeover_seconds": NaN'),
+    "another's": lambda text: text.replace('"generation": 1', '"generation": 3'),
+    "indices of text": lambda text: text.replace('"indices": []', '"indices": ["../x"]'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_lease_is_named(storage: Storage, damage: Callable[[str], str]) -> None:
+    first = take(storage)
+    first.close()
+    text = storage.read(first.record.path).decode()
+    assert damage(text) != text
+    storage.replace(first.record.path, lambda file: file.write(damage(text).encode()))
+    with pytest.raises(BatchmixError, match=rf"{first.record.path} is not a lease of batchmix \(.*\); .* delete it"):
+        take(storage)

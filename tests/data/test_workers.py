@@ -168,7 +168,7 @@ def owners(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Owner, "this_process", staticmethod(this_process))
     monkeypatch.setattr(Owner, "here", True)
     monkeypatch.setattr(Owner, "gone", property(lambda self: workers[self.pid].dead))
-    monkeypatch.setattr(Record, "lost", property(lambda self: self.state == CLOSED or workers[self.owner.pid].lost))
+    monkeypatch.setattr(Record, "lost", lambda self, _: self.state == CLOSED or workers[self.owner.pid].lost)
     monkeypatch.setattr(finalize, "_PATIENCE", 0.001)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # nobody cuts the power here
 

@@ -108,7 +108,7 @@ def answers(ray: Ray, monkeypatch: pytest.MonkeyPatch, num_rows: int, stop_after
     config = Config(cluster=ClusterConfig(ClusterKind.ray, rows_per_unit=4), engine=EngineConfig(device="cpu"))
     rows = (Row(number, str(number), {"text": f"t{number}", "not kept": 0}) for number in range(num_rows))
     found: list[Completion] = []
-    with RayPool(config, "model") as pool:
+    with RayPool(config, "model", lambda _: None) as pool:
         found += pool.answer(rows, ["text"], lambda: len(found) >= stop_after, StageClock())
     return found
 
