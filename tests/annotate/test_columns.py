@@ -22,6 +22,8 @@ from batchmix.data.columns import OutputColumns
 from batchmix.errors import BatchmixError
 from batchmix.records import Completion, Prompt
 
+pytest.importorskip("jsonschema")  # of the `annotate` extra
+
 TICKETS = Path(__file__).parents[2] / "examples/support_tickets.jsonl"
 
 

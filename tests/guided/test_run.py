@@ -81,6 +81,7 @@ def test_what_cannot_be_is_refused_before_the_model_loads(tmp_path, no_model, ou
 
 
 def test_rows_may_have_guides_of_their_own(tmp_path):
+    pytest.importorskip("llguidance")  # which takes one of them
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "sampling": {"structured_outputs": {"choice": ["yes", "no"]}}},
         {"prompt": "b", "sampling": {"structured_outputs": {"regex": "[0-9]{3}"}, "n": 1}},
