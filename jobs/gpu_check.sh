@@ -80,12 +80,21 @@ if [ -n "$missing" ]; then
   exit 1
 fi
 FOUND=$("$PYTHON" - <<'PY'
-import sys, torch, transformers, triton
-for module, least in ((torch, (2, 11)), (triton, (3, 6)), (transformers, (5, 17))):
-    if tuple(int(part) for part in module.__version__.split(".")[:2]) < least:
-        sys.exit(f"gpu_check: {module.__name__} {module.__version__} is older than {'.'.join(map(str, least))}")
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+found = []
+for package, least in (("torch", (2, 11)), ("triton", (3, 6)), ("transformers", (5, 17))):
+    try:
+        found.append(f"{package} {version(package)}")
+    except PackageNotFoundError:
+        sys.exit(f"gpu_check: {package} is not installed")
+    if tuple(int(part) for part in version(package).split(".")[:2]) < least:
+        sys.exit(f"gpu_check: {found[-1]} is older than {'.'.join(map(str, least))}")
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: tiny shapes on the CPU"
-print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}")
+print(f"{gpu}, {', '.join(found)}")
 PY
 ) || exit 1
 echo "$FOUND" | tee -a "$LOG"
