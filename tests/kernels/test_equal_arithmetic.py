@@ -48,6 +48,8 @@ def test_a_shared_split_has_the_arithmetic_of_a_rows_own(compiler: Compiler, nam
         across = {instruction: math.log2(4) for instruction in own_loop if instruction[:3] in ("max", "add")}
         expected = {
             instruction: times * (count - across.get(instruction, 0)) + across.get(instruction, 0)
+            if instruction.endswith(".f32")
+            else count  # of 16 bits: keys and values are widened once for all pairs
             for instruction, count in own_loop.items()
         }
         assert shared_loop == expected, (one.meta, other.meta)
