@@ -152,7 +152,10 @@ class StructuredOutputs:
 
 @dataclass
 class SamplingConfig:
-    """How tokens are chosen. A row's own `sampling` column overrides any of these for that row."""
+    """How tokens are chosen. A row's own `sampling` column overrides any of these for that row.
+
+    Reals are used as float32 and checked as such: 1e-46 would be 0 there, and is refused.
+    """
 
     max_tokens: int = 1024
     min_tokens: int = 0
@@ -160,13 +163,13 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0 or -1: all
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # 1e-6 to 1e6
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit, at most 1e30 either way
     allowed_token_ids: list[int] | None = None
     stop: list[str] | None = None  # at most 1,024 bytes in all
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = None  # at most 1,024
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     seed: int = 0

@@ -34,6 +34,7 @@ def planned_batches(
         keep=keep,
         clock=engine.clock,
         guides=engine.guides,
+        eos_token_ids=engine.state.slots.eos_token_ids.tolist(),
     )
     state = engine.state
     limits = Limits(

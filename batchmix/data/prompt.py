@@ -24,6 +24,7 @@ _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
 _REASON_CHARS = 300
 _CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
+_CACHED_CHARS = 2**24  # of their text: a row may bring thousands of choices
 
 
 def build_prompts(
@@ -37,6 +38,7 @@ def build_prompts(
     keep: Sequence[str],
     clock: StageClock,
     guides: Guides | None = None,
+    eos_token_ids: Sequence[int] = (),
 ) -> Generator[Prompt, None, None]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
@@ -46,20 +48,26 @@ def build_prompts(
     user message in the model's chat format; a model without one (a base model that is not Mistral's) gets the text
     itself after its beginning-of-sequence token.
 
-    `vocab_size`, `max_model_len` and `guides` are the model's. `keep` names the columns that the output keeps. Rows are read
+    `vocab_size`, `max_model_len`, `guides` and `eos_token_ids` are the model's. `keep` names the columns that the output keeps. Rows are read
     and encoded by a thread, ahead of the consumer; closing the iterator ends it. `clock` counts its stages read and
     tokenise.
 
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
-    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides), rows, clock)
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides, eos_token_ids)
+    return _unbatch(builder, rows, clock)
 
 
 def check_prompts(
-    data: DataConfig, sampling: SamplingConfig, tokenizer: Tokenizer | None, vocab_size: int, guides: Guides | None
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    guides: Guides | None,
+    eos_token_ids: Sequence[int] = (),
 ) -> None:
     """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
-    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides)
+    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides, eos_token_ids)
 
 
 def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Generator[Prompt, None, None]:
@@ -81,11 +89,14 @@ class _PromptBuilder:
         vocab_size: int,
         keep: Sequence[str],
         guides: Guides | None,
+        eos_token_ids: Sequence[int],
     ) -> None:
         self._data = data
         self._guides = guides
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._sampling = sampling
         self._samplings: dict[str, SamplingConfig] = {}
+        self._samplings_chars = 0
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
@@ -230,9 +241,11 @@ class _PromptBuilder:
             except ValueError as error:
                 raise PromptError(str(error)) from None
             self._check_sampling(sampling)
-            if len(self._samplings) >= _CACHED_SAMPLINGS:
+            if len(self._samplings) >= _CACHED_SAMPLINGS or self._samplings_chars > _CACHED_CHARS:
                 self._samplings.clear()
+                self._samplings_chars = 0
             self._samplings[key] = sampling
+            self._samplings_chars += len(key)
         return sampling
 
     def _check_sampling(self, sampling: SamplingConfig) -> None:
@@ -241,6 +254,13 @@ class _PromptBuilder:
                 if not 0 <= token < self._vocab_size:
                     size = self._vocab_size
                     raise PromptError(f"sampling.{key} has token {token}; the model's vocabulary has {size}")
+        if sampling.min_tokens:
+            ending = self._eos_token_ids | set(sampling.stop_token_ids or ())
+            choosable = range(self._vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
+            if len(ending) >= len(set(choosable)) and ending.issuperset(choosable):
+                raise PromptError(
+                    f"sampling.min_tokens={sampling.min_tokens}: every token that could be chosen ends the text"
+                )
         if (sampling.logprobs or 0) > self._vocab_size:
             raise PromptError(f"sampling.logprobs={sampling.logprobs}: the model's vocabulary has {self._vocab_size}")
         if sampling.stop and self._tokenizer is None:
