@@ -130,7 +130,8 @@ class DataConfig:
     id_column: str | None = None  # null: the row's ordinal
     columns: list[str] | None = None  # kept in the output; null: all
     system_prompt: str | None = None
-    template: str | None = None  # Jinja over the row's columns; its result is sent as one user message
+    # Jinja over the columns of a row, in at most 250,000 steps; its result is sent as one user message
+    template: str | None = None
     swap_columns: list[str] | None = None  # two that change places in data.template for samples 1, 3, 5, ...
     limit: int | None = None  # the first so many rows
     on_error: OnError = OnError["record"]

@@ -18,7 +18,10 @@ from batchmix.data.read_ahead import read_ahead
 
 BLOCKED = """
 import ctypes
+from batchmix import signals as module
 from batchmix.signals import StopSignals
+
+module._PATIENCE = 0.2
 
 with StopSignals() as signals:
     signals.defer()
@@ -37,11 +40,9 @@ def test_a_main_thread_that_hears_nothing_ends_the_process(number):
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    sent = time.monotonic()
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (75, f"batchmix: interrupted by {number.name}\n")
-    assert time.monotonic() - sent < 10  # 4 of them by design
 
 
 def test_a_reader_that_waits_is_left_behind():

@@ -212,7 +212,9 @@ def _bounded(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
         _bound(_CHARS * (1 + _weight(value)) * (1 + width))
     elif name in ("replace", "wordwrap", "urlize"):
         old = args[0] if name == "replace" and args else None
-        count = text.count(old) if isinstance(old, type(text)) else len(text)
+        count = len(text)
+        if isinstance(text, str) and isinstance(old, str):
+            count = text.count(old)
         _bound(len(text) + count * (texts[-1] if name == "replace" and texts else sum(texts)))
     elif name == "translate":
         table = args[0] if args and isinstance(args[0], Mapping) else {}
@@ -278,7 +280,8 @@ class _Counting(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, "weighed") if isinstance(node.arg, nodes.Slice) else node
+        sliced = isinstance(node, nodes.Expr) and isinstance(node.arg, nodes.Slice)
+        return _filtered(node, "weighed") if sliced else node
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Expr:
