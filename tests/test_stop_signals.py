@@ -40,8 +40,12 @@ def test_a_main_thread_that_hears_nothing_ends_the_process(number):
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    time.sleep(1.0)  # it is on its way into the lock
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, error) == (75, f"batchmix: interrupted by {number.name}\n")
 
 

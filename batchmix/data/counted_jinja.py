@@ -280,11 +280,11 @@ class _Counting(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        sliced = isinstance(node, nodes.Expr) and isinstance(node.arg, nodes.Slice)
-        return _filtered(node, "weighed") if sliced else node
+        return _filtered(node, "weighed") if isinstance(node.arg, nodes.Slice) else node
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Expr:
+def _filtered(node: nodes.Node, name: str) -> nodes.Expr:
     if isinstance(node, nodes.Const):
         return node
+    assert isinstance(node, nodes.Expr)
     return nodes.Filter(node, f" {name}", [], [], None, None, lineno=node.lineno)
