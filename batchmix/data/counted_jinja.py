@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -19,6 +19,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+T = TypeVar("T")
 MAX_STEPS = 250_000  # for one row: a second or two at most. The text of a prompt of 30,000 tokens is 2,000 of them
 _MAX_CHARS = 2**23  # of one text, or items of one list
 _MAX_BITS = 2**16  # of an integer
@@ -83,7 +84,7 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def counted(render: Callable[[], str]) -> str:
+def counted(render: Callable[[], T]) -> T:
     """What `render` gives. TooManySteps where that takes more than MAX_STEPS."""
     token = _steps.set([MAX_STEPS])
     try:
