@@ -130,7 +130,8 @@ class DataConfig:
     id_column: str | None = None  # null: the row's ordinal
     columns: list[str] | None = None  # kept in the output; null: all
     system_prompt: str | None = None
-    template: str | None = None  # Jinja over the row's columns; its result is sent as one user message
+    # Jinja over the columns of a row, in at most 250,000 steps; its result is sent as one user message
+    template: str | None = None
     swap_columns: list[str] | None = None  # two that change places in data.template for samples 1, 3, 5, ...
     limit: int | None = None  # the first so many rows
     on_error: OnError = OnError["record"]
@@ -152,7 +153,10 @@ class StructuredOutputs:
 
 @dataclass
 class SamplingConfig:
-    """How tokens are chosen. A row's own `sampling` column overrides any of these for that row."""
+    """How tokens are chosen. A row's own `sampling` column overrides any of these for that row.
+
+    Reals are used as float32 and checked as such: 1e-46 would be 0 there, and is refused.
+    """
 
     max_tokens: int = 1024
     min_tokens: int = 0
@@ -160,13 +164,13 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0 or -1: all
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # 1e-6 to 1e6
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit, at most 1e30 either way
     allowed_token_ids: list[int] | None = None
     stop: list[str] | None = None  # at most 1,024 bytes in all
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = None  # at most 1,024
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     seed: int = 0

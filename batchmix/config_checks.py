@@ -7,10 +7,13 @@ row come from data, so `override_sampling` refuses them too.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from batchmix.config import MAX_SCORED_CHOICES, ClusterKind, Config, SamplingConfig, StructuredOutputs
 from batchmix.errors import BatchmixError
@@ -24,13 +27,17 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "top_p": (0, 1, False),
     "top_k": (-1, _MANY, True),
     "min_p": (0, 1, True),
-    "repetition_penalty": (0, math.inf, False),
+    "repetition_penalty": (1e-6, 1e6, True),  # with the largest bias below, logits stay finite
     "presence_penalty": (-2, 2, True),
     "frequency_penalty": (-2, 2, True),
     "n": (1, 10_000, True),  # a row is committed with all its samples, which wait for each other in memory
     "logprobs": (0, 100, True),  # 0.8 GiB on the host for 256 rows of 4,096 tokens
     "seed": (-(2**63), 2**63 - 1, True),
 }
+# The device has reals as float32. Below the first, numbers lose their bits one by one, and some devices take them for 0.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_MAX_BIAS = 1e30  # a logit of this size, less any other, over any penalty, is still one that float32 holds
+_MAX_STOP_TOKENS = 1024  # of a row: steps compare with each
 _MAX_STOP_BYTES = 1024  # of a row's stop strings: each takes a state of an automaton, 8 bytes for every token there is
 _BOOLS = {"include_stop_str_in_output", "skip_special_tokens", "ignore_eos"}
 _INTS = {"max_tokens", "min_tokens", "top_k", "n", "logprobs", "seed"}
@@ -50,6 +57,11 @@ def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
                 f"sampling.{key}={reprlib.repr(value)} must be {'at least' if closed else 'above'} {low}"
                 + (f" and at most {high}" if high < math.inf else "")
             )
+        if key not in _INTS and not _fits_float32(value):
+            raise ValueError(
+                f"sampling.{key}={value} is no number of float32, as which it is used: 0, or from {_SMALLEST:.2g} to"
+                f" {_LARGEST:.2g} without its sign"
+            )
     if sampling.min_tokens > sampling.max_tokens:
         raise ValueError(f"sampling.min_tokens={sampling.min_tokens} is above max_tokens={sampling.max_tokens}")
     if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
@@ -65,9 +77,20 @@ def check_sampling(sampling: SamplingConfig) -> SamplingConfig:
     for token, bias in (sampling.logit_bias or {}).items():
         if not math.isfinite(bias):
             raise ValueError(f"sampling.logit_bias has {bias} for token {token}, which is no number; -100 bans a token")
+        if abs(bias) > _MAX_BIAS:
+            raise ValueError(
+                f"sampling.logit_bias has {bias} for token {token}; at most {_MAX_BIAS:.0e} either way, and -100 bans a token"
+            )
+    if len(set(sampling.stop_token_ids or ())) > _MAX_STOP_TOKENS:
+        raise ValueError(f"sampling.stop_token_ids has more than {_MAX_STOP_TOKENS:,} tokens")
     if sampling.structured_outputs is not None:
         _check_structured(sampling.structured_outputs, sampling)
     return sampling
+
+
+def _fits_float32(value: float) -> bool:
+    """Whether float32 has the value, but for rounding; without this, 1e-46 would be 0 there and 1e39 infinite."""
+    return value == 0 or _SMALLEST <= abs(value) <= _LARGEST
 
 
 def _check_structured(outputs: StructuredOutputs, sampling: SamplingConfig) -> None:
@@ -88,6 +111,12 @@ def _check_structured(outputs: StructuredOutputs, sampling: SamplingConfig) -> N
         raise ValueError(f"{key} has a text that is not valid Unicode")
     if outputs.json is not None and not isinstance(outputs.json, str | Mapping):
         raise ValueError(f"{key}.json={reprlib.repr(outputs.json)} must be a JSON Schema, a mapping or its text")
+    try:
+        json.dumps(outputs.json)
+    except (TypeError, ValueError) as error:  # a column of structs may hold times or bytes
+        raise ValueError(f"{key}.json={reprlib.repr(outputs.json)} is no JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{key}.json is nested too deeply") from None
     if sampling.stop:
         raise ValueError(f"sampling.stop does not go with {key}, which says itself where the text ends")
     for flag in ("score_choices", "token_probabilities"):

@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ from batchmix.config import Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.config_files import check_config_files
+from batchmix.data import in_parallel, read_ahead
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
 
@@ -149,6 +151,13 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
         except Interrupted as interrupted:
             reason = f" by {interrupted}" if str(interrupted) else ""
             print(f"batchmix: interrupted{reason}, {slurm.requeue()}", file=sys.stderr)
+            if any(
+                thread.name.startswith((read_ahead.THREAD_NAME, in_parallel.THREAD_NAME))
+                for thread in threading.enumerate()
+            ):
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(EXIT_REQUEUE)  # all is committed; Python would wait for what these threads wait for
             sys.exit(EXIT_REQUEUE)
 
     register()

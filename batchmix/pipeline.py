@@ -70,7 +70,9 @@ def generate(config: Config) -> None:
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
         tokenizer = load_tokenizer(checkpoint.folder)
         guides = open_guides(checkpoint, tokenizer)
-        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides)
+        check_prompts(
+            config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides, checkpoint.eos_token_ids
+        )
         run = _describe(config, source, checkpoint)
         parts = _parts(config, source, checkpoint, tokenizer, run)
         num_workers = config.engine.data_parallel_size

@@ -4,7 +4,11 @@ request to stop.
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +16,10 @@ from types import FrameType
 from batchmix.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+_EXIT_REQUEUE = 75
+_PATIENCE = 4.0  # seconds from a signal to the end of a process that does not come to hear it
+_NUMBERS = frozenset(int(number) for number in STOP_SIGNALS)
 
 _interrupted_early = False
 
@@ -42,21 +50,36 @@ def _interrupt_early(number: int, frame: FrameType | None) -> None:
 class StopSignals:
     """A context manager. Until `defer` is called a signal raises Interrupted at once, since nothing could be lost;
     from then on it only sets `received`, for the engine to end after its step. A second Ctrl-C always raises.
+
+    Python hears a signal between two of its own instructions. A main thread that waits elsewhere, as for a store that does not
+    answer, would hear it minutes later: so the process then ends without it, since what is committed is safe.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._deferred = False
+        self._heard = threading.Event()
 
     def __enter__(self) -> StopSignals:
         if _interrupted_early:
             raise Interrupted(signal.SIGINT.name)
+        self._watched, self._waking = socket.socketpair()
+        self._waking.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._waking.fileno(), warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
         self._old = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        self._heard.set()
+        self._waking.send(b"\0")
+        self._watcher.join()
+        self._watched.close()
+        self._waking.close()
 
     def defer(self) -> None:
         """From here on finished work has to be committed before the process ends."""
@@ -71,7 +94,18 @@ class StopSignals:
         if self.received is not None:
             raise Interrupted(self.received)
 
+    def _watch(self) -> None:
+        """In a thread: each signal comes as a byte, at once, wherever the main thread is."""
+        while (number := self._watched.recv(1)[0]) != 0:
+            if number in _NUMBERS and not self._heard.wait(_PATIENCE):
+                name = signal.Signals(number).name
+                os.write(
+                    sys.__stderr__.fileno() if sys.__stderr__ else 2, f"batchmix: interrupted by {name}\n".encode()
+                )
+                os._exit(_EXIT_REQUEUE)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._heard.set()
         name = signal.Signals(number).name
         if not self._deferred:
             raise Interrupted(name)

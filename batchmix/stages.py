@@ -34,6 +34,8 @@ def planned_batches(
         keep=keep,
         clock=engine.clock,
         guides=engine.guides,
+        eos_token_ids=engine.state.slots.eos_token_ids.tolist(),
+        stopping=engine.should_stop,
     )
     state = engine.state
     limits = Limits(

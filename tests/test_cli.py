@@ -55,6 +55,8 @@ WRONG_OVERRIDES = {
     "output.dir=": "output.dir=: give a folder, for example output.dir=out",
     "output.dir=${nothing}": "output.dir: Interpolation key 'nothing' not found",
     "sampling.top_p=2": "sampling.top_p=2.0 must be above 0 and at most 1",
+    "sampling.top_p=1e-46": "sampling.top_p=1e-46 is no number of float32, as which it is used",
+    "sampling.logit_bias={5:1e39}": "sampling.logit_bias has 1e+39 for token 5; at most 1e+30 either way",
     "shard.index=3": "shard.index=3: must be from 0 to shard.count - 1 = 0",
     "prompts.jsonl": "prompts.jsonl: not of the form key=value, for example data.path=prompts.jsonl",
     "data.path=[a": "data.path=[a: the value cannot be read; a text with special characters needs quotes",

@@ -20,6 +20,7 @@ import jinja2
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
+from batchmix.data.counted_jinja import count_steps_of, counted
 from batchmix.data.messages import Message, PromptError
 from batchmix.data.vocabulary import TokenIds, Vocabulary
 from batchmix.errors import BatchmixError
@@ -108,9 +109,16 @@ class JinjaTokenizer:
         return self._vocabulary.pieces(skip_special_tokens)
 
     def _render(self, turns: list[dict[str, str]], prefix: bool) -> str:
+        from transformers.utils import chat_template_utils
+
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=not prefix, continue_final_message=prefix
+            # transformers keeps its compiled templates, and gives this one when it renders.
+            source = self._tokenizer.get_chat_template()
+            count_steps_of(chat_template_utils._compile_jinja_template(source), source)
+            text = counted(
+                lambda: self._tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=not prefix, continue_final_message=prefix
+                )
             )
         except jinja2.TemplateSyntaxError as error:
             raise BatchmixError(f"the model's chat template is broken, line {error.lineno}: {error.message}") from None

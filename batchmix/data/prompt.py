@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from batchmix.config import DataConfig, SamplingConfig
@@ -22,8 +22,10 @@ from batchmix.report.clock import StageClock
 
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
+_MOST_CHARS = 128  # of a token: the longest of vocabularies are runs of spaces of about that length
 _REASON_CHARS = 300
 _CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
+_CACHED_CHARS = 2**24  # of their text: a row may bring thousands of choices
 
 
 def build_prompts(
@@ -37,6 +39,8 @@ def build_prompts(
     keep: Sequence[str],
     clock: StageClock,
     guides: Guides | None = None,
+    eos_token_ids: Sequence[int] = (),
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[Prompt, None, None]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
@@ -46,24 +50,32 @@ def build_prompts(
     user message in the model's chat format; a model without one (a base model that is not Mistral's) gets the text
     itself after its beginning-of-sequence token.
 
-    `vocab_size`, `max_model_len` and `guides` are the model's. `keep` names the columns that the output keeps. Rows are read
-    and encoded by a thread, ahead of the consumer; closing the iterator ends it. `clock` counts its stages read and
+    `vocab_size`, `max_model_len`, `guides` and `eos_token_ids` are the model's. `keep` names the columns that the output keeps. Rows are read
+    and encoded by a thread, ahead of the consumer; closing the iterator ends it, and once `stopping()` it ends by itself. `clock` counts its stages read and
     tokenise.
 
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
-    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides), rows, clock)
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides, eos_token_ids)
+    return _unbatch(builder, rows, clock, stopping)
 
 
 def check_prompts(
-    data: DataConfig, sampling: SamplingConfig, tokenizer: Tokenizer | None, vocab_size: int, guides: Guides | None
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    guides: Guides | None,
+    eos_token_ids: Sequence[int] = (),
 ) -> None:
     """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
-    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides)
+    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides, eos_token_ids)
 
 
-def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Generator[Prompt, None, None]:
-    batches = read_ahead(builder.batches(rows, clock), _BATCHES_AHEAD)
+def _unbatch(
+    builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock, stopping: Callable[[], bool]
+) -> Generator[Prompt, None, None]:
+    batches = read_ahead(builder.batches(rows, clock, stopping), _BATCHES_AHEAD, stopping)
     try:
         for batch in batches:
             yield from batch
@@ -81,13 +93,18 @@ class _PromptBuilder:
         vocab_size: int,
         keep: Sequence[str],
         guides: Guides | None,
+        eos_token_ids: Sequence[int],
     ) -> None:
         self._data = data
         self._guides = guides
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._sampling = sampling
-        self._samplings: dict[str, SamplingConfig] = {}
+        self._samplings: dict[str, SamplingConfig | PromptError] = {}
+        self._samplings_chars = 0
+        self._num_guides = 0  # that rows of their own have asked for, those kept counted once
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._max_chars = max_model_len * _MOST_CHARS
         self._vocab_size = vocab_size
         self._keep = tuple(keep)
         self._more_tokens_than_model = tokenizer is not None and tokenizer.vocab_size > vocab_size
@@ -108,18 +125,38 @@ class _PromptBuilder:
                 " put the text into data.template"
             )
 
-    def batches(self, rows: Iterable[Row], clock: StageClock) -> Generator[list[Prompt], None, None]:
+    def batches(
+        self, rows: Iterable[Row], clock: StageClock, stopping: Callable[[], bool]
+    ) -> Generator[list[Prompt], None, None]:
         rows = iter(rows)
         while True:
             with clock.stage("read"):
-                batch = list(islice(rows, _BATCH_ROWS))
-            if not batch:
+                batch = self._take(rows, stopping)
+            if not batch or stopping():
                 return
             with clock.stage("tokenise"):
                 prompts = self._build(batch)
                 if self._swap:
                     prompts = _pair_up(prompts, self._build([_swapped(row, *self._swap) for row in batch]))
             yield prompts
+
+    def _take(self, rows: Iterator[Row], stopping: Callable[[], bool]) -> list[Row]:
+        """The next rows that are encoded together: up to one whose guide had to be compiled, so that it holds up no others."""
+        batch: list[Row] = []
+        for row in rows:
+            batch.append(row)
+            if len(batch) == _BATCH_ROWS or stopping() or self._compiles(row):
+                break
+        return batch
+
+    def _compiles(self, row: Row) -> bool:
+        """Compile the row's own guide, if it has one that is new."""
+        if row.error is not None or not row.sampling or row.sampling.get("structured_outputs") is None:
+            return False
+        before = self._num_guides
+        with suppress(PromptError, RecursionError):  # which `_build` meets again
+            self._sampling_of(row.sampling)
+        return self._num_guides > before
 
     def _build(self, rows: list[Row]) -> list[Prompt]:
         prompts: list[Prompt] = []
@@ -138,6 +175,7 @@ class _PromptBuilder:
                 if isinstance(content, array):
                     self._set_ids(prompt, content)
                     continue
+                self._check_length(content)
             except (PromptError, RecursionError) as error:
                 prompt.error = _reason(error)
                 continue
@@ -155,6 +193,15 @@ class _PromptBuilder:
                 except PromptError as error:
                     prompt.error = _reason(error)
         return prompts
+
+    def _check_length(self, content: list[Message] | str) -> None:
+        """PromptError for a text that is far too long, before it is encoded: that takes seconds for a megabyte."""
+        chars = len(content) if isinstance(content, str) else sum(len(message.text) for message in content)
+        if chars > self._max_chars:
+            raise PromptError(
+                f"prompt has {chars} characters; more than {self._max_chars} are not encoded, as they would hardly be the"
+                f" {self._max_model_len} tokens of model.max_model_len"
+            )
 
     def _set_ids(self, prompt: Prompt, ids: TokenIds | PromptError) -> None:
         if isinstance(ids, PromptError):
@@ -225,14 +272,19 @@ class _PromptBuilder:
         key = repr(overrides)
         sampling = self._samplings.get(key)
         if sampling is None:
+            self._num_guides += overrides.get("structured_outputs") is not None
             try:
                 sampling = override_sampling(self._sampling, overrides)
-            except ValueError as error:
-                raise PromptError(str(error)) from None
-            self._check_sampling(sampling)
-            if len(self._samplings) >= _CACHED_SAMPLINGS:
+                self._check_sampling(sampling)
+            except (ValueError, PromptError) as error:
+                sampling = PromptError(str(error))
+            if len(self._samplings) >= _CACHED_SAMPLINGS or self._samplings_chars > _CACHED_CHARS:
                 self._samplings.clear()
+                self._samplings_chars = 0
             self._samplings[key] = sampling
+            self._samplings_chars += len(key)
+        if isinstance(sampling, PromptError):
+            raise sampling
         return sampling
 
     def _check_sampling(self, sampling: SamplingConfig) -> None:
@@ -241,6 +293,13 @@ class _PromptBuilder:
                 if not 0 <= token < self._vocab_size:
                     size = self._vocab_size
                     raise PromptError(f"sampling.{key} has token {token}; the model's vocabulary has {size}")
+        if sampling.min_tokens:
+            ending = self._eos_token_ids | set(sampling.stop_token_ids or ())
+            choosable = range(self._vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
+            if len(ending) >= len(set(choosable)) and ending.issuperset(choosable):
+                raise PromptError(
+                    f"sampling.min_tokens={sampling.min_tokens}: every token that could be chosen ends the text"
+                )
         if (sampling.logprobs or 0) > self._vocab_size:
             raise PromptError(f"sampling.logprobs={sampling.logprobs}: the model's vocabulary has {self._vocab_size}")
         if sampling.stop and self._tokenizer is None:

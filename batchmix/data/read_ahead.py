@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import TypeVar
 
 T = TypeVar("T")
+THREAD_NAME = "read-ahead"
+_PATIENCE = 0.5  # seconds between two looks at whether to stop
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,14 @@ class _End:
     error: BaseException | None = None
 
 
-def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+def read_ahead(
+    items: Generator[T, None, None], depth: int, stopping: Callable[[], bool] = lambda: False
+) -> Generator[T, None, None]:
     """`items` in order, at most `depth` + 1 of them ready before they are asked for.
 
     The thread starts with the first item asked for. An exception of `items` is raised in its place. Closing this
-    generator waits for the item in work, ends the thread and closes `items`.
+    generator waits for the item in work, ends the thread and closes `items`. Once `stopping()`, nobody waits: this ends at
+    its next item, which need not be there, and what is in work may be left to the thread, which the process need not outlive.
     """
     queue: Queue[T | _End] = Queue(depth)
     closed = threading.Event()
@@ -37,11 +43,14 @@ def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None
             end = _End(error)
         queue.put(end)
 
-    thread = threading.Thread(target=run, name="read-ahead", daemon=True)
+    thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
     thread.start()
     try:
-        while True:
-            item = queue.get()
+        while not stopping():
+            try:
+                item = queue.get(timeout=_PATIENCE)
+            except Empty:
+                continue
             if isinstance(item, _End):
                 if item.error is not None:
                     raise item.error
@@ -49,7 +58,9 @@ def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None
             yield item
     finally:
         closed.set()
-        while thread.is_alive():  # it may be waiting for room in the queue
-            with suppress(Empty):
+        given_up = time.monotonic() + _PATIENCE
+        while thread.is_alive() and not (stopping() and time.monotonic() > given_up):
+            with suppress(Empty):  # it may be waiting for room in the queue
                 queue.get(timeout=0.02)
-        items.close()
+        if not thread.is_alive():
+            items.close()

@@ -7,8 +7,8 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from batchmix.data.counted_jinja import CountedEnvironment, counted
 from batchmix.data.messages import PromptError, check_text
 from batchmix.errors import BatchmixError
 
@@ -24,7 +24,7 @@ class RowTemplate:
         if not source:
             raise BatchmixError(f"{key}=: is empty; leave it out or set it to null")
         self._key = key
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_not_null)
+        environment = CountedEnvironment(undefined=jinja2.StrictUndefined, finalize=_not_null)
         try:
             self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
             self._template = environment.from_string(source)
@@ -32,11 +32,13 @@ class RowTemplate:
             raise BatchmixError(f"{key} is not valid Unicode") from None
         except jinja2.TemplateSyntaxError as error:
             raise BatchmixError(f"{key}, line {error.lineno}: {error.message}") from None
+        except RecursionError:
+            raise BatchmixError(f"{key} is nested too deeply") from None
 
     def render(self, columns: Mapping[str, Any]) -> str:
         """The prompt of one row; PromptError where the template fails on it, prints a null or gives no text."""
         try:
-            text = self._template.render(columns)
+            text = counted(lambda: self._template.render(columns))
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise PromptError(f"{self._key} fails on this row: {reason}") from None

@@ -225,7 +225,7 @@ def _threshold(weights: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, can
     unseen = kept[:, -1:] & (limit > candidates)
     if bool(unseen.any()):
         mass = torch.where(unseen, _sum(torch.where(weights >= min_p, weights, 0.0))[:, None], mass)
-    kept &= (running - best * kept < top_p * mass) | (top_p >= 1)
+    kept &= (running - best * kept < top_p * mass) | (top_p >= 1) | (rank == 0)  # the most likely token always stays
     undecided = unseen & (kept[:, -1:] | (limit < vocab))  # the mass of a top-k shows only among the candidates
     last = kept.sum(-1, keepdim=True) - 1
     return best.gather(1, last), undecided[:, 0]

@@ -229,7 +229,7 @@ class Slots:
             host[key][slot] = getattr(sampling, key)
         host["wants_logprob"][slot] = sampling.logprobs is not None
         self.num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
-        self._set_stop_tokens(slot, sampling.stop_token_ids or [])
+        self._set_stop_tokens(slot, list(dict.fromkeys(sampling.stop_token_ids or ())))
         if bias := bias_key(sampling):
             host["bias_row"][slot] = self.biases.acquire(bias, lambda: bias_table(sampling, self.vocab_size))
         if stop := stop_key(sampling):

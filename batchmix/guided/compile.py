@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _RECURSIVE = "recursive (any value, or a schema within itself)"
 _KEPT = 64  # guides that are kept for rows to come
+_MAX_CHARS = (
+    2**18
+)  # of choices, of a regex or of a schema: 30,000 short choices; what is longer takes seconds to compile
 
 
 class Guides:
@@ -213,7 +216,12 @@ def _encode_answers(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int
 
 
 def _grammar(outputs: StructuredOutputs) -> Grammar:
-    """The texts that are allowed."""
+    """The texts that are allowed. Unsupported, before any work, where they are written in too long a text."""
+    written = outputs.choice or (outputs.json if outputs.regex is None else outputs.regex)
+    written = written if isinstance(written, str | list | tuple) else json.dumps(written)
+    size = len(written) if isinstance(written, str) else sum(map(len, written))
+    if size > _MAX_CHARS:
+        raise Unsupported(f"has {size:,} characters; at most {_MAX_CHARS:,} are compiled for one row")
     if outputs.choice is not None:
         return Grammar(alt([literal(text) for text in outputs.choice]))
     if outputs.regex is not None:

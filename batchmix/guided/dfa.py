@@ -17,6 +17,7 @@ from batchmix.guided.pattern import NEVER, Alt, Chars, Named, NoText, Pattern, R
 
 MAX_STATES = 16_384  # of an automaton; a string of up to 1,000 characters takes 9,000
 _MAX_NFA_STATES = 150_000
+_MAX_WORK = 20_000_000  # edges looked at for each range of bytes: a few seconds; a string of up to 1,000 characters takes 2 % of it
 _TOO_LARGE = "the automaton is too large; shorten counted repetitions (maxLength, maxItems, {low,high}) or the choices"
 
 
@@ -130,6 +131,7 @@ def _determinise(nfa: _Nfa, start: int, end: int) -> ByteAutomaton:
     queue: list[frozenset[int]] = []
     closures: dict[frozenset[int], int] = {}
     goto: list[npt.NDArray[np.int32]] = []
+    work = 0
 
     def number(targets: frozenset[int]) -> int:
         """The state of what lies behind these, numbered on first sight."""
@@ -151,6 +153,9 @@ def _determinise(nfa: _Nfa, start: int, end: int) -> ByteAutomaton:
         row = np.full(256, -1, np.int32)
         edges = [edge for state in subset for edge in nfa.edges[state]]
         cuts = sorted({0, 256, *(low for low, _, _ in edges), *(high + 1 for _, high, _ in edges)})
+        work += len(subset) + len(edges) * len(cuts)
+        if work > _MAX_WORK:  # few states can be sets of many
+            raise TooLarge(_TOO_LARGE)
         for low, beyond in pairwise(cuts):
             targets = frozenset(target for first, last, target in edges if first <= low <= last)
             if targets:

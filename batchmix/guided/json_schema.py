@@ -1,4 +1,4 @@
-"""JSON Schemas (draft 2020-12) as patterns of the JSON text of their values.
+"""JSON Schemas (drafts 4 to 2020-12) as patterns of the JSON text of their values.
 
 The text is what Python's `json.dumps(value, ensure_ascii=False)` writes: one space after a comma and a colon, keys in
 the order of `properties`. Each text that a pattern allows is a valid instance; what cannot be kept is refused by name.
@@ -8,7 +8,8 @@ Where a schema leaves things open the pattern is narrower: objects have the prop
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -29,10 +30,12 @@ from batchmix.guided.pattern import (
     separated,
     seq,
 )
+from batchmix.guided.references import References, draft_of
 
 # Say nothing that a validator checks.
 _ANNOTATIONS = {"title", "description", "default", "examples", "example", "$schema", "$id", "$comment", "$defs",
-                "definitions", "deprecated", "readOnly", "writeOnly", "$anchor"}  # fmt: skip
+                "definitions", "deprecated", "readOnly", "writeOnly", "$anchor",
+                "$dynamicAnchor", "$recursiveAnchor"}  # fmt: skip
 _KEYWORDS = {
     "string": {"minLength", "maxLength", "pattern", "format"},
     "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
@@ -57,13 +60,29 @@ def json_schema_grammar(schema: Any) -> Grammar:
 
 class _Translation:
     def __init__(self, root: Any) -> None:
-        self._root = root
+        self._draft = draft_of(root)
+        self._annotations = _ANNOTATIONS | ({"id"} if self._draft == 4 else set())
+        self._references = References(root, self._draft)
+        self._base = ""  # the address of the document whose schemas are being translated
         self.rules: dict[str, Pattern] = {}  # what references stand for that lead to themselves
-        self._open: dict[str, bool] = {}  # references that are being followed, and whether they were met again
+        self._open: dict[str, bool] = {}  # places that are being followed, and whether they were met again
         self._followed: dict[str, Pattern] = {}
 
     def schema(self, schema: Any, path: str, depth: int) -> Pattern:
         """`path` is where it stands, for messages."""
+        with self._within(self._references.base_of(schema, self._base, path)):
+            return self._schema(schema, path, depth)
+
+    @contextmanager
+    def _within(self, base: str) -> Iterator[None]:
+        """Read references as those of the document `base`."""
+        before, self._base = self._base, base
+        try:
+            yield
+        finally:
+            self._base = before
+
+    def _schema(self, schema: Any, path: str, depth: int) -> Pattern:
         if depth > _MAX_DEPTH:
             raise refusal(path, "is nested too deeply")
         if schema is True or schema == {}:
@@ -72,15 +91,17 @@ class _Translation:
             return NEVER
         if not isinstance(schema, Mapping):
             raise refusal(path, f"is no schema but {schema!r}")
+        if "prefixItems" in schema and self._draft != 2020:
+            raise refusal(path, "has the keyword 'prefixItems', which only draft 2020-12 has")
         for keyword in _COMBINING:
             if keyword in schema:
                 return self._combined(keyword, schema, path, depth)
-        if schema.keys() <= _ANNOTATIONS - {"$defs", "definitions"}:  # definitions alone: a $ref is missing
+        if schema.keys() <= self._annotations - {"$defs", "definitions"}:  # definitions alone: a $ref is missing
             return self._anything()
         types = schema.get("type")
         if types is None:
             guess = [name for name, keywords in _KEYWORDS.items() if keywords & schema.keys() and name != "number"]
-            unknown = sorted(schema.keys() - _ANNOTATIONS - {key for names in _KEYWORDS.values() for key in names})
+            unknown = sorted(schema.keys() - self._annotations - {key for names in _KEYWORDS.values() for key in names})
             if unknown:
                 raise refusal(path, f"has the keyword {unknown[0]!r}, which is not supported")
             raise refusal(path, f"has no type{f'; give type: {guess[0]}' if guess else ''}")
@@ -95,7 +116,7 @@ class _Translation:
     def _check_keywords(self, schema: Mapping[str, Any], known: Iterable[str], path: str) -> None:
         """Unsupported where the schema has a keyword that says something else."""
         for key in schema:
-            harmless = key in _ANNOTATIONS or (key == "uniqueItems" and schema[key] is False)
+            harmless = key in self._annotations or (key == "uniqueItems" and schema[key] is False)
             if key not in known and not harmless:
                 raise refusal(path, f"has the keyword {key!r}, which is not supported here")
 
@@ -107,7 +128,8 @@ class _Translation:
             values = [value] if keyword == "const" else value
             if not isinstance(values, list):
                 raise refusal(where, "must be a list")
-            return alt([literal(dumps(one, where)) for one in values if has_type(one, schema.get("type"))])
+            whole = self._draft != 4  # there 1.0 is no integer
+            return alt([literal(dumps(one, where)) for one in values if has_type(one, schema.get("type"), whole)])
         self._check_keywords(schema, {keyword}, path)
         if keyword == "$ref":
             return self._reference(value, where, depth)
@@ -120,48 +142,45 @@ class _Translation:
         return alt([self.schema(one, f"{where}/{i}", depth + 1) for i, one in enumerate(value)])
 
     def _reference(self, reference: Any, path: str, depth: int) -> Pattern:
-        target = self._target(reference, path)
-        if reference in self._open:
-            self._open[reference] = True
-            return Named(reference)
-        if reference not in self._followed:
-            self._open[reference] = False
-            found = self.schema(target, reference.removeprefix("#"), depth + 1)
-            if self._open.pop(reference):
-                self.rules[reference] = found
-                found = Named(reference)
-            self._followed[reference] = found
-        return self._followed[reference]
-
-    def _target(self, reference: Any, path: str) -> Any:
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            raise refusal(path, f"{reference!r}: only references within the schema, #/..., are supported")
-        target = self._root
-        for step in reference.removeprefix("#").split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
-                target = target[int(step)]
-            elif isinstance(target, Mapping) and step in target:
-                target = target[step]
-            else:
-                raise refusal(path, f"{reference!r} is not there")
-        return target
+        target = self._references.target(reference, self._base, path)
+        name = target.name
+        if name in self._open:
+            self._open[name] = True
+            return Named(name)
+        if name not in self._followed:
+            self._open[name] = False
+            with self._within(target.base):
+                found = self.schema(target.schema, reference.removeprefix("#"), depth + 1)
+            if self._open.pop(name):
+                self.rules[name] = found
+                found = Named(name)
+            self._followed[name] = found
+        return self._followed[name]
 
     def _check_apart(self, schemas: list[Any], path: str) -> None:
         """oneOf is anyOf where no value can fit two of the schemas; that is seen by their types and constants."""
-        seen: list[tuple[str, str | None]] = []
+        types: set[str] = set()  # of which any value has been seen
+        constants: dict[str, set[str]] = {}  # by type
         for schema in schemas:
             own = self._kinds(schema, path, 0)
             for kind, value in own:
-                if any(kind == other and (value is None or known is None or value == known) for other, known in seen):
+                known = constants.get(kind, set())
+                if kind in types or (known if value is None else value in known):
                     raise refusal(path, "is supported only for schemas of different types or constants; use anyOf")
-            seen += own
+            for kind, value in own:
+                if value is None:
+                    types.add(kind)
+                else:
+                    constants.setdefault(kind, set()).add(value)
 
     def _kinds(self, schema: Any, path: str, depth: int) -> list[tuple[str, str | None]]:
         """What a schema's values are: types, or constants with their types."""
         if isinstance(schema, Mapping) and depth <= _MAX_DEPTH:
+            base = self._references.base_of(schema, self._base, path)
             if "$ref" in schema:
-                return self._kinds(self._target(schema["$ref"], path), path, depth + 1)
+                target = self._references.target(schema["$ref"], base, path)
+                with self._within(target.base):
+                    return self._kinds(target.schema, path, depth + 1)
             if "const" in schema or isinstance(schema.get("enum"), list):
                 values = [schema["const"]] if "const" in schema else schema["enum"]
                 return [(kind_of(TYPE_OF.get(type(value), "")), normal(value)) for value in values]

@@ -45,13 +45,13 @@ def count(schema: Mapping[str, Any], key: str, path: str, default: int | None) -
     return value
 
 
-def has_type(value: Any, types: Any) -> bool:
-    """Whether a constant is of the schema's type, where that gives one."""
+def has_type(value: Any, types: Any, whole_is_integer: bool = True) -> bool:
+    """Whether a constant is of the schema's type, where that gives one. `whole_is_integer`: 1.0 is, as 1 is."""
     if types is None:
         return True
     names = types if isinstance(types, list) else [types]
     own = TYPE_OF.get(type(value), "")
-    whole = own == "number" and float(value).is_integer()
+    whole = whole_is_integer and own == "number" and float(value).is_integer()
     return own in names or (own == "integer" and "number" in names) or (whole and "integer" in names)
 
 
@@ -61,10 +61,18 @@ def kind_of(name: str) -> str:
 
 
 def normal(value: Any) -> str:
-    """The same text for values that JSON Schema takes for equal: 1 and 1.0 are."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(Fraction(value))
-    return json.dumps(value, sort_keys=True)
+    """The same text for values that JSON Schema takes for equal: 1 and 1.0 are, also within lists and objects."""
+    return json.dumps(_plain(value), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return {"number": str(Fraction(value))}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"object": {key: _plain(item) for key, item in value.items()}}
+    return value
 
 
 def dumps(value: Any, path: str) -> str:

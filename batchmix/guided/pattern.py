@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import TypeAlias
 
 Range: TypeAlias = tuple[int, int]  # code points, both ends included
@@ -125,7 +125,12 @@ def intersection(left: Iterable[Range], right: Iterable[Range]) -> list[Range]:
 
 def literal(text: str) -> Pattern:
     """This text and no other."""
-    return seq(chars([(ord(char), ord(char))]) for char in text)
+    return seq(map(_character, text))
+
+
+@lru_cache(maxsize=4096)  # lists of choices have hundreds of thousands
+def _character(char: str) -> Pattern:
+    return chars([(ord(char), ord(char))])
 
 
 def seq(items: Iterable[Pattern]) -> Pattern:
@@ -150,7 +155,9 @@ def alt(items: Iterable[Pattern]) -> Pattern:
 
 
 def repeat(item: Pattern, low: int, high: int | None) -> Pattern:
-    """`item`, from `low` to `high` times (None: no limit)."""
+    """`item`, from `low` to `high` times (None: no limit); NEVER where that is no number of times."""
+    if high is not None and high < low:
+        return NEVER
     if high == 0 or item == EMPTY:
         return EMPTY
     if item == NEVER:

@@ -36,6 +36,14 @@ _REFUSED = {
     c.ATOMIC_GROUP: "an atomic group (?>...)",
     c.POSSESSIVE_REPEAT: "a possessive repeat",
 }
+# What ECMA-262 takes \d, \w, \s and the ends of lines for.
+_LINE_ENDS = [(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]
+_ECMA: dict[str, list[Range]] = {
+    "DIGIT": [(0x30, 0x39)],
+    "WORD": [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)],
+    "SPACE": [(0x09, 0x0D), (0x20, 0x20), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
+              (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)],
+}  # fmt: skip
 _BEGIN, _END = {c.AT_BEGINNING, c.AT_BEGINNING_STRING}, {c.AT_END, c.AT_END_STRING}
 
 
@@ -48,7 +56,10 @@ def regex_pattern(regex: str) -> Pattern:
 
 
 def searched_pattern(regex: str) -> Pattern:
-    """The texts t for which re.search(regex, t) holds, as JSON Schema's `pattern` means it."""
+    """The texts t for which re.search(regex, t) holds, and in which ECMA-262, JSON Schema's own, finds the regex too.
+
+    They differ in \\d, \\w, \\s and the dot: a character counts where both take it, so every validator accepts the text.
+    """
     return _parse(regex, searched=True)
 
 
@@ -77,10 +88,11 @@ def _parts(argument: Any) -> Sequence[Any]:
 
 
 class _Translation:
-    """One regex. `searched`: where an end is not anchored, any text may stand before or after."""
+    """One regex. `searched`: where an end is not anchored, any text may stand before or after; classes are also ECMA's."""
 
     def __init__(self, flags: int, searched: bool) -> None:
         self.flags = flags
+        self.ecma = searched
         self.anything = repeat(chars([(0, sys.maxunicode)]), 0, None) if searched else EMPTY
 
     def anchored(self, items: list[Any], first: bool, last: bool) -> list[Pattern]:
@@ -137,7 +149,8 @@ class _Translation:
 
     def _characters(self, op: Any, argument: Any) -> Pattern:
         if op is c.ANY:
-            return chars([(0, sys.maxunicode)] if self.flags & re.DOTALL else complement([(10, 10)]))
+            line_ends = _LINE_ENDS if self.ecma else [(10, 10)]
+            return chars([(0, sys.maxunicode)] if self.flags & re.DOTALL else complement(line_ends))
         if op in (c.LITERAL, c.NOT_LITERAL):
             return self._set([(c.LITERAL, argument)], negated=op is c.NOT_LITERAL)
         if op is c.IN:
@@ -151,14 +164,19 @@ class _Translation:
         if flags & re.IGNORECASE:
             inside = "".join(_written(op, argument) for op, argument in items)
             return chars(_matching(f"[{'^' * negated}{inside}]+", flags))
-        ranges = [part for op, argument in items for part in _ranges(op, argument, flags)]
+        ranges = [part for op, argument in items for part in _ranges(op, argument, flags, self.ecma, negated)]
         return chars(complement(ranges) if negated else ranges)
 
 
-def _ranges(op: Any, argument: Any, flags: int) -> Sequence[Range]:
-    """An item of a set."""
+def _ranges(op: Any, argument: Any, flags: int, ecma: bool, negated: bool) -> Sequence[Range]:
+    """An item of a set, with `ecma` in its narrower reading of two, so of a negated set in its wider one."""
     if op is c.CATEGORY:
-        return _matching(f"{_written(op, argument)}+", flags)
+        own = _matching(f"{_written(op, argument)}+", flags)
+        if not ecma:
+            return own
+        other = _ECMA[str(argument).rpartition("_")[2]]
+        other = complement(other) if "NOT" in str(argument) else other
+        return [*own, *other] if negated else intersection(own, other)
     return [argument if op is c.RANGE else (argument, argument)]
 
 

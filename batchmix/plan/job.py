@@ -53,6 +53,7 @@ def plan_report(config: Config) -> None:
         keep=[],
         clock=StageClock(),
         guides=open_guides(checkpoint, tokenizer),
+        eos_token_ids=checkpoint.eos_token_ids,
     )
     batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
     answer = config.plan.expected_tokens or config.sampling.max_tokens

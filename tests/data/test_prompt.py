@@ -32,6 +32,7 @@ def prompts(path: Path, sampling: SamplingConfig | None = None, **options: Any) 
             max_model_len=4096,
             vocab_size=32000,
             keep=source.schema.names,
+            eos_token_ids=[2],
             clock=StageClock(),
         )
     )
@@ -106,3 +107,20 @@ def test_objects_and_maps_of_column_wise_files(tmp_path: Path) -> None:
         (row,) = prompts(tmp_path / "maps.parquet")
         assert row.error is None
         assert row.sampling != SamplingConfig()
+
+
+def test_min_tokens_without_a_token_that_goes_on_is_refused(tmp_path: Path) -> None:
+    """All logits would be -inf: whatever were chosen, it would not be what was asked for."""
+    everything = list(range(32000))
+    cases = [
+        ({"min_tokens": 1, "allowed_token_ids": [2]}, True),
+        ({"min_tokens": 1, "allowed_token_ids": [2, 7], "stop_token_ids": [7]}, True),
+        ({"min_tokens": 1, "allowed_token_ids": [2, 8], "stop_token_ids": [7]}, False),
+        ({"allowed_token_ids": [2]}, False),
+        ({"min_tokens": 1, "stop_token_ids": everything[:1000]}, False),
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x", "sampling": sampling}) + "\n" for sampling, _ in cases))
+    for row, (_, refused) in zip(prompts(path), cases, strict=True):
+        assert (row.error is not None) == refused, row
+        assert not refused or "sampling.min_tokens=1: every token that could be chosen ends the text" in str(row.error)

@@ -8,15 +8,15 @@ import random
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 from guided_strategies import SCHEMAS
+from guided_walks import automaton_of, texts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.guided.compile import Guides
-from batchmix.guided.dfa import ByteAutomaton, build_automaton
+from batchmix.guided.dfa import build_automaton
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Unsupported
 
@@ -28,35 +28,6 @@ Validator = jsonschema.Draft202012Validator
 def validator(schema: Any) -> jsonschema.Draft202012Validator:
     Validator.check_schema(schema)
     return Validator(schema, format_checker=Validator.FORMAT_CHECKER)
-
-
-def automaton_of(schema: Any) -> ByteAutomaton:
-    grammar = json_schema_grammar(schema)
-    assert not grammar.rules
-    return build_automaton(grammar.pattern)
-
-
-def texts(automaton: ByteAutomaton, source: random.Random, count: int) -> list[str]:
-    """Random walks that turn to the nearest end after a while."""
-    distance = np.where(automaton.accepts, 0, 10**6)
-    while True:
-        nearer = np.minimum(distance, 1 + np.where(automaton.goto >= 0, distance[automaton.goto], 10**6).min(1))
-        if (nearer == distance).all():
-            break
-        distance = nearer
-    found = []
-    for _ in range(count):
-        data, state, most = bytearray(), 0, source.choice([0, 5, 20, 80])
-        while True:
-            options = [byte for byte in range(256) if automaton.goto[state, byte] >= 0]
-            if automaton.accepts[state] and (not options or len(data) >= most or source.random() < 0.2):
-                break
-            if len(data) >= most:
-                options = [byte for byte in options if distance[automaton.goto[state, byte]] < distance[state]]
-            data.append(source.choice(options))
-            state = int(automaton.goto[state, data[-1]])
-        found.append(data.decode())
-    return found
 
 
 @settings(max_examples=12, deadline=None)

@@ -120,6 +120,24 @@ def test_tokens_are_the_oracles(device, samplings, seed):
     assert_close(logprobs, expected_logprobs)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 1.2e-38, "top_p": 1.2e-38},
+        {"temperature": 3e38, "min_p": 1.0},
+        {"temperature": 1e-30, "logit_bias": {3: 1e30, 4: -1e30}, "repetition_penalty": 1e-6},
+        {"top_p": 1.2e-38, "logit_bias": {5: 1e30}, "repetition_penalty": 1e6, "presence_penalty": 2.0},
+    ],
+)
+def test_values_at_the_edges_of_float32_choose_the_torch_backends_tokens(device, values):
+    slots = slots_for([SamplingConfig(**values)] * 2, 300, [[9, 5]])
+    logits = random_logits(1, 2, 300)
+    changed = logits.clone()
+    expected, *_ = choose(changed, slots, 0)
+    assert changed.isfinite().all()
+    assert run(logits, slots, device)[0].tolist() == expected.tolist()
+
+
 def assert_logprobs_close(found: Tensor, expected: Tensor) -> None:
     """Each by itself. Among few tokens one may be all but certain: then what counts is how the sum near one is rounded, which
     a logarithm near zero shows whole."""
