@@ -13,11 +13,12 @@ from typing import Any
 
 from batchmix.annotate.columns import annotation_columns
 from batchmix.config import ClusterKind, Config
+from batchmix.data.chat_template import read_chat_template
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_name
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import PartLog, Parts
-from batchmix.data.prompt import check_prompts
+from batchmix.data.prompt import check_prompts, show_first
 from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.storage import Storage, open_storage
@@ -53,6 +54,7 @@ def generate(config: Config) -> None:
 
     BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
     """
+    config = read_chat_template(config)
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
         raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
     with StopSignals() as signals, _full_disk_in_one_line(config.output.dir):
@@ -65,7 +67,7 @@ def generate(config: Config) -> None:
         if not on_ray:
             check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
         guides = open_guides(checkpoint, tokenizer)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides)
         run = _describe(config, source, checkpoint)
@@ -76,7 +78,15 @@ def generate(config: Config) -> None:
                 _log.info("%s is complete, nothing to do", config.output.dir)
                 return
             save_hydra_files(config, output.storage)
-            rows = source.rows(output.skip)
+            rows = show_first(
+                source.rows(output.skip),
+                data=config.data,
+                sampling=config.sampling,
+                tokenizer=tokenizer,
+                max_model_len=checkpoint.max_model_len,
+                vocab_size=checkpoint.config.vocab_size,
+                guides=guides,
+            )
             first = next(rows, None)  # before the model is loaded: there may be nothing left to do
             if first is not None:
                 output.begin()
@@ -170,7 +180,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
         if first is None:
             return
         checkpoint = open_checkpoint(config.model)
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
         with tensor_parallel(config, parent.send) as (shards, followers):
             engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards)
             signals.defer()
