@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -81,29 +81,27 @@ def load_tokenizer(folder: Path, chat_template: str = AUTO) -> Tokenizer | None:
     mistral = _open_mistral(folder)
     if mistral is None and not (folder / "tokenizer.json").is_file() and not _sentencepiece_files(folder):
         return None
+    if chat_template == AUTO:
+        return _load_auto(folder, mistral)
     if chat_template == NONE:
-        return _load_base(folder, ChatFormat("none (data.chat_template=none)", False, False))
-    if chat_template == MISTRAL:
-        if mistral is None:
-            raise BatchmixError(
-                f"data.chat_template=mistral: the vocabulary in {folder} is not Mistral's; give the template as Jinja"
-            )
-        mistral.chat_format = ChatFormat(f"Mistral's v{mistral.version} (data.chat_template=mistral)")
-        return mistral
+        return _load_base(folder, mistral, ChatFormat("none (data.chat_template=none)", False, False))
     if is_jinja(chat_template):
-        return _load_transformers(
-            folder, ChatFormat("Jinja of data.chat_template", origin="data.chat_template"), chat_template
-        )
-    templates = folder_templates(folder)
-    if chat_template != AUTO or (templates and "default" not in templates):
-        if chat_template in templates:
-            text = templates[chat_template]
-            return _load_transformers(folder, ChatFormat(f"the model folder's {chat_template!r}"), text)
-        there = f"its templates are called {', '.join(templates)}" if templates else "it has none"
+        as_given = ChatFormat("Jinja of data.chat_template", origin="data.chat_template")
+        return _load_transformers(folder, as_given, chat_template)
+    if chat_template != MISTRAL:
+        return _load_named(folder, chat_template)
+    if mistral is None:
         raise BatchmixError(
-            f"data.chat_template={chat_template}: must be auto, none, mistral, a Jinja file, Jinja text or the name of a"
-            f" template of {folder}; {there}"
+            f"data.chat_template=mistral: the vocabulary in {folder} is not Mistral's; give the template as Jinja"
         )
+    mistral.chat_format = ChatFormat(f"Mistral's v{mistral.version} (data.chat_template=mistral)")
+    return mistral
+
+
+def _load_auto(folder: Path, mistral: MistralTokenizer | None) -> Tokenizer:
+    templates = folder_templates(folder)
+    if templates and "default" not in templates:
+        raise _no_such_template(folder, AUTO, templates)
     if templates:
         if mistral is not None and writes_mistral(templates["default"], folder, mistral.version):
             mistral.chat_format = ChatFormat(f"Mistral's v{mistral.version}, which the model folder's own writes too")
@@ -113,13 +111,35 @@ def load_tokenizer(folder: Path, chat_template: str = AUTO) -> Tokenizer | None:
         name = f"Mistral's v{mistral.version} for messages; plain prompts need data.chat_template (params.json folder)"
         mistral.chat_format = ChatFormat(name, prompts=None)
         return mistral
-    return _load_base(folder, ChatFormat("none, the model folder has none (a base model)", False, False))
+    return _load_base(folder, mistral, ChatFormat("none, the model folder has none (a base model)", False, False))
+
+
+def _load_named(folder: Path, name: str) -> Tokenizer:
+    templates = folder_templates(folder)
+    if name not in templates:
+        raise _no_such_template(folder, name, templates)
+    return _load_transformers(folder, ChatFormat(f"the model folder's {name!r}"), templates[name])
+
+
+def _no_such_template(folder: Path, given: str, templates: Mapping[str, str]) -> BatchmixError:
+    there = f"its templates are called {', '.join(templates)}" if templates else "it has none"
+    return BatchmixError(
+        f"data.chat_template={given}: must be auto, none, mistral, a Jinja file, Jinja text or the name of a template of"
+        f" {folder}; {there}"
+    )
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
     """Sha256 over the files that the tokenizer and the chat format of a model folder come from."""
     digest = hashlib.sha256(str(read_model_json(folder / "config.json").get("batchmix_tokenizer")).encode())
-    for path in sorted([*folder.glob("tokenizer*"), *folder.glob("*.jinja"), *folder.glob("special_tokens_map.json")]):
+    patterns = (
+        "tokenizer*",
+        "*.jinja",
+        "additional_chat_templates/*.jinja",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    )
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -173,9 +193,9 @@ def _is_mistral_layout(folder: Path) -> bool:
     return (folder / "params.json").is_file() and not (folder / "tokenizer_config.json").is_file()
 
 
-def _load_base(folder: Path, chat_format: ChatFormat) -> Tokenizer:
+def _load_base(folder: Path, mistral: MistralTokenizer | None, chat_format: ChatFormat) -> Tokenizer:
     """The tokenizer for texts as they are: transformers' where the folder has its file, else SentencePiece."""
-    if (folder / "tokenizer.json").is_file() or (mistral := _open_mistral(folder)) is None:
+    if (folder / "tokenizer.json").is_file() or mistral is None:
         return _load_transformers(folder, chat_format, None)
     mistral.chat_format = chat_format
     return mistral

@@ -25,7 +25,7 @@ from tokenizer_folders import (
 )
 
 from batchmix.config import Config, DataConfig, OutputConfig, SamplingConfig
-from batchmix.data.chat_template import read_chat_template
+from batchmix.data.chat_template import read_chat_template, writes_mistral
 from batchmix.data.jinja_tokenizer import JinjaTokenizer
 from batchmix.data.messages import PromptError, parse_messages
 from batchmix.data.mistral_tokenizer import MistralTokenizer
@@ -115,36 +115,11 @@ def reference(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", SAME)
-@pytest.mark.parametrize("sentencepiece", [V1, None], ids=["tokenizer.model", "tokenizer.json alone"])
-def test_a_template_that_writes_mistrals_turns_is_mistrals(
-    tmp_path: Path, backends: dict[int, Any], name: str, sentencepiece: Path | None
-) -> None:
-    tokenizer = loaded(folder_of(tmp_path / "m", backends[1], SAME[name], sentencepiece))
-    assert isinstance(tokenizer, MistralTokenizer)
-    assert tokenizer.chat_format.name == "Mistral's v1, which the model folder's own writes too"
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("where", ["config", "file", "named"])
-def test_a_template_that_writes_anything_else_is_used_as_it_is(
-    tmp_path: Path, backends: dict[int, Any], name: str, where: str
-) -> None:
-    template: Any = {"config": FOREIGN[name], "file": None, "named": [{"name": "default", "template": FOREIGN[name]}]}
-    folder = folder_of(tmp_path / "m", backends[1], template[where])
-    if where == "file":
-        (folder / "chat_template.jinja").write_text(FOREIGN[name])
-    tokenizer = loaded(folder)
-    assert isinstance(tokenizer, JinjaTokenizer)
-    assert tokenizer.chat_format.name == "the model folder's own"
-    messages = [{"role": "user", "content": "Where is my parcel?"}]
-    expected = reference(folder).apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert encode(tokenizer, messages) == expected
-
-
 @pytest.mark.parametrize(
     ("version", "template", "is_mistral"),
     [
+        *(pytest.param(version, template, True, id=name) for name, template in SAME.items() for version in (1, 3)),
+        *(pytest.param(1, template, False, id=name) for name, template in FOREIGN.items()),
         (1, OFFICIAL_V1, True),
         (1, OFFICIAL_V3, False),
         (1, MISTRAL_SYSTEM_LAST, False),
@@ -154,43 +129,72 @@ def test_a_template_that_writes_anything_else_is_used_as_it_is(
         (3, FOREIGN["a line break after the mark"], False),
     ],
 )
-@pytest.mark.parametrize("has_model", [True, False])
-def test_versions(
-    tmp_path: Path, backends: dict[int, Any], version: int, template: str, is_mistral: bool, has_model: bool
+def test_whether_a_template_writes_mistrals_turns(
+    tmp_path: Path, version: int, template: str, is_mistral: bool
 ) -> None:
     """The system's text begins v1's first user turn and v3's last."""
-    sentencepiece = {1: V1, 3: V3}[version] if has_model else None
-    tokenizer = loaded(folder_of(tmp_path / "m", backends[version], template, sentencepiece))
-    assert isinstance(tokenizer, MistralTokenizer if is_mistral else JinjaTokenizer)
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "eos_token": "</s>"})
+    assert writes_mistral(template, tmp_path, version) is is_mistral
 
 
-def test_a_template_that_has_other_special_tokens_is_not_mistrals(tmp_path: Path, backends: dict[int, Any]) -> None:
-    for keys in ({"bos_token": None}, {"eos_token": "<unk>"}, {"bos_token": "</s>"}):
-        assert isinstance(loaded(folder_of(tmp_path / "m", backends[1], SAME["plain"], **keys)), JinjaTokenizer)
-    folder = folder_of(tmp_path / "map", backends[1], SAME["plain"])
-    write_json(folder / "tokenizer_config.json", {"chat_template": SAME["plain"]})
-    assert isinstance(loaded(folder), JinjaTokenizer)
-    write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
-    assert isinstance(loaded(folder), MistralTokenizer)
+def test_a_template_that_has_other_special_tokens_is_not_mistrals(tmp_path: Path) -> None:
+    config, tokens = tmp_path / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"}
+    for other in ({}, {"bos_token": None, "eos_token": "</s>"}, tokens | {"eos_token": "<unk>"}):
+        write_json(config, other)
+        assert not writes_mistral(SAME["plain"], tmp_path, 1)
+    write_json(tmp_path / "special_tokens_map.json", tokens | {"eos_token": {"content": "</s>"}})
+    assert writes_mistral(SAME["plain"], tmp_path, 1)
+    write_json(config, {"added_tokens_decoder": {}})  # where transformers does not read the other file
+    assert not writes_mistral(SAME["plain"], tmp_path, 1)
+
+
+@pytest.mark.parametrize("sentencepiece", [True, False], ids=["tokenizer.model", "tokenizer.json alone"])
+@pytest.mark.parametrize(("version", "template"), [(1, OFFICIAL_V1), (3, OFFICIAL_V3)])
+def test_a_template_that_writes_mistrals_turns_has_them_from_mistrals_tokenizer(
+    tmp_path: Path, backends: dict[int, Any], sentencepiece: bool, version: int, template: str
+) -> None:
+    path = {1: V1, 3: V3}[version] if sentencepiece else None
+    tokenizer = loaded(folder_of(tmp_path / "m", backends[version], template, path))
+    assert isinstance(tokenizer, MistralTokenizer)
+    assert tokenizer.chat_format.name == f"Mistral's v{version}, which the model folder's own writes too"
+
+
+@pytest.mark.parametrize("where", ["config", "file", "named"])
+def test_a_template_that_writes_anything_else_is_used_as_it_is(
+    tmp_path: Path, backends: dict[int, Any], where: str
+) -> None:
+    template = FOREIGN["a line break after the mark"]
+    in_config: Any = {"config": template, "file": SAME["plain"], "named": [{"name": "default", "template": template}]}
+    folder = folder_of(tmp_path / "m", backends[1], in_config[where])
+    if where == "file":  # which wins
+        (folder / "chat_template.jinja").write_text(template)
+    tokenizer = loaded(folder)
+    assert isinstance(tokenizer, JinjaTokenizer)
+    assert tokenizer.chat_format.name == "the model folder's own"
+    messages = [{"role": "user", "content": "Where is my parcel?"}]
+    assert tokenizer.decode([encode(tokenizer, messages)], False) == ["<s> [INST]\nWhere is my parcel? [/INST]"]
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20) | st.sampled_from(
     [" x ", "\n", "a\n\n b ", "[INST] y [/INST]", "  two", "\t", "né\u3000e", "x" * 40]
 )
 conversations = st.tuples(st.lists(st.tuples(texts, texts), max_size=2), texts)
-USED_AS_THEY_ARE = ["a line break after the mark", "two spaces between turns", "no beginning", "two beginnings",
-                    "trims the answer", "drops the system's text", "adds a prompt for the answer", "chatml"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Any]]:
-    root, backend = tmp_path_factory.mktemp("foreign"), convert_v1()
-    folders = {name: folder_of(root / name.replace(" ", ""), backend, FOREIGN[name]) for name in USED_AS_THEY_ARE}
+    """All with a small vocabulary, two with Mistral's, which takes long to load."""
+    root, small, large = tmp_path_factory.mktemp("foreign"), train_byte_level(), convert_v1()
+    folders = {name: folder_of(root / name.replace(" ", ""), small, FOREIGN[name], None) for name in FOREIGN}
+    large_ones = {f"large, {name}": name for name in ("a line break after the mark", "chatml")}
+    folders |= {key: folder_of(root / key.replace(" ", ""), large, FOREIGN[name]) for key, name in large_ones.items()}
     return {name: (loaded(folder), reference(folder)) for name, folder in folders.items()}
 
 
 @settings(max_examples=80, deadline=None)
-@given(name=st.sampled_from(USED_AS_THEY_ARE), conversation=conversations)
+@given(
+    name=st.sampled_from([*FOREIGN, "large, a line break after the mark", "large, chatml"]), conversation=conversations
+)
 def test_ids_of_other_templates_equal_transformers(
     foreign: dict[str, tuple[Tokenizer, Any]], name: str, conversation: tuple[list[tuple[str, str]], str]
 ) -> None:
@@ -211,11 +215,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory, backends: dict[int, Any]) ->
     root = tmp_path_factory.mktemp("bases")
     return {
         "both files": folder_of(root / "both", backends[1], None),
-        "tokenizer.json": folder_of(root / "json", backends[1], None, None),
-        "v3": folder_of(root / "v3", backends[3], None, V3),
         "byte level": save(root / "bytes", train_byte_level(), None),
-        "empty template": folder_of(root / "empty", backends[1], ""),
-        "empty list": folder_of(root / "list", backends[1], []),
+        "empty template": save(root / "empty", train_byte_level(), ""),
+        "empty list": save(root / "list", train_byte_level(), []),
     }
 
 
@@ -224,7 +226,7 @@ def base_tokenizers(bases: dict[str, Path]) -> dict[str, tuple[Tokenizer, Any]]:
     return {name: (loaded(folder), reference(folder)) for name, folder in bases.items()}
 
 
-BASES = ["both files", "tokenizer.json", "v3", "byte level", "empty template", "empty list"]
+BASES = ["both files", "byte level", "empty template", "empty list"]
 
 
 @settings(max_examples=80, deadline=None)
@@ -251,9 +253,9 @@ def test_a_base_model_with_sentencepiece_alone(tmp_path: Path) -> None:
 
 
 def test_what_data_chat_template_says_is_used(tmp_path: Path, backends: dict[int, Any]) -> None:
-    folder = folder_of(tmp_path / "m", backends[1], CHATML)
+    folder = save(tmp_path / "m", train_byte_level(), CHATML)
     messages = [{"role": "user", "content": "hi"}]
-    none, mistral = loaded(folder, "none"), loaded(folder, "mistral")
+    none, mistral = loaded(folder, "none"), loaded(folder_of(tmp_path / "v1", backends[1], CHATML), "mistral")
     assert (none.chat_format.chats, none.chat_format.prompts) == (False, False)
     assert isinstance(mistral, MistralTokenizer)
     assert mistral.decode([encode(mistral, messages)]) == ["[INST] hi [/INST]"]
@@ -263,25 +265,30 @@ def test_what_data_chat_template_says_is_used(tmp_path: Path, backends: dict[int
     assert encode(jinja, messages) == expected
     with pytest.raises(BatchmixError, match=r"^data\.chat_template is broken, line 1"):
         loaded(folder, "{% oops")
-    refusing = loaded(folder, "{% if messages[0].content != 'a' %}{{ raise_exception('not so') }}{% endif %}{{ bos_token }}")
+    refusing = loaded(
+        folder, "{% if messages[0].content != 'a' %}{{ raise_exception('not so') }}{% endif %}{{ bos_token }}"
+    )
     [error] = refusing.encode_chats([parse_messages(messages, "messages")])
     assert str(error) == "data.chat_template refuses this row: not so"
-    with pytest.raises(BatchmixError, match=r"data\.chat_template=chat: must be auto, .* its templates are called default"):
+    with pytest.raises(
+        BatchmixError, match=r"data\.chat_template=chat: must be auto, .* its templates are called default"
+    ):
         loaded(folder, "chat")
-    other = save(tmp_path / "bytes", train_byte_level(), CHATML)
     with pytest.raises(BatchmixError, match=r"data\.chat_template=mistral: the vocabulary in .* is not Mistral's"):
-        loaded(other, "mistral")
+        loaded(folder, "mistral")
 
 
-def test_named_templates(tmp_path: Path, backends: dict[int, Any]) -> None:
+def test_named_templates(tmp_path: Path) -> None:
     named = [{"name": "chat", "template": CHATML}, {"name": "tool_use", "template": SAME["plain"]}]
-    folder = folder_of(tmp_path / "list", backends[1], named)
-    files = folder_of(tmp_path / "files", backends[1], SAME["plain"])
+    folder = save(tmp_path / "list", train_byte_level(), named)
+    files = save(tmp_path / "files", train_byte_level(), SAME["plain"])
     (files / "additional_chat_templates").mkdir()
     (files / "additional_chat_templates" / "chat.jinja").write_text(CHATML)
     for path in (folder, files):
         assert loaded(path, "chat").chat_format.name == "the model folder's 'chat'"
-        with pytest.raises(BatchmixError, match=r"data\.chat_template=auto: .* templates are called chat(, tool_use)?$"):
+        with pytest.raises(
+            BatchmixError, match=r"data\.chat_template=auto: .* templates are called chat(, tool_use)?$"
+        ):
             loaded(path)
     write_json(folder / "tokenizer_config.json", {"chat_template": [{"template": "x"}]})
     with pytest.raises(BatchmixError, match="chat_template must be a text, or a list of names and templates"):
@@ -295,7 +302,9 @@ def test_a_folder_in_mistrals_layout_does_not_say_whether_it_is_a_base_model(tmp
     assert (tokenizer.chat_format.chats, tokenizer.chat_format.prompts) == (True, None)
     for setting, prompts in (("mistral", True), ("none", False)):
         assert loaded(tmp_path, setting).chat_format.prompts is prompts
-    write_json(tmp_path / "tokenizer_config.json", {"chat_template": SAME["plain"], "bos_token": "<s>", "eos_token": "</s>"})
+    write_json(
+        tmp_path / "tokenizer_config.json", {"chat_template": SAME["plain"], "bos_token": "<s>", "eos_token": "</s>"}
+    )
     assert loaded(tmp_path).chat_format.prompts is True
 
 
@@ -323,7 +332,6 @@ def test_a_file_is_read_once_and_other_values_stay(tmp_path: Path, monkeypatch: 
         "no/such": "there is no such file",
         "text.jinja": "the file has no Jinja in it",
         "latin.jinja": "cannot be read",
-        "\0": "cannot be read",
         "x" * 5000: "cannot be read",
     }.items():
         with pytest.raises(BatchmixError, match=reason) as caught:
@@ -350,24 +358,30 @@ HI = [1, 12014]  # <s> and ▁hi
 
 
 def test_prompts_of_a_base_model_are_sent_as_they_are(bases: dict[str, Path]) -> None:
-    found = prompts([row(prompt="hi"), row(text="hi"), row(messages=CHAT)], bases["both files"])
-    assert [list(prompt.token_ids) for prompt in found] == [HI, HI, []]
+    folder = bases["byte level"]
+    as_it_is = reference(folder)("hi").input_ids
+    found = prompts([row(prompt="hi"), row(text="hi"), row(messages=CHAT)], folder)
+    assert [list(prompt.token_ids) for prompt in found] == [as_it_is, as_it_is, []]
     assert found[2].error is not None
-    assert found[2].error.startswith("messages: messages need a chat template, and there is none (data.chat_template: none")
-    [templated] = prompts([row(a="h")], bases["both files"], template="{{ a }}i")
-    assert list(templated.token_ids) == HI
-    with pytest.raises(BatchmixError, match=r"^messages: messages need a chat template, .* set data\.chat_template=mistral"):
-        prompts([row(broken=1), row(messages=CHAT)], bases["both files"])
+    assert found[2].error.startswith(
+        "messages: messages need a chat template, and there is none (data.chat_template: none"
+    )
+    [templated] = prompts([row(a="h")], folder, template="{{ a }}i")
+    assert list(templated.token_ids) == as_it_is
+    with pytest.raises(
+        BatchmixError, match=r"^messages: messages need a chat template, .* set data\.chat_template=mistral"
+    ):
+        prompts([row(broken=1), row(messages=CHAT)], folder)
     for options in ({"system_prompt": "x"}, {"system_prompt_column": "x"}):
         with pytest.raises(BatchmixError, match=f"^data.{next(iter(options))}: without a chat template"):
-            prompts([row(prompt="hi")], bases["both files"], **options)
+            prompts([row(prompt="hi")], folder, **options)
 
 
-def test_completion_requests_are_never_templated(tmp_path: Path, backends: dict[int, Any]) -> None:
-    for folder in (TINY, folder_of(tmp_path / "m", backends[1], CHATML)):
+def test_completion_requests_are_never_templated(tmp_path: Path) -> None:
+    for folder in (TINY, save(tmp_path / "m", train_byte_level(), CHATML)):
         raw, chat, empty = prompts([row(text="hi"), row(messages=CHAT), row(text="")], folder)
-        assert list(raw.token_ids) == HI
-        assert len(chat.token_ids) > len(HI)
+        assert loaded(folder).decode([raw.token_ids]) == ["hi"]
+        assert len(chat.token_ids) > len(raw.token_ids)
         assert empty.error == "body.prompt is empty"
     [refused] = prompts([row(text="hi")], TINY, system_prompt="Be kind.")
     assert refused.error == "data.system_prompt: a request to /v1/completions has no system message"
@@ -379,8 +393,13 @@ def test_plain_prompts_on_mistrals_layout_are_refused(tmp_path: Path) -> None:
     [chat, raw] = prompts([row(messages=CHAT), row(text="hi")], tmp_path)
     assert chat.error is None
     assert list(raw.token_ids) == HI
-    for rows, options, key in (([row(prompt="hi")], {}, "prompt"), ([row(a="hi")], {"template": "{{ a }}"}, "data.template")):
-        with pytest.raises(BatchmixError, match=rf"^{key}: .* set data\.chat_template=mistral .* data\.chat_template=none"):
+    for rows, options, key in (
+        ([row(prompt="hi")], {}, "prompt"),
+        ([row(a="hi")], {"template": "{{ a }}"}, "data.template"),
+    ):
+        with pytest.raises(
+            BatchmixError, match=rf"^{key}: .* set data\.chat_template=mistral .* data\.chat_template=none"
+        ):
             prompts(rows, tmp_path, **options)
         [wrapped] = prompts(rows, tmp_path, "mistral", **options)
         [plain] = prompts(rows, tmp_path, "none", **options)
@@ -390,7 +409,9 @@ def test_plain_prompts_on_mistrals_layout_are_refused(tmp_path: Path) -> None:
 def test_system_prompts_are_templates_or_columns() -> None:
     def shown(*rows: Row, **options: Any) -> list[str | None]:
         tokenizer = loaded(TINY)
-        return [prompt.error or tokenizer.decode([prompt.token_ids])[0] for prompt in prompts(list(rows), TINY, **options)]
+        return [
+            prompt.error or tokenizer.decode([prompt.token_ids])[0] for prompt in prompts(list(rows), TINY, **options)
+        ]
 
     one, two = row(0, prompt="hi", who="Ann", rules="Be brief."), row(1, prompt="hi", who="", rules=None)
     template = "{% if who %}You are {{ who }}.\n{% endif %}"
@@ -415,26 +436,26 @@ def test_the_log_says_which_template_runs_and_shows_the_first_prompt(caplog: pyt
         prompts([row(0, prompt=5), row(3, prompt="one\ntwo"), row(4, prompt="three")], TINY)
     assert caplog.messages == [
         "chat template: Mistral's v1",
-        r"first prompt, row 3, 9 tokens: '<s> [INST] one\ntwo [/INST]'",
+        r"first prompt, row 3, 11 tokens: '<s> [INST] one\ntwo [/INST]'",
     ]
     caplog.clear()
     with caplog.at_level(logging.INFO, "batchmix"):
         prompts([row(prompt="word " * 1000)], TINY)
     assert len(caplog.messages[-1]) < 320
-    assert " ... word" in caplog.messages[-1]
+    assert " ... " in caplog.messages[-1]
 
 
 def test_text_that_has_marks_already_warns_once(
     bases: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    marked = [row(1, prompt="<b>"), row(2, prompt="[INST] hi [/INST]"), row(3, prompt="<|im_start|>user")]
+    marked = [row(1, prompt="<b>"), row(2, prompt="[INST] hi [/INST]"), row(3, prompt="<<SYS>>")]
     prompts(marked, TINY)
     [warning] = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("row 2: its text holds [INST], the marks of a chat template")
     caplog.clear()
-    prompts(marked, bases["both files"])  # there they are text, and nothing is added
+    prompts(marked, bases["byte level"])  # there they are text, and nothing is added
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
-    prompts([row(5, text="<|im_end|>")], folder_of(tmp_path / "m", convert_v1(), CHATML))
+    prompts([row(5, text="<|im_end|>")], save(tmp_path / "m", train_byte_level(), CHATML))
     [warning] = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("row 5: its text holds <|im_end|>, which is encoded as text, not as the control token")
 
@@ -445,7 +466,7 @@ def test_text_that_has_marks_already_warns_once(
 @pytest.fixture
 def base_model(tmp_path: Path, bases: dict[str, Path]) -> Path:
     """The built-in model's weights in a base model's folder."""
-    folder = shutil.copytree(bases["both files"], tmp_path / "model")
+    folder = shutil.copytree(bases["byte level"], tmp_path / "model")
     shutil.copy(TINY / "model.safetensors", folder)
     config = json.loads((TINY / "config.json").read_text())
     del config["batchmix_tokenizer"]
@@ -477,18 +498,20 @@ def test_runs_of_a_base_model(tmp_path: Path, base_model: Path, monkeypatch: pyt
     from batchmix.plan.job import plan_report
 
     pipeline.generate(job(tmp_path, base_model, [{"prompt": "hi"}, {"prompt": "hi"}]))
-    assert answered(tmp_path) == 2 * [(2, None)]
+    tokens = len(reference(base_model)("hi").input_ids)
+    assert answered(tmp_path) == 2 * [(tokens, None)]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "start_engine", lambda *_: pytest.fail("the model is loaded"))
         config = job(tmp_path, base_model, [{"messages": CHAT}], "chats")
         for run in (pipeline.generate, plan_report):
             with pytest.raises(BatchmixError, match=r"set data\.chat_template=mistral"):
                 run(config)
-    config.data.chat_template = "mistral"  # into the folder that the refused run has made
+    config.data.chat_template = CHATML  # into the folder that the refused run has made
     pipeline.generate(config)
-    [(tokens, error)] = answered(tmp_path, "chats")
-    assert error is None
-    assert tokens > 2
+    theirs = reference(base_model).apply_chat_template(
+        CHAT, chat_template=CHATML, add_generation_prompt=True, return_dict=False
+    )
+    assert answered(tmp_path, "chats") == [(len(theirs), None)]
 
 
 def test_another_template_is_another_run(tmp_path: Path, base_model: Path) -> None:
@@ -503,6 +526,6 @@ def test_another_template_is_another_run(tmp_path: Path, base_model: Path) -> No
     assert run["identity"]["data.chat_template"] == run["config"]["data"]["chat_template"] == CHATML
     generate(job(tmp_path, base_model, lines, chat_template=str(copy)))
     file.write_text(CHATML + " ")
-    for other in (str(file), "mistral"):
+    for other in (str(file), "{{ bos_token }}"):
         with pytest.raises(BatchmixError, match=r"data\.chat_template was .*, is now "):
             generate(job(tmp_path, base_model, lines, chat_template=other))
