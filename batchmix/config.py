@@ -125,12 +125,16 @@ class DataConfig:
     format: DataFormat = DataFormat.auto
     split: str = "train"  # of a hub data set
     messages_column: str = "messages"  # list of {role, content}
-    prompt_column: str = "prompt"  # plain text, sent as one user message
+    prompt_column: str = "prompt"  # plain text, sent as one user message or to a base model as it is
     token_ids_column: str = "prompt_token_ids"  # token ids, used as they are
     id_column: str | None = None  # null: the row's ordinal
     columns: list[str] | None = None  # kept in the output; null: all
-    system_prompt: str | None = None
-    # Jinja over the columns of a row, in at most 250,000 steps; its result is sent as one user message
+    # What makes text of messages and prompts: auto (the model's own, none for a base model), none, mistral, a Jinja file or
+    # Jinja text. See docs/prompts.md
+    chat_template: str = "auto"
+    system_prompt: str | None = None  # Jinja over the row's columns; for rows whose messages have no system message
+    system_prompt_column: str | None = None  # each row's system prompt; where it is null, data.system_prompt
+    # Jinja over the columns of a row, in at most 250,000 steps; its result is the row's prompt
     template: str | None = None
     swap_columns: list[str] | None = None  # two that change places in data.template for samples 1, 3, 5, ...
     limit: int | None = None  # the first so many rows

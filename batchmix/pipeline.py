@@ -14,11 +14,12 @@ from typing import Any
 
 from batchmix.annotate.columns import annotation_columns
 from batchmix.config import ClusterKind, Config
+from batchmix.data.chat_template import read_chat_template
 from batchmix.data.columns import OutputColumns
 from batchmix.data.output_folder import OutputFolder, trace_name
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import PartLog, Parts
-from batchmix.data.prompt import check_prompts
+from batchmix.data.prompt import check_prompts, show_first
 from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.storage import Storage, open_storage, reason_of
@@ -54,6 +55,7 @@ def generate(config: Config) -> None:
 
     BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
     """
+    config = read_chat_template(config)
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
         raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
     with StopSignals() as signals, _output_errors_in_one_line(config.output.dir):
@@ -68,11 +70,10 @@ def generate(config: Config) -> None:
         if not on_ray:
             check_engine(checkpoint, config.engine)
         Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
         guides = open_guides(checkpoint, tokenizer)
-        check_prompts(
-            config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides, checkpoint.eos_token_ids
-        )
+        end_tokens = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
+        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides, end_tokens)
         run = _describe(config, source, checkpoint)
         parts = _parts(config, source, checkpoint, tokenizer, run)
         num_workers = config.engine.data_parallel_size
@@ -82,7 +83,16 @@ def generate(config: Config) -> None:
                 _log.info("%s is complete, nothing to do", config.output.dir)
                 return
             save_hydra_files(config, output.storage)
-            rows = source.rows(output.skip)
+            rows = show_first(
+                source.rows(output.skip),
+                data=config.data,
+                sampling=config.sampling,
+                tokenizer=tokenizer,
+                max_model_len=checkpoint.max_model_len,
+                vocab_size=checkpoint.config.vocab_size,
+                guides=guides,
+                eos_token_ids=end_tokens,
+            )
             first = next(rows, None)  # before the model is loaded: there may be nothing left to do
             if first is not None:
                 output.begin()
@@ -177,7 +187,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
         if first is None:
             return
         checkpoint = open_checkpoint(config.model)
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
         with tensor_parallel(config, parent.send) as (shards, followers):
             engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards)
             signals.defer()

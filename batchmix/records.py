@@ -26,6 +26,7 @@ class Row:
     columns: dict[str, Any]  # the input's columns; empty where the line could not be parsed
     sampling: Mapping[str, Any] | None = None  # the row's own overrides of `sampling.*`, not yet validated
     error: str | None = None  # one line: why this row cannot be run
+    text: str | None = None  # the prompt of a /v1/completions request, which no chat template applies to
 
 
 @dataclass(slots=True)

@@ -193,6 +193,7 @@ def provenance(run: Mapping[str, Any]) -> dict[str, str]:
         "kv_cache_dtype": identity["model.kv_cache_dtype"],
         "tokenizer_sha256": identity["tokenizer"] or "",
         "template_sha256": hashlib.sha256((run["config"]["data"]["template"] or "").encode()).hexdigest(),
+        "chat_template": identity["data.chat_template"],
         "sampling": json.dumps(sampling),
         "versions": json.dumps(run["versions"]),
         "device": run["config"]["engine"]["device"],

@@ -136,6 +136,19 @@ def test_a_config_that_contradicts_itself_is_refused() -> None:
         to_config(composed("shard.index=4", "shard.count=4"))
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.chat_template=none", "none"),  # a word, not null
+        ("data.chat_template=chat.jinja", "chat.jinja"),
+        ("data.chat_template='{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}'",
+         "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"),
+    ],
+)  # fmt: skip
+def test_a_chat_template_arrives_as_it_is_written(override: str, value: str) -> None:
+    assert to_config(composed(override)).data.chat_template == value
+
+
 def test_every_field_is_a_known_key() -> None:
     for field in dataclasses.fields(SamplingConfig):
         assert f"sampling.{field.name}" in known_keys()

@@ -15,6 +15,7 @@ from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, ENTROPY
 from batchmix.annotate.corrections import REVIEWED
 from batchmix.annotate.results import Results
 from batchmix.config import ExportConfig
+from batchmix.data.chat_template import AUTO, is_jinja
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
@@ -70,6 +71,8 @@ def card(results: Results, settings: ExportConfig, counts: Counter[str], schema:
         "Jinja over the columns of a row:" if config["data"]["template"] else "The rows' own prompts or messages.",
         *([_block(config["data"]["template"])] if config["data"]["template"] else []),
         *([f"System prompt:\n\n{_block(config['data']['system_prompt'])}"] if config["data"]["system_prompt"] else []),
+        *([f"System prompts: the column `{name}`."] if (name := config["data"].get("system_prompt_column")) else []),
+        f"Chat template: {_template(config['data'].get('chat_template', 'auto'))}",
         "## Sampling",
         _block(json.dumps(sampling, indent=2, ensure_ascii=False)),
         "## Source and licence",
@@ -78,6 +81,12 @@ def card(results: Results, settings: ExportConfig, counts: Counter[str], schema:
         "The licences of the source data and of the model apply too.",
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
+
+
+def _template(setting: str) -> str:
+    if is_jinja(setting):
+        return f"\n\n{_block(setting)}"
+    return "the model's own (`auto`)." if setting == AUTO else f"`{setting}`."
 
 
 def _counts(counts: Counter[str]) -> str:

@@ -20,6 +20,7 @@ import jinja2
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
+from batchmix.data.chat_template import ChatFormat
 from batchmix.data.counted_jinja import count_steps_of, counted
 from batchmix.data.messages import Message, PromptError
 from batchmix.data.vocabulary import TokenIds, Vocabulary
@@ -41,9 +42,9 @@ class _Marked:
 class JinjaTokenizer:
     """A fast transformers tokenizer. Without a chat template it can only encode plain texts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_format: ChatFormat) -> None:
         self._tokenizer = tokenizer
-        self.has_chat_format: bool = tokenizer.chat_template is not None
+        self.chat_format = chat_format
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self._full = Backend.from_str(tokenizer.backend_tokenizer.to_str())
@@ -51,7 +52,7 @@ class JinjaTokenizer:
         self._full.no_padding()
         spec = json.loads(self._full.to_str())
         added: dict[int, AddedToken] = self._full.get_added_tokens_decoder()
-        template = tokenizer.get_chat_template() if self.has_chat_format else ""
+        template = tokenizer.get_chat_template() if self.chat_format.chats else ""
         probe = self._probe()
         special = {token for token, entry in added.items() if entry.special}
         marks = {token: entry.content for token, entry in added.items() if not _is_plain(entry.content)}
@@ -121,9 +122,9 @@ class JinjaTokenizer:
                 )
             )
         except jinja2.TemplateSyntaxError as error:
-            raise BatchmixError(f"the model's chat template is broken, line {error.lineno}: {error.message}") from None
+            raise BatchmixError(f"{self.chat_format.origin} is broken, line {error.lineno}: {error.message}") from None
         except Exception as error:
-            raise PromptError(f"the model's chat template refuses this row: {_one_line(error)}") from None
+            raise PromptError(f"{self.chat_format.origin} refuses this row: {_one_line(error)}") from None
         assert isinstance(text, str)
         return text
 
@@ -174,7 +175,7 @@ class JinjaTokenizer:
         rendered = ""
         for turns in ([*_PROBE_TURNS, _PROBE_TURNS[0]], [{"role": "system", "content": "s"}, _PROBE_TURNS[0]]):
             try:
-                rendered += self._render(turns, False) if self.has_chat_format else ""
+                rendered += self._render(turns, False) if self.chat_format.chats else ""
             except PromptError:
                 continue  # many templates refuse a system message
         return rendered

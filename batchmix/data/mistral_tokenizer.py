@@ -9,11 +9,12 @@ Control tokens are only ever added as ids: SentencePiece encodes `</s>` in a tex
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from batchmix.data.chat_template import ChatFormat
 from batchmix.data.messages import JOINER, Message, PromptError
 from batchmix.data.vocabulary import TokenIds, Vocabulary
 
@@ -22,8 +23,6 @@ _Segment = str | int  # text to encode, or a control token
 
 class MistralTokenizer:
     """`tokenizer.model` with the instruct format that its vocabulary has: v3 where `[INST]` is a token, else v1."""
-
-    has_chat_format = True
 
     def __init__(self, path: Path, num_threads: int) -> None:
         self._model = SentencePieceProcessor(model_file=str(path))
@@ -34,6 +33,8 @@ class MistralTokenizer:
         begin, end = self._model.piece_to_id("[INST]"), self._model.piece_to_id("[/INST]")
         unknown = self._model.unk_id()
         self._inst = None if unknown in (begin, end) else (begin, end)
+        self.version = 1 if self._inst is None else 3
+        self.chat_format = ChatFormat(f"Mistral's v{self.version}")
         self._vocabulary = _read_vocabulary(self._model)
         self.drops_leading_space = self._vocabulary.drops_leading_space
 
@@ -58,6 +59,13 @@ class MistralTokenizer:
     def token_bytes(self, skip_special_tokens: bool = True) -> list[bytes]:
         """The bytes that each token contributes to the text, [vocab_size]."""
         return self._vocabulary.pieces(skip_special_tokens)
+
+    def has_pieces(self, vocabulary: Mapping[str, int]) -> bool:
+        """Whether it has these pieces under these ids, and no others."""
+        model = self._model
+        return len(vocabulary) == self.vocab_size and all(
+            model.id_to_piece(token) == piece for piece, token in vocabulary.items() if token < self.vocab_size
+        )
 
     def _encode(self, rendered: Sequence[list[_Segment] | PromptError]) -> list[TokenIds | PromptError]:
         texts = [part for item in rendered if isinstance(item, list) for part in item if isinstance(part, str)]

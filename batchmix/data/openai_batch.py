@@ -15,9 +15,10 @@ OPENAI_SCHEMA = pa.schema(
         pa.field("custom_id", pa.string()),
         pa.field("model", pa.string(), metadata=LOOSE),
         pa.field("messages", pa.string(), metadata=LOOSE),
+        pa.field("prompt", pa.string()),
     ]
 )
-_URLS = ("/v1/chat/completions", "/v1/completions")
+_URLS = _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = {"max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "temperature": "temperature",
              "top_p": "top_p", "n": "n", "seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty",
              "frequency_penalty": "frequency_penalty", "logit_bias": "logit_bias", "top_k": "top_k", "min_p": "min_p",
@@ -35,8 +36,8 @@ def is_request(record: Mapping[str, Any]) -> bool:
 
 
 def read_request(number: int, record: Mapping[str, Any]) -> Row:
-    """One request as a row: columns custom_id, model, messages, and its sampling overrides under our names."""
-    row = Row(number, str(number), {"custom_id": None, "model": None, "messages": None})
+    """One request as a row: columns custom_id, model, messages or prompt, and its sampling overrides under our names."""
+    row = Row(number, str(number), dict.fromkeys(OPENAI_SCHEMA.names))
     row.error = _read(row, record)
     return row
 
@@ -53,13 +54,19 @@ def _read(row: Row, record: Mapping[str, Any]) -> str | None:
         return f"body must be an object, not {short(body)}"
     row.columns["model"] = body.get("model")
     row.columns["messages"] = body.get("messages")
-    prompt = body.get("prompt")
+    url, prompt = record.get("url"), body.get("prompt")
+    if url is not None and url not in _URLS:
+        return f"url {short(url)} is not one of {', '.join(_URLS)}"
     if body.get("messages") is None:
         if not isinstance(prompt, str):
             return "body.messages is missing" if prompt is None else f"body.prompt must be a text, not {short(prompt)}"
-        row.columns["messages"] = [{"role": "user", "content": prompt}]
-    if record.get("url", _URLS[0]) not in _URLS:
-        return f"url {short(record['url'])} is not one of {', '.join(_URLS)}"
+        if url == _CHAT:
+            return f"body.prompt is for {_COMPLETIONS}; the url {_CHAT} needs body.messages"
+        row.text = row.columns["prompt"] = prompt
+    elif prompt is not None or url == _COMPLETIONS:
+        return (
+            f"body.messages is for {_CHAT}; {'body.prompt' if prompt is not None else 'the url'} is for {_COMPLETIONS}"
+        )
     for key, value in body.items():
         if value not in _HARMLESS[key] if key in _HARMLESS else key not in _KNOWN:
             return f"body key {short(key)} with the value {short(value)} is not supported"

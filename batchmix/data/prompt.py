@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from typing import Any
 
 from batchmix.config import DataConfig, SamplingConfig
 from batchmix.config_checks import override_sampling
-from batchmix.data.messages import Message, PromptError, check_text, parse_messages
+from batchmix.data.messages import Message, PromptError, check_text
 from batchmix.data.read_ahead import read_ahead
+from batchmix.data.row_text import NoChatFormat, RowTexts
 from batchmix.data.template import RowTemplate
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import TokenIds
@@ -26,6 +29,9 @@ _MOST_CHARS = 128  # of a token: the longest of vocabularies are runs of spaces 
 _REASON_CHARS = 300
 _CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
 _CACHED_CHARS = 2**24  # of their text: a row may bring thousands of choices
+_SHOWN_CHARS = 240  # of the first prompt, in the log
+
+_log = logging.getLogger(__name__)
 
 
 def build_prompts(
@@ -47,8 +53,8 @@ def build_prompts(
 
     A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
     its `data.messages_column`, its `data.prompt_column`. Texts of the template and the prompt column are sent as one
-    user message in the model's chat format; a model without one (a base model that is not Mistral's) gets the text
-    itself after its beginning-of-sequence token.
+    user message through the chat template; without one (a base model, a request to /v1/completions) the text itself is
+    sent after the beginning-of-sequence token.
 
     `vocab_size`, `max_model_len`, `guides` and `eos_token_ids` are the model's. `keep` names the columns that the output keeps. Rows are read
     and encoded by a thread, ahead of the consumer; closing the iterator ends it, and once `stopping()` it ends by itself. `clock` counts its stages read and
@@ -70,6 +76,35 @@ def check_prompts(
 ) -> None:
     """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
     _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides, eos_token_ids)
+
+
+def show_first(
+    rows: Iterable[Row],
+    *,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    max_model_len: int,
+    vocab_size: int,
+    guides: Guides | None,
+    eos_token_ids: Sequence[int],
+) -> Iterator[Row]:
+    """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
+
+    BatchmixError, before a model is loaded, where the first rows need a chat template and there is none.
+    """
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, (), guides, eos_token_ids)
+    rows = iter(rows)
+    read: list[Row] = []
+    for row in islice(rows, _BATCH_ROWS):
+        read.append(row)
+        if (shown := builder.show(row)) is not None:
+            _log.info(
+                "chat template: %s", "none, there is no tokenizer" if tokenizer is None else tokenizer.chat_format.name
+            )
+            _log.info("first prompt, %s", shown)
+            break
+    return chain(read, rows)
 
 
 def _unbatch(
@@ -108,22 +143,34 @@ class _PromptBuilder:
         self._vocab_size = vocab_size
         self._keep = tuple(keep)
         self._more_tokens_than_model = tokenizer is not None and tokenizer.vocab_size > vocab_size
-        self._template = None if data.template is None else RowTemplate(data.template)
-        self._system = (
-            [Message("system", (data.system_prompt,), where="data.system_prompt")] if data.system_prompt else []
-        )
         try:
             self._check_sampling(sampling)
             for key in ("template", "system_prompt"):
                 check_text(getattr(data, key) or "", f"data.{key}")
         except PromptError as error:
             raise BatchmixError(str(error)) from None
-        self._swap = None if data.swap_columns is None else _check_swap(data, sampling, self._template)
-        if self._system and tokenizer is not None and not tokenizer.has_chat_format:
-            raise BatchmixError(
-                "data.system_prompt: this model's tokenizer has no chat template, so there are no system messages;"
-                " put the text into data.template"
-            )
+        self._texts = None if tokenizer is None else RowTexts(data, tokenizer)
+        self._swap = None if data.swap_columns is None else _check_swap(data, sampling)
+
+    def show(self, row: Row) -> str | None:
+        """The prompt of a row for people, shortened, on one line; None where the row cannot be run."""
+        if self._texts is not None:
+            self._texts.warns = False  # the run itself will
+        try:
+            if row.error is None:
+                self._content(row)
+        except NoChatFormat as error:
+            raise BatchmixError(str(error)) from None
+        except (PromptError, RecursionError):
+            return None
+        [prompt] = self._build([row])
+        if prompt.error is not None:
+            return None
+        ids = list(prompt.token_ids)
+        text = repr(ids) if self._tokenizer is None else self._tokenizer.decode([ids], False)[0]
+        if len(text) > _SHOWN_CHARS:
+            text = f"{text[: _SHOWN_CHARS // 2]} ... {text[-_SHOWN_CHARS // 2 :]}"
+        return f"row {row.row}, {len(ids)} tokens: {text!r}"
 
     def batches(
         self, rows: Iterable[Row], clock: StageClock, stopping: Callable[[], bool]
@@ -160,9 +207,8 @@ class _PromptBuilder:
 
     def _build(self, rows: list[Row]) -> list[Prompt]:
         prompts: list[Prompt] = []
-        waiting: list[Prompt] = []
-        chats: list[list[Message]] = []
-        texts: list[str] = []
+        chats: list[tuple[Prompt, list[Message]]] = []
+        texts: list[tuple[Prompt, str]] = []
         for row in rows:
             columns = {name: row.columns[name] for name in self._keep if name in row.columns}
             prompt = Prompt(row.row, row.id, columns, array("i"), self._sampling, row.error)
@@ -171,7 +217,7 @@ class _PromptBuilder:
                 continue
             try:
                 prompt.sampling = self._sampling_of(row.sampling)
-                content = self._content(row.columns)
+                content = self._content(row)
                 if isinstance(content, array):
                     self._set_ids(prompt, content)
                     continue
@@ -179,19 +225,15 @@ class _PromptBuilder:
             except (PromptError, RecursionError) as error:
                 prompt.error = _reason(error)
                 continue
-            waiting.append(prompt)
             if isinstance(content, str):
-                texts.append(content)
+                texts.append((prompt, content))
             else:
-                chats.append(content)
-        if self._tokenizer is not None and waiting:
-            # Only one of the two is not empty: which one is the tokenizer's property, not the row's.
-            encoded = self._tokenizer.encode_chats(chats) if chats else self._tokenizer.encode_texts(texts)
-            for prompt, ids in zip(waiting, encoded, strict=True):
-                try:
-                    self._set_ids(prompt, ids)
-                except PromptError as error:
-                    prompt.error = _reason(error)
+                chats.append((prompt, content))
+        for prompt, ids in self._encode(chats, texts):
+            try:
+                self._set_ids(prompt, ids)
+            except PromptError as error:
+                prompt.error = _reason(error)
         return prompts
 
     def _check_length(self, content: list[Message] | str) -> None:
@@ -203,12 +245,25 @@ class _PromptBuilder:
                 f" {self._max_model_len} tokens of model.max_model_len"
             )
 
+    def _encode(
+        self, chats: list[tuple[Prompt, list[Message]]], texts: list[tuple[Prompt, str]]
+    ) -> Iterator[tuple[Prompt, TokenIds | PromptError]]:
+        tokenizer = self._tokenizer
+        if tokenizer is not None and chats:
+            yield from zip(
+                (prompt for prompt, _ in chats), tokenizer.encode_chats([chat for _, chat in chats]), strict=True
+            )
+        if tokenizer is not None and texts:
+            yield from zip(
+                (prompt for prompt, _ in texts), tokenizer.encode_texts([text for _, text in texts]), strict=True
+            )
+
     def _set_ids(self, prompt: Prompt, ids: TokenIds | PromptError) -> None:
         if isinstance(ids, PromptError):
             raise ids
         longest, size = self._max_model_len - 1, self._vocab_size
         if not ids:
-            raise PromptError("the model's chat template gives no tokens for this row")
+            raise PromptError("the chat template gives no tokens for this row")
         if len(ids) > longest:
             raise PromptError(
                 f"prompt has {len(ids)} tokens; at most {longest} fit model.max_model_len={self._max_model_len}"
@@ -224,32 +279,13 @@ class _PromptBuilder:
             )
         prompt.token_ids = ids
 
-    def _content(self, columns: Mapping[str, Any]) -> TokenIds | list[Message] | str:
-        data = self._data
-        if (ids := columns.get(data.token_ids_column)) is not None:
+    def _content(self, row: Row) -> TokenIds | list[Message] | str:
+        name = self._data.token_ids_column
+        if (ids := row.columns.get(name)) is not None:
             return self._check_ids(ids)
-        if self._tokenizer is None:
-            raise PromptError(
-                f"the model folder has no tokenizer, so a row needs token ids in its column {data.token_ids_column!r}"
-            )
-        if self._template is not None:
-            text = self._template.render(columns)
-        elif (messages := columns.get(data.messages_column)) is not None:
-            if not self._tokenizer.has_chat_format:
-                raise PromptError(f"{data.messages_column}: this model's tokenizer has no chat template")
-            return self._with_system(parse_messages(messages, data.messages_column))
-        elif (prompt := columns.get(data.prompt_column)) is not None:
-            text = check_text(prompt, data.prompt_column)
-            if not text:
-                raise PromptError(f"{data.prompt_column} is empty")
-        else:
-            names = f"{data.messages_column!r}, {data.prompt_column!r} and {data.token_ids_column!r}"
-            raise PromptError(f"no prompt: columns {names} are null or missing")
-        return self._with_system([Message("user", (text,))]) if self._tokenizer.has_chat_format else text
-
-    def _with_system(self, messages: list[Message]) -> list[Message]:
-        has_system = any(message.role == "system" for message in messages)
-        return messages if has_system else self._system + messages
+        if self._texts is None:
+            raise PromptError(f"the model folder has no tokenizer, so a row needs token ids in its column {name!r}")
+        return self._texts.of(row)
 
     def _check_ids(self, ids: object) -> TokenIds:
         name = self._data.token_ids_column
@@ -325,8 +361,9 @@ class _PromptBuilder:
             raise PromptError(str(error)) from None
 
 
-def _check_swap(data: DataConfig, sampling: SamplingConfig, template: RowTemplate | None) -> tuple[str, str]:
+def _check_swap(data: DataConfig, sampling: SamplingConfig) -> tuple[str, str]:
     """The two columns of data.swap_columns."""
+    template = None if data.template is None else RowTemplate(data.template)
     names = data.swap_columns or []
     if len(names) != 2 or len(set(names)) != 2:
         raise BatchmixError(f"data.swap_columns={names}: must be two columns")
@@ -339,7 +376,7 @@ def _check_swap(data: DataConfig, sampling: SamplingConfig, template: RowTemplat
 
 def _swapped(row: Row, first: str, second: str) -> Row:
     columns = row.columns | {first: row.columns.get(second), second: row.columns.get(first)}
-    return Row(row.row, row.id, columns, row.sampling, row.error)
+    return Row(row.row, row.id, columns, row.sampling, row.error, row.text)
 
 
 def _pair_up(plain: list[Prompt], swapped: list[Prompt]) -> list[Prompt]:

@@ -188,19 +188,28 @@ class Source:
         needed = {"sampling", data.token_ids_column, data.messages_column, data.prompt_column}
         prompts = {"data.token_ids_column": data.token_ids_column, "data.messages_column": data.messages_column,
                    "data.prompt_column": data.prompt_column}  # fmt: skip
-        variables = sorted(RowTemplate(data.template).variables) if data.template is not None else []
+        system = _variables(data.system_prompt or None, "data.system_prompt")
+        variables = dict.fromkeys(system, "data.system_prompt")
+        variables |= dict.fromkeys(_variables(data.template, "data.template"), "data.template")
+        if data.system_prompt_column is not None:
+            variables[data.system_prompt_column] = "data.system_prompt_column"
         for file, names in self._input.columns:
             if data.id_column is not None:
                 _require(data.id_column, "data.id_column", file, names)
-            for name in variables:
-                _require(name, "data.template", file, names)
+            for name, key in sorted(variables.items()):
+                _require(name, key, file, names)
             if data.template is None and not set(prompts.values()) & set(names):
                 missing = ", ".join(f"{name!r} ({key})" for key, name in prompts.items())
                 near = {match for name in prompts.values() for match in difflib.get_close_matches(name, names, 1)}
                 hint = f"; is it {' or '.join(map(repr, sorted(near)))}?" if near else ""
                 raise BatchmixError(f"{file}: has none of the columns {missing} and data.template is not set; "
                                     f"its columns are {_listed(names)}{hint}")  # fmt: skip
-        return needed | {data.id_column or ""} | set(variables)
+        return needed | {data.id_column or ""} | variables.keys()
+
+
+def _variables(template: str | None, key: str) -> frozenset[str]:
+    """The columns that a template names."""
+    return frozenset() if template is None else RowTemplate(template, key).variables
 
 
 def _require(name: str, key: str, file: str, names: Sequence[str]) -> None:

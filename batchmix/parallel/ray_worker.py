@@ -45,7 +45,7 @@ class RayWorker:
             raise BatchmixError(
                 f"model.path={config.model.path}: on {node} another model lies there than on the driver"
             )
-        self._tokenizer = load_tokenizer(checkpoint.folder)
+        self._tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
         shards, self._followers = self._open.enter_context(tensor_parallel(config, _give_up))
         self._engine = start_engine(checkpoint, self._tokenizer, config.engine, lambda: False, shards)
         return self._engine.model.weights.fingerprint

@@ -91,7 +91,7 @@ def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) ->
 def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
     """What a rank above 0 does, until it is killed or the batches end."""
     checkpoint = open_checkpoint(config.model)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
     store = TCPStore(_HOST, port, is_master=False, timeout=_TIMEOUT)
     with _joined(config, rank, store):
         shards = Shards(rank, config.model.tensor_parallel_size)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from batchmix.config import Config, Offload, Quantization
-from batchmix.data.prompt import build_prompts
+from batchmix.data.chat_template import read_chat_template
+from batchmix.data.prompt import build_prompts, show_first
 from batchmix.data.rowset import RowSet
 from batchmix.data.source import open_source
 from batchmix.data.tokenizer import load_tokenizer
@@ -29,6 +31,7 @@ from batchmix.report.clock import StageClock
 
 def plan_report(config: Config) -> None:
     """Print what a run would find and cost. Reads and tokenises every row; loads no weights."""
+    config = read_chat_template(config)
     gpu = get_gpu(config.plan.gpu)
     source = open_source(config.data, config.shard)
     checkpoint = open_checkpoint(config.model, weights=False)
@@ -42,19 +45,18 @@ def plan_report(config: Config) -> None:
     _, placement = place(model, setting, assumed(checkpoint.max_model_len))  # before lengths are known
     limits = Limits(placement.max_num_seqs, placement.kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
     survey = Survey(naive_batch=placement.max_num_seqs)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    prompts = build_prompts(
-        source.rows(RowSet()),
-        data=config.data,
-        sampling=config.sampling,
-        tokenizer=tokenizer,
-        max_model_len=checkpoint.max_model_len,
-        vocab_size=checkpoint.config.vocab_size,
-        keep=[],
-        clock=StageClock(),
-        guides=open_guides(checkpoint, tokenizer),
-        eos_token_ids=checkpoint.eos_token_ids,
-    )
+    tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
+    how: dict[str, Any] = {
+        "data": config.data,
+        "sampling": config.sampling,
+        "tokenizer": tokenizer,
+        "max_model_len": checkpoint.max_model_len,
+        "vocab_size": checkpoint.config.vocab_size,
+        "guides": open_guides(checkpoint, tokenizer),
+        "eos_token_ids": checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id),
+    }
+    rows = show_first(source.rows(RowSet()), **how)
+    prompts = build_prompts(rows, keep=[], clock=StageClock(), **how)
     batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
     answer = config.plan.expected_tokens or config.sampling.max_tokens
     where = (

@@ -32,7 +32,7 @@ def test_a_request_becomes_a_row() -> None:
     assert row == Row(
         7,
         "r-1",
-        {"custom_id": "r-1", "model": "m", "messages": MESSAGES},
+        {"custom_id": "r-1", "model": "m", "messages": MESSAGES, "prompt": None},
         {"max_tokens": 5, "temperature": 0, "stop": ["x"], "logit_bias": {"5": -1}},
     )
     assert override_sampling(SamplingConfig(), row.sampling or {}).logit_bias == {5: -1.0}
@@ -40,7 +40,8 @@ def test_a_request_becomes_a_row() -> None:
 
 def test_a_completion_request() -> None:
     row = read_request(0, {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "hi", "logprobs": 0}})
-    assert row.columns["messages"] == MESSAGES
+    assert row.columns == {"custom_id": "a", "model": None, "messages": None, "prompt": "hi"}
+    assert row.text == "hi"
     assert row.sampling == {"logprobs": 0}
     assert row.error is None
 
@@ -76,6 +77,9 @@ def test_sampling(body: dict[str, Any], sampling: dict[str, Any]) -> None:
         (request(messages=None), "body.messages is missing"),
         (request(messages=None, prompt=[1, 2]), "body.prompt must be a text, not [1, 2]"),
         (request(url="/v1/embeddings"), "url '/v1/embeddings' is not one of"),
+        (request(messages=None, prompt="hi"), "body.prompt is for /v1/completions; the url /v1/chat/completions needs"),
+        (request(prompt="hi"), "body.messages is for /v1/chat/completions; body.prompt is for /v1/completions"),
+        (request(url="/v1/completions"), "body.messages is for /v1/chat/completions; the url is for /v1/completions"),
         (request(tools=[{"type": "function"}]), "body key 'tools' with the value"),
         (request(response_format={"type": "json_object"}), "body key 'response_format' with the value"),
         (request(reasoning="\ud800\n"), r"body key 'reasoning' with the value '\ud800\n' is not supported"),
@@ -116,10 +120,12 @@ def test_lines_that_are_not_requests_make_error_rows_where_the_format_is_given(t
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"columns": ["custom"]}, "no column 'custom' (data.columns); it has custom_id, model, messages"),
+        ({"columns": ["custom"]}, "no column 'custom' (data.columns); it has custom_id, model, messages, prompt"),
         ({"id_column": "model"}, "data.id_column=model: OpenAI batch files have their custom_id"),
         ({"messages_column": "chat"}, "data.messages_column=chat"),
-        ({"template": "{{ prompt }}"}, "no column 'prompt' (data.template)"),
+        ({"template": "{{ text }}"}, "no column 'text' (data.template)"),
+        ({"system_prompt": "{{ text }}"}, "no column 'text' (data.system_prompt)"),
+        ({"system_prompt_column": "text"}, "no column 'text' (data.system_prompt_column)"),
     ],
 )
 def test_options_that_do_not_go_with_batch_files(tmp_path: Path, options: dict[str, Any], reason: str) -> None:

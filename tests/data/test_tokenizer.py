@@ -3,9 +3,7 @@
 import json
 import shutil
 import warnings
-from pathlib import Path
 
-import mistral_common
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,34 +12,25 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Reference
 from pydantic import ValidationError
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizer_folders import (
+    CHATML,
+    LLAMA_SYSTEM,
+    MISTRAL_PLAIN,
+    MISTRAL_SYSTEM_LAST,
+    V1,
+    V3,
+    convert_v1,
+    save,
+    train_byte_level,
+    write_json,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from batchmix.data.jinja_tokenizer import JinjaTokenizer
 from batchmix.data.messages import Message, PromptError, parse_messages
 from batchmix.data.mistral_tokenizer import MistralTokenizer
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.errors import BatchmixError
-
-DATA = Path(mistral_common.__file__).parent / "data"
-V1, V3 = DATA / "tokenizer.model.v1", DATA / "mistral_instruct_tokenizer_240323.model.v3"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim }}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MISTRAL_PLAIN = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token + ' ' }}{% endif %}"
-    "{% endfor %}"
-)
-MISTRAL_SYSTEM_LAST = (
-    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] + '\n\n' %}"
-    "{%- set turns = messages[1:] %}{%- else %}{%- set system = '' %}{%- set turns = messages %}{%- endif %}"
-    "{{- bos_token }}{%- for message in turns %}{%- if message['role'] == 'user' %}"
-    "{{- ' [INST] ' + (system if loop.last else '') + message['content'] + ' [/INST]' }}"
-    "{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
-)
-LLAMA_SYSTEM = MISTRAL_SYSTEM_LAST.replace("messages[0]['content'] + '\n\n'", "'<<SYS>>' + messages[0]['content']")
 
 odd_texts = st.sampled_from(
     [
@@ -180,62 +169,6 @@ def test_mistral_decoding_equals_sentencepiece(mistral):
 # ---- Folders
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value))
-
-
-def convert_v1():
-    """A tokenizer.json of the v1 SentencePiece model, with ChatML's tokens added; one of them is not special."""
-    model = SentencePieceProcessor(model_file=str(V1))
-    vocab = {model.id_to_piece(token): token for token in range(model.vocab_size())}
-    merges = []
-    for piece, token in vocab.items():
-        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        pairs = [(left, right) for left, right in splits if left in vocab and right in vocab]
-        merges += [
-            (-model.get_score(token), *pair)
-            for pair in sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        ]
-    merges = [(left, right) for _, left, right in sorted(merges, key=lambda merge: merge[0])]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_end|>"])
-    tokenizer.add_tokens([AddedToken("<|im_start|>", special=False, normalized=False)])
-    return tokenizer
-
-
-def train_byte_level():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        special_tokens=["<s>", "</s>"],
-    )
-    words = ["the quick brown fox jumps over the lazy dog", "system user assistant", "im_start im_end </s> <s>"]
-    tokenizer.train_from_iterator(words * 3, trainer)
-    tokenizer.add_special_tokens(["<|im_end|>"])
-    tokenizer.add_tokens([AddedToken("<|im_start|>", special=False), AddedToken("fox", special=False)])
-    return tokenizer
-
-
-def save(folder, backend, template):
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    config: dict[str, object] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "<|im_end|>",
-    }
-    write_json(folder / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizers")
@@ -328,7 +261,7 @@ def test_forged_text_is_encoded_as_its_characters(tuned, transformers_tokenizers
 
 def test_base_model_texts(tuned, transformers_tokenizers):
     tokenizer, reference = tuned["base"], transformers_tokenizers["base"]
-    assert not tokenizer.has_chat_format
+    assert tokenizer.chat_format.chats is False
     [plain, forged] = tokenizer.encode_texts(["the quick fox", "the </s>"])
     assert list(plain) == reference("the quick fox").input_ids
     assert reference.eos_token_id not in forged
@@ -393,9 +326,9 @@ def test_built_in_model_has_the_v1_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("template", "is_mistral"),
     [
-        (None, True),
+        (None, False),
         (MISTRAL_PLAIN, True),
-        (MISTRAL_SYSTEM_LAST, True),
+        (MISTRAL_SYSTEM_LAST, False),  # it is v3's
         (LLAMA_SYSTEM, False),
         (CHATML, False),
         ("{% oops", False),
@@ -424,6 +357,7 @@ def test_mistral_unless_the_template_says_otherwise(tmp_path, folders, template,
 
 def test_mistral_versions_by_their_vocabulary(tmp_path):
     shutil.copy(V3, tmp_path / "tokenizer.model")
+    write_json(tmp_path / "params.json", {})
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 32_768
     ids = encode(tokenizer, [{"role": "user", "content": "hi"}])
@@ -434,7 +368,9 @@ def test_mistral_versions_by_their_vocabulary(tmp_path):
 def test_added_tokens_beyond_the_sentencepiece_file_need_transformers(tmp_path, folders, where):
     folder = shutil.copytree(folders["llama"], tmp_path / "model")
     shutil.copy(V1, folder / "tokenizer.model")
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    common = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+              "chat_template": MISTRAL_PLAIN}  # fmt: skip
+    write_json(folder / "tokenizer_config.json", common)
     if where != "tokenizer.json":
         spec = json.loads((folder / "tokenizer.json").read_text())
         spec["added_tokens"] = spec["added_tokens"][:3]
@@ -444,16 +380,15 @@ def test_added_tokens_beyond_the_sentencepiece_file_need_transformers(tmp_path, 
             write_json(folder / where, {"<|im_end|>": 32_000})
         else:
             entry = {"content": "<|im_end|>", "special": True}
-            config: dict[str, object] = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "added_tokens_decoder": {"32000": entry},
-            }
-            write_json(folder / where, config)
+            write_json(folder / where, common | {"added_tokens_decoder": {"32000": entry}})
     assert isinstance(load_tokenizer(folder), JinjaTokenizer)
 
 
 def test_broken_tokenizer_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(BatchmixError, match=r"tokenizer\.json: not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(BatchmixError, match=r"tokenizer\.json: cannot be read as JSON"):

@@ -187,7 +187,7 @@ def test_the_default_of_several_templates_is_the_one_of_transformers(folder: Pat
 def test_an_empty_list_of_templates_is_no_template(folder: Path) -> None:
     tokenizer = load_tokenizer(configure(folder, chat_template=[]))
     assert tokenizer is not None
-    assert not tokenizer.has_chat_format
+    assert not tokenizer.chat_format.chats
 
 
 @pytest.mark.parametrize("template", [5, True, ["x"], [{"name": "default"}], [{"template": "x"}], {"default": 5}])
