@@ -103,7 +103,10 @@ def load_tokenizer(folder: Path, chat_template: str = AUTO) -> Tokenizer | None:
 def _load_auto(folder: Path, mistral: MistralTokenizer | None) -> Tokenizer:
     templates = folder_templates(folder)
     if templates and "default" not in templates:
-        raise _no_such_template(folder, AUTO, templates)
+        raise BatchmixError(
+            f"{folder}: of its chat templates ({', '.join(map(repr, templates))}) none is called 'default';"
+            " name one with data.chat_template"
+        )
     if templates:
         if mistral is not None and writes_mistral(templates["default"], folder, mistral.version):
             mistral.chat_format = ChatFormat(f"Mistral's v{mistral.version}, which the model folder's own writes too")
