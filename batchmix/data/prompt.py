@@ -10,6 +10,7 @@ from typing import Any
 from batchmix.config import DataConfig, SamplingConfig
 from batchmix.config_checks import override_sampling
 from batchmix.data.messages import Message, PromptError, check_text, parse_messages
+from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.read_ahead import read_ahead
 from batchmix.data.template import RowTemplate
 from batchmix.data.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def build_prompts(
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
 
     A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
-    its `data.messages_column`, its `data.prompt_column`. Texts of the template and the prompt column are sent as one
+    its `data.messages_column`, its `data.prompt_column` (of those three, the ones that `PromptColumns` names). Texts of the template and the prompt column are sent as one
     user message in the model's chat format; a model without one (a base model that is not Mistral's) gets the text
     itself after its beginning-of-sequence token.
 
@@ -82,7 +83,7 @@ class _PromptBuilder:
         keep: Sequence[str],
         guides: Guides | None,
     ) -> None:
-        self._data = data
+        self._columns = PromptColumns.of(data)
         self._guides = guides
         self._sampling = sampling
         self._samplings: dict[str, SamplingConfig] = {}
@@ -178,34 +179,33 @@ class _PromptBuilder:
         prompt.token_ids = ids
 
     def _content(self, columns: Mapping[str, Any]) -> TokenIds | list[Message] | str:
-        data = self._data
-        if (ids := columns.get(data.token_ids_column)) is not None:
-            return self._check_ids(ids)
+        named = self._columns
+        by_template = self._template is not None and not named.named and self._tokenizer is not None
+        if named.token_ids is not None and not by_template and (ids := columns.get(named.token_ids)) is not None:
+            return self._check_ids(ids, named.token_ids)
         if self._tokenizer is None:
             raise PromptError(
-                f"the model folder has no tokenizer, so a row needs token ids in its column {data.token_ids_column!r}"
+                f"the model folder has no tokenizer, so a row needs token ids in its column {named.token_ids!r}"
             )
         if self._template is not None:
             text = self._template.render(columns)
-        elif (messages := columns.get(data.messages_column)) is not None:
+        elif named.messages is not None and (messages := columns.get(named.messages)) is not None:
             if not self._tokenizer.has_chat_format:
-                raise PromptError(f"{data.messages_column}: this model's tokenizer has no chat template")
-            return self._with_system(parse_messages(messages, data.messages_column))
-        elif (prompt := columns.get(data.prompt_column)) is not None:
-            text = check_text(prompt, data.prompt_column)
+                raise PromptError(f"{named.messages}: this model's tokenizer has no chat template")
+            return self._with_system(parse_messages(messages, named.messages))
+        elif named.prompt is not None and (prompt := columns.get(named.prompt)) is not None:
+            text = check_text(prompt, named.prompt)
             if not text:
-                raise PromptError(f"{data.prompt_column} is empty")
+                raise PromptError(f"{named.prompt} is empty")
         else:
-            names = f"{data.messages_column!r}, {data.prompt_column!r} and {data.token_ids_column!r}"
-            raise PromptError(f"no prompt: columns {names} are null or missing")
+            raise PromptError(f"no prompt: columns {', '.join(map(repr, named.names))} are null or missing")
         return self._with_system([Message("user", (text,))]) if self._tokenizer.has_chat_format else text
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         has_system = any(message.role == "system" for message in messages)
         return messages if has_system else self._system + messages
 
-    def _check_ids(self, ids: object) -> TokenIds:
-        name = self._data.token_ids_column
+    def _check_ids(self, ids: object, name: str) -> TokenIds:
         if not isinstance(ids, list | tuple):
             raise PromptError(f"{name} must be a list of token ids, not {type(ids).__name__}")
         if not ids:

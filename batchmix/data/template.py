@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchmix.data.messages import PromptError, check_text
@@ -16,8 +16,13 @@ from batchmix.errors import BatchmixError
 class RowTemplate:
     """A compiled `data.template`, or another key's. `variables` are the columns that it names.
 
+    A column whose name is no Jinja identifier is written row['Review Text']. Where the data has a column `row`, `row`
+    is that column.
+
     >>> RowTemplate("Translate: {{ text }}").render({"text": "bonjour"})
     'Translate: bonjour'
+    >>> RowTemplate("{{ row['Review Text'] }}").render({"Review Text": "Nice"})
+    'Nice'
     """
 
     def __init__(self, source: str, key: str = "data.template") -> None:
@@ -26,16 +31,30 @@ class RowTemplate:
         self._key = key
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_not_null)
         try:
-            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            tree = environment.parse(source)
+            self._names = frozenset(meta.find_undeclared_variables(tree))
+            self._items = _row_items(tree) if "row" in self._names else None
             self._template = environment.from_string(source)
         except UnicodeEncodeError:
             raise BatchmixError(f"{key} is not valid Unicode") from None
         except jinja2.TemplateSyntaxError as error:
             raise BatchmixError(f"{key}, line {error.lineno}: {error.message}") from None
 
+    @property
+    def variables(self) -> frozenset[str]:
+        return self.columns(())
+
+    def columns(self, known: Collection[str]) -> frozenset[str]:
+        """The columns that it names, of data that has the columns `known`."""
+        if self._items is None or "row" in known:
+            return self._names
+        return self._names - {"row"} | self._items
+
     def render(self, columns: Mapping[str, Any]) -> str:
         """The prompt of one row; PromptError where the template fails on it, prints a null or gives no text."""
         try:
+            if self._items is not None and "row" not in columns:
+                columns = {**columns, "row": columns}
             text = self._template.render(columns)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -43,6 +62,20 @@ class RowTemplate:
         if not text:
             raise PromptError(f"{self._key} gives an empty text for this row")
         return check_text(text, f"the text of {self._key}")
+
+
+def _row_items(tree: nodes.Template) -> frozenset[str] | None:
+    """The names in row['name'] and row.name; None where `row` is used otherwise too, and so is a column."""
+    items: set[str] = set()
+    uses = sum(node.name == "row" for node in tree.find_all(nodes.Name))
+    for node in tree.find_all((nodes.Getitem, nodes.Getattr)):
+        if isinstance(node.node, nodes.Name) and node.node.name == "row":
+            name = node.attr if isinstance(node, nodes.Getattr) else node.arg
+            name = name.value if isinstance(name, nodes.Const) else name
+            if isinstance(name, str) and not (isinstance(node, nodes.Getattr) and hasattr(dict, name)):
+                items.add(name)
+                uses -= 1
+    return frozenset(items) if uses == 0 else None
 
 
 def _not_null(value: object) -> object:
