@@ -209,7 +209,9 @@ def check(config: Config) -> Config:
     if delimiter not in (None, "\\t") and (len(delimiter) != 1 or delimiter in '"\r\n'):
         raise refuse("data.csv_delimiter", delimiter, "must be one character, or \\t for a tab")
     if encoding is not None and not _is_text_encoding(encoding):
-        raise refuse("data.csv_encoding", encoding, "is no encoding of text that Python knows; utf-8, cp1252, utf-16, ... are")
+        raise refuse(
+            "data.csv_encoding", encoding, "is no encoding of text that Python knows; utf-8, cp1252, utf-16, ... are"
+        )
     if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

@@ -26,6 +26,7 @@ from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import check_engine, start_engine
 from batchmix.errors import BatchmixError
+from batchmix.escapes import warn_of_escapes
 from batchmix.guided.compile import open_guides
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
@@ -68,6 +69,7 @@ def generate(config: Config) -> None:
         tokenizer = load_tokenizer(checkpoint.folder)
         guides = open_guides(checkpoint, tokenizer)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides)
+        warn_of_escapes(config)
         run = _describe(config, source, checkpoint)
         parts = _parts(config, source, checkpoint, tokenizer, run)
         num_workers = config.engine.data_parallel_size

@@ -32,6 +32,7 @@ class RowTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_not_null)
         try:
             tree = environment.parse(source)
+            self._plain = "".join(text for _, kind, text in environment.lex(source) if kind == "data")
             self._names = frozenset(meta.find_undeclared_variables(tree))
             self._items = _row_items(tree) if "row" in self._names else None
             self._template = environment.from_string(source)
@@ -49,6 +50,11 @@ class RowTemplate:
         if self._items is None or "row" in known:
             return self._names
         return self._names - {"row"} | self._items
+
+    @property
+    def plain_text(self) -> str:
+        """What of the template is written as it is, without what stands in braces."""
+        return self._plain
 
     def render(self, columns: Mapping[str, Any]) -> str:
         """The prompt of one row; PromptError where the template fails on it, prints a null or gives no text."""
