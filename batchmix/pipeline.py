@@ -35,6 +35,7 @@ from batchmix.parallel.data import Replicas, Reports, Share, begin_share
 from batchmix.parallel.ray_pool import run_on_ray
 from batchmix.parallel.tensor import Followers, tensor_parallel
 from batchmix.parallel.workers import Parent
+from batchmix.plan.in_flight import InFlight
 from batchmix.records import Completion, Row
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
@@ -44,7 +45,7 @@ from batchmix.report.totals import Totals
 from batchmix.report.trace import Trace
 from batchmix.run_info import describe_run, provenance
 from batchmix.signals import StopSignals
-from batchmix.stages import check_error, make_sink, planned_batches, progress_of
+from batchmix.stages import buffers_of, check_error, make_sink, planned_batches, progress_of
 
 _log = logging.getLogger(__name__)
 
@@ -138,8 +139,10 @@ def _completions(
     rows: Iterator[Row],
 ) -> Generator[Completion, None, None]:
     """The chain of stages up to the engine; every stage but that works in a thread of its own."""
-    with closing(planned_batches(config, source.schema.names, tokenizer, engine, rows)) as batches:
+    in_flight = InFlight(buffers_of(config).in_flight)
+    with closing(planned_batches(config, source.schema.names, tokenizer, engine, rows, in_flight)) as batches:
         for completion in engine.generate(followers.lead(batches)):
+            in_flight.completed(completion)
             check_error(config, completion)
             yield completion
 

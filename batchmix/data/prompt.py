@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from batchmix.config import DataConfig, SamplingConfig
 from batchmix.config_checks import override_sampling
+from batchmix.data.buffers import Buffers, buffered_bytes, num_bytes, take
 from batchmix.data.messages import Message, PromptError, check_text, parse_messages
 from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.read_ahead import read_ahead
@@ -23,6 +24,8 @@ from batchmix.report.clock import StageClock
 
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
+_PROMPT_BYTES = 500  # of a prompt without columns and token ids
+_CHARS_MARGIN = 4  # a tokenizer may drop characters before it looks for tokens: white space, accents
 _REASON_CHARS = 300
 _CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
 
@@ -38,6 +41,7 @@ def build_prompts(
     keep: Sequence[str],
     clock: StageClock,
     guides: Guides | None = None,
+    buffers: Buffers | None = None,
 ) -> Generator[Prompt, None, None]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
@@ -48,12 +52,13 @@ def build_prompts(
     itself after its beginning-of-sequence token.
 
     `vocab_size`, `max_model_len` and `guides` are the model's. `keep` names the columns that the output keeps. Rows are read
-    and encoded by a thread, ahead of the consumer; closing the iterator ends it. `clock` counts its stages read and
+    and encoded by a thread, ahead of the consumer and within `buffers` (None: as the configuration has it); closing the iterator ends it. `clock` counts its stages read and
     tokenise.
 
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
-    return _unbatch(_PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides), rows, clock)
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides)
+    return _unbatch(builder, rows, clock, buffers or Buffers.of(buffered_bytes(data.max_buffered_bytes)))
 
 
 def check_prompts(
@@ -63,13 +68,20 @@ def check_prompts(
     _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides)
 
 
-def _unbatch(builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock) -> Generator[Prompt, None, None]:
-    batches = read_ahead(builder.batches(rows, clock), _BATCHES_AHEAD)
+def _unbatch(
+    builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock, buffers: Buffers
+) -> Generator[Prompt, None, None]:
+    batches = read_ahead(builder.batches(rows, clock, buffers.raw), _BATCHES_AHEAD, buffers.read_ahead, _size)
     try:
         for batch in batches:
-            yield from batch
+            while batch:  # what the consumer has is not held here
+                yield batch.popleft()
     finally:
         batches.close()
+
+
+def _size(prompts: Iterable[Prompt]) -> int:
+    return sum(prompt.num_bytes for prompt in prompts)
 
 
 class _PromptBuilder:
@@ -91,6 +103,8 @@ class _PromptBuilder:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._keep = tuple(keep)
+        longest = 0 if tokenizer is None else max(map(len, tokenizer.token_bytes(skip_special_tokens=False)))
+        self._max_chars = _CHARS_MARGIN * max_model_len * longest
         self._more_tokens_than_model = tokenizer is not None and tokenizer.vocab_size > vocab_size
         self._template = None if data.template is None else RowTemplate(data.template)
         self._system = (
@@ -109,18 +123,24 @@ class _PromptBuilder:
                 " put the text into data.template"
             )
 
-    def batches(self, rows: Iterable[Row], clock: StageClock) -> Generator[list[Prompt], None, None]:
+    def batches(self, rows: Iterable[Row], clock: StageClock, max_bytes: int) -> Generator[deque[Prompt], None, None]:
+        """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
         rows = iter(rows)
         while True:
             with clock.stage("read"):
-                batch = list(islice(rows, _BATCH_ROWS))
+                batch = take(rows, _BATCH_ROWS, max_bytes)
             if not batch:
                 return
             with clock.stage("tokenise"):
                 prompts = self._build(batch)
                 if self._swap:
                     prompts = _pair_up(prompts, self._build([_swapped(row, *self._swap) for row in batch]))
-            yield prompts
+            del batch
+            for prompt in prompts:
+                prompt.num_bytes = _PROMPT_BYTES + num_bytes(prompt.columns) + num_bytes(prompt.token_ids)
+            ready = deque(prompts)
+            del prompts
+            yield ready
 
     def _build(self, rows: list[Row]) -> list[Prompt]:
         prompts: list[Prompt] = []
@@ -139,6 +159,7 @@ class _PromptBuilder:
                 if isinstance(content, array):
                     self._set_ids(prompt, content)
                     continue
+                self._check_length(content)
             except (PromptError, RecursionError) as error:
                 prompt.error = _reason(error)
                 continue
@@ -156,6 +177,16 @@ class _PromptBuilder:
                 except PromptError as error:
                     prompt.error = _reason(error)
         return prompts
+
+    def _check_length(self, content: list[Message] | str) -> None:
+        """PromptError for a text that cannot fit: the tokenizer would make objects of 100 bytes of each of its tokens."""
+        texts = [content] if isinstance(content, str) else [part for message in content for part in message.parts]
+        chars = sum(map(len, texts))
+        if chars > self._max_chars:
+            raise PromptError(
+                f"prompt has {chars} characters; at most {self._max_chars} can fit"
+                f" model.max_model_len={self._max_model_len}"
+            )
 
     def _set_ids(self, prompt: Prompt, ids: TokenIds | PromptError) -> None:
         if isinstance(ids, PromptError):

@@ -29,7 +29,12 @@ def read_json_lines(file: DataFile, wanted: Wanted, limit: int) -> Iterator[Chun
     start = 0
     for lines in _line_blocks(file):
         if places := wanted_places(wanted, start, len(lines)):
-            yield Chunk([start + place for place in places], [_parse(lines[place]) for place in places])
+            records = []
+            for place in places:
+                records.append(_parse(lines[place]))
+                lines[place] = None  # a line of many MB is not held beside what it says
+            yield Chunk([start + place for place in places], records)
+            del records
         start += len(lines)
         if start >= limit:
             return
