@@ -22,18 +22,18 @@ class PromptColumns:
     token_ids: str | None
     messages: str | None
     prompt: str | None
-    named: bool  # by the configuration
+    named: bool = False  # by the configuration
 
-    KEYS: ClassVar = ("token_ids_column", "messages_column", "prompt_column")
+    KEYS: ClassVar[tuple[str, ...]] = ("token_ids_column", "messages_column", "prompt_column")
 
     @classmethod
     def of(cls, data: DataConfig | Mapping[str, Any]) -> PromptColumns:
         """`data`: the configuration, or what a finished run stored of it."""
         get = data.get if isinstance(data, Mapping) else vars(data).get
-        given = [get(key) for key in cls.KEYS]
-        if any(name is not None for name in given):
-            return cls(*given, named=True)
-        return cls("prompt_token_ids", "messages", "prompt", named=False)
+        token_ids, messages, prompt = (get(key) for key in cls.KEYS)
+        if (token_ids, messages, prompt) == (None, None, None):
+            return cls("prompt_token_ids", "messages", "prompt")
+        return cls(token_ids, messages, prompt, named=True)
 
     @property
     def names(self) -> tuple[str, ...]:

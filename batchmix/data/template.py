@@ -74,13 +74,15 @@ def _row_items(tree: nodes.Template) -> frozenset[str] | None:
     """The names in row['name'] and row.name; None where `row` is used otherwise too, and so is a column."""
     items: set[str] = set()
     uses = sum(node.name == "row" for node in tree.find_all(nodes.Name))
-    for node in tree.find_all((nodes.Getitem, nodes.Getattr)):
-        if isinstance(node.node, nodes.Name) and node.node.name == "row":
-            name = node.attr if isinstance(node, nodes.Getattr) else node.arg
-            name = name.value if isinstance(name, nodes.Const) else name
-            if isinstance(name, str) and not (isinstance(node, nodes.Getattr) and hasattr(dict, name)):
-                items.add(name)
-                uses -= 1
+    names: list[tuple[nodes.Expr, object]] = []
+    for item in tree.find_all(nodes.Getitem):
+        names.append((item.node, item.arg.value if isinstance(item.arg, nodes.Const) else None))
+    for attribute in tree.find_all(nodes.Getattr):
+        names.append((attribute.node, None if hasattr(dict, attribute.attr) else attribute.attr))
+    for node, name in names:
+        if isinstance(node, nodes.Name) and node.name == "row" and isinstance(name, str):
+            items.add(name)
+            uses -= 1
     return frozenset(items) if uses == 0 else None
 
 
