@@ -205,7 +205,10 @@ def _hint(wanted: Sequence[str], names: Sequence[str]) -> str:
 def _require(name: str, key: str, file: str, names: Sequence[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        meant = [
+            f"row[{match!r}]" if key == "data.template" and not match.isidentifier() else repr(match) for match in near
+        ]
+        hint = f"; did you mean {meant[0]}?" if meant else ""
         raise BatchmixError(f"{file}: no column {name!r} ({key}); it has {_listed(names)}{hint}")
 
 

@@ -152,6 +152,8 @@ def test_columns_whose_names_are_no_identifiers(tmp_path: Path) -> None:
         assert prompts(path, template=template, columns=columns)[0].token_ids == wanted.token_ids
     with pytest.raises(BatchmixError, match=r"no column 'Review' .data.template.; .* did you mean"):
         prompts(path, template="{{ row['Review'] }}")
+    with pytest.raises(BatchmixError, match=r"no column 'review' .*; did you mean row\['review-title'\]\?"):
+        prompts(path, template="{{ review-title }}")
     with pytest.raises(BatchmixError, match="no column 'row'"):
         prompts(path, template="{{ row }}")
     path.write_text("row,text\n7,x\n")
