@@ -124,9 +124,13 @@ class DataConfig:
     path: Any = MISSING  # one or many: file, folder, glob, fsspec URL, or the name of a hub data set
     format: DataFormat = DataFormat.auto
     split: str = "train"  # of a hub data set
-    messages_column: str = "messages"  # list of {role, content}
-    prompt_column: str = "prompt"  # plain text, sent as one user message or to a base model as it is
-    token_ids_column: str = "prompt_token_ids"  # token ids, used as they are
+    csv_delimiter: str | None = None  # one character, \t for a tab; null: a comma, a tab in files called .tsv
+    csv_encoding: str | None = None  # as Python calls it: cp1252, utf-16, ...; null: utf-8
+    # Where the prompt is. null for all three: whichever of the columns prompt_token_ids, messages and prompt a row has,
+    # in this order. Where one is named, only those that are named count.
+    messages_column: str | None = None  # list of {role, content}
+    prompt_column: str | None = None  # plain text, sent as one user message or to a base model as it is
+    token_ids_column: str | None = None  # token ids, used as they are
     id_column: str | None = None  # null: the row's ordinal
     columns: list[str] | None = None  # kept in the output; null: all
     # What makes text of messages and prompts: auto (the model's own, none for a base model), none, mistral, a Jinja file or
@@ -138,6 +142,9 @@ class DataConfig:
     template: str | None = None
     swap_columns: list[str] | None = None  # two that change places in data.template for samples 1, 3, 5, ...
     limit: int | None = None  # the first so many rows
+    # Memory for rows on their way from the input to the output, beside the model; null: 2 % of what is free, at least
+    # 128 MiB and at most 4 GiB. A row larger than that is held alone.
+    max_buffered_bytes: int | None = None
     on_error: OnError = OnError["record"]
 
 

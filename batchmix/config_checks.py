@@ -187,6 +187,14 @@ def _coerce(key: str, value: Any) -> Any:
     return value
 
 
+def _is_text_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        return False
+    return True
+
+
 def check(config: Config) -> Config:
     """Return `config` if its values make sense together; BatchmixError naming the key otherwise."""
 
@@ -201,7 +209,8 @@ def check(config: Config) -> Config:
         raise refuse("shard.index", config.shard.index, f"must be from 0 to shard.count - 1 = {config.shard.count - 1}")
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
-                       ("engine", "data_parallel_size"), ("data", "limit"), ("plan", "expected_tokens"),
+                       ("engine", "data_parallel_size"), ("data", "limit"),
+                       ("data", "max_buffered_bytes"), ("plan", "expected_tokens"),
                        ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit"),
                        ("export", "rows_per_file"), ("review", "rows"), ("annotate", "bootstrap")):  # fmt: skip
         value = getattr(getattr(config, group), key)
@@ -225,6 +234,13 @@ def check(config: Config) -> Config:
     if not 0 < config.shard.heartbeat_seconds <= config.shard.takeover_seconds / 3:
         raise refuse("shard.heartbeat_seconds", config.shard.heartbeat_seconds,
                      f"must be above 0 and at most a third of shard.takeover_seconds={config.shard.takeover_seconds}")  # fmt: skip
+    delimiter, encoding = config.data.csv_delimiter, config.data.csv_encoding
+    if delimiter not in (None, "\\t") and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise refuse("data.csv_delimiter", delimiter, "must be one character, or \\t for a tab")
+    if encoding is not None and not _is_text_encoding(encoding):
+        raise refuse(
+            "data.csv_encoding", encoding, "is no encoding of text that Python knows; utf-8, cp1252, utf-16, ... are"
+        )
     if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

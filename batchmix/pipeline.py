@@ -28,6 +28,7 @@ from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import check_engine, start_engine
 from batchmix.errors import BatchmixError
+from batchmix.escapes import warn_of_escapes
 from batchmix.guided.compile import open_guides
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
@@ -36,6 +37,7 @@ from batchmix.parallel.data import Replicas, Reports, Share, begin_share
 from batchmix.parallel.ray_pool import run_on_ray
 from batchmix.parallel.tensor import Followers, tensor_parallel
 from batchmix.parallel.workers import Parent
+from batchmix.plan.in_flight import InFlight
 from batchmix.records import Completion, Row
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
@@ -45,7 +47,7 @@ from batchmix.report.totals import Totals
 from batchmix.report.trace import Trace
 from batchmix.run_info import accept_weights, describe_run, differences, provenance, read_run
 from batchmix.signals import StopSignals
-from batchmix.stages import check_error, make_sink, planned_batches, progress_of
+from batchmix.stages import buffers_of, check_error, make_sink, planned_batches, progress_of
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ def generate(config: Config) -> None:
         guides = open_guides(checkpoint, tokenizer)
         end_tokens = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides, end_tokens)
+        warn_of_escapes(config)
         run = _describe(config, source, checkpoint)
         parts = _parts(config, source, checkpoint, tokenizer, run)
         num_workers = config.engine.data_parallel_size
@@ -153,8 +156,10 @@ def _completions(
     rows: Iterator[Row],
 ) -> Generator[Completion, None, None]:
     """The chain of stages up to the engine; every stage but that works in a thread of its own."""
-    with closing(planned_batches(config, source.schema.names, tokenizer, engine, rows)) as batches:
+    in_flight = InFlight(buffers_of(config).in_flight)
+    with closing(planned_batches(config, source.schema.names, tokenizer, engine, rows, in_flight)) as batches:
         for completion in engine.generate(followers.lead(batches)):
+            in_flight.completed(completion)
             check_error(config, completion)
             yield completion
 

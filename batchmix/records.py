@@ -40,6 +40,7 @@ class Prompt:
     sampling: SamplingConfig
     error: str | None = None
     shared_tokens: int = 0  # leading ones that other prompts of its window begin with too; set by plan
+    num_bytes: int = 0  # of memory, about: its columns and token ids
     samples: Sequence[int] | None = None  # of the row's `sampling.n`, those that start from this prompt; None: all
 
     @property

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any
 
 from batchmix.config import Config, OnError
+from batchmix.data.buffers import Buffers, buffered_bytes
 from batchmix.data.parts import PartLog
 from batchmix.data.prompt import build_prompts
 from batchmix.data.sink import Sink
@@ -14,6 +15,7 @@ from batchmix.data.source import Source
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.engine import Engine
 from batchmix.errors import BatchmixError
+from batchmix.plan.in_flight import InFlight
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Batch, Completion, Row
 from batchmix.report.clock import StageClock
@@ -21,9 +23,18 @@ from batchmix.report.totals import Totals
 
 
 def planned_batches(
-    config: Config, keep: Sequence[str], tokenizer: Tokenizer | None, engine: Engine, rows: Iterable[Row]
+    config: Config,
+    keep: Sequence[str],
+    tokenizer: Tokenizer | None,
+    engine: Engine,
+    rows: Iterable[Row],
+    in_flight: InFlight,
 ) -> Generator[Batch, None, None]:
-    """Rows as batches that fit `engine`, with the columns `keep`; read and tokenised in a thread of their own."""
+    """Rows as batches that fit `engine`, with the columns `keep`; read and tokenised in a thread of their own.
+
+    `in_flight` is to be told of each completion, and holds batches back where too many bytes are on their way.
+    """
+    buffers = buffers_of(config)
     prompts = build_prompts(
         rows,
         data=config.data,
@@ -36,14 +47,20 @@ def planned_batches(
         guides=engine.guides,
         eos_token_ids=engine.state.slots.eos_token_ids.tolist(),
         stopping=engine.should_stop,
+        buffers=buffers,
     )
     state = engine.state
     limits = Limits(
         state.slots.capacity, state.pool.num_blocks, state.cache.block_size, config.engine.sort_window,
-        share_prefix=state.prefixes is not None,
+        window_bytes=buffers.window, batch_bytes=buffers.batch, share_prefix=state.prefixes is not None,
     )  # fmt: skip
     with closing(prompts):
-        yield from plan(prompts, limits)
+        yield from in_flight.admit(plan(prompts, limits))
+
+
+def buffers_of(config: Config) -> Buffers:
+    """What each stage of one of the processes that engine.data_parallel_size starts may hold."""
+    return Buffers.of(buffered_bytes(config.data.max_buffered_bytes, config.engine.data_parallel_size))
 
 
 def check_error(config: Config, completion: Completion) -> None:
@@ -59,6 +76,7 @@ def make_sink(config: Config, log: PartLog, tokenizer: Tokenizer | None, clock: 
         tokenizer=tokenizer,
         rows_per_shard=config.output.rows_per_shard,
         flush_seconds=config.output.flush_seconds,
+        buffers=buffers_of(config),
         clock=clock,
     )
 

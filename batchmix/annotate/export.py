@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from batchmix.annotate.columns import INVALID, MAJORITY
 from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
 from batchmix.annotate.results import Results
 from batchmix.config import Config, ExportConfig, ExportFormat
+from batchmix.data import strict_json
 from batchmix.data.storage import LocalFolder, Storage, open_storage, write_text, written
 from batchmix.errors import BatchmixError
 
@@ -153,7 +153,7 @@ def _write_parquet(table: pa.Table, file: IO[bytes]) -> None:
 def _write_jsonl(table: pa.Table, file: IO[bytes]) -> None:
     for batch in table.to_batches(1024):
         for row in batch.to_pylist():
-            file.write(json.dumps(row, ensure_ascii=False, default=_json_value).encode() + b"\n")
+            file.write(strict_json.dumps(row, default=_json_value).encode() + b"\n")
 
 
 def _json_value(value: Any) -> Any:
@@ -168,7 +168,7 @@ def _write_csv(table: pa.Table, file: IO[bytes]) -> None:
     columns: dict[str, Any] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         if pa.types.is_nested(column.type):
-            texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=_json_value)
+            texts = [None if value is None else strict_json.dumps(value, default=_json_value)
                      for value in column.to_pylist()]  # fmt: skip
             columns[name] = pa.array(texts, pa.string())
         elif pa.types.is_dictionary(column.type):

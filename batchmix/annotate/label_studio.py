@@ -47,13 +47,10 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
     found: Corrections = {}
     for number, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):
         where = f"review.path={path}, task {number + 1}"
-        if not isinstance(task, dict) or "annotations" not in task or "row" not in task.get("data", {}):
+        data = task.get("data") if isinstance(task, dict) else None
+        if not isinstance(data, dict) or "annotations" not in task or not str(data.get("row")).isdecimal():
             raise BatchmixError(f"{where}: is no task of Label Studio's JSON export (not JSON-MIN) of what we made")
-        said = [
-            _values(annotation, fields, where)
-            for annotation in task["annotations"]
-            if not annotation.get("was_cancelled")
-        ]
+        said = [_values(annotation, fields, where) for annotation in _annotations(task, where)]
         names = list(dict.fromkeys(name for values in said for name in values))
         if names:
             found[int(task["data"]["row"])] = {
@@ -83,25 +80,43 @@ def _value(field: Field, value: Any) -> tuple[str, dict[str, Any]]:
     return "textarea", {"text": [to_text(field, value)]}
 
 
+def _annotations(task: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Those that people submitted; a task that nobody has seen may have null in their place."""
+    given = task["annotations"] or []
+    if not isinstance(given, list) or not all(isinstance(annotation, dict) for annotation in given):
+        raise BatchmixError(f"{where}: annotations is no list of objects")
+    return [annotation for annotation in given if not annotation.get("was_cancelled")]
+
+
 def _values(annotation: dict[str, Any], fields: Sequence[Field], where: str) -> dict[str, Any]:
-    """One person's answers."""
+    """One person's answers; what was left without a choice, a text or a number is none."""
     known = {field.name: field for field in fields}
     found = {}
-    for result in annotation.get("result", []):
-        field = known.get(result.get("from_name"))
+    results = annotation.get("result") or []
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise BatchmixError(f"{where}: result is no list of objects")
+    for result in results:
+        field = known.get(str(result.get("from_name")))
         if field is None:
             raise BatchmixError(
                 f"{where}: {result.get('from_name')} is no field of the answers; those are {', '.join(known)}"
             )
-        value = result["value"]
-        if "choices" in value:
-            text = value["choices"][0]
-        elif "number" in value:
-            text = json.dumps(value["number"])
-        else:
-            text = value["text"] if isinstance(value["text"], str) else "\n".join(value["text"])
-        found[field.name] = from_text(field, text, where)
+        text = _text(result.get("value") or {}, where)
+        if text is not None:
+            found[field.name] = from_text(field, text, where)
     return found
+
+
+def _text(value: Any, where: str) -> str | None:
+    """What a control holds; None where it was left empty."""
+    given = next((value[kind] for kind in ("choices", "number", "text") if kind in value), None)
+    if given is None or given == []:
+        return None
+    if isinstance(given, list) and all(isinstance(text, str) for text in given):
+        return given[0] if "choices" in value else "\n".join(given)
+    if isinstance(given, str | int | float):
+        return given if isinstance(given, str) else json.dumps(given)
+    raise BatchmixError(f"{where}: {json.dumps(value)[:80]} is no choice, number or text")
 
 
 def _interface(fields: Sequence[Field]) -> str:

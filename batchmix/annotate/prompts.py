@@ -6,6 +6,7 @@ from typing import Any
 
 from batchmix.annotate.results import Results
 from batchmix.data.messages import PromptError
+from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.template import RowTemplate
 
 
@@ -15,8 +16,8 @@ class RowPrompts:
     def __init__(self, results: Results) -> None:
         data = results.run["config"]["data"]
         self._template = None if data.get("template") is None else RowTemplate(data["template"])
-        self._messages, self._prompt = data["messages_column"], data["prompt_column"]
-        names = [*(self._template.variables if self._template else ()), self._messages, self._prompt]
+        self._prompts = PromptColumns.of(data)
+        names = {*(self._template.variables if self._template else ()), *self._prompts.names}
         self._columns = {name: results.column_of(name) for name in names}
 
     def of(self, record: dict[str, Any]) -> str:
@@ -27,7 +28,7 @@ class RowPrompts:
                 return self._template.render(values)
             except PromptError:
                 return ""
-        messages = values.get(self._messages)
+        messages = values.get(self._prompts.messages or "")
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
-        return str(messages or values.get(self._prompt) or "")
+        return str(messages or values.get(self._prompts.prompt or "") or "")

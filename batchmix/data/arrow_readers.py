@@ -12,6 +12,7 @@ from batchmix.data.chunk import BadRecord, Chunk, Record, Wanted, wanted_places
 from batchmix.data.data_file import DataFile, reading
 
 _BATCH_ROWS = 1024
+_BATCH_BYTES = 4 << 20  # of rows as the file's metadata or Arrow's buffers count them, made into objects at once
 
 
 def parquet_schema(file: DataFile) -> pa.Schema:
@@ -39,9 +40,11 @@ def read_parquet(file: DataFile, wanted: Wanted, columns: Sequence[str] | None, 
         for group in range(parquet.num_row_groups):
             if start >= limit:
                 return
-            rows = parquet.metadata.row_group(group).num_rows
+            metadata = parquet.metadata.row_group(group)
+            rows = metadata.num_rows
             if wanted(start, start + rows).any():
-                batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=present)
+                at_once = _rows_at_once(metadata.total_byte_size, rows)
+                batches = parquet.iter_batches(at_once, row_groups=[group], columns=present)
                 yield from read_batches(file.name, batches, wanted, start=start, limit=limit)
             start += rows
 
@@ -82,9 +85,9 @@ def read_batches(name: str, batches: Iterable[Any], wanted: Wanted, *, start: in
             batch = next(remaining, None)
         if batch is None:
             return
-        batch = _decoded(batch)
-        for low in range(0, min(batch.num_rows, limit - start), _BATCH_ROWS):
-            part = batch.slice(low, _BATCH_ROWS)
+        at_once = _rows_at_once(batch.nbytes, batch.num_rows)
+        for low in range(0, min(batch.num_rows, limit - start), at_once):
+            part = _decoded(batch.slice(low, at_once))
             if places := wanted_places(wanted, start + low, part.num_rows):
                 if len(places) < part.num_rows:
                     part = part.take(pa.array(places))
@@ -92,7 +95,14 @@ def read_batches(name: str, batches: Iterable[Any], wanted: Wanted, *, start: in
         start += batch.num_rows
 
 
+def _rows_at_once(num_bytes: int, rows: int) -> int:
+    """Rows of which so many, of `rows` in `num_bytes`, have _BATCH_BYTES."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, num_bytes)))
+
+
 def _to_records(batch: Any) -> list[Record]:
+    if not batch.num_columns:
+        return [{} for _ in range(batch.num_rows)]
     try:
         records: list[Record] = batch.to_pylist()
     except (ValueError, OverflowError):  # text that is not UTF-8, a date after the year 9999

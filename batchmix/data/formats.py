@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
 from batchmix.config import DataFormat
 from batchmix.data.arrow_readers import arrow_schema, parquet_rows, parquet_schema, read_arrow, read_parquet
 from batchmix.data.chunk import Chunk, Wanted
-from batchmix.data.data_file import COMPRESSION, DataFile
+from batchmix.data.data_file import DataFile
+from batchmix.data.decompress import SUFFIXES, compression_of
 from batchmix.data.text_readers import read_csv, read_json_lines
 from batchmix.errors import BatchmixError
 
@@ -22,10 +25,13 @@ _EXTENSIONS = {
     ".arrow": DataFormat.arrow,
     ".feather": DataFormat.arrow,
     ".csv": DataFormat.csv,
+    ".tsv": DataFormat.csv,
 }
 JSON_LINES = (DataFormat.jsonl, DataFormat.openai_batch)
 _HEAD_BYTES = 64 << 10
 _BLANK = b"\xef\xbb\xbf \t\r\n"  # the byte order mark and white space
+_BINARY = {"parquet": DataFormat.parquet, "arrow": DataFormat.arrow}
+_UNPACK = {"gzip": "gunzip -c", "zstd": "zstd -dc", "bzip2": "bunzip2 -c", "xz": "xz -dc", None: "cat"}
 
 
 def read_chunks(
@@ -58,40 +64,56 @@ def count_rows(file: DataFile) -> int | None:
 
 
 def guess_format(path: str) -> DataFormat | None:
-    """The format that a file's extension stands for, a compression suffix and a URL's query set aside."""
-    name = path.lower().split("?")[0] if "://" in path else path.lower()
-    for suffix in COMPRESSION:
-        name = name.removesuffix(suffix)
+    """The format that a file's extension stands for, compression suffixes and a URL's query set aside."""
+    name = bare_name(path)
     return next((form for extension, form in _EXTENSIONS.items() if name.endswith(extension)), None)
 
 
-def check_magic(file: DataFile) -> None:
-    """BatchmixError if the first bytes say that the file is not of its format, or if it is empty."""
+def bare_name(path: str) -> str:
+    """The path in lower case without compression suffixes and a URL's query."""
+    name = path.lower().split("?")[0] if "://" in path else path.lower()
+    while suffix := next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def identify(file: DataFile, named: DataFormat | None, *, certain: bool = False) -> DataFile | None:
+    """The file with the format and the compression that its bytes have; None for a file without contents.
+
+    `named` is what data.format (then `certain`) or the file's name says, None where neither does: Parquet, Arrow and
+    compression are told by the bytes, JSON lines without a name by the first of them. BatchmixError for a file that is
+    no data, or not of the format that is certain.
+    """
     with file.open(raw=True) as raw, file.reading():
-        stored = raw.read(8)
-    if not stored:
-        raise BatchmixError(f"{file.name}: is empty")
-    found = "gzip" if stored.startswith(b"\x1f\x8b") else "zstd" if _is_zstd(stored) else None
-    if found != file.compression:
-        says = f"is {found}" if found else "is not compressed"
-        raise BatchmixError(f"{file.name}: {says}, which its name does not say; rename it")
+        file = replace(file, compression=compression_of(raw.read(8)))
     with file.open() as opened, file.reading():
         head = opened.read(_HEAD_BYTES)
     start = head.lstrip(_BLANK)[:1]
     if not start and len(head) < _HEAD_BYTES:
-        raise BatchmixError(f"{file.name}: is empty")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BatchmixError(f"{file.name}: is UTF-16 text; write it as UTF-8")
+        return None
     kind = _sniff(head)
-    if kind != (file.format.value if file.format in (DataFormat.parquet, DataFormat.arrow) else "text"):
-        raise BatchmixError(f"{file.name}: is not {file.format.value} but {kind}; rename it or set data.format")
-    if file.format in JSON_LINES and start == b"[":
-        raise BatchmixError(f"{file.name}: is one JSON array, not JSON lines; write one object a line")
-
-
-def _is_zstd(head: bytes) -> bool:
-    """A frame, or one of those to be skipped with which parallel compressors begin."""
-    return head.startswith(b"\x28\xb5\x2f\xfd") or (head[0] & 0xF0 == 0x50 and head[1:4] == b"\x2a\x4d\x18")
+    if named is DataFormat.csv and file.encoding is not None and kind not in _BINARY:
+        return replace(file, format=named)  # text in any encoding, also one of two bytes a character
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        remedy = "set data.csv_encoding=utf-16" if named is DataFormat.csv else "write it as UTF-8"
+        raise BatchmixError(f"{file.name}: is UTF-16 text; {remedy}")
+    if kind in _BINARY and not (certain and named is not _BINARY[kind]):
+        if file.compression is not None and not head.startswith(b"\xff\xff\xff\xff"):
+            raise BatchmixError(f"{file.name}: is {kind} packed as {file.compression}, which cannot be read from its end;"
+                                " unpack it")  # fmt: skip
+        return replace(file, format=_BINARY[kind])
+    if named is None and kind == "text" and start == b"{":
+        named = DataFormat.jsonl
+    if named is None:
+        names = ", ".join(form.value for form in DataFormat if form is not DataFormat.auto)
+        raise BatchmixError(f"{file.name}: its name does not say what it is; set data.format ({names})")
+    if kind != (named.value if named in _BINARY.values() else "text"):
+        raise BatchmixError(f"{file.name}: is not {named.value} but {kind}; rename it or set data.format")
+    if named in JSON_LINES and start == b"[":
+        unpack, name = _UNPACK[file.compression], shlex.quote(file.name)
+        raise BatchmixError(f"{file.name}: is one JSON array, not JSON lines; convert it: "
+                            f"{unpack} {name} | jq -c '.[]' > data.jsonl")  # fmt: skip
+    return replace(file, format=named)
 
 
 def _sniff(head: bytes) -> str:

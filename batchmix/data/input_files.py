@@ -102,6 +102,20 @@ class FileInput:
                 infer = self._infer_csv if file.format is DataFormat.csv else self._infer_json
                 merged.add(file.name, infer(pools[file.format], as_text), stated=False)
         self.schema = settle(merged.schema())
+        self._add_partitions()
+
+    def _add_partitions(self) -> None:
+        """The columns that folders called name=value state: integers where all values are, else text."""
+        values: dict[str, list[dict[str, Any]]] = {}
+        for file in self._files:
+            for name, value in file.partition:
+                values.setdefault(name, []).append({name: value})
+        for name, found in values.items():
+            kind = infer_csv_schema(found, ()).field(0).type
+            field = pa.field(name, kind if kind == pa.int64() else pa.string())
+            index = self.schema.get_field_index(name)
+            self.schema = self.schema.append(field) if index < 0 else self.schema.set(index, field)
+        self.columns = [(file, list(dict.fromkeys([*names, *values]))) for file, names in self.columns]
 
     def _infer_json(self, files: Sequence[DataFile], as_text: Collection[str]) -> pa.Schema:
         inferred = infer_schema(_sample(files))
@@ -153,14 +167,19 @@ class FileInput:
             typed = stated is not None and all(self.schema.field(field.name).type == field.type for field in stated)
             watched = replace(file, watch=partial(self.read_log.watch, number))
             for chunk in read_chunks(watched, of_file, columns, limit - offset):
-                if file.format is DataFormat.csv:
-                    self._parse_fields(chunk)
+                for record in chunk.records if file.partition else ():
+                    if isinstance(record, dict):
+                        record.update(file.partition)
+                self._parse_fields(chunk, None if file.format is DataFormat.csv else dict(file.partition))
                 yield InputChunk(file.name, offset, chunk, typed)
             offset += last  # readers ask about every row, wanted or not
 
-    def _parse_fields(self, chunk: Chunk) -> None:
-        """CSV fields as values of the columns' types, in place."""
-        kinds = {field.name: field.type for field in self.schema if field.type != pa.string()}
+    def _parse_fields(self, chunk: Chunk, names: Collection[str] | None) -> None:
+        """Texts of CSV fields and of folders' names as values of the columns' types, in place; None: of all columns."""
+        kinds = {field.name: field.type for field in self.schema
+                 if field.type != pa.string() and (names is None or field.name in names)}  # fmt: skip
+        if not kinds:
+            return
         for record in chunk.records:
             if isinstance(record, dict):
                 for name in kinds.keys() & record.keys():
@@ -247,7 +266,8 @@ def _fingerprint(file: DataFile) -> dict[str, Any]:
         size = opened.seek(0, 2)
         opened.seek(max(0, size - _END_BYTES))
         digest = hashlib.sha256(head + opened.read(_END_BYTES)).hexdigest()
-    return {"name": file.name.rsplit("/", 1)[-1], "bytes": size, "sha256_ends": digest[:32]}
+    found = {"name": file.name.rsplit("/", 1)[-1], "bytes": size, "sha256_ends": digest[:32]}
+    return found | ({"partition": dict(file.partition)} if file.partition else {})
 
 
 def _is_local(file: DataFile) -> bool:

@@ -18,6 +18,7 @@ OPENAI_SCHEMA = pa.schema(
         pa.field("prompt", pa.string()),
     ]
 )
+_ANY_OBJECT = {"type": "object"}
 _URLS = _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = {"max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "temperature": "temperature",
              "top_p": "top_p", "n": "n", "seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty",
@@ -25,8 +26,11 @@ _SAMPLING = {"max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", 
              "repetition_penalty": "repetition_penalty", "min_tokens": "min_tokens",
              "stop_token_ids": "stop_token_ids", "ignore_eos": "ignore_eos"}  # fmt: skip
 _NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-_KNOWN = {"messages", "prompt", "model", "logprobs", "top_logprobs", *_NO_EFFECT, *_SAMPLING}
-_HARMLESS = {"stream": (False, None), "response_format": ({"type": "text"}, None), "tools": ([], None),
+# Of vLLM's servers; the others that it had before version 0.12, guided_json and so on, are of these names too.
+_GUIDES = ("json", "regex", "choice")
+_KNOWN = {"messages", "prompt", "model", "logprobs", "top_logprobs", "response_format", "structured_outputs",
+          *(f"guided_{name}" for name in _GUIDES), *_NO_EFFECT, *_SAMPLING}  # fmt: skip
+_HARMLESS = {"stream": (False, None), "tools": ([], None),
              "tool_choice": ("none", "auto", None), "echo": (False, None), "suffix": (None,), "best_of": (1, None)}  # fmt: skip
 
 
@@ -71,7 +75,55 @@ def _read(row: Row, record: Mapping[str, Any]) -> str | None:
         if value not in _HARMLESS[key] if key in _HARMLESS else key not in _KNOWN:
             return f"body key {short(key)} with the value {short(value)} is not supported"
     row.sampling = _sampling(body)
+    try:
+        guide = _structured_outputs(body)
+    except ValueError as error:
+        return str(error)
+    if guide is not None:
+        row.sampling["structured_outputs"] = guide
     return None
+
+
+def _structured_outputs(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the answer may be, as `sampling.structured_outputs` says it; None for any text. ValueError for what is
+    said in another way than OpenAI's and vLLM's, or in several.
+    """
+    found = [guide for guide in (_response_format(body.get("response_format")), _vllm_guide(body)) if guide]
+    if len(found) > 1:
+        raise ValueError("body has response_format and another key that says what the answer may be; leave one out")
+    return found[0] if found else None
+
+
+def _response_format(given: Any) -> dict[str, Any] | None:
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is None or (kind == "text" and len(given) == 1):
+        return None
+    if kind == "json_object" and len(given) == 1:
+        return {"json": _ANY_OBJECT}
+    if kind == "json_schema" and isinstance(given.get("json_schema"), dict):
+        schema = given["json_schema"].get("schema")
+        if isinstance(schema, dict):
+            return {"json": schema}
+        raise ValueError(f"body.response_format.json_schema.schema must be an object, not {short(schema)}")
+    raise ValueError(f"body.response_format {short(given)} is not supported; its type may be text, json_object or"
+                     " json_schema")  # fmt: skip
+
+
+def _vllm_guide(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    given = body.get("structured_outputs")
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"body.structured_outputs must be an object, not {short(given)}")
+    guide = {name: value for name, value in (given or {}).items() if value is not None}
+    if (wanted := guide.pop("json_object", None)) is True:
+        guide["json"] = guide.get("json", _ANY_OBJECT)
+    elif wanted not in (None, False):
+        raise ValueError(f"body.structured_outputs.json_object must be true or false, not {short(wanted)}")
+    for name in _GUIDES:
+        if (value := body.get(f"guided_{name}")) is not None:
+            if name in guide:
+                raise ValueError(f"body has guided_{name} and structured_outputs.{name}; leave one out")
+            guide[name] = value
+    return guide or None
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:

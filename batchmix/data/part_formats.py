@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchmix.config import OutputFormat
+from batchmix.data import strict_json
 from batchmix.data.columns import OutputColumns
 from batchmix.data.openai_response import first_choice, response_keys, response_line
 from batchmix.data.storage import Storage
@@ -199,7 +200,7 @@ class JsonParts(LineParts):
 
     def records(self, completions: Sequence[Completion]) -> list[bytes]:
         rows = self._columns.table(completions).to_pylist()
-        return [json.dumps(row, ensure_ascii=False, default=_as_json).encode() for row in rows]
+        return [strict_json.dumps(row, default=_as_json).encode() for row in rows]
 
     def rows(self, records: list[bytes]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in records]
@@ -221,9 +222,7 @@ class OpenAIParts(LineParts):
         rows: dict[int, list[Completion]] = {}
         for completion in completions:
             rows.setdefault(completion.prompt.row, []).append(completion)
-        return [
-            json.dumps(response_line(samples, self._model), ensure_ascii=False).encode() for samples in rows.values()
-        ]
+        return [strict_json.dumps(response_line(samples, self._model)).encode() for samples in rows.values()]
 
     def rows(self, records: list[bytes]) -> list[dict[str, Any]]:
         return [first_choice(json.loads(line)) for line in records]

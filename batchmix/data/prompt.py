@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
@@ -11,7 +12,9 @@ from typing import Any
 
 from batchmix.config import DataConfig, SamplingConfig
 from batchmix.config_checks import override_sampling
+from batchmix.data.buffers import Buffers, buffered_bytes, num_bytes
 from batchmix.data.messages import Message, PromptError, check_text
+from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.read_ahead import read_ahead
 from batchmix.data.row_text import NoChatFormat, RowTexts
 from batchmix.data.template import RowTemplate
@@ -26,6 +29,7 @@ from batchmix.report.clock import StageClock
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
 _MOST_CHARS = 128  # of a token: the longest of vocabularies are runs of spaces of about that length
+_PROMPT_BYTES = 500  # of a prompt without columns and token ids
 _REASON_CHARS = 300
 _CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
 _CACHED_CHARS = 2**24  # of their text: a row may bring thousands of choices
@@ -47,23 +51,26 @@ def build_prompts(
     guides: Guides | None = None,
     eos_token_ids: Sequence[int] = (),
     stopping: Callable[[], bool] = lambda: False,
+    buffers: Buffers | None = None,
 ) -> Generator[Prompt, None, None]:
     """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
 
     A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
-    its `data.messages_column`, its `data.prompt_column`. Texts of the template and the prompt column are sent as one
-    user message through the chat template; without one (a base model, a request to /v1/completions) the text itself is
-    sent after the beginning-of-sequence token.
+    its `data.messages_column`, its `data.prompt_column` (of those three, the ones that `PromptColumns` names). Texts of
+    the template and the prompt column are sent as one user message through the chat template; without one (a base model, a
+    request to /v1/completions) the text itself is sent after the beginning-of-sequence token.
 
-    `vocab_size`, `max_model_len`, `guides` and `eos_token_ids` are the model's. `keep` names the columns that the output keeps. Rows are read
-    and encoded by a thread, ahead of the consumer; closing the iterator ends it, and once `stopping()` it ends by itself. `clock` counts its stages read and
+    `vocab_size`, `max_model_len`, `guides` and `eos_token_ids` are the model's. `keep` names the columns that the output
+    keeps. Rows are read and encoded by a thread, ahead of the consumer and within `buffers` (None: as the configuration has
+    it); closing the iterator ends it, and once `stopping()` it ends by itself. `clock` counts its stages read and
     tokenise.
 
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
     builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides, eos_token_ids)
-    return _unbatch(builder, rows, clock, stopping)
+    buffers = buffers or Buffers.of(buffered_bytes(data.max_buffered_bytes))
+    return _unbatch(builder, rows, clock, buffers, stopping)
 
 
 def check_prompts(
@@ -108,14 +115,21 @@ def show_first(
 
 
 def _unbatch(
-    builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock, stopping: Callable[[], bool]
+    builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock, buffers: Buffers, stopping: Callable[[], bool]
 ) -> Generator[Prompt, None, None]:
-    batches = read_ahead(builder.batches(rows, clock, stopping), _BATCHES_AHEAD, stopping)
+    batches = read_ahead(
+        builder.batches(rows, clock, buffers.raw, stopping), _BATCHES_AHEAD, buffers.read_ahead, _size, stopping
+    )
     try:
         for batch in batches:
-            yield from batch
+            while batch:  # what the consumer has is not held here
+                yield batch.popleft()
     finally:
         batches.close()
+
+
+def _size(prompts: Iterable[Prompt]) -> int:
+    return sum(prompt.num_bytes for prompt in prompts)
 
 
 class _PromptBuilder:
@@ -130,7 +144,7 @@ class _PromptBuilder:
         guides: Guides | None,
         eos_token_ids: Sequence[int],
     ) -> None:
-        self._data = data
+        self._columns = PromptColumns.of(data)
         self._guides = guides
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sampling = sampling
@@ -173,26 +187,34 @@ class _PromptBuilder:
         return f"row {row.row}, {len(ids)} tokens: {text!r}"
 
     def batches(
-        self, rows: Iterable[Row], clock: StageClock, stopping: Callable[[], bool]
-    ) -> Generator[list[Prompt], None, None]:
+        self, rows: Iterable[Row], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
+    ) -> Generator[deque[Prompt], None, None]:
+        """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
         rows = iter(rows)
         while True:
             with clock.stage("read"):
-                batch = self._take(rows, stopping)
+                batch = self._take(rows, max_bytes, stopping)
             if not batch or stopping():
                 return
             with clock.stage("tokenise"):
                 prompts = self._build(batch)
                 if self._swap:
                     prompts = _pair_up(prompts, self._build([_swapped(row, *self._swap) for row in batch]))
-            yield prompts
+            del batch
+            for prompt in prompts:
+                prompt.num_bytes = _PROMPT_BYTES + num_bytes(prompt.columns) + num_bytes(prompt.token_ids)
+            ready = deque(prompts)
+            del prompts
+            yield ready
 
-    def _take(self, rows: Iterator[Row], stopping: Callable[[], bool]) -> list[Row]:
+    def _take(self, rows: Iterator[Row], max_bytes: int, stopping: Callable[[], bool]) -> list[Row]:
         """The next rows that are encoded together: up to one whose guide had to be compiled, so that it holds up no others."""
         batch: list[Row] = []
+        size = 0
         for row in rows:
             batch.append(row)
-            if len(batch) == _BATCH_ROWS or stopping() or self._compiles(row):
+            size += num_bytes(row.columns)
+            if len(batch) == _BATCH_ROWS or size >= max_bytes or stopping() or self._compiles(row):
                 break
         return batch
 
@@ -280,15 +302,17 @@ class _PromptBuilder:
         prompt.token_ids = ids
 
     def _content(self, row: Row) -> TokenIds | list[Message] | str:
-        name = self._data.token_ids_column
-        if (ids := row.columns.get(name)) is not None:
-            return self._check_ids(ids)
+        named = self._columns
+        by_template = self._texts is not None and self._texts.template is not None and not named.named
+        if named.token_ids is not None and not by_template and (ids := row.columns.get(named.token_ids)) is not None:
+            return self._check_ids(ids, named.token_ids)
         if self._texts is None:
-            raise PromptError(f"the model folder has no tokenizer, so a row needs token ids in its column {name!r}")
+            raise PromptError(
+                f"the model folder has no tokenizer, so a row needs token ids in its column {named.token_ids!r}"
+            )
         return self._texts.of(row)
 
-    def _check_ids(self, ids: object) -> TokenIds:
-        name = self._data.token_ids_column
+    def _check_ids(self, ids: object, name: str) -> TokenIds:
         if not isinstance(ids, list | tuple):
             raise PromptError(f"{name} must be a list of token ids, not {type(ids).__name__}")
         if not ids:

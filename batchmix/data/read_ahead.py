@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, Queue
+from queue import Empty
 from typing import TypeVar
+
+from batchmix.data.buffers import BoundedQueue
 
 T = TypeVar("T")
 THREAD_NAME = "read-ahead"
@@ -21,22 +23,27 @@ class _End:
 
 
 def read_ahead(
-    items: Generator[T, None, None], depth: int, stopping: Callable[[], bool] = lambda: False
+    items: Generator[T, None, None],
+    depth: int,
+    max_bytes: int,
+    size_of: Callable[[T], int],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[T, None, None]:
-    """`items` in order, at most `depth` + 1 of them ready before they are asked for.
+    """`items` in order, at most `depth` of them, of at most `max_bytes` in all, and one more ready before they are asked for.
 
     The thread starts with the first item asked for. An exception of `items` is raised in its place. Closing this
     generator waits for the item in work, ends the thread and closes `items`. Once `stopping()`, nobody waits: this ends at
     its next item, which need not be there, and what is in work may be left to the thread, which the process need not outlive.
     """
-    queue: Queue[T | _End] = Queue(depth)
+    queue: BoundedQueue[T | _End] = BoundedQueue(depth, max_bytes)
     closed = threading.Event()
 
     def run() -> None:
         end = _End()
         try:
             for item in items:
-                queue.put(item)
+                queue.put(item, size_of(item))
+                del item  # whoever takes it holds it alone
                 if closed.is_set():
                     break
         except BaseException as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from batchmix.config import DataConfig
 from batchmix.data.messages import Message, PromptError, check_text, parse_messages
+from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.template import RowTemplate
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.errors import BatchmixError
@@ -31,6 +32,7 @@ class RowTexts:
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
         self._data, self._tokenizer, self._format = data, tokenizer, tokenizer.chat_format
+        self._columns = PromptColumns.of(data)
         self.template = None if data.template is None else RowTemplate(data.template)
         self._system = RowTemplate(data.system_prompt, "data.system_prompt", True) if data.system_prompt else None
         self.warns = True
@@ -51,27 +53,26 @@ class RowTexts:
         return content
 
     def _content(self, row: Row) -> list[Message] | str:
-        data, columns = self._data, row.columns
+        named, columns = self._columns, row.columns
         if self.template is not None:
             text = self.template.render(columns)
         elif row.text is not None:
             return self._request_text(row.text)
-        elif (messages := columns.get(data.messages_column)) is not None:
+        elif named.messages is not None and (messages := columns.get(named.messages)) is not None:
             if not self._format.chats:
                 raise NoChatFormat(
-                    f"{data.messages_column}: messages need a chat template, and there is none (data.chat_template:"
+                    f"{named.messages}: messages need a chat template, and there is none (data.chat_template:"
                     f" {self._format.name}); set data.chat_template=mistral or to a Jinja file, or give a prompt instead"
                 )
-            return self._with_system(parse_messages(messages, data.messages_column), columns)
-        elif (prompt := columns.get(data.prompt_column)) is not None:
-            text = check_text(prompt, data.prompt_column)
+            return self._with_system(parse_messages(messages, named.messages), columns)
+        elif named.prompt is not None and (prompt := columns.get(named.prompt)) is not None:
+            text = check_text(prompt, named.prompt)
             if not text:
-                raise PromptError(f"{data.prompt_column} is empty")
+                raise PromptError(f"{named.prompt} is empty")
             if self._format.prompts is None:
-                raise NoChatFormat(f"{data.prompt_column}: {_UNDECIDED}")
+                raise NoChatFormat(f"{named.prompt}: {_UNDECIDED}")
         else:
-            names = f"{data.messages_column!r}, {data.prompt_column!r} and {data.token_ids_column!r}"
-            raise PromptError(f"no prompt: columns {names} are null or missing")
+            raise PromptError(f"no prompt: columns {', '.join(map(repr, named.names))} are null or missing")
         return self._with_system([Message("user", (text,))], columns) if self._format.prompts else text
 
     def _request_text(self, text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import reprlib
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from batchmix.data import strict_json
 from batchmix.records import Row
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _is_sane(kind: pa.DataType, depth: int = 0) -> bool:
 
 def as_json_text(value: Any) -> str | None:
     """What a column of JSON text holds for a value: strings as they are."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if value is None or isinstance(value, str) else strict_json.dumps(value)
 
 
 class Conformer:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from queue import Empty, Queue
+from queue import Empty
 
+from batchmix.data.buffers import BoundedQueue, Buffers, buffered_bytes
 from batchmix.data.detokenize import detokenize
 from batchmix.data.parts import PartLog
 from batchmix.data.tokenizer import Tokenizer
@@ -18,6 +19,8 @@ from batchmix.records import Completion
 from batchmix.report.clock import StageClock
 
 _QUEUE_DEPTH = 64  # lists of completions; with the row being built, all that waits for the disk
+_COMPLETION_BYTES = 500  # of one without tokens
+_LOGPROB_BYTES = 150  # of a token and its log-probability
 _CHUNK = 256  # completions handed over at once
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk, the quota, the file size limit
 
@@ -36,18 +39,22 @@ class Sink:
         rows_per_shard: int,
         flush_seconds: float,
         clock: StageClock,
+        buffers: Buffers | None = None,
     ) -> None:
+        """`buffers`: what may wait; a part has no more bytes than that either. None: as the configuration's default."""
         self._log = log
+        self._buffers = buffers or Buffers.of(buffered_bytes(None))
         self._tokenizer = tokenizer
         self._rows_per_shard = rows_per_shard
         self._flush_seconds = flush_seconds
         self._clock = clock
-        self._queue: Queue[list[Completion] | None] = Queue(_QUEUE_DEPTH)
+        self._queue: BoundedQueue[list[Completion] | None] = BoundedQueue(_QUEUE_DEPTH, self._buffers.queued)
         self._outgoing: list[Completion] = []
+        self._outgoing_bytes = 0
         self._handed_over = time.monotonic()
         self._incomplete: dict[int, list[Completion]] = {}  # rows that miss samples
         self._pending: list[Completion] = []  # whole rows, not committed yet
-        self._pending_rows = 0
+        self._pending_rows = self._pending_bytes = 0
         self._pending_since = 0.0
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
@@ -56,7 +63,9 @@ class Sink:
     def write(self, completion: Completion) -> None:
         """Hand over one sample of one row; a row that could not be run comes once for all its samples."""
         self._outgoing.append(completion)
-        if len(self._outgoing) >= _CHUNK or time.monotonic() - self._handed_over > 1.0:
+        self._outgoing_bytes += _size(completion)
+        full = len(self._outgoing) >= _CHUNK or self._outgoing_bytes >= self._buffers.queued // 4
+        if full or time.monotonic() - self._handed_over > 1.0:
             self._hand_over()
 
     def close(self) -> None:
@@ -75,8 +84,8 @@ class Sink:
     def _hand_over(self) -> None:
         self._raise()
         if self._outgoing:
-            self._queue.put(self._outgoing)
-            self._outgoing = []
+            self._queue.put(self._outgoing, self._outgoing_bytes)
+            self._outgoing, self._outgoing_bytes = [], 0
         self._handed_over = time.monotonic()
 
     def _raise(self) -> None:
@@ -119,7 +128,8 @@ class Sink:
                 self._pending_since = time.monotonic()
             self._pending += samples
             self._pending_rows += 1
-            if self._pending_rows == self._rows_per_shard:
+            self._pending_bytes += sum(map(_size, samples))
+            if self._pending_rows == self._rows_per_shard or self._pending_bytes >= self._buffers.pending:
                 self._commit()
 
     def _whole_row(self, completion: Completion) -> list[Completion]:
@@ -140,4 +150,12 @@ class Sink:
             return
         with self._clock.stage("write"):
             self._log.commit(self._pending)
-        self._pending, self._pending_rows = [], 0
+        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+
+
+def _size(completion: Completion) -> int:
+    """About its bytes, with the prompt's columns, which each sample of a row has in the output."""
+    size = _COMPLETION_BYTES + completion.prompt.num_bytes + 40 * len(completion.token_ids) + 4 * completion.num_tokens
+    if completion.logprobs is not None:
+        size += sum(_LOGPROB_BYTES * (1 + len(entry.top)) for entry in completion.logprobs)
+    return size

@@ -25,6 +25,7 @@ from batchmix.data.formats import guess_format
 from batchmix.data.hub import HubInput
 from batchmix.data.input_files import FileInput, Input, InputChunk
 from batchmix.data.openai_batch import read_request
+from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.read_log import Extent
 from batchmix.data.rowset import Skip
 from batchmix.data.schema import Conformer, is_unicode, short
@@ -65,10 +66,9 @@ def open_source(data: DataConfig, shard: ShardConfig) -> Source:
     paths = _paths(data.path)
     if len(paths) == 1 and _is_hub_name(paths[0]):
         return Source(data, shard, HubInput(paths[0], data.split))
-    files = [file for path in paths for file in find_files(path, data.format)]
     # Numbers in these stay the text that they are: they are for the model, or identify the row.
-    as_text = {data.prompt_column, data.messages_column, data.token_ids_column, "sampling", data.id_column or ""}
-    return Source(data, shard, FileInput(files, as_text))
+    as_text = {*PromptColumns.of(data).names, "sampling", data.id_column or "", data.system_prompt_column or ""}
+    return Source(data, shard, FileInput(find_files(paths, data), as_text))
 
 
 def _paths(path: Any) -> list[str]:
@@ -180,42 +180,54 @@ class Source:
             raise BatchmixError(
                 f"data.id_column={data.id_column}: OpenAI batch files have their custom_id; leave it out"
             )
-        if self.openai_batch and data.messages_column != "messages":
-            raise BatchmixError(f"data.messages_column={data.messages_column}: the requests of OpenAI batch files "
-                                "have their messages in body.messages; leave it out")  # fmt: skip
+        for key, usual in (("messages_column", "messages"), ("prompt_column", None), ("token_ids_column", None)):
+            if self.openai_batch and (name := getattr(data, key)) not in (None, usual):
+                raise BatchmixError(f"data.{key}={name}: the requests of OpenAI batch files have their messages in "
+                                    "body.messages; leave it out")  # fmt: skip
         for name in data.columns or ():
             _require(name, "data.columns", self._input.name, self._input.schema.names)
-        needed = {"sampling", data.token_ids_column, data.messages_column, data.prompt_column}
-        prompts = {"data.token_ids_column": data.token_ids_column, "data.messages_column": data.messages_column,
-                   "data.prompt_column": data.prompt_column}  # fmt: skip
-        system = _variables(data.system_prompt or None, "data.system_prompt")
-        variables = dict.fromkeys(system, "data.system_prompt")
-        variables |= dict.fromkeys(_variables(data.template, "data.template"), "data.template")
-        if data.system_prompt_column is not None:
-            variables[data.system_prompt_column] = "data.system_prompt_column"
+        prompts = PromptColumns.of(data)
+        if data.template is not None and prompts.messages_or_prompt_named:
+            raise BatchmixError("data.template says what the prompt is, and so does data.messages_column or "
+                                "data.prompt_column; leave one of them out")  # fmt: skip
+        templates = {key: RowTemplate(text, key, True) for key, text in (
+            ("data.template", data.template), ("data.system_prompt", data.system_prompt or None),
+        ) if text is not None}  # fmt: skip
+        needed = {"sampling", data.id_column or "", data.system_prompt_column or "", *prompts.names}
         for file, names in self._input.columns:
-            if data.id_column is not None:
-                _require(data.id_column, "data.id_column", file, names)
-            for name, key in sorted(variables.items()):
-                _require(name, key, file, names)
-            if data.template is None and not set(prompts.values()) & set(names):
-                missing = ", ".join(f"{name!r} ({key})" for key, name in prompts.items())
-                near = {match for name in prompts.values() for match in difflib.get_close_matches(name, names, 1)}
-                hint = f"; is it {' or '.join(map(repr, sorted(near)))}?" if near else ""
-                raise BatchmixError(f"{file}: has none of the columns {missing} and data.template is not set; "
-                                    f"its columns are {_listed(names)}{hint}")  # fmt: skip
-        return needed | {data.id_column or ""} | variables.keys()
+            for key in ("id_column", "system_prompt_column", *PromptColumns.KEYS):
+                if (name := getattr(data, key)) is not None:
+                    _require(name, f"data.{key}", file, names)
+            for key, template in templates.items():
+                variables = sorted(template.columns(names))
+                needed |= set(variables)
+                for name in variables:
+                    _require(name, key, file, names)
+            if data.template is None and not set(prompts.names) & set(names):
+                raise BatchmixError(f"{file}: has none of the columns {', '.join(map(repr, prompts.names))}; name the "
+                                    f"prompt's column in data.prompt_column or set data.template; its columns are "
+                                    f"{_listed(names)}{_hint(prompts.names, names)}")  # fmt: skip
+        return needed
 
 
-def _variables(template: str | None, key: str) -> frozenset[str]:
-    """The columns that a template names."""
-    return frozenset() if template is None else RowTemplate(template, key).variables
+def _hint(wanted: Sequence[str], names: Sequence[str]) -> str:
+    """What may be meant by columns none of which is there."""
+    if len(names) == 1 and (found := [mark for mark in ";\t|" if mark in names[0]]):
+        return f"; is it separated otherwise? data.csv_delimiter={found[0]!r}"
+    near = {match for name in wanted for match in difflib.get_close_matches(name, names, 1)}
+    return f"; is it {' or '.join(map(repr, sorted(near)))}?" if near else ""
 
 
 def _require(name: str, key: str, file: str, names: Sequence[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        meant = [
+            f"row[{match!r}]"
+            if key in ("data.template", "data.system_prompt") and not match.isidentifier()
+            else repr(match)
+            for match in near
+        ]
+        hint = f"; did you mean {meant[0]}?" if meant else ""
         raise BatchmixError(f"{file}: no column {name!r} ({key}); it has {_listed(names)}{hint}")
 
 

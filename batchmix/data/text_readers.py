@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ _BLOCK_BYTES = 256 << 10  # read at a time; the lines that end in a block are on
 _CSV_ROWS = 1024
 _CSV_CHARS = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+_UTF8 = "utf-8"
 _JSON_NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _decode_json = json.JSONDecoder().raw_decode  # half the time of json.loads: no search for white space
 
@@ -27,7 +29,12 @@ def read_json_lines(file: DataFile, wanted: Wanted, limit: int) -> Iterator[Chun
     start = 0
     for lines in _line_blocks(file):
         if places := wanted_places(wanted, start, len(lines)):
-            yield Chunk([start + place for place in places], [_parse(lines[place]) for place in places])
+            records = []
+            for place in places:
+                records.append(_parse(lines[place]))
+                lines[place] = None  # a line of many MB is not held beside what it says
+            yield Chunk([start + place for place in places], records)
+            del records
         start += len(lines)
         if start >= limit:
             return
@@ -91,64 +98,101 @@ def _loads(text: str) -> Any:
 def csv_header(file: DataFile) -> list[str]:
     """The column names of a CSV file; BatchmixError where a name is not UTF-8 or stands there twice."""
     with file.open() as opened:
-        return _header(file, _csv_reader(opened))
+        return _header(file, _CsvRows(file, opened))
 
 
 def read_csv(file: DataFile, wanted: Wanted, limit: int) -> Iterator[Chunk]:
     """The wanted ones of the first `limit` rows, every value as text and None where it is empty."""
     start = 0
     with file.open() as opened:
-        reader = _csv_reader(opened)
+        reader = _CsvRows(file, opened)
         header = _header(file, reader)
         while start < limit:
             with file.reading(start):
-                rows = _csv_rows(reader)
+                rows = reader.chunk()
             if not rows:
                 return
             if places := wanted_places(wanted, start, len(rows)):
-                yield Chunk([start + place for place in places], [_csv_record(header, rows[place]) for place in places])
+                encoding = file.encoding or _UTF8
+                records = [_csv_record(header, rows[place], encoding) for place in places]
+                yield Chunk([start + place for place in places], records)
             start += len(rows)
 
 
-def _csv_reader(opened: Any) -> Any:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    return csv.reader(io.TextIOWrapper(opened, "utf-8-sig", errors="surrogateescape", newline=""), strict=True)
+class _CsvRows:
+    """The rows of a CSV file, of which no more than MAX_LINE_BYTES characters are held."""
+
+    def __init__(self, file: DataFile, opened: Any) -> None:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        encoding = file.encoding or _UTF8
+        # The byte order mark is no part of the first name.
+        encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        self._text = io.TextIOWrapper(opened, encoding, errors="surrogateescape", newline="")
+        self._size = 0  # characters of the row that is being read
+        self._rows = csv.reader(self, delimiter=file.delimiter, strict=True)
+
+    def __iter__(self) -> _CsvRows:
+        return self
+
+    def __next__(self) -> str:
+        """The next line, for csv.reader, which an error makes begin anew with the line after it."""
+        line = self._text.readline(MAX_LINE_BYTES + 1)
+        self._size += len(line)
+        if self._size > MAX_LINE_BYTES:
+            while line and not line.endswith(("\n", "\r")):
+                line = self._text.readline(_CSV_CHARS)
+            raise csv.Error(f"it is longer than {MAX_LINE_BYTES >> 20} Mi characters")
+        if not line:
+            raise StopIteration
+        return line
+
+    def row(self) -> list[str] | BadRecord | None:
+        """The next row that is not blank; None at the end."""
+        while True:
+            self._size = 0
+            try:
+                row = next(self._rows, None)
+            except csv.Error as error:
+                return BadRecord(f"the row is no CSV: {error}")
+            if row is None or row:
+                return row
+
+    def chunk(self) -> list[list[str] | BadRecord]:
+        """The next thousand rows or million characters; empty at the end."""
+        rows: list[list[str] | BadRecord] = []
+        size = 0
+        while len(rows) < _CSV_ROWS and size < _CSV_CHARS:
+            row = self.row()
+            if row is None:
+                break
+            rows.append(row)
+            size += 0 if isinstance(row, BadRecord) else sum(map(len, row))
+        return rows
 
 
-def _header(file: DataFile, reader: Any) -> list[str]:
+def _header(file: DataFile, reader: _CsvRows) -> list[str]:
     with file.reading():
-        header: list[str] = next((row for row in reader if row), [])
+        header = reader.row() or []
+    if isinstance(header, BadRecord):
+        raise BatchmixError(f"{file.name}: cannot be read ({header.reason})")
     for name in header:
         if not is_unicode(name):
-            raise BatchmixError(f"{file.name}: the name of column {header.index(name) + 1} is no UTF-8")
+            number, encoding = header.index(name) + 1, _encoding_name(file.encoding or _UTF8)
+            raise BatchmixError(f"{file.name}: the name of column {number} is no {encoding}; set data.csv_encoding")
         if header.count(name) > 1:
             raise BatchmixError(f"{file.name}: column {name!r} stands twice in the header")
     return header
 
 
-def _csv_rows(reader: Any) -> list[list[str] | BadRecord]:
-    """The next thousand rows or million characters; empty at the end."""
-    rows: list[list[str] | BadRecord] = []
-    size = 0
-    while len(rows) < _CSV_ROWS and size < _CSV_CHARS:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            rows.append(BadRecord(f"the row is no CSV: {error}"))
-            continue
-        if row is None:
-            break
-        if row:
-            rows.append(row)
-            size += sum(map(len, row))
-    return rows
+def _encoding_name(encoding: str) -> str:
+    return "UTF-8" if encoding == _UTF8 else encoding
 
 
-def _csv_record(header: list[str], row: list[str] | BadRecord) -> Record:
+def _csv_record(header: list[str], row: list[str] | BadRecord, encoding: str) -> Record:
     if isinstance(row, BadRecord):
         return row
     if len(row) != len(header):
         return BadRecord(f"the row has {len(row)} fields, the header {len(header)}")
     if not is_unicode("".join(row)):
-        return BadRecord("the row is no UTF-8")
+        return BadRecord(f"the row is no {_encoding_name(encoding)}")
     return {name: value or None for name, value in zip(header, row, strict=True)}

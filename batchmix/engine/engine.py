@@ -111,8 +111,11 @@ class Engine:
             while more and len(state.waiting) + len(self.choices.waiting) < state.slots.capacity:
                 batch = next(batches, None)
                 more = batch is not None
-                if batch is not None:
-                    yield from self.enqueue(batch)
+                if batch is None:
+                    continue
+                if not batch.prompts:  # there are more, but those on their way take all the memory that they may
+                    break
+                yield from self.enqueue(batch)
             if self.choices.ready():
                 self._attempt("prefill", self.choices.run)
             elif worth_refilling(state) and admit(state):

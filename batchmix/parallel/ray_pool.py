@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from batchmix import __version__
 from batchmix.config import Backend, Config
+from batchmix.data.buffers import take
 from batchmix.data.output_folder import OutputFolder
 from batchmix.data.source import Source
 from batchmix.data.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ from batchmix.report.progress import Progress
 from batchmix.report.summary import RunStatistics
 from batchmix.run_info import accept_weights
 from batchmix.signals import StopSignals
-from batchmix.stages import check_error, make_sink, progress_of
+from batchmix.stages import buffers_of, check_error, make_sink, progress_of
 
 _LOOK_EVERY = 5.0  # seconds, at what the cluster has
 _PAUSE = 0.2  # seconds, at most, before a signal is noticed
@@ -80,6 +80,7 @@ class _Worker:
     loading: Any  # what to wait for until the model is loaded; None afterwards
     answers: Any = None  # the stream of a `run` at work
     rows: dict[int, Row] = field(default_factory=dict)  # given and not answered
+    unit_rows: int = 0  # of the unit that was given last
     samples: dict[int, list[Completion]] = field(default_factory=dict)  # of rows that miss some
     report: Report = field(default_factory=Report)
 
@@ -90,6 +91,7 @@ class RayPool:
     def __init__(self, config: Config, model: str, accept: Callable[[str | None], None]) -> None:
         self._config, self._model, self._accept = config, model, accept
         self.stats = EngineStats()
+        self._max_bytes = buffers_of(config).in_flight
         self._workers: list[_Worker] = []
         self._all: list[_Worker] = []  # those that are gone, too
         self._unit: list[Row] = []  # the next to be given; empty: none is left
@@ -165,7 +167,9 @@ class RayPool:
         size = self._config.cluster.rows_per_unit
         with self._clock.stage("read"):
             unit, self._back = self._back[:size], self._back[size:]
-            return unit + list(islice(self._rows, size - len(unit)))
+            # All workers have two units each at most, and as many wait here as one has.
+            workers = max(1, len(self._workers), self._config.cluster.workers or 1)
+            return unit or take(self._rows, size, self._max_bytes // (2 * workers + 1))
 
     def _grow(self) -> None:
         """As many workers as may be and as there is work for; those that find no node yet wait for one in Ray."""
@@ -194,9 +198,10 @@ class RayPool:
         """The next unit to each that is about to run dry, who has least first."""
         loaded = [worker for worker in self._workers if worker.loading is None]
         for worker in sorted(loaded, key=lambda worker: len(worker.rows)):
-            if self._unit and len(worker.rows) <= self._config.cluster.rows_per_unit // 2:
+            if self._unit and len(worker.rows) <= worker.unit_rows // 2:
                 worker.actor.feed.remote(self._unit)
                 worker.rows |= {row.row: row for row in self._unit}
+                worker.unit_rows = len(self._unit)
                 self._unit = self._next_unit()
             if worker.rows and worker.answers is None:
                 worker.answers = worker.actor.run.options(num_returns="streaming").remote()

@@ -18,8 +18,9 @@ from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.parallel.data import Report
 from batchmix.parallel.tensor import tensor_parallel
+from batchmix.plan.in_flight import InFlight
 from batchmix.records import Batch, Completion, Row
-from batchmix.stages import planned_batches
+from batchmix.stages import buffers_of, planned_batches
 
 _REPORT_EVERY = 0.5  # seconds
 _REPORT_ROWS = 256
@@ -59,7 +60,9 @@ class RayWorker:
         engine = self._engine
         answered: list[Completion] = []
         last = time.monotonic()
-        for completion in engine.generate(self._followers.lead(self._batches())):
+        in_flight = InFlight(buffers_of(self._config).in_flight)
+        for completion in engine.generate(self._followers.lead(self._batches(in_flight))):
+            in_flight.completed(completion)
             answered.append(completion)
             if len(answered) >= _REPORT_ROWS or time.monotonic() - last > _REPORT_EVERY:
                 yield answered, Report(engine.stats, seconds=engine.clock.seconds)
@@ -67,14 +70,14 @@ class RayWorker:
         device_seconds = engine.read_totals()
         yield answered, Report(engine.stats, seconds=engine.clock.seconds, device_seconds=device_seconds)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, in_flight: InFlight) -> Iterator[Batch]:
         """One unit after the other, so that slots are refilled from the next one while the last rows of one still run."""
         while True:
             try:
                 rows = self._units.get_nowait()
             except Empty:  # waiting for more would hold up the rows that run
                 return
-            yield from planned_batches(self._config, [], self._tokenizer, self._engine, rows)
+            yield from planned_batches(self._config, [], self._tokenizer, self._engine, rows, in_flight)
 
 
 def _give_up(error: BatchmixError) -> None:

@@ -8,9 +8,9 @@ begin alike run together where the engine shares their KV blocks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from batchmix.plan.prefixes import find_prefixes
 from batchmix.records import Batch, Prompt
@@ -26,6 +26,8 @@ class Limits:
     kv_blocks: int
     block_size: int  # tokens of a KV block
     sort_window: int  # prompts held and sorted at once
+    window_bytes: int = sys.maxsize  # of the prompts of a window
+    batch_bytes: int = sys.maxsize  # of the prompts of a batch
     share_prefix: bool = False  # whether the engine computes what prompts have in common once
 
 
@@ -33,14 +35,24 @@ def plan(prompts: Iterable[Prompt], limits: Limits) -> Iterator[Batch]:
     """Cut prompts into batches, window by window. Prompts that carry an error come first in theirs and take no room."""
     prompts = iter(prompts)
     size = min(_FIRST_WINDOW, limits.sort_window)
-    while window := list(islice(prompts, size)):
+    while window := _window(prompts, size, limits.window_bytes):
         yield from _cut(window, limits)
+        del window  # before the next is read
         size = min(4 * size, limits.sort_window)
 
 
+def _window(prompts: Iterator[Prompt], size: int, max_bytes: int) -> list[Prompt]:
+    """The next `size` prompts, or fewer where these have `max_bytes`."""
+    window: list[Prompt] = []
+    held = 0
+    while len(window) < size and held < max_bytes and (prompt := next(prompts, None)) is not None:
+        window.append(prompt)
+        held += prompt.num_bytes
+    return window
+
+
 def _cut(window: list[Prompt], limits: Limits) -> Iterator[Batch]:
-    failed = [prompt for prompt in window if prompt.error is not None]
-    if failed:
+    for failed in _by_bytes([prompt for prompt in window if prompt.error is not None], limits.batch_bytes):
         yield Batch(failed)
     runnable = [prompt for prompt in window if prompt.error is None]
     runnable.sort(key=lambda prompt: (-len(prompt.token_ids), prompt.row))
@@ -49,17 +61,34 @@ def _cut(window: list[Prompt], limits: Limits) -> Iterator[Batch]:
         order = sorted(range(len(runnable)), key=groups.__getitem__)  # stable: by length within a group
         runnable = [runnable[place] for place in order]
     batch: list[Prompt] = []
-    seqs = blocks = 0
+    seqs = blocks = held = 0
     for prompt in runnable:
         needed = prompt_blocks(prompt, limits.block_size)
-        if batch and (seqs + prompt.num_samples > limits.max_num_seqs or blocks + needed > limits.kv_blocks):
+        if batch and (
+            seqs + prompt.num_samples > limits.max_num_seqs
+            or blocks + needed > limits.kv_blocks
+            or held + prompt.num_bytes > limits.batch_bytes
+        ):
             yield Batch(batch)
-            batch, seqs, blocks = [], 0, 0
+            batch, seqs, blocks, held = [], 0, 0, 0
         batch.append(prompt)
+        held += prompt.num_bytes
         seqs += prompt.num_samples
         blocks += needed
     if batch:
         yield Batch(batch)
+
+
+def _by_bytes(prompts: list[Prompt], max_bytes: int) -> Iterator[list[Prompt]]:
+    """Cut into lists of at most `max_bytes`, or of one prompt."""
+    start = held = 0
+    for place, prompt in enumerate(prompts):
+        if place > start and held + prompt.num_bytes > max_bytes:
+            yield prompts[start:place]
+            start, held = place, 0
+        held += prompt.num_bytes
+    if start < len(prompts):
+        yield prompts[start:]
 
 
 def prompt_blocks(prompt: Prompt, block_size: int) -> int:

@@ -127,6 +127,59 @@ def test_label_studios_export_is_read(results: Results, tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [{"row": 2, "values": PEOPLE_SAY}]
 
 
+GOOD = {"from_name": "mood", "type": "choices", "value": {"choices": ["good"]}}
+
+
+@pytest.mark.parametrize(
+    ("annotations", "mood"),
+    [
+        ([{"was_cancelled": False, "result": None}, {"was_cancelled": False, "result": [GOOD]}], "good"),
+        ([{"result": [{**GOOD, "value": {"choices": []}}]}, {"result": [GOOD]}], "good"),
+        ([{"was_cancelled": True, "result": [GOOD]}], None),
+        (None, None),
+        ([], None),
+        ([{"result": None}], None),
+        ([{}], None),
+        ([{"result": [{**GOOD, "value": {"choices": []}}]}], None),
+        ([{"result": [{**GOOD, "value": None}]}], None),
+        ([{"result": [{**GOOD, "value": {"text": []}}]}], None),
+        ([{"result": [{**GOOD, "value": {"number": None}}]}], None),
+    ],
+)
+def test_what_people_left_out_is_no_answer(
+    results: Results, tmp_path: Path, annotations: Any, mood: str | None
+) -> None:
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps([{"data": {"row": 0}, "annotations": annotations}]))
+    if mood is None:
+        with pytest.raises(BatchmixError, match=r"export.json: has no answers of people yet$"):
+            do(results, action="import", path=str(path), corrections=str(tmp_path / "c.jsonl"))
+    else:
+        assert results.answer is not None
+        assert label_studio.read(str(path), results.answer.fields) == {0: {"mood": mood}}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"data": None, "annotations": []},
+        {"data": {"row": None}, "annotations": []},
+        {"data": {"row": "x"}, "annotations": []},
+        {"data": {"row": 0}, "annotations": 5},
+        {"data": {"row": 0}, "annotations": [None]},
+        {"data": {"row": 0}, "annotations": [{"result": "x"}]},
+        {"data": {"row": 0}, "annotations": [{"result": [5]}]},
+        {"data": {"row": 0}, "annotations": [{"result": [{**GOOD, "value": {"text": [5]}}]}]},
+    ],
+)
+def test_what_label_studio_does_not_write_is_one_line(results: Results, tmp_path: Path, task: Any) -> None:
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps([task]))
+    with pytest.raises(BatchmixError, match="task 1") as caught:
+        do(results, action="import", path=str(path), corrections=str(tmp_path / "c.jsonl"))
+    assert "\n" not in str(caught.value)
+
+
 def test_of_several_people_most_decide(results: Results, tmp_path: Path) -> None:
     assert results.answer is not None
 

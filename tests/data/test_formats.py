@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import struct
+import tracemalloc
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,8 @@ from batchmix.data.arrow_readers import can_be_kept, plain
 from batchmix.data.chunk import BadRecord, everything
 from batchmix.data.columns import OutputColumns
 from batchmix.data.data_file import DataFile
-from batchmix.data.formats import check_magic, count_rows, guess_format, read_chunks, stated_schema
+from batchmix.data.decompress import compression_of
+from batchmix.data.formats import count_rows, guess_format, identify, read_chunks, stated_schema
 from batchmix.data.part_formats import part_format
 from batchmix.errors import BatchmixError
 
@@ -31,7 +38,8 @@ JSONL, PARQUET, ARROW, CSV = DataFormat.jsonl, DataFormat.parquet, DataFormat.ar
 def data_file(path: Path, form: DataFormat | None = None) -> DataFile:
     form = form or guess_format(str(path))
     assert form is not None
-    return DataFile(fsspec.filesystem("file"), str(path), str(path), form)
+    file = DataFile(fsspec.filesystem("file"), str(path), str(path), form)
+    return replace(file, compression=compression_of(path.read_bytes()[:8]))
 
 
 def read(file: DataFile, wanted: Any = everything, columns: list[str] | None = None, **options: int) -> list[Any]:
@@ -53,9 +61,8 @@ def test_guess_format() -> None:
     assert guess_format("s3://b/x.parquet") is PARQUET
     assert guess_format("https://host/x.csv.zst?sig=a.arrow") is CSV
     assert guess_format("/d/README.md") is None
-    assert data_file(Path("/d/A.JSONL.GZ")).compression == "gzip"
-    assert data_file(Path("/d/a.jsonl.ZST")).compression == "zstd"
-    assert data_file(Path("/d/a.jsonl")).compression is None
+    assert guess_format("/d/x.parquet.gzip") is PARQUET
+    assert guess_format("/d/x.TSV.bz2") is CSV
 
 
 # JSON lines
@@ -120,26 +127,74 @@ def test_blocks_of_any_size_give_the_same_rows(tmp_path: Path, monkeypatch: pyte
 # Compression
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+PACKS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", PACKS)
 def test_compressed_files_of_several_members(tmp_path: Path, suffix: str) -> None:
     lines = [json.dumps({"a": "x" * 50 + str(number)}).encode() + b"\n" for number in range(3000)]
-    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    pack = PACKS[suffix]
     halves = pack(b"".join(lines[:1500])) + pack(b"") + pack(b"".join(lines[1500:]))
     path = tmp_path / f"a.jsonl{suffix}"
     assert records(path, halves) == [json.loads(line) for line in lines]
-    check_magic(data_file(path))
+    assert identify(data_file(path), JSONL) == data_file(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.csv.gz", "a.csv.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.csv.gz", "a.csv.zst", "a.csv.xz"])
 def test_a_file_cut_off_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     rng = np.random.default_rng(0)
     text = b"".join(b'{"a":"%d"}\n' % value for value in rng.integers(0, 10**9, 100_000))
-    pack = gzip.compress if name.endswith(".gz") else zstandard.ZstdCompressor().compress
-    packed = pack(text)
+    packed = PACKS[name[name.rindex(".") :]](text)
     for size in (len(packed) - 1, len(packed) // 2, 12):
         with pytest.raises(BatchmixError, match=rf"{name}: cannot be read") as caught:
             records(tmp_path / name, packed[:size])
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", PACKS)
+def test_bytes_after_a_compressed_file_are_an_error(tmp_path: Path, suffix: str) -> None:
+    """Python's own readers of bz2 and xz ignore them, and whatever else was to come."""
+    packed = PACKS[suffix](b'{"a": 1}\n')
+    with pytest.raises(BatchmixError, match=r"cannot be read"):
+        records(tmp_path / f"a.jsonl{suffix}", packed + b"more" + packed)
+
+
+@pytest.mark.parametrize("suffix", PACKS)
+def test_decompression_is_incremental(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """32 MB of one line packed into a few KB are never held: not by the decompressor, and not as a line."""
+    monkeypatch.setattr(text_readers, "MAX_LINE_BYTES", 1 << 20)
+    bomb = b"a" * (32 << 20)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACKS[suffix](b'{"a": "' + bomb + b'"}\n{"a": 2}\n'))
+    del bomb
+    found: list[Any] = []
+    assert _peak_of(lambda: found.extend(read(data_file(path)))) < 24 << 20
+    assert found == [(0, "the line is longer than 1 MiB"), (1, {"a": 2})]
+
+
+@pytest.mark.parametrize("row", [b"x" * (8 << 20), b"x," * (2 << 20), b'"' + (b"x" * 9999 + b"\n") * 800 + b'"'])
+def test_a_csv_row_of_any_size_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes) -> None:
+    """Of one line, of many fields on a line, and of many lines in one quoted field."""
+    monkeypatch.setattr(text_readers, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"a\n1\n" + row + b"\n2\n", 1))
+    del row
+    assert _peak_of(lambda: deque(read_chunks(data_file(path), everything), 0)) < 7 << 20
+    found = [record for _, record in read(data_file(path))]
+    assert found[:2] == [{"a": "1"}, "the row is no CSV: it is longer than 1 Mi characters"]
+    assert found[-1] == {"a": "2"} or isinstance(found[-1], str)
+
+
+def _peak_of(work: Callable[[], object]) -> int:
+    """Bytes of Python's memory that it takes at most."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_damaged_zstandard_file_and_a_long_window(tmp_path: Path) -> None:
@@ -156,7 +211,7 @@ def test_a_zstandard_file_that_begins_with_a_frame_to_skip(tmp_path: Path) -> No
     skipped = b"\x50\x2a\x4d\x18" + struct.pack("<I", 4) + b"abcd"
     path = tmp_path / "a.jsonl.zst"
     assert records(path, skipped + zstandard.ZstdCompressor().compress(b'{"a": 1}\n')) == [{"a": 1}]
-    check_magic(data_file(path))
+    assert identify(data_file(path), JSONL) == data_file(path)
 
 
 # CSV
@@ -189,7 +244,7 @@ def test_a_quote_that_never_ends_and_a_field_over_the_limit(tmp_path: Path, monk
     assert records(tmp_path / "a.csv", b'a\n1\n"2\n3\n') == [{"a": "1"}, "the row is no CSV: unexpected end of data"]
     monkeypatch.setattr(text_readers, "MAX_LINE_BYTES", 10)
     found = records(tmp_path / "b.csv", b"a\n" + b"x" * 11 + b"\n2\n")
-    assert found == ["the row is no CSV: field larger than field limit (10)", {"a": "2"}]
+    assert found == ["the row is no CSV: it is longer than 0 Mi characters", {"a": "2"}]
     csv.field_size_limit(1 << 17)
 
 
@@ -336,7 +391,8 @@ def bytes_of(kind: str) -> bytes:
 )
 def test_files_that_are_what_they_are_called(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(bytes_of(kind))
-    check_magic(data_file(tmp_path / name))
+    file = data_file(tmp_path / name)
+    assert identify(file, file.format) == file
 
 
 @pytest.mark.parametrize(
@@ -350,22 +406,67 @@ def test_files_that_are_what_they_are_called(tmp_path: Path, name: str, kind: st
         ("a.jsonl", b"PK\x03\x04rest", "is not jsonl but a zip archive"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16 text; write it as UTF-8"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16-le"), "is not jsonl but binary data"),
-        ("a.jsonl", bytes_of("gzip"), "is gzip, which its name does not say"),
-        ("a.jsonl", zstandard.compress(b"{}"), "is zstd, which its name does not say"),
-        ("a.jsonl.gz", bytes_of("json"), "is not compressed, which its name does not say"),
         ("a.jsonl.gz", gzip.compress(bytes_of("parquet")), "is not jsonl but parquet"),
-        ("a.jsonl", b' \n[{"a": 1}]', "is one JSON array, not JSON lines"),
-        ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b"\xef\xbb\xbf\r\n \n", "is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
-        ("a.jsonl.zst", zstandard.compress(b"\n"), "is empty"),
+        (
+            "a.jsonl",
+            b' \n[{"a": 1}]',
+            "is one JSON array, not JSON lines; convert it: cat .* | jq -c '.\\[\\]' > data.jsonl",
+        ),
+        ("a.jsonl.bz2", bz2.compress(b"[]"), "is one JSON array, not JSON lines; convert it: bunzip2 -c "),
+        ("a.csv", "a,b".encode("utf-16"), "is UTF-16 text; set data.csv_encoding=utf-16"),
+        ("a.parquet.gz", gzip.compress(bytes_of("parquet")), "is parquet packed as gzip, .* unpack it"),
+        ("a.arrow.zst", zstandard.compress(bytes_of("file")), "is arrow packed as zstd, .* unpack it"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "cannot be read"),
-        ("a.parquet", b"", "is empty"),
-        ("a.csv", b"\n\n", "is empty"),
     ],
 )
 def test_files_that_are_not_what_they_are_called(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
+    file = data_file(tmp_path / name)
     with pytest.raises(BatchmixError, match=f"{name}: {reason}") as caught:
-        check_magic(data_file(tmp_path / name))
+        identify(file, file.format, certain=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form", "compression"),
+    [
+        ("a.jsonl", bytes_of("parquet"), PARQUET, None),
+        ("a.parquet.gz", bytes_of("parquet"), PARQUET, None),
+        ("a.parquet.gzip", bytes_of("parquet"), PARQUET, None),
+        ("a.csv", bytes_of("file"), ARROW, None),
+        ("a.jsonl", bytes_of("gzip"), JSONL, "gzip"),
+        ("a.jsonl.gz", bytes_of("json"), JSONL, None),
+        ("a.jsonl.gz", zstandard.compress(bytes_of("json")), JSONL, "zstd"),
+        ("part-00000", bytes_of("parquet"), PARQUET, None),
+        ("part-00000", bytes_of("stream"), ARROW, None),
+        ("part-00000", bz2.compress(bytes_of("json")), JSONL, "bzip2"),
+        ("part-00000", lzma.compress(bytes_of("json")), JSONL, "xz"),
+    ],
+)
+def test_bytes_say_what_names_do_not(
+    tmp_path: Path, name: str, content: bytes, form: DataFormat, compression: str | None
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    named = guess_format(name)
+    found = identify(DataFile(fsspec.filesystem("file"), str(tmp_path / name), name, named or DataFormat.auto), named)
+    assert found is not None
+    assert (found.format, found.compression) == (form, compression)
+    assert len(read(found)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\xef\xbb\xbf\r\n \n"),
+        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.zst", zstandard.compress(b"\n")),
+        ("a.jsonl.bz2", bz2.compress(b"")),
+        ("a.jsonl.xz", lzma.compress(b" ")),
+        ("a.parquet", b""),
+        ("a.csv", b"\n\n"),
+    ],
+)
+def test_empty_files_are_none(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert identify(data_file(tmp_path / name), guess_format(name), certain=True) is None

@@ -46,6 +46,9 @@ def test_a_completion_request() -> None:
     assert row.error is None
 
 
+SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+
+
 @pytest.mark.parametrize(
     ("body", "sampling"),
     [
@@ -57,6 +60,22 @@ def test_a_completion_request() -> None:
         ({"logprobs": False}, {}),
         ({"logprobs": "yes"}, {"logprobs": "yes"}),  # refused where sampling is checked
         ({"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "best_of": 1}, {}),
+        ({"response_format": {"type": "text"}}, {}),
+        ({"response_format": {"type": "json_object"}}, {"structured_outputs": {"json": {"type": "object"}}}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "t", "strict": True, "schema": SCHEMA},
+                }
+            },
+            {"structured_outputs": {"json": SCHEMA}},
+        ),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None}}, {"structured_outputs": {"json": SCHEMA}}),
+        ({"structured_outputs": {"json_object": True}}, {"structured_outputs": {"json": {"type": "object"}}}),
+        ({"structured_outputs": {"choice": ["a"]}}, {"structured_outputs": {"choice": ["a"]}}),
+        ({"guided_json": SCHEMA}, {"structured_outputs": {"json": SCHEMA}}),
+        ({"guided_regex": "a+", "guided_choice": None}, {"structured_outputs": {"regex": "a+"}}),
     ],
 )
 def test_sampling(body: dict[str, Any], sampling: dict[str, Any]) -> None:
@@ -81,7 +100,14 @@ def test_sampling(body: dict[str, Any], sampling: dict[str, Any]) -> None:
         (request(prompt="hi"), "body.messages is for /v1/chat/completions; body.prompt is for /v1/completions"),
         (request(url="/v1/completions"), "body.messages is for /v1/chat/completions; the url is for /v1/completions"),
         (request(tools=[{"type": "function"}]), "body key 'tools' with the value"),
-        (request(response_format={"type": "json_object"}), "body key 'response_format' with the value"),
+        (request(response_format={"type": "grammar"}), "body.response_format {'type': 'grammar'} is not supported"),
+        (request(response_format={"type": "json_schema"}), "body.response_format {'type': 'json_schema'} is not"),
+        (request(response_format={"type": "json_schema", "json_schema": {}}), "json_schema.schema must be an object"),
+        (request(response_format="json"), "body.response_format 'json' is not supported"),
+        (request(structured_outputs=[1]), "body.structured_outputs must be an object, not [1]"),
+        (request(structured_outputs={"json_object": "yes"}), "json_object must be true or false, not 'yes'"),
+        (request(structured_outputs={"regex": "a"}, guided_regex="b"), "guided_regex and structured_outputs.regex"),
+        (request(structured_outputs={"regex": "a"}, response_format={"type": "json_object"}), "leave one out"),
         (request(reasoning="\ud800\n"), r"body key 'reasoning' with the value '\ud800\n' is not supported"),
     ],
 )

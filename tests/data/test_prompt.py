@@ -14,7 +14,9 @@ from batchmix.config import DataConfig, DataFormat, SamplingConfig, ShardConfig
 from batchmix.data.prompt import build_prompts
 from batchmix.data.rowset import RowSet
 from batchmix.data.source import open_source
+from batchmix.data.template import RowTemplate
 from batchmix.data.tokenizer import load_tokenizer
+from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import TINY
 from batchmix.records import Prompt
 from batchmix.report.clock import StageClock
@@ -124,3 +126,57 @@ def test_min_tokens_without_a_token_that_goes_on_is_refused(tmp_path: Path) -> N
     for row, (_, refused) in zip(prompts(path), cases, strict=True):
         assert (row.error is not None) == refused, row
         assert not refused or "sampling.min_tokens=1: every token that could be chosen ends the text" in str(row.error)
+
+
+# Which column is the prompt
+
+BOTH = {
+    "prompt": "What is a llama?",
+    "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
+    "prompt_token_ids": [1, 2, 3],
+    "other": "Other",
+}
+"""Prompt and messages side by side, as in data sets for fine-tuning: the messages end with the answer."""
+
+
+def test_a_named_column_wins(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(BOTH) + "\n" + json.dumps({**BOTH, "prompt_token_ids": None}) + "\n")
+
+    def ids(**options: Any) -> list[list[int]]:
+        return [list(row.token_ids) for row in prompts(path, **options)]
+
+    text = load_tokenizer(TINY)
+    assert text is not None
+    (what,), (other,) = ([ids(template=name)[1]] for name in ("{{ prompt }}", "{{ other }}"))
+    assert ids()[0] == [1, 2, 3]
+    assert prompts(path)[1].error is not None, "messages come before the prompt, and these end with an answer"
+    assert ids(prompt_column="prompt") == [what, what]
+    assert ids(prompt_column="other") == [other, other]
+    assert ids(template="{{ prompt }}") == [what, what]
+    assert ids(template="{{ prompt }}", token_ids_column="prompt_token_ids") == [[1, 2, 3], what]
+    assert ids(prompt_column="prompt", token_ids_column="prompt_token_ids") == [[1, 2, 3], what]
+    (first, second) = prompts(path, token_ids_column="prompt_token_ids")
+    assert first.error is None
+    assert second.error == "no prompt: columns 'prompt_token_ids' are null or missing"
+
+
+def test_columns_whose_names_are_no_identifiers(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("Review Text,review-title,2nd,keys\nNice and soft,Good,x,k\n")
+    (wanted,) = prompts(path, template="Nice and soft Good x k")
+    template = "{{ row['Review Text'] }} {{ row['review-title'] }} {{ row[\"2nd\"] }} {{ keys }}"
+    for columns in (None, []):
+        assert prompts(path, template=template, columns=columns)[0].token_ids == wanted.token_ids
+    with pytest.raises(BatchmixError, match=r"no column 'Review' .data.template.; .* did you mean"):
+        prompts(path, template="{{ row['Review'] }}")
+    with pytest.raises(BatchmixError, match=r"no column 'review' .*; did you mean row\['review-title'\]\?"):
+        prompts(path, template="{{ review-title }}")
+    with pytest.raises(BatchmixError, match="no column 'row'"):
+        prompts(path, template="{{ row }}")
+    path.write_text("row,text\n7,x\n")
+    (wanted,) = prompts(path, template="7 x")
+    assert prompts(path, template="{{ row }} {{ text }}")[0].token_ids == wanted.token_ids
+    swapped = RowTemplate("{{ row['a b'] }}{{ row.c }}{% for x in y %}{{ x }}{% endfor %}")
+    assert swapped.variables == {"a b", "c", "y"}
+    assert RowTemplate("{{ row.items() }}").variables == {"row"}

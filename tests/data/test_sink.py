@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from batchmix.config import OutputFormat, SamplingConfig
+from batchmix.data.buffers import Buffers
 from batchmix.data.columns import OutputColumns
 from batchmix.data.part_formats import part_format
 from batchmix.data.parts import PartLog, Parts
@@ -20,10 +21,17 @@ from batchmix.records import Completion, Prompt
 from batchmix.report.clock import StageClock
 
 
-def sink_into(folder: Path, rows_per_shard: int, flush_seconds: float = math.inf) -> tuple[Parts, Sink]:
+def sink_into(
+    folder: Path, rows_per_shard: int, flush_seconds: float = math.inf, buffers: Buffers | None = None
+) -> tuple[Parts, Sink]:
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     parts = Parts(LocalFolder(folder), part_format(OutputFormat.arrow, columns, None, None))
-    options = {"rows_per_shard": rows_per_shard, "flush_seconds": flush_seconds, "clock": StageClock()}
+    options = {
+        "rows_per_shard": rows_per_shard,
+        "flush_seconds": flush_seconds,
+        "clock": StageClock(),
+        "buffers": buffers,
+    }
     return parts, Sink(PartLog(parts, "", 0, 0, lambda: None), tokenizer=None, **options)  # type: ignore[arg-type]
 
 
@@ -77,3 +85,14 @@ def test_a_disk_that_is_full_at_the_first_or_the_last_part(tmp_path: Path, rows_
     closing.start()
     closing.join(20)
     assert outcome, "close waits for a thread that waits for more"
+
+
+def test_a_part_is_committed_once_it_has_its_bytes(tmp_path: Path) -> None:
+    buffers = Buffers.of(1 << 20)
+    parts, sink = sink_into(tmp_path, rows_per_shard=10_000, buffers=buffers)
+    with sink:
+        for row in range(50):
+            prompt = Prompt(row, str(row), {}, [1], SamplingConfig(), num_bytes=20_000)
+            sink.write(Completion(prompt, 0, [5], "stop", num_tokens=1))
+    assert len(parts.names()) >= 50 * 20_000 // buffers.pending
+    assert len(parts.rows(parts.names())) == 50

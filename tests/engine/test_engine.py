@@ -15,6 +15,7 @@ from batchmix.data.stop_strings import build_stop_table, find_stop
 from batchmix.errors import BatchmixError
 from batchmix.model import torch_backend
 from batchmix.model.mixtral import Mixtral
+from batchmix.plan.in_flight import InFlight
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
 
@@ -272,6 +273,20 @@ def test_error_prompts_come_through(model):
     assert found["bad", 0].finish_reason == "error"
     assert found["bad", 0].error == "too long"
     assert len(found) == 4
+
+
+def test_prompts_that_must_wait_for_memory_run_all_the_same(model):
+    """Batches of one row, of which two may be on their way: the engine asks for more in vain and goes on."""
+    rows = [replace(row, num_bytes=10) for row in prompts(12, 512)]
+    expected = run(make_engine(model), rows)
+    in_flight = InFlight(25)
+    found = {}
+    batches = in_flight.admit(plan(rows, Limits(8, 100, 16, 100, batch_bytes=10)))
+    for completion in make_engine(model, max_num_seqs=8).generate(batches):
+        in_flight.completed(completion)
+        found[completion.prompt.id, completion.sample_index] = completion
+    assert in_flight.peak_bytes <= 25
+    assert answers(found) == answers(expected)
 
 
 def test_should_stop_ends_early(model):
