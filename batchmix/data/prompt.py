@@ -94,7 +94,7 @@ def show_first(
     max_model_len: int,
     vocab_size: int,
     guides: Guides | None,
-    eos_token_ids: Sequence[int],
+    eos_token_ids: Sequence[int] = (),
 ) -> Iterator[Row]:
     """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
 

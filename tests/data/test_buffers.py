@@ -204,7 +204,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised(tmp_path: Path) -> None:
         max_model_len=4096, vocab_size=32000, keep=[], clock=StageClock(),
     )  # fmt: skip
     assert bad.error is not None
-    assert bad.error.startswith("prompt has 10000000 characters; at most ")
+    assert bad.error.startswith("prompt has 10000000 characters; more than ")
     assert bad.error.endswith(" can fit model.max_model_len=4096")
     assert good.error is None
 

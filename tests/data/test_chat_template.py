@@ -287,7 +287,7 @@ def test_named_templates(tmp_path: Path) -> None:
     for path in (folder, files):
         assert loaded(path, "chat").chat_format.name == "the model folder's 'chat'"
         with pytest.raises(
-            BatchmixError, match=r"data\.chat_template=auto: .* templates are called chat(, tool_use)?$"
+            BatchmixError, match=r"of its chat templates \('chat'(, 'tool_use')?\) none is called 'default'"
         ):
             loaded(path)
     write_json(folder / "tokenizer_config.json", {"chat_template": [{"template": "x"}]})

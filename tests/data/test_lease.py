@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from batchmix.config import OutputFormat, SamplingConfig, ShardConfig
+from batchmix.data import checksums
 from batchmix.data import lease as leases
 from batchmix.data.columns import OutputColumns
 from batchmix.data.lease import (
@@ -42,7 +43,8 @@ NAME = shard_name(1, 4)
 @pytest.fixture(params=["folder", "object store"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     store = LocalFolder(tmp_path) if request.param == "folder" else ObjectStore(f"memory://{tmp_path}")
-    store.make_folder(FOLDER)
+    for folder in (FOLDER, checksums.FOLDER):
+        store.make_folder(folder)
     return store
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from batchmix.config import OutputFormat, SamplingConfig
+from batchmix.data import checksums
 from batchmix.data.buffers import Buffers
 from batchmix.data.columns import OutputColumns
 from batchmix.data.part_formats import part_format
@@ -25,7 +26,9 @@ def sink_into(
     folder: Path, rows_per_shard: int, flush_seconds: float = math.inf, buffers: Buffers | None = None
 ) -> tuple[Parts, Sink]:
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
-    parts = Parts(LocalFolder(folder), part_format(OutputFormat.arrow, columns, None, None))
+    storage = LocalFolder(folder)
+    storage.make_folder(checksums.FOLDER)
+    parts = Parts(storage, part_format(OutputFormat.arrow, columns, None, None))
     options = {
         "rows_per_shard": rows_per_shard,
         "flush_seconds": flush_seconds,

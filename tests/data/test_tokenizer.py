@@ -391,7 +391,7 @@ def test_broken_tokenizer_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(BatchmixError, match=r"tokenizer\.json: cannot be read as JSON"):
+        with pytest.raises(BatchmixError, match="transformers cannot load this tokenizer"):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(BatchmixError, match=r"tokenizer\.model: not a SentencePiece model"):
