@@ -84,6 +84,17 @@ def test_product_bits_do_not_depend_on_company(width, out, count):
             assert torch.equal(torch_ops.linear(moved, weight)[-16:], expected), rows
 
 
+def test_a_onednn_that_rounds_by_the_number_of_rows_is_not_used(monkeypatch):
+    """As that of torch 2.11 does with AVX2."""
+    x, weight = random(32, 64), random(96, 64, seed=1)
+    assert not torch_ops._ONEDNN or torch_ops._onednn_keeps_bits() or torch.__version__ < "2.13"
+    monkeypatch.setattr(torch_ops, "_onednn", lambda x, weight: F.linear(x, weight) + len(x))
+    torch_ops._onednn_keeps_bits.cache_clear()
+    assert torch.equal(torch_ops.linear(x, weight), F.linear(x, weight))
+    monkeypatch.undo()
+    torch_ops._onednn_keeps_bits.cache_clear()
+
+
 def test_products_keep_their_bits_is_false_where_the_sum_depends_on_the_number_of_rows(monkeypatch):
     weight = random(40, 96)
     assert torch_ops.products_keep_their_bits(weight, 4096)
