@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_each_sample_may_fail_for_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows_per_shard", [1, 10])
 def test_a_disk_that_is_full_at_the_first_or_the_last_part(tmp_path: Path, rows_per_shard: int) -> None:
     _, sink = sink_into(tmp_path / "gone", rows_per_shard)
+    shutil.rmtree(tmp_path / "gone")
     sink.write(failed(0))
     outcome: list[OSError] = []
 
