@@ -30,7 +30,7 @@ from batchmix.config import Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.config_files import check_config_files
-from batchmix.data import in_parallel, read_ahead
+from batchmix.data import aside, in_parallel, read_ahead
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
 
@@ -152,7 +152,7 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             reason = f" by {interrupted}" if str(interrupted) else ""
             print(f"batchmix: interrupted{reason}, {slurm.requeue()}", file=sys.stderr)
             if any(
-                thread.name.startswith((read_ahead.THREAD_NAME, in_parallel.THREAD_NAME))
+                thread.name.startswith((read_ahead.THREAD_NAME, in_parallel.THREAD_NAME, aside.THREAD_NAME))
                 for thread in threading.enumerate()
             ):
                 sys.stdout.flush()

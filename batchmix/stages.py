@@ -9,7 +9,7 @@ from typing import Any
 from batchmix.config import Config, OnError
 from batchmix.data.buffers import Buffers, buffered_bytes
 from batchmix.data.parts import PartLog
-from batchmix.data.prompt import build_prompts
+from batchmix.data.prompt import build_prompts_with_pauses
 from batchmix.data.sink import Sink
 from batchmix.data.source import Source
 from batchmix.data.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def planned_batches(
     `in_flight` is to be told of each completion, and holds batches back where too many bytes are on their way.
     """
     buffers = buffers_of(config)
-    prompts = build_prompts(
+    prompts = build_prompts_with_pauses(
         rows,
         data=config.data,
         sampling=config.sampling,

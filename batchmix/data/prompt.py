@@ -6,12 +6,13 @@ import logging
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing
 from itertools import chain, islice
 from typing import Any
 
 from batchmix.config import DataConfig, SamplingConfig
 from batchmix.config_checks import override_sampling
+from batchmix.data.aside import Aside
 from batchmix.data.buffers import Buffers, buffered_bytes, num_bytes
 from batchmix.data.messages import Message, PromptError, check_text
 from batchmix.data.prompt_columns import PromptColumns
@@ -28,6 +29,8 @@ from batchmix.report.clock import StageClock
 
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
+_MOST_ASIDE = 64  # rows that wait for guides of their own; as many are kept compiled
+_PATIENCE = 0.5  # seconds between two looks at whether to stop
 _MOST_CHARS = 128  # of a token: the longest of vocabularies are runs of spaces of about that length
 _PROMPT_BYTES = 500  # of a prompt without columns and token ids
 _REASON_CHARS = 300
@@ -38,7 +41,19 @@ _SHOWN_CHARS = 240  # of the first prompt, in the log
 _log = logging.getLogger(__name__)
 
 
-def build_prompts(
+def build_prompts(rows: Iterable[Row], **how: Any) -> Generator[Prompt, None, None]:
+    """`build_prompts_with_pauses` without the pauses."""
+    return _without_pauses(build_prompts_with_pauses(rows, **how))
+
+
+def _without_pauses(prompts: Generator[Prompt | None, None, None]) -> Generator[Prompt, None, None]:
+    with closing(prompts):
+        for prompt in prompts:
+            if prompt is not None:
+                yield prompt
+
+
+def build_prompts_with_pauses(
     rows: Iterable[Row],
     *,
     data: DataConfig,
@@ -52,8 +67,9 @@ def build_prompts(
     eos_token_ids: Sequence[int] = (),
     stopping: Callable[[], bool] = lambda: False,
     buffers: Buffers | None = None,
-) -> Generator[Prompt, None, None]:
-    """One prompt for each row, in order; a row that cannot be run comes out with `error` set and no token ids.
+) -> Generator[Prompt | None, None, None]:
+    """One prompt for each row, in order but for rows whose guide has to be compiled first, and None
+    where nothing but those is left for now; a row that cannot be run comes out with `error` set and no token ids.
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
 
     A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
@@ -116,12 +132,14 @@ def show_first(
 
 def _unbatch(
     builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock, buffers: Buffers, stopping: Callable[[], bool]
-) -> Generator[Prompt, None, None]:
+) -> Generator[Prompt | None, None, None]:
     batches = read_ahead(
         builder.batches(rows, clock, buffers.raw, stopping), _BATCHES_AHEAD, buffers.read_ahead, _size, stopping
     )
     try:
         for batch in batches:
+            if not batch:
+                yield None
             while batch:  # what the consumer has is not held here
                 yield batch.popleft()
     finally:
@@ -150,7 +168,8 @@ class _PromptBuilder:
         self._sampling = sampling
         self._samplings: dict[str, SamplingConfig | PromptError] = {}
         self._samplings_chars = 0
-        self._num_guides = 0  # that rows of their own have asked for, those kept counted once
+        # id of a row that was put aside: its sampling, or why it has none
+        self._prepared: dict[int, SamplingConfig | PromptError | RecursionError] = {}
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._max_chars = max_model_len * _MOST_CHARS
@@ -190,12 +209,18 @@ class _PromptBuilder:
         self, rows: Iterable[Row], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
     ) -> Generator[deque[Prompt], None, None]:
         """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
-        rows = iter(rows)
-        while True:
+        rows, aside = iter(rows), Aside(self._prepare, _MOST_ASIDE)
+        with closing(aside):
+            yield from self._batches(rows, aside, clock, max_bytes, stopping)
+
+    def _batches(
+        self, rows: Iterator[Row], aside: Aside[Row], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
+    ) -> Generator[deque[Prompt], None, None]:
+        more = True
+        while not stopping() and (more or aside):
             with clock.stage("read"):
-                batch = self._take(rows, max_bytes, stopping)
-            if not batch or stopping():
-                return
+                batch, more = self._take(rows, aside, max_bytes, stopping)
+            batch += aside.take(_PATIENCE if not batch else 0.0)
             with clock.stage("tokenise"):
                 prompts = self._build(batch)
                 if self._swap:
@@ -207,25 +232,37 @@ class _PromptBuilder:
             del prompts
             yield ready
 
-    def _take(self, rows: Iterator[Row], max_bytes: int, stopping: Callable[[], bool]) -> list[Row]:
-        """The next rows that are encoded together: up to one whose guide had to be compiled, so that it holds up no others."""
+    def _take(
+        self, rows: Iterator[Row], aside: Aside[Row], max_bytes: int, stopping: Callable[[], bool]
+    ) -> tuple[list[Row], bool]:
+        """The next rows that are encoded together, and whether there are more. Those whose guide has to be compiled first
+        are put aside, and hold up no others unless there are very many of them.
+        """
         batch: list[Row] = []
         size = 0
-        for row in rows:
+        while not (len(batch) == _BATCH_ROWS or size >= max_bytes or aside.full or stopping()):
+            row = next(rows, None)
+            if row is None:
+                return batch, False
+            if self._needs_guide(row):
+                aside.put(row)
+                continue
             batch.append(row)
             size += num_bytes(row.columns)
-            if len(batch) == _BATCH_ROWS or size >= max_bytes or stopping() or self._compiles(row):
-                break
-        return batch
+        return batch, True
 
-    def _compiles(self, row: Row) -> bool:
-        """Compile the row's own guide, if it has one that is new."""
+    def _needs_guide(self, row: Row) -> bool:
+        """Whether the row has a guide of its own that is not compiled."""
         if row.error is not None or not row.sampling or row.sampling.get("structured_outputs") is None:
             return False
-        before = self._num_guides
-        with suppress(PromptError, RecursionError):  # which `_build` meets again
-            self._sampling_of(row.sampling)
-        return self._num_guides > before
+        return repr(row.sampling) not in self._samplings
+
+    def _prepare(self, row: Row) -> None:
+        """Compile the row's own guide."""
+        try:
+            self._prepared[id(row)] = self._sampling_of(row.sampling)
+        except (PromptError, RecursionError) as error:
+            self._prepared[id(row)] = error
 
     def _build(self, rows: list[Row]) -> list[Prompt]:
         prompts: list[Prompt] = []
@@ -238,7 +275,7 @@ class _PromptBuilder:
             if row.error is not None:
                 continue
             try:
-                prompt.sampling = self._sampling_of(row.sampling)
+                prompt.sampling = self._prepared_sampling(row)
                 content = self._content(row)
                 if isinstance(content, array):
                     self._set_ids(prompt, content)
@@ -325,6 +362,14 @@ class _PromptBuilder:
             raise PromptError(f"{name}[{index}]={ids[index]} is outside the model's vocabulary of {self._vocab_size}")
         return array("i", ids)
 
+    def _prepared_sampling(self, row: Row) -> SamplingConfig:
+        if id(row) not in self._prepared:
+            return self._sampling_of(row.sampling)
+        found = self._prepared.pop(id(row))
+        if isinstance(found, PromptError | RecursionError):
+            raise found
+        return found
+
     def _sampling_of(self, overrides: Mapping[str, Any] | None) -> SamplingConfig:
         """The sampling of one row: the job's own instance, or one that all rows with these overrides share."""
         if not overrides or all(value is None for value in overrides.values()):
@@ -332,7 +377,6 @@ class _PromptBuilder:
         key = repr(overrides)
         sampling = self._samplings.get(key)
         if sampling is None:
-            self._num_guides += overrides.get("structured_outputs") is not None
             try:
                 sampling = override_sampling(self._sampling, overrides)
                 self._check_sampling(sampling)

@@ -6,9 +6,9 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from batchmix.guided.trie import TokenTrie
 if TYPE_CHECKING:
     from batchmix.model.checkpoint import Checkpoint
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _RECURSIVE = "recursive (any value, or a schema within itself)"
 _KEPT = 64  # guides that are kept for rows to come
@@ -60,7 +61,8 @@ class Guides:
         self._host_vocabulary: HostVocabulary | None = None
         self._encode = encode
         self._choice_tokens: OrderedDict[Hashable, list[list[int]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is kept
+        self._making = threading.Lock()  # held for as long as making takes: what is kept can be had meanwhile
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Guides:
@@ -76,15 +78,7 @@ class Guides:
 
     def get(self, sampling: SamplingConfig) -> Guide | HostGuide:
         """The guide of a row with structured_outputs. Unsupported, in one line that names the key, where there is none."""
-        key = guide_key(sampling)
-        with self._lock:
-            guide = self._guides.pop(key, None)
-            if guide is None:
-                guide = self._compile(sampling)
-                if len(self._guides) >= _KEPT:
-                    self._guides.popitem(last=False)
-            self._guides[key] = guide
-        return guide
+        return self._kept(self._guides, guide_key(sampling), lambda: self._compile(sampling))
 
     def end_tokens(self, sampling: SamplingConfig) -> list[int]:
         """The tokens that end a guided text, ascending."""
@@ -95,21 +89,35 @@ class Guides:
         """The tokens of each choice. Unsupported where the tokenizer cannot encode one so that its text comes back."""
         assert sampling.structured_outputs is not None
         texts = tuple(sampling.structured_outputs.choice or ())
-        with self._lock:
-            found = self._choice_tokens.pop(texts, None)
-            if found is None:
-                assert self._encode is not None
-                found = self._encode(texts)
-                for text, ids in zip(texts, found, strict=True):
-                    data = strip_start(join(ids, self._pieces), self._drops_leading_space)
-                    if data != text.encode() or not ids or max(ids) >= len(self._pieces):
-                        raise Unsupported(
-                            f"sampling.structured_outputs.choice: the tokenizer cannot encode {text!r} so that it comes back"
-                        )
-                if len(self._choice_tokens) >= _KEPT:
-                    self._choice_tokens.popitem(last=False)
-            self._choice_tokens[texts] = found
+        return self._kept(self._choice_tokens, texts, lambda: self._encode_choices(texts))
+
+    def _encode_choices(self, texts: Sequence[str]) -> list[list[int]]:
+        assert self._encode is not None
+        found = self._encode(texts)
+        for text, ids in zip(texts, found, strict=True):
+            data = strip_start(join(ids, self._pieces), self._drops_leading_space)
+            if data != text.encode() or not ids or max(ids) >= len(self._pieces):
+                raise Unsupported(
+                    f"sampling.structured_outputs.choice: the tokenizer cannot encode {text!r} so that it comes back"
+                )
         return found
+
+    def _kept(self, kept: OrderedDict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+        """What is kept under the key, or made now: one at a time, as many threads may ask for the same."""
+        with self._lock:
+            if key in kept:
+                kept.move_to_end(key)
+                return kept[key]
+        with self._making:
+            with self._lock:
+                if key in kept:
+                    return kept[key]
+            made = make()
+            with self._lock:
+                if len(kept) >= _KEPT:
+                    kept.popitem(last=False)
+                kept[key] = made
+            return made
 
     def _compile(self, sampling: SamplingConfig) -> Guide | HostGuide:
         assert sampling.structured_outputs is not None

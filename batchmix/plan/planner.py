@@ -31,24 +31,36 @@ class Limits:
     share_prefix: bool = False  # whether the engine computes what prompts have in common once
 
 
-def plan(prompts: Iterable[Prompt], limits: Limits) -> Iterator[Batch]:
-    """Cut prompts into batches, window by window. Prompts that carry an error come first in theirs and take no room."""
-    prompts = iter(prompts)
+def plan(prompts: Iterable[Prompt | None], limits: Limits) -> Iterator[Batch]:
+    """Cut prompts into batches, window by window. Prompts that carry an error come first in theirs and take no room.
+
+    None among the prompts says that those behind it are not ready yet: a window ends there, and an empty batch says that
+    there is none now.
+    """
+    prompts, more = iter(prompts), True
     size = min(_FIRST_WINDOW, limits.sort_window)
-    while window := _window(prompts, size, limits.window_bytes):
-        yield from _cut(window, limits)
+    while more:
+        window, more = _window(prompts, size, limits.window_bytes)
+        if window:
+            yield from _cut(window, limits)
+            size = min(4 * size, limits.sort_window)
+        elif more:
+            yield Batch([])
         del window  # before the next is read
-        size = min(4 * size, limits.sort_window)
 
 
-def _window(prompts: Iterator[Prompt], size: int, max_bytes: int) -> list[Prompt]:
-    """The next `size` prompts, or fewer where these have `max_bytes`."""
+def _window(prompts: Iterator[Prompt | None], size: int, max_bytes: int) -> tuple[list[Prompt], bool]:
+    """The next `size` prompts, or fewer where these have `max_bytes` or others are not ready; whether there may be more."""
     window: list[Prompt] = []
     held = 0
-    while len(window) < size and held < max_bytes and (prompt := next(prompts, None)) is not None:
+    for prompt in prompts:
+        if prompt is None:
+            return window, True
         window.append(prompt)
         held += prompt.num_bytes
-    return window
+        if len(window) == size or held >= max_bytes:
+            return window, True
+    return window, False
 
 
 def _cut(window: list[Prompt], limits: Limits) -> Iterator[Batch]:
