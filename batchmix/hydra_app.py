@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import hydra.version
+import yaml
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +24,6 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from batchmix.config import Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
@@ -31,6 +31,8 @@ from batchmix.config_errors import explain, explain_missing
 from batchmix.config_files import check_config_files
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
+from batchmix.redact import forget, redact, redact_tracebacks
+from batchmix.written_config import hidden_texts, hide_environment, mark, to_plain, written_override
 
 if TYPE_CHECKING:
     from batchmix.data.storage import Storage
@@ -78,6 +80,7 @@ def to_config(composed: DictConfig) -> Config:
             raise BatchmixError(explain_missing(missing))
         # Merged once more as plain values, which refuses what Hydra lets pass: keys added by `+key=value`.
         values = OmegaConf.to_container(composed, resolve=True)
+        hidden = hide_environment(composed, values)
         config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), values)))
         OmegaConf.structured(config)  # refuses what a merge lets pass: lists nested in a list of texts
     except OmegaConfBaseException as error:
@@ -85,7 +88,7 @@ def to_config(composed: DictConfig) -> Config:
     config.sampling.logit_bias = config.sampling.logit_bias or None
     if config.sampling.structured_outputs == StructuredOutputs():
         config.sampling.structured_outputs = None
-    config.output.dir = os.path.expanduser(config.output.dir)  # no shell does it inside a word
+    mark(config, hidden)
     return check(config)
 
 
@@ -102,9 +105,10 @@ def save_hydra_files(config: Config, storage: Storage) -> None:
     from batchmix.data.storage import write_text  # imports pyarrow
 
     storage.make_folder(folder)
-    files = {"config.yaml": OmegaConf.structured(config), "overrides.yaml": HydraConfig.get().overrides.task}
-    for name, content in files.items():
-        write_text(storage, f"{folder}/{name}", OmegaConf.to_yaml(content))
+    plain, hidden = to_plain(config), hidden_texts(config)
+    overrides = [written_override(override, plain, hidden) for override in HydraConfig.get().overrides.task]
+    for name, content in {"config.yaml": plain, "overrides.yaml": overrides}.items():
+        write_text(storage, f"{folder}/{name}", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def _schema() -> DictConfig:
@@ -151,6 +155,8 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             print(f"batchmix: interrupted{reason}, {slurm.requeue()}", file=sys.stderr)
             sys.exit(EXIT_REQUEUE)
 
+    forget()  # what an earlier job of this process hid
+    redact_tracebacks()
     register()
     hydra.version.setbase("1.3")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and cut to a few frames
@@ -201,7 +207,7 @@ def _check_launcher() -> None:
 
 
 def _is_about_config(error: Exception) -> bool:
-    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+    if isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError):
         return True
     # For a few wrong overrides Hydra raises a plain ValueError. One that a worker's job raised comes through
     # JobReturn.return_value and is a bug.
@@ -217,5 +223,5 @@ def _report(error: BatchmixError) -> None:
 
 
 def _usage_error(name: str, message: str) -> NoReturn:
-    print(f"batchmix: error: {message} (see batchmix {name} --help)", file=sys.stderr)
+    print(f"batchmix: error: {redact(message)} (see batchmix {name} --help)", file=sys.stderr)
     sys.exit(EXIT_USAGE)

@@ -7,6 +7,7 @@ from typing import Any
 from batchmix.annotate.results import Results
 from batchmix.data.messages import PromptError
 from batchmix.data.template import RowTemplate
+from batchmix.written_config import value_of
 
 
 class RowPrompts:
@@ -14,7 +15,8 @@ class RowPrompts:
 
     def __init__(self, results: Results) -> None:
         data = results.run["config"]["data"]
-        self._template = None if data.get("template") is None else RowTemplate(data["template"])
+        template = value_of(results.run, "data", "template")
+        self._template = None if template is None else RowTemplate(template)
         self._messages, self._prompt = data["messages_column"], data["prompt_column"]
         names = [*(self._template.variables if self._template else ()), self._messages, self._prompt]
         self._columns = {name: results.column_of(name) for name in names}

@@ -14,6 +14,7 @@ from batchmix.data.formats import JSON_LINES, check_magic, guess_format, read_ch
 from batchmix.data.in_parallel import in_parallel
 from batchmix.data.openai_batch import is_request
 from batchmix.errors import BatchmixError
+from batchmix.redact import name_of
 
 _DETECTED_ROWS = 100  # of a JSON-lines file, until one can be read
 
@@ -39,8 +40,7 @@ def find_files(path: str, wanted: DataFormat) -> list[DataFile]:
     remote = "://" in path
     files = []
     for match in sorted(places):
-        # In messages and fingerprints without the query, which can hold credentials.
-        name = str(filesystem.unstrip_protocol(match)).split("?")[0] if remote else match
+        name = name_of(str(filesystem.unstrip_protocol(match))).split("?")[0] if remote else name_of(match)
         name = name.encode("utf-8", "backslashreplace").decode()  # names that are not Unicode, too, go into messages
         form = guess_format(match) if wanted is DataFormat.auto else wanted
         if form is None:
