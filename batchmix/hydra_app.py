@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra.version
 import yaml
@@ -106,7 +106,8 @@ def save_hydra_files(config: Config, storage: Storage) -> None:
 
     storage.make_folder(folder)
     plain, hidden = to_plain(config), hidden_texts(config)
-    overrides = [written_override(override, plain, hidden) for override in HydraConfig.get().overrides.task]
+    given: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    overrides = [written_override(override, plain, hidden) for override in given]
     for name, content in {"config.yaml": plain, "overrides.yaml": overrides}.items():
         write_text(storage, f"{folder}/{name}", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
@@ -31,7 +32,9 @@ ODD = "abcXYZ019-._~!$&'()*+,;=%{}|^`<>\"\\éß漢"
 QUERY_SECRET = st.text(ODD + "/?:@[]", min_size=2, max_size=8).map(lambda text: f"Q7{text}7Q")
 USER = st.text(ODD, min_size=2, max_size=8).map(lambda text: f"Q7{text}7Q")
 # Unquoted as they are typed: AWS makes keys with `/` in them, people passwords with `@`.
-PASSWORD = st.one_of(*(st.text(ODD + more, min_size=2, max_size=8).map(lambda text: f"Q7{text}7Q") for more in ("/:", "@:", "")))
+PASSWORD = st.one_of(
+    *(st.text(ODD + more, min_size=2, max_size=8).map(lambda text: f"Q7{text}7Q") for more in ("/:", "@:", ""))
+)
 SIGNED = st.sampled_from(["X-Amz-Signature", "sig", "X-Goog-Signature", "token", "AWSAccessKeyId", "versionId"])
 
 
@@ -60,7 +63,9 @@ def urls(draw: st.DrawFn) -> tuple[str, list[str]]:
         if draw(st.booleans()):
             userinfo += ":" + secret(PASSWORD.map(quoted))
         userinfo += "@"
-    port = f":{draw(st.integers(1, 65535))}" if scheme.lower() in ("http", "https", "ftp") and draw(st.booleans()) else ""
+    port = (
+        f":{draw(st.integers(1, 65535))}" if scheme.lower() in ("http", "https", "ftp") and draw(st.booleans()) else ""
+    )
     url = f"{scheme}://{userinfo}{host}{port}/{'/'.join(path)}"
     if draw(st.booleans()):
         names = draw(st.lists(SIGNED, min_size=1, max_size=3))
@@ -155,7 +160,10 @@ def test_logs_and_their_tracebacks_are_redacted() -> None:
     except OSError:
         record = logging.LogRecord("x", 20, "x", 1, "reading %s", ("s3://key:hunter2@b/x",), sys.exc_info())
     text = RedactingFormatter().format(record)
-    assert "hunter2" not in text and "sig" not in text and "reading s3://***@b/x" in text and "Traceback" in text
+    assert "hunter2" not in text
+    assert "sig" not in text
+    assert "reading s3://***@b/x" in text
+    assert "Traceback" in text
 
 
 def test_tracebacks_of_bugs_are_redacted() -> None:
@@ -188,17 +196,17 @@ def address(tmp_path: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def run(folder: Path, *arguments: str, environment: dict[str, str], secrets: list[str]) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *arguments: str, environment: dict[str, str], secrets: list[str]
+) -> subprocess.CompletedProcess[str]:
     """The command; no argument of a process that it starts has a secret, nor has what it prints."""
     command = [sys.executable, "-m", "batchmix", *arguments]
     process = subprocess.Popen(command, cwd=folder, env=os.environ | environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     lines: list[str] = []
     while process.poll() is None:
-        try:
+        with suppress(psutil.Error):  # it has ended
             lines += [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
-        except psutil.Error:
-            pass
         time.sleep(0.1)
     output, _ = process.communicate()
     for secret in secrets:
@@ -223,7 +231,9 @@ def test_a_run_writes_and_says_no_secret(tmp_path: Path, address: str) -> None:
     assert call("export", "output.dir=${oc.env:FOLDER}/out", "export.dir=${oc.env:FOLDER}/card").returncode == 0
     out = tmp_path / "foldersecret" / "out"
     files = [path for path in (tmp_path / "foldersecret").rglob("*") if path.is_file()]
-    assert {"_run.json", "report.html", "README.md", "config.yaml", "part-00000-000000.arrow"} <= {f.name for f in files}
+    assert {"_run.json", "report.html", "README.md", "config.yaml", "part-00000-000000.arrow"} <= {
+        f.name for f in files
+    }
     for path in files:
         assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path
     written = json.loads((out / "_run.json").read_text())
@@ -240,7 +250,8 @@ def test_a_run_writes_and_says_no_secret(tmp_path: Path, address: str) -> None:
     # Credentials that were renewed are no other data; another system prompt is.
     environment["URL"] = f"http://usersecret:hunter2secret_new@{address}/in.jsonl?sig=sig2secret_new"
     done = call("generate", "data.path=['${oc.env:URL}','${oc.env:URL}']", f"output.dir={out}", *common)
-    assert done.returncode == 0 and "is complete" in done.stdout, done.stdout
+    assert done.returncode == 0, done.stdout
+    assert "is complete" in done.stdout
     environment["SYSTEM"] = "systemsecret_new"
     done = call("generate", "data.path=['${oc.env:URL}','${oc.env:URL}']", f"output.dir={out}", *common)
     assert done.returncode == 1
