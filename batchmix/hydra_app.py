@@ -32,7 +32,14 @@ from batchmix.config_files import check_config_files
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
 from batchmix.redact import forget, redact, redact_tracebacks
-from batchmix.written_config import hidden_texts, hide_environment, mark, to_plain, written_override
+from batchmix.written_config import (
+    hidden_texts,
+    hide_environment,
+    mark,
+    remember_environment,
+    to_plain,
+    written_override,
+)
 
 if TYPE_CHECKING:
     from batchmix.data.storage import Storage
@@ -76,6 +83,7 @@ def register() -> None:
 def to_config(composed: DictConfig) -> Config:
     """The checked dataclasses of a composed configuration; BatchmixError where a key or value is wrong."""
     try:
+        remember_environment(composed)
         if missing := OmegaConf.missing_keys(composed):
             raise BatchmixError(explain_missing(missing))
         # Merged once more as plain values, which refuses what Hydra lets pass: keys added by `+key=value`.

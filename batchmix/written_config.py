@@ -26,9 +26,23 @@ _CONTENTS = ("annotate.", "sampling.", "data.template", "data.system_prompt")
 _log = logging.getLogger(__name__)
 
 
+def remember_environment(composed: DictConfig) -> None:
+    """Before anything can go wrong with them: the values of the variables that a configuration names are secrets."""
+
+    def walk(written: Any) -> None:
+        if isinstance(written, dict | list):
+            for item in written.values() if isinstance(written, dict) else written:
+                walk(item)
+        elif isinstance(written, str):
+            for name in re.findall(r"\boc\.env:\s*([^,}\s]+)", written):
+                remember(os.environ.get(name, ""), f"${{oc.env:{name}}}")
+
+    walk(OmegaConf.to_container(composed, resolve=False))
+
+
 def hide_environment(composed: DictConfig, values: Any) -> dict[str, str]:
     """By path (`data.path`, `data.path[1]`), how each text is written that comes from environment variables, whether by
-    itself or through other keys. Their values are remembered as secrets before anything can go wrong with them."""
+    itself or through other keys. Their values are remembered as secrets."""
     found: dict[str, str] = {}
 
     def reads_environment(text: str, depth: int = 0) -> bool:

@@ -10,20 +10,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psutil
 import pytest
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from processes import TICKETS
 
 from batchmix.errors import BatchmixError
+from batchmix.jobs.export import main as export
+from batchmix.jobs.generate import main as generate
+from batchmix.jobs.report import main as report
 from batchmix.redact import FromEnvironment, RedactingFormatter, fingerprint, forget, redact, redact_url, remember_url
 
 WORD = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=8)
@@ -196,68 +201,128 @@ def address(tmp_path: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def run(
-    folder: Path, *arguments: str, environment: dict[str, str], secrets: list[str]
-) -> subprocess.CompletedProcess[str]:
-    """The command; no argument of a process that it starts has a secret, nor has what it prints."""
-    command = [sys.executable, "-m", "batchmix", *arguments]
-    process = subprocess.Popen(command, cwd=folder, env=os.environ | environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    lines: list[str] = []
-    while process.poll() is None:
-        with suppress(psutil.Error):  # it has ended
-            lines += [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
-        time.sleep(0.1)
-    output, _ = process.communicate()
-    for secret in secrets:
-        assert secret not in output
-        assert not [line for line in lines if secret in line]
-    return subprocess.CompletedProcess(command, process.returncode, output)
+SECRETS = ["hunter2secret", "sig2secret", "usersecret", "systemsecret", "foldersecret"]
 
 
-def test_a_run_writes_and_says_no_secret(tmp_path: Path, address: str) -> None:
-    secrets = ["hunter2secret", "sig2secret", "usersecret", "systemsecret", "foldersecret"]
+@pytest.fixture
+def environment(tmp_path: Path, address: str) -> dict[str, str]:
     (tmp_path / "www" / "in.jsonl").write_text('{"prompt": "hi"}\n{"prompt": 3, "sampling": {"top_p": -1}}\n')
     (tmp_path / "foldersecret").mkdir()
-    environment = {"URL": f"http://usersecret:hunter2secret@{address}/in.jsonl?sig=sig2secret", "SYSTEM": "systemsecret",
-                   "FOLDER": str(tmp_path / "foldersecret")}  # fmt: skip
-    call = partial(run, tmp_path, environment=environment, secrets=secrets)
-    literal = f"data.path=['{environment['URL']}','{environment['URL'].replace('sig=', 'x=1&sig=')}']"
-    common = ["sampling.max_tokens=2", "data.system_prompt=${oc.env:SYSTEM}"]
+    return {"URL": f"http://usersecret:hunter2secret@{address}/in.jsonl?sig=sig2secret", "SYSTEM": "systemsecret",
+            "FOLDER": str(tmp_path / "foldersecret")}  # fmt: skip
 
-    done = call("generate", literal, "output.dir=${oc.env:FOLDER}/out", *common)
-    assert done.returncode == 0, done.stdout
-    assert call("report", "output.dir=${oc.env:FOLDER}/out").returncode == 0
-    assert call("export", "output.dir=${oc.env:FOLDER}/out", "export.dir=${oc.env:FOLDER}/card").returncode == 0
-    out = tmp_path / "foldersecret" / "out"
-    files = [path for path in (tmp_path / "foldersecret").rglob("*") if path.is_file()]
-    assert {"_run.json", "report.html", "README.md", "config.yaml", "part-00000-000000.arrow"} <= {
-        f.name for f in files
-    }
+
+def files_without_secrets(folder: Path) -> set[str]:
+    """The names of all files, once each was looked through."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
-        assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path
+        assert not [secret for secret in SECRETS if secret.encode() in path.read_bytes()], path
+    return {path.name for path in files}
+
+
+COMMON = ["sampling.max_tokens=2", "data.system_prompt=${oc.env:SYSTEM}"]
+TWICE = "data.path=['${oc.env:URL}','${oc.env:URL}']"
+OUT = "output.dir=${oc.env:FOLDER}/out"
+
+
+def test_a_run_writes_and_says_no_secret(
+    tmp_path: Path, address: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def call(main: Callable[..., int], *arguments: str, shown: str = "") -> tuple[int, str]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        code = main(arguments)
+        said = "".join(capfd.readouterr())
+        assert not [secret for secret in SECRETS if secret in said and secret != shown], said
+        return code, said
+
+    literal = f"data.path=['{environment['URL']}','{environment['URL'].replace('sig=', 'x=1&sig=')}']"
+    code, said = call(generate, literal, OUT, *COMMON)
+    assert code == 0, said
+    assert call(report, OUT)[0] == 0
+    assert call(export, OUT, "export.dir=${oc.env:FOLDER}/card")[0] == 0
+    out = tmp_path / "foldersecret" / "out"
+    assert {"_run.json", "report.html", "README.md", "config.yaml", "overrides.yaml", "part-00000-000000.arrow",
+            "train-00000.parquet"} <= files_without_secrets(out.parent)  # fmt: skip
     written = json.loads((out / "_run.json").read_text())
-    shown = f"http://***@{address}/in.jsonl?***"
-    assert written["config"]["data"]["path"] == [shown, shown]
+    url = f"http://***@{address}/in.jsonl?***"
+    assert written["config"]["data"]["path"] == [url, url]
     assert written["config"]["data"]["system_prompt"] == "${oc.env:SYSTEM}"
     assert written["config"]["output"]["dir"] == "${oc.env:FOLDER}/out"
     assert set(written["fingerprints"]) == {"data.path[0]", "data.path[1]", "data.system_prompt", "output.dir"}
     assert written["fingerprints"]["data.system_prompt"] == fingerprint("systemsecret")
-    hydra = {path.name: OmegaConf.load(path) for path in (out / ".hydra").iterdir()}
-    assert OmegaConf.to_container(hydra["config.yaml"])["data"]["path"] == [shown, shown]  # type: ignore[call-overload, index]
-    assert f'data.path=["{shown}", "{shown}"]' in hydra["overrides.yaml"]
+    config, overrides = (
+        yaml.safe_load((out / ".hydra" / name).read_text()) for name in ("config.yaml", "overrides.yaml")
+    )
+    assert config["data"]["path"] == [url, url]
+    assert overrides == [f'data.path=["{url}", "{url}"]', OUT, *COMMON]
 
-    # Credentials that were renewed are no other data; another system prompt is.
+    # Credentials that were renewed are no other data; neither is the same text, given in another way.
     environment["URL"] = f"http://usersecret:hunter2secret_new@{address}/in.jsonl?sig=sig2secret_new"
-    done = call("generate", "data.path=['${oc.env:URL}','${oc.env:URL}']", f"output.dir={out}", *common)
-    assert done.returncode == 0, done.stdout
-    assert "is complete" in done.stdout
+    code, said = call(generate, TWICE, OUT, *COMMON)
+    assert code == 0, said
+    assert "is complete" in said
+    code, said = call(generate, TWICE, OUT, "data.system_prompt=systemsecret", "sampling.max_tokens=3")
+    assert code == 1
+    assert "(sampling.max_tokens was 2, is now 3)" in said
+
     environment["SYSTEM"] = "systemsecret_new"
-    done = call("generate", "data.path=['${oc.env:URL}','${oc.env:URL}']", f"output.dir={out}", *common)
-    assert done.returncode == 1
-    assert "data.system_prompt was" in done.stdout
+    code, said = call(generate, TWICE, OUT, *COMMON)
+    assert code == 1
+    assert "(data.system_prompt was {" in said
     environment["SYSTEM"] = "systemsecret"
     (tmp_path / "www" / "in.jsonl").write_text('{"prompt": "ho"}\n{"prompt": 3, "sampling": {"top_p": -1}}\n')
-    done = call("generate", "data.path=['${oc.env:URL}','${oc.env:URL}']", f"output.dir={out}", *common)
-    assert done.returncode == 1
-    assert "holds rows made with other settings (data: " in done.stdout, done.stdout
+    code, said = call(generate, TWICE, OUT, *COMMON)
+    assert code == 1
+    assert "holds rows made with other settings (data: " in said
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "data.path=http://usersecret:hunter2secret@ADDRESS/none.jsonl?sig=sig2secret",  # `=` unquoted
+        "data.path='http://usersecret:hunter2secret@ADDRESS/none.jsonl?sig=sig2secret'",
+        "data.path='http://usersecret:hunter2secret@ADDRESS/in.txt?sig=sig2secret'",
+        "data.path='nosuch://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret'",
+        "data.path=${oc.env:FOLDER}/none.jsonl",
+        "data.limit=${oc.env:SYSTEM}",
+        "output.dir='nosuch://usersecret:hunter2secret@ADDRESS/out?sig=sig2secret'",
+        "http://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret",
+        "--http://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret",
+    ],
+)
+def test_errors_say_no_secret(
+    tmp_path: Path, address: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], argument: str,
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    defaults = [f"data.path={TICKETS}", f"output.dir={tmp_path / 'out'}"]
+    arguments = [other for other in defaults if other.partition("=")[0] != argument.partition("=")[0]]
+    try:
+        code: Any = generate([*arguments, argument.replace("ADDRESS", address)])
+    except SystemExit as stop:  # usage
+        code = stop.code
+    said = "".join(capfd.readouterr())
+    assert code in (1, 2)
+    assert said.startswith("batchmix: error: ")
+    assert not [secret for secret in SECRETS if secret in said], said
+
+
+@pytest.mark.slow  # three processes, two of them with a model
+def test_no_process_of_a_run_has_a_secret_in_its_arguments(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "batchmix", "generate", TWICE, OUT, *COMMON, "engine.data_parallel_size=2"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    lines: set[str] = set()
+    while process.poll() is None:
+        with suppress(psutil.Error):  # it has ended
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            lines |= {" ".join(member.cmdline()) for member in family}
+        time.sleep(0.2)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert len(lines) >= 3
+    assert not [secret for secret in SECRETS if secret in output or any(secret in line for line in lines)]
+    assert "_run.json" in files_without_secrets(tmp_path / "foldersecret")
