@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchmix import __version__
+from batchmix.redact import redact
 from batchmix.signals import hear_interrupts
 
 JOBS = Path(__file__).with_name("jobs")
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if first in ("-sc", "--shell-completion"):
         return complete(arguments, jobs)
-    print(f"batchmix: error: {wrong_job(first, jobs)}", file=sys.stderr)
+    print(f"batchmix: error: {redact(wrong_job(first, jobs))}", file=sys.stderr)
     return EXIT_USAGE
 
 

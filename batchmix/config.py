@@ -272,6 +272,9 @@ class ExportConfig:
     dir: str = ""  # where the files and the data-set card go
     format: ExportFormat = ExportFormat.parquet
     rows_per_file: int = 1_000_000
+    guard_formulas: bool = (
+        True  # csv: a ' before texts that begin with =, +, -, @, tab or newline, which spreadsheets run
+    )
     samples: bool = False  # every sample of a row; else the majority's (of texts without a task, the first)
     corrections: str | None = None  # people's answers, a file of `batchmix review import`, take the model's place
     repo_id: str | None = None  # push to this data set on the hub

@@ -14,9 +14,10 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra.version
+import yaml
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -24,7 +25,6 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from batchmix.config import Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
@@ -33,6 +33,15 @@ from batchmix.config_files import check_config_files
 from batchmix.data import aside, in_parallel, read_ahead
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.parallel import slurm
+from batchmix.redact import forget, redact, redact_tracebacks
+from batchmix.written_config import (
+    hidden_texts,
+    hide_environment,
+    mark,
+    remember_environment,
+    to_plain,
+    written_override,
+)
 
 if TYPE_CHECKING:
     from batchmix.data.storage import Storage
@@ -76,10 +85,12 @@ def register() -> None:
 def to_config(composed: DictConfig) -> Config:
     """The checked dataclasses of a composed configuration; BatchmixError where a key or value is wrong."""
     try:
+        remember_environment(composed)
         if missing := OmegaConf.missing_keys(composed):
             raise BatchmixError(explain_missing(missing))
         # Merged once more as plain values, which refuses what Hydra lets pass: keys added by `+key=value`.
         values = OmegaConf.to_container(composed, resolve=True)
+        hidden = hide_environment(composed, values)
         config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), values)))
         OmegaConf.structured(config)  # refuses what a merge lets pass: lists nested in a list of texts
     except OmegaConfBaseException as error:
@@ -87,7 +98,7 @@ def to_config(composed: DictConfig) -> Config:
     config.sampling.logit_bias = config.sampling.logit_bias or None
     if config.sampling.structured_outputs == StructuredOutputs():
         config.sampling.structured_outputs = None
-    config.output.dir = os.path.expanduser(config.output.dir)  # no shell does it inside a word
+    mark(config, hidden)
     return check(config)
 
 
@@ -104,9 +115,11 @@ def save_hydra_files(config: Config, storage: Storage) -> None:
     from batchmix.data.storage import write_text  # imports pyarrow
 
     storage.make_folder(folder)
-    files = {"config.yaml": OmegaConf.structured(config), "overrides.yaml": HydraConfig.get().overrides.task}
-    for name, content in files.items():
-        write_text(storage, f"{folder}/{name}", OmegaConf.to_yaml(content))
+    plain, hidden = to_plain(config), hidden_texts(config)
+    given: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    overrides = [written_override(override, plain, hidden) for override in given]
+    for name, content in {"config.yaml": plain, "overrides.yaml": overrides}.items():
+        write_text(storage, f"{folder}/{name}", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def _schema() -> DictConfig:
@@ -160,6 +173,8 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
                 os._exit(EXIT_REQUEUE)  # all is committed; Python would wait for what these threads wait for
             sys.exit(EXIT_REQUEUE)
 
+    forget()  # what an earlier job of this process hid
+    redact_tracebacks()
     register()
     hydra.version.setbase("1.3")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and cut to a few frames
@@ -210,7 +225,7 @@ def _check_launcher() -> None:
 
 
 def _is_about_config(error: Exception) -> bool:
-    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+    if isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError):
         return True
     # For a few wrong overrides Hydra raises a plain ValueError. One that a worker's job raised comes through
     # JobReturn.return_value and is a bug.
@@ -226,5 +241,5 @@ def _report(error: BatchmixError) -> None:
 
 
 def _usage_error(name: str, message: str) -> NoReturn:
-    print(f"batchmix: error: {message} (see batchmix {name} --help)", file=sys.stderr)
+    print(f"batchmix: error: {redact(message)} (see batchmix {name} --help)", file=sys.stderr)
     sys.exit(EXIT_USAGE)

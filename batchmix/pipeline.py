@@ -118,7 +118,7 @@ def generate(config: Config) -> None:
             summary = output.finish(source.num_rows)
             others = "so are all others" if output.complete else "others are not"
             print(summary.text() if summary else f"this shard is done, {others}")
-            print(f"the answers are in {config.output.dir}")
+            print(f"the answers are in {output.storage.url}")
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -10,7 +9,6 @@ import logging
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ import batchmix
 from batchmix.config import Config
 from batchmix.data.storage import Storage, create_json, read_json, reason_of, write_json
 from batchmix.errors import BatchmixError
+from batchmix.redact import fingerprint
+from batchmix.written_config import hidden_texts, identifying, same, to_plain
 
 NAME, WEIGHTS = "_run.json", "_weights.json"
 _CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
@@ -48,7 +48,7 @@ def describe_run(
     resolved = to_plain(config)
     identity = {
         key: value
-        for key, value in flatten(resolved)
+        for key, value in flatten(to_plain(config, identifying))
         if (key.startswith(("model.", "data.", "sampling.")) and key not in _FREE) or key in _FIXED
     }
     identity |= {
@@ -63,6 +63,7 @@ def describe_run(
     return {
         "identity": identity,
         "config": resolved,
+        "fingerprints": {key: fingerprint(text) for key, text in hidden_texts(config).items()},  # of what config hides
         "versions": {"batchmix": batchmix.__version__, "python": platform.python_version(), **versions},
         "git_revision": git_revision(),
         "openai_model": openai_model,  # in the responses; null where the output is no OpenAI batch
@@ -130,7 +131,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
-        if before == now:
+        if same(before, now, named=key != "data"):
             continue
         if key in ("model", "tokenizer", "data"):
             found.append(f"{key} is another" if key != "data" else f"data: {_first_difference(before, now)}")
@@ -159,19 +160,6 @@ def record_redo(storage: Storage, redo: dict[str, Any]) -> None:
     write_json(storage, NAME, run)
 
 
-def to_plain(value: Any) -> Any:
-    """A configuration as JSON types."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    return value
-
-
 def flatten(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
     """`group.key`, value for every key."""
     for group, keys in config.items():
@@ -182,6 +170,10 @@ def flatten(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]
 def provenance(run: Mapping[str, Any]) -> dict[str, str]:
     """What the Arrow schema's metadata says of where the rows come from."""
     identity = run["identity"]
+    template = identity.get("data.template") or ""
+    template = (
+        template if isinstance(template, str) else json.dumps(template)
+    )  # of one from the environment, its fingerprint
     sampling = {key: value for key, value in identity.items() if key.startswith("sampling.")}
     return {
         "version": run["versions"]["batchmix"],
@@ -192,7 +184,7 @@ def provenance(run: Mapping[str, Any]) -> dict[str, str]:
         "quantization": identity["model.quantization"] or "",
         "kv_cache_dtype": identity["model.kv_cache_dtype"],
         "tokenizer_sha256": identity["tokenizer"] or "",
-        "template_sha256": hashlib.sha256((run["config"]["data"]["template"] or "").encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "chat_template": identity["data.chat_template"],
         "sampling": json.dumps(sampling),
         "versions": json.dumps(run["versions"]),
@@ -225,5 +217,5 @@ def _first_difference(before: Any, now: Any) -> str:
     if isinstance(old, list) and isinstance(new, list):
         if len(old) != len(new):
             return f"{len(old)} files then, {len(new)} now"
-        return next(f"{b['name']} has changed" for a, b in zip(old, new, strict=True) if a != b)
+        return next(f"{b['name']} has changed" for a, b in zip(old, new, strict=True) if not same(a, b, named=False))
     return "is another data set"

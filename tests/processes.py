@@ -55,3 +55,18 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
             if any("spawn_main" in word for word in child.cmdline()):
                 found.append((child.create_time(), child.pid, child))
     return [child for _, _, child in sorted(found)]
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses on which a process and all that it started take connections or datagrams."""
+    found = set()
+    with suppress(psutil.Error):  # it has ended
+        process = psutil.Process(pid)
+        for member in [process, *process.children(recursive=True)]:
+            with suppress(psutil.Error):
+                found |= {
+                    socket.laddr.ip
+                    for socket in member.net_connections("inet")
+                    if socket.laddr and not socket.raddr and socket.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
+                }
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -25,6 +26,7 @@ from batchmix.data.storage import LocalFolder, Storage, open_storage, write_text
 from batchmix.errors import BatchmixError
 
 _LEFT_OUT = ("logprobs", "generated_token_ids")  # of use to the engine's users rather than the data's
+_FORMULA = re.compile(r"^[=+\-@\t\r\n]")  # what a spreadsheet runs, or takes for the beginning of what it does
 _PER_SAMPLE = ("sample_index", MAJORITY.name)
 
 
@@ -51,6 +53,9 @@ def export(config: Config) -> None:
     with written(settings.dir, "export.dir"):
         write_text(storage, "README.md", text)
     print(f"{counts['rows']:,} records in {len(names)} files: {storage.url}")
+    if counts["guarded"]:
+        print(f"{counts['guarded']:,} cells that spreadsheets would run as formulas begin with ' now;"
+              " export.guard_formulas=false leaves them as they are")  # fmt: skip
     if corrections is not None and (lost := len(corrections) - counts["reviewed"]):
         print(
             f"{lost:,} of the corrections are of rows that this run does not have: is export.corrections of another run?"
@@ -76,6 +81,9 @@ def write_files(
         counts.update(_count(table))
         names.append(f"data/train-{len(names):05}.{settings.format.value}")
         schema = table.schema
+        if settings.format is ExportFormat.csv:
+            table, guarded = _as_texts(table, settings.guard_formulas)
+            counts["guarded"] += guarded
         with written(settings.dir, "export.dir"):
             storage.replace(names[-1], partial(_WRITERS[settings.format], table))
     return names, counts, schema
@@ -163,19 +171,35 @@ def _json_value(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
-def _write_csv(table: pa.Table, file: IO[bytes]) -> None:
-    """Lists and structs as JSON text; dates, numbers and texts as they are."""
-    columns: dict[str, Any] = {}
+def _as_texts(table: pa.Table, guard: bool) -> tuple[pa.Table, int]:
+    """The columns as CSV has them, lists and structs as JSON text, and how many cells were guarded, names of columns
+    included. Numbers and dates stay what they are; a text that looks like a number is a text."""
+    names: list[str] = []
+    columns: list[Any] = []
+    guarded = 0
     for name, column in zip(table.column_names, table.columns, strict=True):
         if pa.types.is_nested(column.type):
             texts = [None if value is None else strict_json.dumps(value, default=_json_value)
                      for value in column.to_pylist()]  # fmt: skip
-            columns[name] = pa.array(texts, pa.string())
+            column = pa.array(texts, pa.string())
         elif pa.types.is_dictionary(column.type):
-            columns[name] = column.cast(column.type.value_type)
-        else:
-            columns[name] = column
-    pa_csv.write_csv(pa.table(columns), file)
+            column = column.cast(column.type.value_type)
+        if guard and _FORMULA.match(name):
+            name, guarded = f"'{name}", guarded + 1
+        if guard and (
+            pa.types.is_unicode(column.type) or pa.types.is_large_unicode(column.type) or _is_binary(column.type)
+        ):
+            begins = pc.match_substring_regex(column, _FORMULA.pattern)
+            guarded += pc.sum(begins).as_py() or 0
+            quote = pa.scalar("'", column.type)
+            column = pc.if_else(begins, pc.binary_join_element_wise(quote, column, pa.scalar("", column.type)), column)
+        names.append(name)
+        columns.append(column)
+    return pa.Table.from_arrays(columns, names=names), guarded
 
 
-_WRITERS = {ExportFormat.parquet: _write_parquet, ExportFormat.jsonl: _write_jsonl, ExportFormat.csv: _write_csv}
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+_WRITERS = {ExportFormat.parquet: _write_parquet, ExportFormat.jsonl: _write_jsonl, ExportFormat.csv: pa_csv.write_csv}

@@ -8,6 +8,7 @@ from batchmix.annotate.results import Results
 from batchmix.data.messages import PromptError
 from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.template import RowTemplate
+from batchmix.written_config import value_of
 
 
 class RowPrompts:
@@ -15,7 +16,8 @@ class RowPrompts:
 
     def __init__(self, results: Results) -> None:
         data = results.run["config"]["data"]
-        self._template = None if data.get("template") is None else RowTemplate(data["template"])
+        template = value_of(results.run, "data", "template")
+        self._template = None if template is None else RowTemplate(template)
         self._prompts = PromptColumns.of(data)
         names = {*(self._template.variables if self._template else ()), *self._prompts.names}
         self._columns = {name: results.column_of(name) for name in names}

@@ -19,6 +19,7 @@ from batchmix.data.formats import JSON_LINES, bare_name, guess_format, identify,
 from batchmix.data.in_parallel import in_parallel
 from batchmix.data.openai_batch import is_request
 from batchmix.errors import BatchmixError
+from batchmix.redact import name_of
 
 _HEAD_BYTES = 64 << 10
 _DETECTED_ROWS = 100  # of a JSON-lines file, until one can be read
@@ -129,8 +130,7 @@ def _data_alone(places: list[str], path: str, wanted: DataFormat) -> list[str]:
 
 
 def _data_file(filesystem: Any, match: str, base: str | None, remote: bool, data: DataConfig) -> DataFile:
-    # In messages and fingerprints without the query, which can hold credentials.
-    name = str(filesystem.unstrip_protocol(match)).split("?")[0] if remote else match
+    name = name_of(str(filesystem.unstrip_protocol(match))).split("?")[0] if remote else name_of(match)
     name = name.encode("utf-8", "backslashreplace").decode()  # names that are not Unicode, too, go into messages
     named = guess_format(match) if data.format is DataFormat.auto else data.format
     tabs = bare_name(match).endswith(".tsv")

@@ -15,6 +15,7 @@ from batchmix.data.input_files import InputChunk
 from batchmix.data.read_log import Extent, ReadLog
 from batchmix.data.schema import infer_schema, settle
 from batchmix.errors import BatchmixError
+from batchmix.redact import name_of
 
 _BATCH_ROWS = 1024
 _SAMPLE_BATCHES = 10
@@ -28,7 +29,7 @@ class HubInput:
     def __init__(self, name: str, split: str) -> None:
         import datasets
 
-        self.name, self._split = name, split
+        self.name, self._split = name_of(name), split
         self.read_log = ReadLog()  # nothing: the fingerprint is of the contents or the commit
         try:
             self._builder = datasets.load_dataset_builder(name)

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from batchmix.data.storage import Write, reason_of
 from batchmix.errors import BatchmixError
+from batchmix.redact import name_of
 
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "memory"}  # protocols whose fsspec class passes the condition to the store
 _MAX_PUT = 5 << 30
@@ -36,11 +37,12 @@ class ObjectStore:
     acts_late = True
 
     def __init__(self, url: str, key: str = "output.dir") -> None:
-        self.url = url.rstrip("/")
+        self._address = url.rstrip("/")
+        self.url = name_of(self._address)
         self._key = key  # that names it
         try:
             # A cached listing would hide what the other workers do.
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self._fs, self._root = fsspec.core.url_to_fs(self._address, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             hint = "; pip install 'batchmix[s3]'" if url.startswith("s3") and isinstance(error, ImportError) else ""
             raise BatchmixError(f"{key}={url}: {str(error).splitlines()[0]}{hint}") from None
@@ -50,7 +52,7 @@ class ObjectStore:
         self._appended: dict[str, bytes] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectStore, (self.url, self._key)
+        return ObjectStore, (self._address, self._key)
 
     @property
     def exclusive(self) -> bool:

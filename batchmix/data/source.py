@@ -32,6 +32,7 @@ from batchmix.data.schema import Conformer, is_unicode, short
 from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
 from batchmix.records import Row
+from batchmix.redact import remember_url
 
 _LISTED = 30  # columns that an error message names
 
@@ -78,6 +79,8 @@ def _paths(path: Any) -> list[str]:
         raise BatchmixError(f"data.path={path}: must be a file, folder, glob, URL or data set, or a list of them")
     if not paths:
         raise BatchmixError("data.path=[]: give at least one file, folder, glob, URL or data set")
+    for item in paths:
+        remember_url(str(item))  # what stores raise names paths without the scheme
     return [str(item) for item in paths]
 
 

@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 
 from batchmix.errors import BatchmixError
+from batchmix.redact import redact
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -33,7 +34,7 @@ class Storage(Protocol):
     """One output folder. OSError where the store fails; FileNotFoundError where a name is not there."""
 
     url: str
-    """What messages call it, and `open_storage` opens again."""
+    """What messages call it: without the secrets of a URL."""
     acts_late: bool
     """Whether what a process has asked for can happen after its end, as a request on its way through a network can."""
 
@@ -127,7 +128,7 @@ class LocalFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.url = str(root)
+        self.url = redact(str(root))
 
     def path(self, name: str) -> Path:
         return self.root / name

@@ -33,6 +33,7 @@ from batchmix.model.quantized import dense
 from batchmix.model.safetensors_writer import Entry, write_safetensors, write_sharded
 from batchmix.model.sources import TensorFiles
 from batchmix.model.weights import open_tensors
+from batchmix.redact import redact
 from batchmix.report.loading import LoadProgress
 from batchmix.signals import StopSignals
 
@@ -76,7 +77,7 @@ def convert(config: Config) -> None:
     if report is not None:
         print(report)
     seconds = time.perf_counter() - started
-    print(f"{target}: {num_bytes / 1e9:.2f} GB in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
+    print(f"{redact(str(target))}: {num_bytes / 1e9:.2f} GB in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
 
 
 def _quantized_experts(

@@ -8,6 +8,7 @@ through, for whatever reason.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ from batchmix.model.shards import Shards
 from batchmix.parallel.workers import Parent, Worker
 from batchmix.records import Batch
 
-_HOST = "127.0.0.1"
+_HOST, _LOOPBACK = "127.0.0.1", "lo"
 # Of a collective. Rank 0 may wait for its disk for long; what has died is noticed by `_Watch`, not by a timeout.
 _TIMEOUT = timedelta(days=1)
 _GRACE = (
@@ -66,7 +67,7 @@ def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) ->
     if size == 1:
         yield Shards(), Followers([])
         return
-    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+    store = _loopback_store()
     first = choose_place(config.engine).device
     workers = []
     for rank in range(1, size):
@@ -88,6 +89,16 @@ def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) ->
             worker.kill()
 
 
+def _loopback_store() -> TCPStore:
+    """Where the ranks find each other. The host that TCPStore is given is whom clients ask: its server would listen on
+    every interface, and answers whoever connects, so it is handed a socket of the loopback interface."""
+    listener = socket.create_server((_HOST, 0))
+    port: int = listener.getsockname()[1]
+    return TCPStore(
+        _HOST, port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT, master_listen_fd=listener.detach()
+    )
+
+
 def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
     """What a rank above 0 does, until it is killed or the batches end."""
     checkpoint = open_checkpoint(config.model)
@@ -106,7 +117,8 @@ def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
 @contextmanager
 def _joined(config: Config, rank: int, store: Store) -> Iterator[None]:
     """In torch.distributed's default group: gloo for tensors on the CPU, NCCL for those on GPUs."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Whatever a cluster's own settings are: these ranks are on one machine, and nothing of theirs asks who connects.
+    os.environ |= {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
     device = choose_place(config.engine).device
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from finished_runs import finished
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.checks import write_checks
 from batchmix.annotate.corrections import read_corrections, write_corrections
-from batchmix.annotate.export import export
+from batchmix.annotate.export import _as_texts, export
 from batchmix.annotate.results import Results
 from batchmix.config import AnnotateConfig, Config, ExportConfig, ExportFormat, OutputConfig, OutputFormat
 from batchmix.errors import BatchmixError
@@ -60,6 +62,52 @@ def test_one_typed_record_a_row_in_parquet_from_every_format(form: OutputFormat,
     assert rows[0]["extra"] == '{"a": 1}'
     assert rows[4]["error"] == "no prompt"
     assert not {"majority", "sample_index"} & rows[0].keys()
+
+
+FORMULAS = ["=1+1", "+1", "-2.5", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "=cmd|' /C calc'!A0"]
+HARMLESS = ["a=b", " =1", "'=1", "1-1", "", "[-1]"]
+
+
+def test_texts_that_a_spreadsheet_would_run_are_guarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = FORMULAS + HARMLESS
+    rows: list[tuple[dict[str, Any], list[str | None]]] = [
+        ({"=head": text, "number": -1.5 - i, "whole": -i, "list": ["=1", text]}, [answer("good")])
+        for i, text in enumerate(texts)
+    ]
+    finished(tmp_path / "run", TASK, rows)
+
+    def cells(**settings: Any) -> list[dict[str, str]]:
+        path = do(tmp_path, format=ExportFormat.csv, **settings) / "data/train-00000.csv"
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    written = cells()
+    said = capsys.readouterr().out
+    assert f"{len(FORMULAS) + 1} cells that spreadsheets would run as formulas begin with ' now" in said
+    assert [row["'=head"] for row in written] == [f"'{text}" for text in FORMULAS] + HARMLESS
+    assert [float(row["number"]) for row in written] == [-1.5 - i for i in range(len(texts))]
+    assert [int(row["whole"]) for row in written] == [-i for i in range(len(texts))]
+    assert [json.loads(row["list"])[1] for row in written] == texts
+
+    plain = cells(guard_formulas=False)
+    assert [row["=head"] for row in plain] == texts
+    assert "formulas" not in capsys.readouterr().out
+    other = do(tmp_path, format=ExportFormat.jsonl) / "data/train-00000.jsonl"
+    assert [json.loads(line)["=head"] for line in other.read_text().splitlines()] == texts
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.none() | st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(FORMULAS), min_size=1))
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_guarding_changes_nothing_else(kind: pa.DataType, texts: list[str | None]) -> None:
+    values = [text.encode() if text is not None and kind == pa.binary() else text for text in texts]
+    table, guarded = _as_texts(
+        pa.table({"x": pa.array(values, pa.binary() if kind == pa.binary() else pa.string()).cast(kind)}), True
+    )
+    found = [value.decode() if isinstance(value, bytes) else value for value in table["x"].to_pylist()]
+    assert not [text for text in found if text is not None and text[:1] in tuple("=+-@\t\r\n")]
+    assert [old if old == new else f"'{old}" for old, new in zip(texts, found, strict=True)] == found
+    assert guarded == sum(old != new for old, new in zip(texts, found, strict=True))
 
 
 def test_lines_of_json_and_csv_say_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
 from engines import prompts
-from processes import TICKETS, finish, read, start, wait_for, workers
+from processes import TICKETS, finish, listening, read, start, wait_for, workers
 
 from batchmix.config import (
     Backend,
@@ -93,7 +94,16 @@ def test_two_ranks_give_the_logits_and_tokens_of_one(tmp_path, monkeypatch):
     model = save_hub(random_mixtral(), tmp_path / "model")
     data = token_rows(tmp_path / "rows.jsonl", 30, 512)
     expected = logits_of(job(model, data, tmp_path / "one", 1), monkeypatch)
+    addresses: set[str] = set()
+    original = Mixtral.logits
+
+    def look(self: Mixtral, hidden: torch.Tensor) -> torch.Tensor:
+        addresses.update(addresses or listening(os.getpid()))
+        return original(self, hidden)
+
+    monkeypatch.setattr(Mixtral, "logits", look)
     found = logits_of(job(model, data, tmp_path / "two", 2), monkeypatch)
+    assert addresses == {"127.0.0.1"}
     assert_near(found, expected)
     assert answers(tmp_path / "two") == answers(tmp_path / "one")
     assert len(answers(tmp_path / "two")) == 60
