@@ -205,7 +205,9 @@ class EngineConfig:
     sort_window: int = 16384  # rows held at once and sorted by length
     share_prefix: bool = True  # triton backend only: what prompts begin with in common is computed once
     cuda_graphs: bool = True  # triton backend only
-    batch_invariant: bool = False  # triton backend: the same tiles for any number of rows; torch's are so already
+    # triton backend: the same tiles for any number of rows. torch's products give a row the same bits in any company as
+    # it is; with true, a machine whose matrix library cannot is refused where it is warned of otherwise.
+    batch_invariant: bool = False
     trace: bool = False  # write _trace.json, a Chrome trace of all threads and the device, into output.dir
 
 

@@ -20,15 +20,16 @@ from batchmix.engine.kv_cache import BLOCK_SIZE, KVCache
 from batchmix.engine.offloading import open_link, plan_offload
 from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.workspace import measure_workspace
+from batchmix.errors import BatchmixError
 from batchmix.guided.compile import Guides, open_guides
 from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
-from batchmix.model import torch_backend, torch_ops
+from batchmix.model import torch_backend, torch_ops, torch_products
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.link import Link
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import BUFFERS, Offload, spread
-from batchmix.model.quantized import FP8, dense
+from batchmix.model.quantized import FP8, Weight
 from batchmix.model.shards import ALONE, Shards
 from batchmix.model.weights import Weights, load_weights
 from batchmix.plan.cost import footprint
@@ -109,7 +110,7 @@ def start_engine(
     if device.type == "cuda":
         shards.smallest(0)  # where the others wait for the kernels
     if place.backend is Backend.torch:
-        _check_products(weights, prefill_tokens)
+        _check_products(weights, config, prefill_tokens)
     sizes = choose_sizes(model, checkpoint, config, link, plan)
     if link is not None and plan is not None and plan.kv_on_host:
         step = max(prefill_tokens, sizes.max_num_seqs)
@@ -171,18 +172,36 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
     return TritonOperators(config.batch_invariant, config.share_prefix)
 
 
-def _check_products(weights: Weights, max_rows: int) -> None:
-    """Warn where this machine's matrix library gives a row other bits in other company, which we cannot mend."""
+def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int) -> None:
+    """Let this machine's matrix library give a row the same bits in any company, or say for which products it does not.
+
+    BatchmixError there where engine.batch_invariant=true.
+    """
     layer = weights.layers[0]
     dtype = layer.wo.dtype
-    products = {"wqkv": layer.wqkv, "wo": layer.wo, "router": layer.router, "w13": dense(layer.w13[0], dtype),
-                "w2": dense(layer.w2[0], dtype), "lm_head": weights.lm_head}  # fmt: skip
-    unsteady = [name for name, weight in products.items() if not torch_ops.products_keep_their_bits(weight, max_rows)]
+    decoded = config.max_num_seqs or MAX_NUM_SEQS_CPU
+    tokens = max(prefill_tokens, decoded + config.max_num_batched_tokens)  # of a step in which rows have forced tokens
+
+    def shape(weight: Weight, dtype: torch.dtype = dtype) -> torch_products.Shape:
+        out, width = weight.shape[-2:]
+        return out, width, dtype
+
+    fixed, unsteady = torch_products.hold_bits({
+        "wqkv": (shape(layer.wqkv), tokens), "wo": (shape(layer.wo), tokens),
+        "router": (shape(layer.router, torch.float32), tokens),
+        "w13": (shape(layer.w13), torch_ops.EXPERT_CHUNK), "w2": (shape(layer.w2), torch_ops.EXPERT_CHUNK),
+        "lm_head": (shape(weights.lm_head), decoded),
+    })  # fmt: skip
+    if fixed:
+        _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"
+                  " %d rows, slower and exact", ", ".join(fixed), torch_products.FIXED_ROWS)  # fmt: skip
     if unsteady:
-        _log.warning(
-            "this machine's matrix products with %s round a row differently in other company: answers may depend on the"
-            " batch size; with fewer threads (OMP_NUM_THREADS) they may not", ", ".join(unsteady),
-        )  # fmt: skip
+        found = (f"this machine's matrix products with {', '.join(unsteady)} round a row differently in other company, also"
+                 f" in calls of {torch_products.FIXED_ROWS} rows")  # fmt: skip
+        remedy = "with model.dtype=float32 or fewer threads (OMP_NUM_THREADS) they may not"
+        if config.batch_invariant:
+            raise BatchmixError(f"engine.batch_invariant=true: {found}; {remedy}")
+        _log.warning("%s: answers may depend on the batch size; %s", found, remedy)
 
 
 def choose_sizes(

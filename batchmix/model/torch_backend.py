@@ -19,7 +19,9 @@ from batchmix.engine.slots import RUNNING, Slots
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
-from batchmix.model.torch_ops import ROW_TILE, add_rms_norm, linear, moe, rms_norm, rotate
+from batchmix.model.torch_ops import add_rms_norm, moe, rms_norm, rotate
+from batchmix.model.torch_products import ROW_TILE
+from batchmix.model.torch_products import product as linear
 
 __all__ = [
     "add_rms_norm",

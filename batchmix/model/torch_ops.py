@@ -1,14 +1,10 @@
 """Mixtral's operators in plain torch: the CPU backend, and what other backends are compared with.
 
 Every operator gives a token the same bits whatever the other tokens are. What that takes on a CPU: matrix products
-are oneDNN's (MKL's, which torch takes for float32, cut a sum over threads when those outnumber the rows), they see their
-rows in multiples of `ROW_TILE`, and no reduction runs over tokens. Libraries differ and change, so oneDNN is tried before it
-is used, and an engine asks `products_keep_their_bits` about its own weights when it starts.
+are those of `torch_products`, and no reduction runs over tokens.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +13,9 @@ from torch import Tensor
 from batchmix.config import Quantization
 from batchmix.model.expert_load import LayerLoad
 from batchmix.model.quantized import Weight, dense, format_of, through_fp8
+from batchmix.model.torch_products import ROW_TILE, product
 
-_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-ROW_TILE = 16  # callers pad T to a multiple of it; the expert segments below are padded to it too
-_EXPERT_CHUNK = 512  # rows per expert product: more do not make it faster, and the activations stay in the cache
-
-
-def pad_rows(rows: int) -> int:
-    """`rows` rounded up to a multiple of ROW_TILE."""
-    return -(-rows // ROW_TILE) * ROW_TILE
+EXPERT_CHUNK = 512  # rows per expert product: more do not make it faster, and the activations stay in the cache
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,52 +27,6 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
     """residual + x and its norm, [T, D] each."""
     total = residual + x
     return total, rms_norm(total, weight, eps)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] with T a multiple of ROW_TILE, weight [out, in] -> [T, out]."""
-    assert len(x) % ROW_TILE == 0, len(x)
-    return _product(x, weight)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T by oneDNN where it can be had. In float32 twice as fast as MKL with AVX-512, 1.1 times with AVX2."""
-    if x.dtype is torch.float32 and _onednn_keeps_bits():
-        return _onednn(x, weight)
-    return F.linear(x, weight)
-
-
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
-
-
-@functools.cache
-def _onednn_keeps_bits() -> bool:
-    """Whether torch has oneDNN, and one that gives a row the same bits in any company.
-
-    That of torch 2.11 (3.10.2) does not where the CPU has AVX2 at most; that of 2.13 and 2.14 (3.12.0) does.
-    """
-    if not _ONEDNN:
-        return False
-    source = torch.Generator().manual_seed(0)
-    tile, weight = (torch.randn(rows, 64, generator=source, device="cpu") for rows in (ROW_TILE, 96))
-    alone = _onednn(tile, weight)
-    return all(
-        torch.equal(_onednn(tile.repeat(count, 1), weight), alone.repeat(count, 1)) for count in (2, 3, 4, 5, 10, 32)
-    )
-
-
-def products_keep_their_bits(weight: Tensor, max_rows: int) -> bool:
-    """Whether a row's product with weight [out, in] has the same bits alone in its tile and among up to `max_rows`."""
-    source = torch.Generator().manual_seed(0)
-    tile = torch.randn(ROW_TILE, weight.shape[1], generator=source).to(weight)
-    alone = linear(tile, weight)
-    counts = {pad_rows(min(rows, max_rows)) for rows in (2 * ROW_TILE, 5 * ROW_TILE, 32 * ROW_TILE)}
-    return all(
-        torch.equal(linear(tile.repeat(rows // ROW_TILE, 1), weight), alone.repeat(rows // ROW_TILE, 1))
-        for rows in counts
-    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,7 +66,7 @@ def moe(
     fp8 by row too, which is what the kernels multiply: x, and between the two products silu(gate) * up.
     """
     num_experts = len(router)
-    probabilities = linear(x.float(), router).softmax(-1)  # [T, E]
+    probabilities = product(x.float(), router).softmax(-1)  # [T, E]
     if load is not None and load.num_valid is not None:
         probabilities = probabilities[: int(load.num_valid)]
     weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], T from here on without padding
@@ -146,10 +90,10 @@ def moe(
         if start == end:
             continue
         up, down = dense(w13[expert], x.dtype), dense(w2[expert], x.dtype)
-        for low in range(start, end, _EXPERT_CHUNK):
-            high = min(low + _EXPERT_CHUNK, end)
-            h = swiglu(_product(inputs.index_select(0, token[low:high]), up))  # [P_e, F]
-            out[low:high] = _product(through_fp8(h) if fp8 else h, down)
+        for low in range(start, end, EXPERT_CHUNK):
+            high = min(low + EXPERT_CHUNK, end)
+            h = swiglu(product(inputs.index_select(0, token[low:high]), up))  # [P_e, F]
+            out[low:high] = product(through_fp8(h) if fp8 else h, down)
     row_of_pair = torch.empty_like(place)
     row_of_pair[order] = place
     chosen = out.index_select(0, row_of_pair).view(len(weights), top_k, -1)  # [T, K, D]

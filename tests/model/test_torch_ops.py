@@ -72,45 +72,6 @@ def test_swiglu_bits_do_not_depend_on_rows_and_threads():
                 assert torch.equal(torch_ops.swiglu(x[:rows]), expected[:rows]), (count, rows)
 
 
-@pytest.mark.parametrize(("width", "out"), [(64, 128), (96, 40), (600, 32), (512, 8), (4096, 96)])
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_product_bits_do_not_depend_on_company(width, out, count):
-    x, weight = random(528, width), random(out, width, seed=1)
-    with threads(count):
-        expected = torch_ops.linear(x[:16], weight)
-        for rows in (32, 80, 112, 336, 528):
-            moved = torch.cat((x[16:rows], x[:16]))
-            assert torch.equal(torch_ops.linear(x[:rows], weight)[:16], expected), rows
-            assert torch.equal(torch_ops.linear(moved, weight)[-16:], expected), rows
-
-
-def test_a_onednn_that_rounds_by_the_number_of_rows_is_not_used(monkeypatch):
-    """As that of torch 2.11 does with AVX2."""
-    x, weight = random(32, 64), random(96, 64, seed=1)
-    assert not torch_ops._ONEDNN or torch_ops._onednn_keeps_bits() or torch.__version__ < "2.13"
-    monkeypatch.setattr(torch_ops, "_onednn", lambda x, weight: F.linear(x, weight) + len(x))
-    torch_ops._onednn_keeps_bits.cache_clear()
-    assert torch.equal(torch_ops.linear(x, weight), F.linear(x, weight))
-    monkeypatch.undo()
-    torch_ops._onednn_keeps_bits.cache_clear()
-
-
-def test_products_keep_their_bits_is_false_where_the_sum_depends_on_the_number_of_rows(monkeypatch):
-    weight = random(40, 96)
-    assert torch_ops.products_keep_their_bits(weight, 4096)
-    assert torch_ops.products_keep_their_bits(weight.bfloat16(), 4096)
-
-    def by_halves(x, weight):
-        if len(x) <= 32:
-            return F.linear(x, weight)
-        half = x.shape[1] // 2
-        return F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:])
-
-    monkeypatch.setattr(torch_ops, "linear", by_halves)
-    assert not torch_ops.products_keep_their_bits(weight, 4096)
-    assert torch_ops.products_keep_their_bits(weight, 32)
-
-
 def test_moe_bits_do_not_depend_on_company_and_threads():
     x, router = random(304, 32), random(8, 32, seed=1)
     w13, w2 = random(8, 2 * 600, 32, seed=2), random(8, 32, 600, seed=3)
@@ -120,9 +81,3 @@ def test_moe_bits_do_not_depend_on_company_and_threads():
         with threads(count):
             assert torch.equal(torch_ops.moe(x[:16], router, w13, w2, 2), expected[:16])
             assert torch.equal(torch_ops.moe(x[order], router, w13, w2, 2), expected[order])
-
-
-def test_rows_are_padded_to_whole_tiles():
-    assert [torch_ops.pad_rows(rows) for rows in (1, 15, 16, 17, 32)] == [16, 16, 16, 32, 32]
-    with pytest.raises(AssertionError):
-        torch_ops.linear(torch.zeros(17, 4), torch.zeros(3, 4))
