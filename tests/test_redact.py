@@ -225,6 +225,7 @@ TWICE = "data.path=['${oc.env:URL}','${oc.env:URL}']"
 OUT = "output.dir=${oc.env:FOLDER}/out"
 
 
+@pytest.mark.slow  # starts four jobs
 def test_a_run_writes_and_says_no_secret(
     tmp_path: Path, address: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],

@@ -57,7 +57,7 @@ def test_a_reader_that_waits_is_left_behind():
         blocked.wait(60)
         yield 2
 
-    found = read_ahead(items(), 1, stop.is_set)
+    found = read_ahead(items(), 1, 1 << 20, lambda item: 1, stop.is_set)
     assert next(found) == 1
     threading.Timer(0.2, stop.set).start()
     started = time.monotonic()

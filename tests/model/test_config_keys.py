@@ -25,6 +25,7 @@ from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.model.config import MixtralConfig
 from batchmix.model.config_keys import CONFIG, GENERATION_CONFIG, MOE, PARAMS, ROPE, Keys
+from batchmix.model.sources import TensorFiles
 from batchmix.model.weights import load_weights, open_tensors
 
 DOCS = Path(__file__).parents[2] / "docs" / "checkpoints.md"
@@ -478,7 +479,7 @@ def test_any_value_of_any_key_is_run_or_refused_in_one_line(folders: dict[str, P
     message = ""
     try:
         found = find(folders[file])
-        open_tensors(found)
+        open_tensors(found, TensorFiles(found.files))
     except BatchmixError as error:
         message = str(error)
     finally:
@@ -503,7 +504,8 @@ def test_any_value_of_a_header_is_read_or_refused_in_one_line(folders, which: in
     write_header(path, json.dumps(header).encode(), data=whole[8 + length :])
     message = ""
     try:
-        open_tensors(find(folders["config.json"]))
+        found = find(folders["config.json"])
+        open_tensors(found, TensorFiles(found.files))
     except BatchmixError as error:
         message = str(error)
     finally:
