@@ -45,14 +45,19 @@ def hide_environment(composed: DictConfig, values: Any) -> dict[str, str]:
     itself or through other keys. Their values are remembered as secrets."""
     found: dict[str, str] = {}
 
-    def reads_environment(text: str, depth: int = 0) -> bool:
-        references = re.findall(r"\$\{\.*([A-Za-z_][\w.\[\]]*)\}", text)
-        others = (
-            OmegaConf.select(OmegaConf.create(raw), name, throw_on_resolution_failure=False) for name in references
-        )
-        return "oc.env" in text or "${." in text or (depth < _DEEPEST and any(
-            isinstance(other, str) and reads_environment(other, depth + 1) for other in others
-        ))  # fmt: skip
+    raw: Any = OmegaConf.to_container(composed, resolve=False)
+
+    def reads_environment(written: Any, depth: int = 0) -> bool:
+        if isinstance(written, dict | list):
+            return any(
+                reads_environment(item, depth) for item in (written.values() if isinstance(written, dict) else written)
+            )
+        if not isinstance(written, str) or depth > _DEEPEST:
+            return False
+        if "oc.env" in written or "${." in written:
+            return True
+        names = re.findall(r"\$\{([A-Za-z_][\w.\[\]]*)\}", written)
+        return any(reads_environment(_find(raw, name), depth + 1) for name in names)
 
     def walk(value: Any, written: Any, path: str) -> None:
         whole = isinstance(written, str)  # `${other}`, which may stand for a list
@@ -66,9 +71,20 @@ def hide_environment(composed: DictConfig, values: Any) -> dict[str, str]:
             remember(str(value), written)
             found[path] = written
 
-    raw: Any = OmegaConf.to_container(composed, resolve=False)
     walk(values, raw, "")
     return found
+
+
+def _find(raw: Any, name: str) -> Any:
+    """What stands at `data.path[0]`, its interpolations as they are; that of a group that is one for all its keys."""
+    for step in re.findall(r"[^.\[\]]+", name):
+        if isinstance(raw, str):
+            break
+        try:
+            raw = raw[int(step)] if isinstance(raw, list) else raw[step]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return None
+    return raw
 
 
 def mark(config: Config, hidden: Mapping[str, str]) -> None:
@@ -76,12 +92,8 @@ def mark(config: Config, hidden: Mapping[str, str]) -> None:
 
     def marked(value: Any, path: str) -> Any:
         if dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                setattr(
-                    value,
-                    field.name,
-                    marked(getattr(value, field.name), f"{path}.{field.name}" if path else field.name),
-                )
+            for name in (field.name for field in dataclasses.fields(value)):
+                setattr(value, name, marked(getattr(value, name), f"{path}.{name}" if path else name))
         elif isinstance(value, list):
             return [marked(item, f"{path}[{place}]") for place, item in enumerate(value)]
         elif isinstance(value, dict):
