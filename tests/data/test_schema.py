@@ -35,8 +35,7 @@ def conform(kind: pa.DataType | pa.Field, *values: Any) -> list[Row]:
         ([True, None], pa.bool_()),
         (["a", None], pa.string()),
         ([["a"], []], pa.list_(pa.string())),
-        # names in order: before release 24 pyarrow sorts those of a struct
-        ([[{"content": "hi", "role": "user"}]], pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
+        ([[{"role": "user", "content": "hi"}]], pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ([{"a": 1}, {"b": "x"}], pa.struct([("a", pa.int64()), ("b", pa.string())])),
         ([[{"content": "fine"}], [{"content": LONE}]], pa.list_(pa.struct([("content", pa.string())]))),
     ],
