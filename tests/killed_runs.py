@@ -183,7 +183,10 @@ class InstantEngine:
 
 
 class Fuse:
-    """Ends the process at its n-th operation on files of a folder: create, write, fsync, rename, link, list, delete."""
+    """Ends the process at its n-th operation on files of a folder: create, write, fsync, rename, link, list, delete.
+
+    Opening a file to read is none: what is there is then what is there before the next operation.
+    """
 
     EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir")
 
@@ -218,7 +221,8 @@ class Fuse:
             os._exit(KILLED)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in self.EVENTS and str(arguments[0]).startswith(self.out):
+        reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if event in self.EVENTS and not reads and str(arguments[0]).startswith(self.out):
             self.burn()
 
 

@@ -6,32 +6,49 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow  # hundreds of runs, five minutes on two quiet cores
+pytestmark = pytest.mark.slow  # more than a thousand runs, nine minutes of CPU time
+SCENARIOS = ["generate", "merge", "finalize", "redo"]
+Process = subprocess.Popen[str]
 
 
-def killed_runs(*which: str) -> dict[str, Any]:
-    """What `python tests/killed_runs.py` prints: the command that repeats it."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killed_runs.py"), *which],
-        capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def killed_runs(*which: str) -> Process:
+    """The command that repeats it, begun."""
+    command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), *which]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def kills(process: Process) -> int:
+    """How many there were, and no row is another than in a run never killed."""
+    output, errors = process.communicate(timeout=1200)
+    assert process.returncode == 0, errors
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     print(found)
     assert not found["wrong"], found
-    return found
+    count: int = found["kills"]
+    return count
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_ten_kills_at_random_moments_change_no_row(seed: int) -> None:
-    assert killed_runs("random", str(seed))["kills"] == 10
+    assert kills(killed_runs("random", str(seed))) == 10
 
 
-@pytest.mark.parametrize("scenario", ["generate", "merge", "finalize", "redo"])
-def test_a_kill_at_any_operation_changes_no_row(scenario: str) -> None:
-    assert killed_runs("operations", scenario)["kills"] > 40
+@pytest.fixture(scope="module")
+def scenarios() -> Iterator[dict[str, Process]]:
+    """All at once: each is one process at a time."""
+    processes = {name: killed_runs("operations", name) for name in SCENARIOS}
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_kill_at_any_operation_changes_no_row(scenarios: dict[str, Process], name: str) -> None:
+    assert kills(scenarios[name]) > 100

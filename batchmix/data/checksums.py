@@ -63,6 +63,8 @@ class Checksums:
 
     def sweep(self, parts: Collection[str]) -> None:
         """Forget the parts that are not among these, but not what was read for them. No other may be writing parts."""
+        for unfinished in self._storage.names(f"{FOLDER}/.*.tmp"):  # of writers that were killed
+            self._storage.delete(unfinished)
         there = {_base(part) for part in parts}
         names = [name for name in self._storage.names(f"{FOLDER}/*") if name.rpartition(".")[0] not in _within(there)]
         if not names or all(name.startswith(f"{FOLDER}/{_READ}") for name in names):

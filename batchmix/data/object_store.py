@@ -8,7 +8,6 @@ Google's store), which fsspec calls mode="create".
 
 from __future__ import annotations
 
-import fnmatch
 import io
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import IO, Any
 import fsspec
 import pyarrow as pa
 
-from batchmix.data.storage import Write, reason_of
+from batchmix.data.storage import Write, matches, reason_of
 from batchmix.errors import BatchmixError
 from batchmix.redact import name_of
 
@@ -82,7 +81,7 @@ class ObjectStore:
             return []
         prefix = f"{folder}/" if folder else ""
         last_components = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
-        return sorted(prefix + name for name in last_components if fnmatch.fnmatchcase(name, last))
+        return sorted(prefix + name for name in last_components if matches(name, last))
 
     def exists(self, name: str) -> bool:
         try:  # isfile would say that what must not be read is not there

@@ -46,7 +46,10 @@ class Storage(Protocol):
         """Nothing where it is there."""
 
     def names(self, pattern: str) -> list[str]:
-        """Of the files that match, sorted. A pattern has wildcards in its last component only."""
+        """Of the files that match, sorted. A pattern has wildcards in its last component only.
+
+        Names that begin with a dot, as those of files that are being written, match patterns that do.
+        """
 
     def exists(self, name: str) -> bool: ...
 
@@ -111,6 +114,11 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def matches(name: str, pattern: str) -> bool:
+    """As a shell has it: what begins with a dot only where the pattern does."""
+    return fnmatch.fnmatchcase(name, pattern) and name.startswith(".") <= pattern.startswith(".")
+
+
 @contextmanager
 def written(url: str, key: str) -> Iterator[None]:
     """BatchmixError where what the user's `key` names cannot be written in the block."""
@@ -143,7 +151,7 @@ class LocalFolder:
             entries = os.listdir(self.root / folder)
         except FileNotFoundError:
             return []
-        return sorted(prefix + name for name in entries if fnmatch.fnmatchcase(name, last))
+        return sorted(prefix + name for name in entries if matches(name, last))
 
     def exists(self, name: str) -> bool:
         return self.path(name).exists()

@@ -143,6 +143,19 @@ def test_a_damaged_list_of_what_was_read_is_named(tmp_path: Path, text: str) -> 
         Checksums(parts.storage).extents()
 
 
+@pytest.mark.parametrize("name", ["part-00000-000001.arrow.77", "read-77"])
+def test_what_a_killed_writer_left_half_is_no_checksum(tmp_path: Path, name: str) -> None:
+    parts = parts_in(LocalFolder(tmp_path), "arrow")
+    extent = Extent(0, ((0, 9),), "x")
+    part = commit(parts, 0, range(5), [extent])
+    half = tmp_path / FOLDER / f".{name}.0305b56c.tmp"
+    half.write_text("[{")
+    assert parts.checksums.extents() == [extent]
+    parts.checksums.sweep([part])
+    assert not half.exists()
+    assert parts.checksums.extents() == [extent]
+
+
 def test_status_reads_no_more_than_it_shows(tmp_path: Path) -> None:
     parts = parts_in(LocalFolder(tmp_path), "jsonl")
     name = commit(parts, 0, range(3))
