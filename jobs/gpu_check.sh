@@ -116,6 +116,7 @@ WORKERS=()
 case " $LACKING " in *" xdist:"*) ;; *) WORKERS=(-n auto --maxprocesses 13) ;; esac
 
 RESULTS= FAILED=0 LIMIT=0
+PATIENCE=$((GPU ? 1 : 4)) # a rehearsal may run beside other work on a few cores; limits are a GPU's
 record() {
   RESULTS="$RESULTS${RESULTS:+, }\"$1\": $2"
   echo "{\"total\": $TOTAL, \"seconds\": $SECONDS, \"steps\": {$RESULTS}}" >"$SUMMARY"
@@ -123,8 +124,8 @@ record() {
 }
 # begin NAME NEEDS MOST: the step's limit, unless less than it needs is left; 10 s are for ending what does not end.
 begin() {
-  local left=$((TOTAL - SECONDS - 10))
-  LIMIT=$((left < $3 ? left : $3))
+  local left=$((TOTAL - SECONDS - 10)) most=$(($3 * PATIENCE))
+  LIMIT=$((left < most ? left : most))
   [ "$left" -ge "$2" ] && return
   echo "== $1: not started: it takes $2 s at least, $left are left" | tee -a "$LOG"
   record "$1" "{\"needs\": $2, \"left\": $left}"
