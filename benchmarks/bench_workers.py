@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from common import save
 
 from batchmix import pipeline
@@ -44,14 +45,20 @@ class SleepingEngine:
         self._rows_per_second = rows_per_second
         self.clock, self.stats = StageClock(), EngineStats()
         self.max_model_len = 4096
-        self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000))
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(vocab_size=32000), weights=SimpleNamespace(fingerprint="none")
+        )
         self.guides = None
         self.state = SimpleNamespace(
-            slots=SimpleNamespace(capacity=ROWS_AT_ONCE),
+            slots=SimpleNamespace(capacity=ROWS_AT_ONCE, eos_token_ids=torch.tensor([2])),
             pool=SimpleNamespace(num_blocks=100_000),
             cache=SimpleNamespace(block_size=64),
             prefixes=None,
         )
+
+    def should_stop(self) -> bool:
+        """No signal is expected."""
+        return False
 
     def read_totals(self) -> None:
         """There is no device."""
