@@ -59,9 +59,8 @@ class Decode:
             step: Step = partial(self._step, size if captured else active, size, width)
             if captured:
                 step = state.graphs.prepare((size, width), slots.tables(), step)
-            with self.device_clock.work(
-                "decode", size if captured else None
-            ):  # each step apart: gaps between them are no work
+            # Each step apart: gaps between them are no work.
+            with self.device_clock.work("decode", size if captured else None):
                 step()
         self._end(active, steps)
 
