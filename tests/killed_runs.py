@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.dataset as ds
 
 from batchmix import pipeline
@@ -167,8 +168,12 @@ class InstantEngine:
         self.max_model_len = 4096
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000), weights=SimpleNamespace(fingerprint="w"))
         self.guides = None
-        self.state = SimpleNamespace(slots=SimpleNamespace(capacity=64), pool=SimpleNamespace(num_blocks=1000),
+        self.state = SimpleNamespace(slots=SimpleNamespace(capacity=64, eos_token_ids=np.array([2])), pool=SimpleNamespace(num_blocks=1000),
                                      cache=SimpleNamespace(block_size=16), prefixes=None)  # fmt: skip
+
+    def should_stop(self) -> bool:
+        """No signal is expected."""
+        return False
 
     def read_totals(self) -> None:
         """There is no device."""
@@ -232,7 +237,7 @@ def operation_kills(scenario: str, folder: Path) -> dict[str, Any]:
     data.write_text("\n".join(TICKETS.read_text(encoding="utf-8").splitlines()[:5]) + "\n", encoding="utf-8")
     checkpoint = pipeline.open_checkpoint(Config().model)
     tokenizer = pipeline.load_tokenizer(checkpoint.folder)
-    pipeline.open_checkpoint, pipeline.load_tokenizer = lambda _: checkpoint, lambda _: tokenizer
+    pipeline.open_checkpoint, pipeline.load_tokenizer = lambda _: checkpoint, lambda *_: tokenizer
     pipeline.start_engine = lambda *_: InstantEngine()  # type: ignore[assignment]
 
     def config(out: Path, **output: Any) -> Config:
