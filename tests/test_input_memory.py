@@ -18,7 +18,8 @@ _BUFFERS = 64 * _MB
 
 def _peak(folder: Path, *arguments: str) -> int:
     """Bytes at most in memory of `batchmix generate`."""
-    command = [sys.executable, "-c", (
+    # Started by a shell, since on Linux a process's ru_maxrss begins at that of the process that started it.
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", (
         "import resource, sys; from batchmix.cli import main; code = main(sys.argv[1:]) or 0; "
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     ), "generate", f"data.max_buffered_bytes={_BUFFERS}", "sampling.max_tokens=1", *arguments]  # fmt: skip

@@ -179,15 +179,15 @@ class LocalFolder:
                     raise
                 raise BatchmixError(f"output.dir={self.url}: this file system has no hard links, which commits need; "
                                     "choose another output.dir") from None  # fmt: skip
+            sync_folder(path.parent)
+            return True
         except FileNotFoundError:
-            if not path.parent.is_dir():
+            if not self.root.is_dir():
                 raise
-            return False  # whoever took over has swept up
+            return False  # whoever took over has swept up, which may take a folder in ours, too
         finally:
             with suppress(OSError):
                 temporary.unlink()
-        sync_folder(path.parent)
-        return True
 
     def replace(self, name: str, write: Write) -> None:
         temporary, path = self._temporary(name), self.path(name)

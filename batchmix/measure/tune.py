@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 from batchmix.config import TuneConfig
 from batchmix.errors import BatchmixError
 from batchmix.kernels import tiles
-from batchmix.kernels.gpu import current_gpu
+from batchmix.kernels.compile import recorded
+from batchmix.kernels.gpu import Gpu, current_gpu
 from batchmix.kernels.moe import launch_experts
 from batchmix.kernels.quantize import quantize_rows
 from batchmix.kernels.routing import sort_pairs
@@ -71,9 +72,7 @@ def _tune_format(form: str, shape: Shape, rows: list[int], device: torch.device,
     if device.type == "cuda":
         launches = []
         for kind in kinds:
-            shapes_alone = _Product(kind, form, shape, torch.device("meta"))
-            shapes_alone.take_rows(max(rows))
-            launches.append((shapes_alone.run, tried[kind]))
+            launches.append((shapes_alone(kind, form, shape, max(rows), gpu).run, tried[kind]))
         print(f"{form}: ", end="")
         tried = dict(zip(kinds, compiled(launches, gpu, limit * _COMPILING), strict=True))
     searches, written = len(kinds) * len(rows), False
@@ -177,6 +176,14 @@ class _Product:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / calls
+
+
+def shapes_alone(kind: str, form: str, shape: Shape, rows: int, gpu: Gpu) -> _Product:
+    """A product on the meta device, which has no memory: what it launches can only be recorded."""
+    with recorded(gpu):
+        product = _Product(kind, form, shape, torch.device("meta"))
+        product.take_rows(rows)
+    return product
 
 
 def _search(product: _Product, rule: Tile, others: list[Tile], deadline: float, work: str) -> Tile | None:

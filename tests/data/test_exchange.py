@@ -75,3 +75,24 @@ def test_an_exchange_by_one_who_wakes_up_late_is_refused(tmp_path: Path, monkeyp
     assert not (tmp_path / "new").exists()
     second.close()
     first.close()
+
+
+@pytest.mark.parametrize("moment", ["before", "while it is written", "once it is there"])
+def test_a_file_in_a_folder_that_somebody_swept_up_is_not_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    storage = LocalFolder(tmp_path)
+    storage.make_folder("_merge")
+
+    def swept_up(*_: Any) -> None:
+        storage.delete_folder("_merge")
+
+    if moment == "before":
+        swept_up()
+    if moment == "once it is there":
+        monkeypatch.setattr(os, "link", swept_up)
+    write = swept_up if moment == "while it is written" else lambda file: file.write(b"text")
+    assert not storage.create("_merge/part", write)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        storage.create("_merge/part", write)

@@ -200,12 +200,14 @@ def check(store: Storage, runs: list[Any], last: int, order: Order) -> None:
 
 
 STOPPED_AT_ITS_FIRST_COMMIT = [([0, 1], [Fate("stop", 6), None]), ([0], [None])]
+SWEPT_UP_WHILE_IT_MERGED = [([0, 1, 2], [Fate("die", 0), None, None]), ([0, 1, 2], [Fate("stop", 14), None, None])]
 
 
 @settings(max_examples=8, deadline=None)
 @given(runs=rounds, last=st.integers(1, 4), order=st.sampled_from(Order))
 @example(STOPPED_AT_ITS_FIRST_COMMIT, 1, Order.completion)
 @example(STOPPED_AT_ITS_FIRST_COMMIT, 2, Order.input)
+@example(SWEPT_UP_WHILE_IT_MERGED, 1, Order.input)
 def test_every_row_once_in_a_folder(runs: list[Any], last: int, order: Order) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(LocalFolder(Path(folder)), runs, last, order)

@@ -154,18 +154,16 @@ def test_time_that_is_up_writes_no_table(tmp_path, capsys):
 
 
 _COMPILE_CANDIDATES = """
-import torch
 from batchmix.kernels.compile import recorded
 from batchmix.kernels.gpu import H200
 from batchmix.measure.candidates import candidates, compiled
 from batchmix.measure.case import SHAPES
-from batchmix.measure.tune import _Product
+from batchmix.measure.tune import shapes_alone
 
 for form in ("bfloat16", "fp8", "fp8_block", "int8", "int4"):
     kinds = []
     for rows in (16, 4096):
-        product = _Product("up", form, SHAPES["8x7b"], torch.device("meta"))
-        product.take_rows(rows)
+        product = shapes_alone("up", form, SHAPES["8x7b"], rows, H200)
         tiles = candidates("up", form, H200)
         with recorded(H200) as jobs:
             for tile in tiles:
