@@ -7,6 +7,8 @@ DEMO := build/demo
 LOWEST := build/venv-lowest
 NEWEST := build/venv-newest
 CHROMIUM ?= chromium
+# A process for each CPU; tests of one file share its fixtures.
+EVERY_CPU := -n auto --dist loadfile
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchmix needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 
 .DEFAULT_GOAL := help
@@ -20,19 +22,19 @@ demo: $(INSTALLED)  ## annotate examples/support_tickets.jsonl with the built-in
 	$(RUN)python examples/demo.py $(DEMO)
 
 test: $(INSTALLED)  ## the test suite without the slow tests
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest $(EVERY_CPU)
 
 test-slow: $(INSTALLED)  ## the slow tests: packaging, kills, large inputs
-	$(RUN)python -m pytest -m slow
+	$(RUN)python -m pytest -m slow $(EVERY_CPU)
 
 test-lowest: $(LOWEST)/.installed  ## `make test` with the lowest releases that pyproject.toml allows (6 GB)
-	PYTHONSAFEPATH=1 $(LOWEST)/bin/python -m pytest
+	PYTHONSAFEPATH=1 $(LOWEST)/bin/python -m pytest $(EVERY_CPU)
 
 test-newest:  ## `make test` with the newest releases of everything, whatever constraints.txt says (6 GB)
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
-	PYTHONSAFEPATH=1 $(NEWEST)/bin/python -m pytest
+	PYTHONSAFEPATH=1 $(NEWEST)/bin/python -m pytest $(EVERY_CPU)
 
 test-cluster: $(INSTALLED)  ## tests on a real Slurm (installed with apt) and a real Ray
 	@tests/cluster/install_slurm.sh

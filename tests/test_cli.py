@@ -137,6 +137,7 @@ def test_wrong_input_prints_one_helpful_line(outcomes: dict[tuple[str, ...], Don
     assert line in done.stderr
 
 
+@pytest.mark.slow  # 5 s and more
 def test_a_wrong_experiment_file_is_named(batchmix: Run, tmp_path: Path) -> None:
     experiment = tmp_path / "mine" / "experiment"
     experiment.mkdir(parents=True)
@@ -252,6 +253,7 @@ def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # 5 s and more
 def test_the_job_file_is_the_same_app(tmp_path: Path) -> None:
     overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
     jobs = sorted((ROOT / "jobs").glob("*.py"))

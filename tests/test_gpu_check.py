@@ -86,6 +86,7 @@ def pack_stand_in(folder: Path) -> None:
         wheel.writestr("vllm_extra-1.data/purelib/vllm_extra.py", "VERSION = 1\n")
 
 
+@pytest.mark.slow  # 5 s and more
 def test_packages_come_in_parts_and_are_unpacked_once(tmp_path):
     pack_stand_in(tmp_path / "packed")
     settings = {"PEERS_PATH": str(tmp_path / "unpacked"), "PACK": str(tmp_path / "all.tgz")}

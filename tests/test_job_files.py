@@ -25,6 +25,7 @@ def job() -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.slow  # 5 s and more
 def test_the_pods_of_the_job_are_its_shards(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     [container] = job["spec"]["template"]["spec"]["containers"]
     name, *overrides = container["args"]

@@ -23,6 +23,7 @@ def test_kernels_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow  # 5 s and more
 def test_transformers_imports_from_the_repository_root() -> None:
     code = "from transformers import MixtralForCausalLM"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -36,6 +36,7 @@ def tickets(tmp_path: Path, count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow  # 5 s and more
 def test_the_command_gives_the_torch_backends_answers(batchmix, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "My card was charged twice"}\n{"prompt": "Hello"}\n')
     for backend in ("triton", "torch"):

@@ -383,7 +383,7 @@ def bytes_of(kind: str) -> bytes:
     elif kind in ("file", "stream"):
         with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(sink, table.schema) as writer:
             writer.write_table(table)
-    return sink.getvalue() or {"json": b'{"a": 1}\n', "gzip": gzip.compress(b'{"a": 1}\n')}[kind]
+    return sink.getvalue() or {"json": b'{"a": 1}\n', "gzip": gzip.compress(b'{"a": 1}\n', mtime=0)}[kind]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_files_that_are_what_they_are_called(tmp_path: Path, name: str, kind: st
         ("a.jsonl", b"PK\x03\x04rest", "is not jsonl but a zip archive"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16 text; write it as UTF-8"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16-le"), "is not jsonl but binary data"),
-        ("a.jsonl.gz", gzip.compress(bytes_of("parquet")), "is not jsonl but parquet"),
+        ("a.jsonl.gz", gzip.compress(bytes_of("parquet"), mtime=0), "is not jsonl but parquet"),
         (
             "a.jsonl",
             b' \n[{"a": 1}]',
@@ -414,7 +414,7 @@ def test_files_that_are_what_they_are_called(tmp_path: Path, name: str, kind: st
         ),
         ("a.jsonl.bz2", bz2.compress(b"[]"), "is one JSON array, not JSON lines; convert it: bunzip2 -c "),
         ("a.csv", "a,b".encode("utf-16"), "is UTF-16 text; set data.csv_encoding=utf-16"),
-        ("a.parquet.gz", gzip.compress(bytes_of("parquet")), "is parquet packed as gzip, .* unpack it"),
+        ("a.parquet.gz", gzip.compress(bytes_of("parquet"), mtime=0), "is parquet packed as gzip, .* unpack it"),
         ("a.arrow.zst", zstandard.compress(bytes_of("file")), "is arrow packed as zstd, .* unpack it"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "cannot be read"),
     ],
@@ -459,7 +459,7 @@ def test_bytes_say_what_names_do_not(
     [
         ("a.jsonl", b""),
         ("a.jsonl", b"\xef\xbb\xbf\r\n \n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.jsonl.zst", zstandard.compress(b"\n")),
         ("a.jsonl.bz2", bz2.compress(b"")),
         ("a.jsonl.xz", lzma.compress(b" ")),

@@ -75,12 +75,14 @@ def mixed():
     return [replace(row, sampling=replace(row.sampling, **asked)) for row, asked in zip(rows, MIXED, strict=True)]
 
 
+@pytest.mark.slow  # 5 s and more
 def test_logits_of_a_packed_prefill(folder, model):
     rows = [list(row.token_ids) for row in prompts(4, V, seed=6, longest=40)]
     for ours, theirs in zip(packed_logits(model, rows), packed_logits(load(folder), rows), strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
+@pytest.mark.slow  # 5 s and more
 def test_every_kind_of_sampling_side_by_side(folder, model, mixed):
     expected = run(engine(load(folder)), mixed)
     assert {c.finish_reason for c in expected.values()} == {"stop", "length"}
@@ -99,6 +101,7 @@ def test_rows_put_back_for_want_of_blocks(folder, model):
     assert tight.stats.put_back, "the test must run out of blocks"
 
 
+@pytest.mark.slow  # 5 s and more
 def test_several_steps_between_looks_and_capture_sizes(folder, model):
     """The engine as on a GPU, but for what a graph is: steps run over free slots and rows that have ended, and what they
     did is looked at one window late."""

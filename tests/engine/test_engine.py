@@ -93,6 +93,7 @@ def toy_stop_table(sampling):
     return build_stop_table(sampling.stop or [], PIECES, drops_leading_space=False)
 
 
+@pytest.mark.slow  # 5 s and more
 def test_rows_that_ask_for_different_things_do_not_meet(model):
     """Every kind of sampling side by side, slots freed and refilled: nothing of one row is left to another."""
     rows = []

@@ -122,6 +122,7 @@ def one_by_one(model, guides, mixed):
     return run(engine(model, guides, max_num_seqs=1), mixed)
 
 
+@pytest.mark.slow  # 5 s and more
 def test_the_host_goes_with_everything_else_that_a_row_may_ask_for(one_by_one):
     reasons = set()
     for completion in one_by_one.values():

@@ -62,6 +62,7 @@ def expected(folder):
             for quantization in (None, Quantization.int8)}  # fmt: skip
 
 
+@pytest.mark.slow  # 5 s and more
 @settings(max_examples=8, deadline=None)
 @given(
     layers_there=st.floats(2.2, LAYERS + 1), host_tokens=st.integers(0, 2000),

@@ -56,6 +56,7 @@ def test_runs_hold_every_block_and_few_others(blocks):
         assert max(np.diff(inside), default=1) <= staged_cache._GAP + 1
 
 
+@pytest.mark.slow  # 5 s and more
 @settings(max_examples=6, deadline=None)
 @given(capacity=st.integers(1, 8), kv_blocks=st.integers(20, 60), streamed=st.integers(0, LAYERS))
 def test_answers_are_those_of_a_cache_on_the_device(folder, rows, expected, capacity, kv_blocks, streamed):

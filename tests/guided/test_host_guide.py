@@ -185,6 +185,7 @@ def test_what_has_no_table_is_valid_too(schema):
     assert found > 3
 
 
+@pytest.mark.slow  # 5 s and more
 def test_many_choices():
     source = random.Random(2)
     choices = sorted({"".join(source.choices("ab 1é", k=source.randint(6, 12))) for _ in range(9000)})

@@ -27,6 +27,7 @@ def compile_twice(cache: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow  # 5 s and more
 def test_a_launch_finds_what_was_compiled_for_it(tmp_path):
     found = compile_twice(tmp_path, "here")
     first, again = found["outcomes"]

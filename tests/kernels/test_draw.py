@@ -61,6 +61,7 @@ def whole_weights(seed: int, vocab: int, steps: int, device: torch.device) -> Te
 VOCABULARIES = st.sampled_from([1, 2, 127, 128, 129, 300, 1000])
 
 
+@pytest.mark.slow  # 5 s and more
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 2**31),

@@ -137,6 +137,7 @@ def test_a_static_cache(eager: MixtralForCausalLM, device: torch.device) -> None
         )
 
 
+@pytest.mark.slow  # 5 s and more
 def test_cpu_without_the_interpreter() -> None:
     code = """
 import torch, batchmix.for_transformers

@@ -287,6 +287,7 @@ def test_what_a_row_does_not_use_is_not_read(device):
     assert torch.equal(run(logits, slots, device)[0], expected)
 
 
+@pytest.mark.slow  # 5 s and more
 def test_a_real_vocabulary_and_a_row_stride(device):
     vocab = 32002
     wide = torch.full((2, vocab + 30), float("nan"))

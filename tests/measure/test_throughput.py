@@ -32,6 +32,7 @@ def open_random(folder, shape="tiny", layers=2):
     return open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random))
 
 
+@pytest.mark.slow  # 5 s and more
 def test_whole_runs_beside_the_roofline(batchmix, tmp_path):
     done = batchmix("benchmark", "throughput", "benchmark.shape=tiny", "benchmark.rows=4", "benchmark.peers=[]",
                     "benchmark.only=[annotate,long]", "benchmark.dir=results", "engine.device=cpu")  # fmt: skip
@@ -109,6 +110,7 @@ class LLM:
 """
 
 
+@pytest.mark.slow  # 5 s and more
 def test_a_peer_that_lies_unpacked_in_a_folder(batchmix, tmp_path):
     """Only peers run, and one that can quantise as it loads has the weights and the cache that ours have."""
     (tmp_path / "unpacked" / "vllm").mkdir(parents=True)

@@ -51,6 +51,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow  # 5 s and more
 def test_two_workers_are_one_run(tmp_path, capsys, caplog):
     data = tickets(tmp_path / "rows.jsonl", 40)
     generate(job(data, tmp_path / "one", 1))
