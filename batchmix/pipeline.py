@@ -29,13 +29,13 @@ from batchmix.engine.engine import Engine
 from batchmix.engine.start import check_engine, start_engine
 from batchmix.errors import BatchmixError
 from batchmix.escapes import warn_of_escapes
-from batchmix.guided.compile import open_guides
+from batchmix.guided.compile import open_grammars
 from batchmix.hydra_app import save_hydra_files
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
-from batchmix.model.shards import Shards
+from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.parallel.data import Replicas, Reports, Share, begin_share
 from batchmix.parallel.ray_pool import run_on_ray
-from batchmix.parallel.tensor import Followers, tensor_parallel
+from batchmix.parallel.tensor import TPWorkers, tensor_parallel
 from batchmix.parallel.workers import Parent
 from batchmix.plan.in_flight import InFlight
 from batchmix.records import Completion, Row
@@ -71,11 +71,11 @@ def generate(config: Config) -> None:
             _log.warning("%s", note)
         if not on_ray:
             check_engine(checkpoint, config.engine)
-        Shards(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
+        TensorParallel(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
         tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
-        guides = open_guides(checkpoint, tokenizer)
+        grammars = open_grammars(checkpoint, tokenizer)
         end_tokens = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
-        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, guides, end_tokens)
+        check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, grammars, end_tokens)
         warn_of_escapes(config)
         run = _describe(config, source, checkpoint)
         parts = _parts(config, source, checkpoint, tokenizer, run)
@@ -93,7 +93,7 @@ def generate(config: Config) -> None:
                 tokenizer=tokenizer,
                 max_model_len=checkpoint.max_model_len,
                 vocab_size=checkpoint.config.vocab_size,
-                guides=guides,
+                grammars=grammars,
                 eos_token_ids=end_tokens,
             )
             first = next(rows, None)  # before the model is loaded: there may be nothing left to do
@@ -106,11 +106,11 @@ def generate(config: Config) -> None:
                 elif num_workers > 1:
                     statistics = _run_replicas(config, source, run, output, signals)
                 else:
-                    with tensor_parallel(config, _give_up) as (shards, followers):
-                        engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards, guides)
+                    with tensor_parallel(config, _give_up) as (tp, tp_workers):
+                        engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, tp, grammars)
                         signals.defer()
                         accept_weights(output.storage, engine.model.weights.fingerprint)
-                        statistics = _run(config, source, tokenizer, output, engine, followers, chain([first], rows))
+                        statistics = _run(config, source, tokenizer, output, engine, tp_workers, chain([first], rows))
                 signals.raise_if_received()
                 output.write_statistics(statistics)
             assert source.num_rows is not None  # all have been read
@@ -127,14 +127,14 @@ def _run(
     tokenizer: Tokenizer | None,
     output: OutputFolder,
     engine: Engine,
-    followers: Followers,
+    tp_workers: TPWorkers,
     rows: Iterator[Row],
 ) -> RunStatistics:
     """The run in this process, as its user sees it."""
     clock, stats, started = engine.clock, engine.stats, time.monotonic()
     with (
         _traced(config, engine, output.storage, output.trace_name),
-        closing(_completions(config, source, tokenizer, engine, followers, rows)) as completions,
+        closing(_completions(config, source, tokenizer, engine, tp_workers, rows)) as completions,
         Progress(source.shard_rows, output.num_done, stats) as progress,
         Metrics(output.storage, stats, progress.totals, config.shard.index),
         make_sink(config, output.log(source.new_extents), tokenizer, clock) as sink,
@@ -152,13 +152,13 @@ def _completions(
     source: Source,
     tokenizer: Tokenizer | None,
     engine: Engine,
-    followers: Followers,
+    tp_workers: TPWorkers,
     rows: Iterator[Row],
 ) -> Generator[Completion, None, None]:
     """The chain of stages up to the engine; every stage but that works in a thread of its own."""
     in_flight = InFlight(buffers_of(config).in_flight)
     with closing(planned_batches(config, source.schema.names, tokenizer, engine, rows, in_flight)) as batches:
-        for completion in engine.generate(followers.lead(batches)):
+        for completion in engine.generate(tp_workers.broadcast(batches)):
             in_flight.completed(completion)
             check_error(config, completion)
             yield completion
@@ -193,8 +193,8 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
             return
         checkpoint = open_checkpoint(config.model)
         tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
-        with tensor_parallel(config, parent.send) as (shards, followers):
-            engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, shards)
+        with tensor_parallel(config, parent.send) as (tp, tp_workers):
+            engine = start_engine(checkpoint, tokenizer, config.engine, signals.stopping, tp)
             signals.defer()
             totals = Totals()
             storage = open_storage(config.output.dir)
@@ -204,7 +204,7 @@ def _work(parent: Parent, config: Config, share: Share) -> None:
             with (
                 _traced(config, engine, storage, trace_name(share.shard)),
                 closing(
-                    _completions(config, source, tokenizer, engine, followers, chain([first], rows))
+                    _completions(config, source, tokenizer, engine, tp_workers, chain([first], rows))
                 ) as completions,
                 Reports(parent, engine.stats, totals, engine.clock) as reports,
                 make_sink(config, log, tokenizer, engine.clock) as sink,

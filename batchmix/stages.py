@@ -44,7 +44,7 @@ def planned_batches(
         vocab_size=engine.model.config.vocab_size,
         keep=keep,
         clock=engine.clock,
-        guides=engine.guides,
+        grammars=engine.grammars,
         eos_token_ids=engine.state.slots.eos_token_ids.tolist(),
         stopping=engine.should_stop,
         buffers=buffers,

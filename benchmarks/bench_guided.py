@@ -6,7 +6,7 @@ The random Mixtral of 39 M parameters and the Mixtral tokenizer's vocabulary of 
 64 tokens at temperature 1, on the device that engine.device=auto picks. `records`: an array of small objects, mostly keys,
 choices and numbers; `text`: the inside of one long string, also with token_probabilities. Those "on the host" say the same of texts whose length is bounded,
 so that they have no table. Only decode steps with a row in nine of ten slots count, so that rows which
-end early do not; twice as many rows as slots refill them. What compiling a guide takes is shown apart.
+end early do not; twice as many rows as slots refill them. What compiling a grammar takes is shown apart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig, St
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.engine import Engine
 from batchmix.engine.start import start_engine
-from batchmix.guided.host_guide import HostGuide
+from batchmix.guided.host_grammar import HostGrammar
 from batchmix.measure.result import save_result
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.plan.planner import Limits, plan
@@ -43,7 +43,7 @@ RECORD = {
     "required": ["sentiment", "topic", "urgent", "score"],
 }
 TEXT = r'[^"\\\x00-\x1f]'  # what a JSON string has between its quotes
-GUIDES = {
+GRAMMARS = {
     "records": StructuredOutputs(json={"type": "array", "items": RECORD, "minItems": 2}),
     "text": StructuredOutputs(regex=f"{TEXT}+"),
     "text, probabilities": StructuredOutputs(regex=f"{TEXT}+", token_probabilities=True),
@@ -90,12 +90,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     gpu = torch.cuda.is_available()
-    guides = {name: outputs for name, outputs in GUIDES.items() if find_spec("llguidance") or not on_host(name)}
-    if len(guides) < len(GUIDES):
-        print("llguidance is not installed: without the guides on the host")
+    grammars = {name: outputs for name, outputs in GRAMMARS.items() if find_spec("llguidance") or not on_host(name)}
+    if len(grammars) < len(GRAMMARS):
+        print("llguidance is not installed: without the grammars on the host")
     free = SamplingConfig(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
     samplings = {"unguided": free}
-    for name, outputs in guides.items():
+    for name, outputs in grammars.items():
         samplings[name] = SamplingConfig(
             temperature=1.0, max_tokens=args.tokens, ignore_eos=True, structured_outputs=outputs
         )
@@ -106,25 +106,25 @@ def main() -> None:
                                                  max_model_len=256))  # fmt: skip
         tokenizer = load_tokenizer(open_checkpoint(ModelConfig()).folder)
         engine = start_engine(checkpoint, tokenizer, EngineConfig(max_num_seqs=args.rows), lambda: False)
-    assert engine.guides is not None
+    assert engine.grammars is not None
     compile_seconds = {}
-    for name in guides:
+    for name in grammars:
         started = time.perf_counter()
-        guide = engine.guides.get(samplings[name])
-        assert isinstance(guide, HostGuide) == on_host(name)
+        grammar = engine.grammars.get(samplings[name])
+        assert isinstance(grammar, HostGrammar) == on_host(name)
         compile_seconds[name] = round(time.perf_counter() - started, 3)
     rates: dict[str, list[float]] = {name: [] for name in samplings}
     forced = {}
     for _ in range(args.repeats):  # in turns, since other users of a machine come and go
         for name, sampling in samplings.items():
             rows = [Prompt(row, str(row), {}, ids, sampling) for row, ids in enumerate(prompts)]
-            before = engine.stats.forced_tokens, engine.stats.completion_tokens
+            before = engine.stats.jump_forward_tokens, engine.stats.completion_tokens
             rates[name].append(decode_rate(engine, rows))
             tokens = engine.stats.completion_tokens - before[1]
-            forced[name] = (engine.stats.forced_tokens - before[0]) / tokens
+            forced[name] = (engine.stats.jump_forward_tokens - before[0]) / tokens
     best = {name: max(runs) for name, runs in rates.items()}
     # Of the turns, each beside its own unguided run: the best of many runs differ by more than what is measured.
-    costs = {name: 1 - median(np.divide(rates[name], rates["unguided"])) for name in guides}
+    costs = {name: 1 - median(np.divide(rates[name], rates["unguided"])) for name in grammars}
     for name, rate in best.items():
         cost = costs.get(name, 0.0)
         note = f", {cost:+.1%} cost; {forced[name]:.0%} of the tokens forced; compiled in {compile_seconds.get(name)} s"
@@ -135,7 +135,7 @@ def main() -> None:
             "machine": machine(), "device": device, "rows": args.rows, "tokens": args.tokens,
             "decode_tokens_per_second": {name: round(rate, 1) for name, rate in best.items()},
             "cost": {name: round(float(cost), 4) for name, cost in costs.items()},
-            "forced_share": {name: round(forced[name], 3) for name in guides},
+            "forced_share": {name: round(forced[name], 3) for name in grammars},
             "compile_seconds": compile_seconds,
         })  # fmt: skip
         print(f"written: {path.name}")

@@ -27,9 +27,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from batchmix.engine.async_copy import AsyncCopy
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.readback import Readback
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.kernels.gpu import H200, assume_gpu
 from batchmix.model.config import MixtralConfig
 from batchmix.model.mixtral import Mixtral
@@ -108,7 +108,7 @@ def layer_seconds(rows: int, turns: int) -> tuple[list[float], float]:
         # Looking up embeddings would touch memory.
         model.weights.embedding = Embedding(torch.empty(rows, CONFIG.hidden_size, dtype=torch.bfloat16))  # type: ignore[assignment]
         cache = KVCache(replace(CONFIG, num_hidden_layers=LAYERS), 1, 64, torch.bfloat16, cpu)
-        slots = Slots(rows, CONFIG.vocab_size, WIDTH, (), None, Readback(cpu))
+        slots = InputBatch(rows, CONFIG.vocab_size, WIDTH, (), None, AsyncCopy(cpu))
         tokens = torch.zeros(rows, dtype=torch.int64)
         attend = ops.decode(model, cache, slots, rows, rows, WIDTH)
         model(tokens, attend)  # compiles

@@ -27,7 +27,7 @@ from batchmix.engine.kv_cache import KVCache
 from batchmix.model import torch_backend
 from batchmix.model.config import MixtralConfig
 from batchmix.model.expert_load import ExpertLoad
-from batchmix.model.shards import ALONE
+from batchmix.model.tensor_parallel import SINGLE_RANK
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
 
@@ -46,7 +46,7 @@ class NoModel:
     """As Mixtral, at no cost."""
 
     config = CONFIG
-    shards = ALONE
+    tp = SINGLE_RANK
     stream = None
     streamed_bytes = 0
 

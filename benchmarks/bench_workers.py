@@ -48,7 +48,7 @@ class SleepingEngine:
         self.model = SimpleNamespace(
             config=SimpleNamespace(vocab_size=32000), weights=SimpleNamespace(fingerprint="none")
         )
-        self.guides = None
+        self.grammars = None
         self.state = SimpleNamespace(
             slots=SimpleNamespace(capacity=ROWS_AT_ONCE, eos_token_ids=torch.tensor([2])),
             pool=SimpleNamespace(num_blocks=100_000),

@@ -106,7 +106,11 @@ def compare(rev: str, count: int, overrides: list[str]) -> bool:
         old = Path(folder, "old")
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, rev], cwd=_ROOT, check=True)
         try:
-            small = [] if torch.cuda.is_available() else ["engine.backend=triton", "engine.device=cpu", "model.dtype=float32"]
+            small = (
+                []
+                if torch.cuda.is_available()
+                else ["engine.backend=triton", "engine.device=cpu", "model.dtype=float32"]
+            )
             runs = [(how, count, 3400, [], {}) for how in ("plain", "preempted", "out_of_memory")]
             runs += [("plain", 24, 200, small, {"TRITON_INTERPRET": "1"})] * bool(small)
             for number, (how, rows, longest, more, environment) in enumerate(runs):

@@ -47,7 +47,7 @@ def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP_AB: tl.constexpr):
 
 
 @triton.jit
-def along_m(values, SWAP_AB: tl.constexpr):
+def broadcast_m(values, SWAP_AB: tl.constexpr):
     """[BM] as it broadcasts against an accumulator."""
     if SWAP_AB:
         return values[None, :]
@@ -56,7 +56,7 @@ def along_m(values, SWAP_AB: tl.constexpr):
 
 
 @triton.jit
-def along_n(values, SWAP_AB: tl.constexpr):
+def broadcast_n(values, SWAP_AB: tl.constexpr):
     """[BN] as it broadcasts against an accumulator."""
     if SWAP_AB:
         return values[:, None]
@@ -65,7 +65,7 @@ def along_n(values, SWAP_AB: tl.constexpr):
 
 
 @triton.jit
-def upright(acc, SWAP_AB: tl.constexpr):
+def to_row_major(acc, SWAP_AB: tl.constexpr):
     """The accumulator as [BM, BN]."""
     if SWAP_AB:
         return acc.T
@@ -95,9 +95,9 @@ def step(w, x, x_high, scale, acc, FORMAT: tl.constexpr, SWAP_AB: tl.constexpr):
         words = spread(w)
         part = product(int4_pairs(words & 0xF000F, x.dtype), x, tl.zeros_like(acc), SWAP_AB)
         part += product(int4_pairs((words >> 4) & 0xF000F, x.dtype), x_high, tl.zeros_like(acc), SWAP_AB)
-        return acc + part * along_n(scale, SWAP_AB)
+        return acc + part * broadcast_n(scale, SWAP_AB)
     elif FORMAT == "fp8_block":
-        return acc + product(w, x, tl.zeros_like(acc), SWAP_AB) * along_n(scale, SWAP_AB)
+        return acc + product(w, x, tl.zeros_like(acc), SWAP_AB) * broadcast_n(scale, SWAP_AB)
     elif FORMAT == "int8":
         return product(int8_pairs(spread(w), x.dtype), x, acc, SWAP_AB)
     else:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from batchmix.kernels import tiles
-from batchmix.kernels.gemm import can_describe, descriptor, load_tile, product, upright, zeros
+from batchmix.kernels.gemm import can_describe, descriptor, load_tile, product, to_row_major, zeros
 from batchmix.kernels.gpu import current_gpu
 from batchmix.kernels.launch import cdiv, kernel, operator
 from batchmix.kernels.tiles import Tile
@@ -64,7 +64,7 @@ def _linear_kernel(
             acc = product(w_tile, x_tile, acc, SWAP_AB)
         out_pointers = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
         mask = (rows < num_tokens)[:, None] & (columns < N)[None, :]
-        tl.store(out_pointers, upright(acc, SWAP_AB).to(out.dtype.element_ty), mask=mask)
+        tl.store(out_pointers, to_row_major(acc, SWAP_AB).to(out.dtype.element_ty), mask=mask)
 
 
 def launch_linear(x: Tensor, w: Tensor, out: Tensor, tile: Tile) -> None:
@@ -103,7 +103,7 @@ def linear(x: Tensor, w: Tensor, batch_invariant: bool = True) -> Tensor:
     out = torch.empty(num_tokens, len(w), dtype=x.dtype, device=x.device)
     gpu = current_gpu(x.device)
     format = tiles.format_of(x.dtype)
-    launch_linear(x, w, out, tiles.choose("linear", format, len(w), depth, num_tokens, gpu, batch_invariant))
+    launch_linear(x, w, out, tiles.select_tile("linear", format, len(w), depth, num_tokens, gpu, batch_invariant))
     return out
 
 

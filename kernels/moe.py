@@ -22,13 +22,13 @@ from torch import Tensor
 from batchmix.kernels import tiles
 from batchmix.kernels.gemm import (
     BLOCK_SCALE,
-    along_m,
-    along_n,
+    broadcast_m,
+    broadcast_n,
     can_describe,
     descriptor,
     load_tile,
     step,
-    upright,
+    to_row_major,
     weight_descriptor,
     zeros,
 )
@@ -104,13 +104,13 @@ def _experts_kernel(
         column = local % GROUP // height * BLOCK_N
 
         # Rows and columns beyond the last repeat it and are not stored: loads need no masks.
-        places = start + tl.arange(0, BLOCK_M)
-        valid = places < end
-        places = tl.minimum(places, end - 1)
-        pairs = tl.load(order + places)
+        offs_m = start + tl.arange(0, BLOCK_M)
+        valid = offs_m < end
+        offs_m = tl.minimum(offs_m, end - 1)
+        pairs = tl.load(order + offs_m)
         columns = column + tl.arange(0, BLOCK_N)
         channels = expert * ROWS + tl.minimum(columns, N - 1)
-        source = pairs // TOP_K if GATHER else places
+        source = pairs // TOP_K if GATHER else offs_m
         x_pointers = x
         if not X_DESCRIPTOR:
             x_pointers = x + source.to(tl.int64)[:, None] * K + tl.arange(0, X_WIDTH)[None, :]
@@ -147,22 +147,22 @@ def _experts_kernel(
                 acc_up = step(w_tile, x_tile, x_high, scale, acc_up, FORMAT, SWAP_AB)
 
         if FORMAT == "fp8" or FORMAT == "int8":
-            acc *= along_n(tl.load(w_scale + channels), SWAP_AB)
+            acc *= broadcast_n(tl.load(w_scale + channels), SWAP_AB)
             if UP:
-                acc_up *= along_n(tl.load(w_scale + N + channels), SWAP_AB)
+                acc_up *= broadcast_n(tl.load(w_scale + N + channels), SWAP_AB)
         if FORMAT == "fp8" or FORMAT == "fp8_block":
-            x_scales = along_m(tl.load(x_scale + (pairs // TOP_K if UP else places)), SWAP_AB)
+            x_scales = broadcast_m(tl.load(x_scale + (pairs // TOP_K if UP else offs_m)), SWAP_AB)
             acc *= x_scales
             if UP:
                 acc_up *= x_scales
         if UP:
             acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-            rows_out = places
+            rows_out = offs_m
         else:
-            acc *= along_m(tl.load(pair_weights + pairs), SWAP_AB)
+            acc *= broadcast_m(tl.load(pair_weights + pairs), SWAP_AB)
             rows_out = pairs
         out_pointers = out + rows_out.to(tl.int64)[:, None] * N + columns[None, :]
-        result = upright(acc, SWAP_AB).to(out.dtype.element_ty)
+        result = to_row_major(acc, SWAP_AB).to(out.dtype.element_ty)
         tl.store(out_pointers, result, mask=valid[:, None] & (columns < N)[None, :])
 
 
@@ -180,7 +180,7 @@ def _tile(kind: str, x: Tensor, w: Tensor, scale: Tensor | None, pairs: int, bat
     name = tiles.format_of(w.dtype) if format == "dense" else format
     columns = w.shape[1] // 2 if kind == "up" else w.shape[1]
     rows = cdiv(pairs, len(w))  # of an average expert
-    return tiles.choose(kind, name, columns, x.shape[1], rows, current_gpu(x.device), batch_invariant)
+    return tiles.select_tile(kind, name, columns, x.shape[1], rows, current_gpu(x.device), batch_invariant)
 
 
 def launch_experts(

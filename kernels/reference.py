@@ -309,13 +309,13 @@ def sample(
     output_counts: Tensor | None,
     in_prompt: Tensor | None,
     wants_logprob: Tensor,
-    among_allowed: Tensor,
-    guide_base: Tensor | None = None,
-    guide_state: Tensor | None = None,
-    guide_class: Tensor | None = None,
+    processed_logprobs: Tensor,
+    grammar_base: Tensor | None = None,
+    grammar_state: Tensor | None = None,
+    grammar_class: Tensor | None = None,
     max_tokens: Tensor | None = None,
-    guide_tables: Tensor | None = None,
-    guide_classes: Tensor | None = None,
+    grammar_tables: Tensor | None = None,
+    grammar_classes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and meaning as the kernel's: -> tokens int64 [R], log-probabilities float32 [R]."""
     tokens, logprobs = [], []
@@ -332,15 +332,15 @@ def sample(
                     x[token] = x[token] / repetition_penalty[r] if x[token] > 0 else x[token] * repetition_penalty[r]
                 x[token] -= frequency_penalty[r] * count
                 x[token] -= presence_penalty[r] * (count > 0)
-        if guide_base is not None and guide_base[r] >= 0:
-            assert guide_state is not None
-            assert guide_class is not None
+        if grammar_base is not None and grammar_base[r] >= 0:
+            assert grammar_state is not None
+            assert grammar_class is not None
             assert max_tokens is not None
-            assert guide_tables is not None
-            assert guide_classes is not None
-            first = int(guide_base[r] + guide_state[r])
-            for token, kind in enumerate(guide_classes[guide_class[r]].tolist()):
-                if guide_tables[first + kind, 1] > max_tokens[r] - generated[r] - 1:
+            assert grammar_tables is not None
+            assert grammar_classes is not None
+            first = int(grammar_base[r] + grammar_state[r])
+            for token, kind in enumerate(grammar_classes[grammar_class[r]].tolist()):
+                if grammar_tables[first + kind, 1] > max_tokens[r] - generated[r] - 1:
                     x[token] = float("-inf")
         allowed = raw.double().masked_fill(x == float("-inf"), float("-inf"))
         token = x.tolist().index(max(x.tolist()))
@@ -350,7 +350,7 @@ def sample(
             token = draw(weights, uniform(int(seed[r]), int(row_key[r]), int(sample[r]), int(generated[r])))
         tokens.append(token)
         wanted = raw.double() if wants_logprob[r] else allowed
-        logprobs.append(float(wanted.log_softmax(0)[token]) if wants_logprob[r] or among_allowed[r] else 0.0)
+        logprobs.append(float(wanted.log_softmax(0)[token]) if wants_logprob[r] or processed_logprobs[r] else 0.0)
     return torch.tensor(tokens, device=logits.device), torch.tensor(logprobs, device=logits.device)
 
 
@@ -377,11 +377,11 @@ def advance(
     stop_token_ids: Tensor,
     stop_base: Tensor,
     automata: Tensor,
-    guide_state: Tensor | None = None,
-    guide_base: Tensor | None = None,
-    guide_class: Tensor | None = None,
-    guide_tables: Tensor | None = None,
-    guide_classes: Tensor | None = None,
+    grammar_state: Tensor | None = None,
+    grammar_base: Tensor | None = None,
+    grammar_class: Tensor | None = None,
+    grammar_tables: Tensor | None = None,
+    grammar_classes: Tensor | None = None,
 ) -> None:
     """Shapes and meaning as the kernel's."""
     running, eos, stop_token, stop_string, length = range(5)
@@ -404,14 +404,14 @@ def advance(
             stop_state[r] = automata[stop_base[r] + stop_state[r], new]
             if automata[stop_base[r] + stop_state[r], -1] >= 0:
                 why, reason = stop_string, int(automata[stop_base[r] + stop_state[r], -1])
-        if guide_base is not None and guide_base[r] >= 0:
-            assert guide_state is not None
-            assert guide_class is not None
-            assert guide_tables is not None
-            assert guide_classes is not None
-            kind = guide_classes[guide_class[r], new]
-            guide_state[r] = guide_tables[guide_base[r] + guide_state[r] + kind, 0]
-            over, longer = guide_tables[guide_base[r] + guide_state[r]].tolist()
+        if grammar_base is not None and grammar_base[r] >= 0:
+            assert grammar_state is not None
+            assert grammar_class is not None
+            assert grammar_tables is not None
+            assert grammar_classes is not None
+            kind = grammar_classes[grammar_class[r], new]
+            grammar_state[r] = grammar_tables[grammar_base[r] + grammar_state[r] + kind, 0]
+            over, longer = grammar_tables[grammar_base[r] + grammar_state[r]].tolist()
             if longer > max_tokens[r] - generated[r]:
                 why = 6 if over else length
         if generated[r] >= min_tokens[r]:

@@ -1,6 +1,6 @@
 """From logits to tokens, one program a row: what batchmix/engine/sampling.py does, in the same order.
 
-Logit bias and allowed tokens, minimum length, penalties, a guide's tokens, temperature, min-p, top-k, top-p, then the
+Logit bias and allowed tokens, minimum length, penalties, a grammar's tokens, temperature, min-p, top-k, top-p, then the
 draw. Steps that a
 row does not use are skipped for it, so what one row asks for never changes another's answer.
 
@@ -50,8 +50,8 @@ def _penalised(x, counts, in_prompt, repetition, presence, frequency):
 _OF_ROWS = (
     "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "row_key_ptr", "sample_ptr", "generated_ptr",
     "min_tokens_ptr", "stop_ptr", "bias_row_ptr", "penalised_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr",
-    "counts_ptr", "in_prompt_ptr", "wants_logprob_ptr", "among_allowed_ptr", "guide_base_ptr", "guide_state_ptr",
-    "guide_class_ptr", "max_tokens_ptr",
+    "counts_ptr", "in_prompt_ptr", "wants_logprob_ptr", "among_allowed_ptr", "grammar_base_ptr", "grammar_state_ptr",
+    "grammar_class_ptr", "max_tokens_ptr",
 )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ _OF_ROWS = (
 def sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, row_key_ptr, sample_ptr, generated_ptr,
     min_tokens_ptr, eos_ptr, stop_ptr, bias_row_ptr, biases_ptr, penalised_ptr, repetition_ptr, presence_ptr,
-    frequency_ptr, counts_ptr, in_prompt_ptr, wants_logprob_ptr, among_allowed_ptr, guide_base_ptr, guide_state_ptr,
-    guide_class_ptr, max_tokens_ptr, guide_tables_ptr, guide_classes_ptr, tokens_ptr, logprobs_ptr, workspace_ptr, R, V, logits_stride,
+    frequency_ptr, counts_ptr, in_prompt_ptr, wants_logprob_ptr, among_allowed_ptr, grammar_base_ptr, grammar_state_ptr,
+    grammar_class_ptr, max_tokens_ptr, grammar_tables_ptr, grammar_classes_ptr, tokens_ptr, logprobs_ptr, workspace_ptr, R, V, logits_stride,
     num_eos, num_stop, BLOCK: tl.constexpr,
 ):  # fmt: skip
     weights_ptr = workspace_ptr + tl.program_id(0).to(tl.int64) * V
@@ -72,11 +72,11 @@ def sample_kernel(
         bias_row = tl.load(bias_row_ptr + row).to(tl.int64)
         penalised = tl.load(penalised_ptr + row)
         wants_logprob = tl.load(wants_logprob_ptr + row)
-        among_allowed = tl.load(among_allowed_ptr + row)
-        if guide_tables_ptr is not None:
-            guide_base = tl.load(guide_base_ptr + row).to(tl.int64)
-            guide_row = guide_base + tl.load(guide_state_ptr + row).to(tl.int64)
-            guide_class = tl.load(guide_class_ptr + row).to(tl.int64)
+        processed_logprobs = tl.load(among_allowed_ptr + row)
+        if grammar_tables_ptr is not None:
+            grammar_base = tl.load(grammar_base_ptr + row).to(tl.int64)
+            grammar_row = grammar_base + tl.load(grammar_state_ptr + row).to(tl.int64)
+            grammar_class = tl.load(grammar_class_ptr + row).to(tl.int64)
             left = tl.load(max_tokens_ptr + row) - position - 1  # after this token
 
         largest_raw = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -102,12 +102,12 @@ def sample_kernel(
                     in_prompt = tl.load(in_prompt_ptr + offset * V + columns, mask=inside, other=0) != 0
                     repetition, presence = tl.load(repetition_ptr + row), tl.load(presence_ptr + row)
                     x = _penalised(x, counts, in_prompt, repetition, presence, tl.load(frequency_ptr + row))
-            if guide_tables_ptr is not None:  # noqa: SIM102
-                if guide_base >= 0:
-                    kind = tl.load(guide_classes_ptr + guide_class * V + columns, mask=inside, other=0)
-                    need = tl.load(guide_tables_ptr + (guide_row + kind) * 2 + 1, mask=inside, other=0)
+            if grammar_tables_ptr is not None:  # noqa: SIM102
+                if grammar_base >= 0:
+                    kind = tl.load(grammar_classes_ptr + grammar_class * V + columns, mask=inside, other=0)
+                    need = tl.load(grammar_tables_ptr + (grammar_row + kind) * 2 + 1, mask=inside, other=0)
                     x = tl.where(need <= left, x, float("-inf"))
-            if among_allowed:
+            if processed_logprobs:
                 allowed = tl.where(x > float("-inf"), raw, float("-inf"))
                 higher = tl.maximum(largest_allowed, allowed)
                 top = tl.where(higher > float("-inf"), higher, 0.0)  # -inf less -inf is no number
@@ -148,7 +148,7 @@ def sample_kernel(
                 total += tl.exp(tl.load(source, mask=columns < V, other=float("-inf")) - best_raw)
             chosen = tl.load(logits_ptr + offset * logits_stride + token)
             logprob = (chosen - best_raw) - tl.log(tl.sum(total))
-        elif among_allowed:
+        elif processed_logprobs:
             best_allowed = tl.max(largest_allowed)
             total = tl.sum(total_allowed * tl.exp(largest_allowed - best_allowed))
             chosen = tl.load(logits_ptr + offset * logits_stride + token)
@@ -179,13 +179,13 @@ def sample(
     output_counts: Tensor | None,
     in_prompt: Tensor | None,
     wants_logprob: Tensor,
-    among_allowed: Tensor,
-    guide_base: Tensor | None = None,
-    guide_state: Tensor | None = None,
-    guide_class: Tensor | None = None,
+    processed_logprobs: Tensor,
+    grammar_base: Tensor | None = None,
+    grammar_state: Tensor | None = None,
+    grammar_class: Tensor | None = None,
     max_tokens: Tensor | None = None,
-    guide_tables: Tensor | None = None,
-    guide_classes: Tensor | None = None,
+    grammar_tables: Tensor | None = None,
+    grammar_classes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row and the log-probability that the model gives it, before any of the steps below.
 
@@ -202,11 +202,11 @@ def sample(
     - bias_row int64, a row of biases, float32 [tables, V], added to the logits (-inf: not allowed); -1: none
     - penalised bool, whether the row has penalties: repetition_penalty, presence_penalty, frequency_penalty float32;
       output_counts int32 [R, V] and in_prompt bool [R, V], None where no row has penalties
-    - wants_logprob bool; among_allowed bool: the log-probability among the tokens that are not at -inf in the end
-    - guide_base int64, the row of guide_tables, int32 [rows, 2], at which the row's guide begins, -1: none; guide_state
-      int64, the row of its state, counted from there; guide_class int64, a row of guide_classes, int32 [guides, V]: each
-      token's class. Row guide_base + guide_state + class holds in its second column how many tokens must follow the
-      token; those for which max_tokens, int64, leaves too few are not allowed. All None where no row has a guide
+    - wants_logprob bool; processed_logprobs bool: the log-probability among the tokens that are not at -inf in the end
+    - grammar_base int64, the row of grammar_tables, int32 [rows, 2], at which the row's grammar begins, -1: none; grammar_state
+      int64, the row of its state, counted from there; grammar_class int64, a row of grammar_classes, int32 [grammars, V]: each
+      token's class. Row grammar_base + grammar_state + class holds in its second column how many tokens must follow the
+      token; those for which max_tokens, int64, leaves too few are not allowed. All None where no row has a grammar
 
     -> tokens int64 [R], each in 0..V-1, and log-probabilities float32 [R], 0 where neither is wanted.
     """
@@ -219,7 +219,7 @@ def sample(
     per_row = [
         temperature, top_k, top_p, min_p, seed, row_key, sample, generated, min_tokens, eos_token_ids, stop_token_ids,
         bias_row, biases, penalised, repetition_penalty, presence_penalty, frequency_penalty, output_counts, in_prompt,
-        wants_logprob, among_allowed, guide_base, guide_state, guide_class, max_tokens, guide_tables, guide_classes,
+        wants_logprob, processed_logprobs, grammar_base, grammar_state, grammar_class, max_tokens, grammar_tables, grammar_classes,
     ]  # fmt: skip
     assert len({tensor is None for tensor in per_row[-6:]}) == 1
     assert all(tensor is None or tensor.is_contiguous() for tensor in per_row)

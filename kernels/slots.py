@@ -25,7 +25,7 @@ _BLOCK_ROWS = 32  # a program of one warp; every load waits for memory, so many 
 _OF_ROWS = (
     "token_ptr", "context_ptr", "generated_ptr", "finish_ptr", "reason_ptr", "state_ptr", "history_ptr",
     "logprob_history_ptr", "counts_ptr", "penalised_ptr", "max_tokens_ptr", "min_tokens_ptr", "ignore_eos_ptr",
-    "stop_ptr", "stop_base_ptr", "guide_state_ptr", "guide_base_ptr", "guide_class_ptr",
+    "stop_ptr", "stop_base_ptr", "grammar_state_ptr", "grammar_base_ptr", "grammar_class_ptr",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ _OF_ROWS = (
 def advance_kernel(
     tokens_ptr, logprobs_ptr, token_ptr, context_ptr, generated_ptr, finish_ptr, reason_ptr, state_ptr, history_ptr,
     logprob_history_ptr, counts_ptr, penalised_ptr, max_tokens_ptr, min_tokens_ptr, ignore_eos_ptr, eos_ptr, stop_ptr,
-    stop_base_ptr, automata_ptr, guide_state_ptr, guide_base_ptr, guide_class_ptr, guide_tables_ptr, guide_classes_ptr, R,
+    stop_base_ptr, automata_ptr, grammar_state_ptr, grammar_base_ptr, grammar_class_ptr, grammar_tables_ptr, grammar_classes_ptr, R,
     V, num_eos, num_stop, history_length, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -69,17 +69,17 @@ def advance_kernel(
     finish = tl.where(matched >= 0, _STOP_STRING, finish)
     reason = tl.where(matched >= 0, matched, reason)
 
-    # A guide's rows are states by classes of tokens, a state's first row saying how it may end (engine/slots.py).
-    if guide_tables_ptr is not None:
-        guide = tl.load(guide_base_ptr + row, mask=running, other=-1).to(tl.int64)
-        guided = running & (guide >= 0)
-        kinds = tl.load(guide_class_ptr + row, mask=guided, other=0).to(tl.int64)
-        kind = tl.load(guide_classes_ptr + kinds * V + token, mask=guided, other=0)
-        state = guide + tl.load(guide_state_ptr + row, mask=guided, other=0).to(tl.int64) + kind
-        state = tl.load(guide_tables_ptr + state * 2, mask=guided, other=0).to(tl.int64)
-        tl.store(guide_state_ptr + row, state, mask=guided)
-        over = tl.load(guide_tables_ptr + (guide + state) * 2, mask=guided, other=0)
-        longer = tl.load(guide_tables_ptr + (guide + state) * 2 + 1, mask=guided, other=0)
+    # A grammar's rows are states by classes of tokens, a state's first row saying how it may end (engine/slots.py).
+    if grammar_tables_ptr is not None:
+        grammar = tl.load(grammar_base_ptr + row, mask=running, other=-1).to(tl.int64)
+        guided = running & (grammar >= 0)
+        kinds = tl.load(grammar_class_ptr + row, mask=guided, other=0).to(tl.int64)
+        kind = tl.load(grammar_classes_ptr + kinds * V + token, mask=guided, other=0)
+        state = grammar + tl.load(grammar_state_ptr + row, mask=guided, other=0).to(tl.int64) + kind
+        state = tl.load(grammar_tables_ptr + state * 2, mask=guided, other=0).to(tl.int64)
+        tl.store(grammar_state_ptr + row, state, mask=guided)
+        over = tl.load(grammar_tables_ptr + (grammar + state) * 2, mask=guided, other=0)
+        longer = tl.load(grammar_tables_ptr + (grammar + state) * 2 + 1, mask=guided, other=0)
         left = tl.load(max_tokens_ptr + row, mask=running, other=0) - generated
         finish = tl.where(guided & (longer > left), tl.where(over > 0, _WHOLE, _LENGTH), finish)
 
@@ -103,7 +103,7 @@ def advance_kernel(
     "advance",
     mutates_args=(
         "token", "context", "generated", "finish", "stop_reason", "stop_state", "history", "logprob_history",
-        "output_counts", "guide_state",
+        "output_counts", "grammar_state",
     ),
 )  # fmt: skip
 def advance(
@@ -126,11 +126,11 @@ def advance(
     stop_token_ids: Tensor,
     stop_base: Tensor,
     automata: Tensor,
-    guide_state: Tensor | None,
-    guide_base: Tensor | None,
-    guide_class: Tensor | None,
-    guide_tables: Tensor | None,
-    guide_classes: Tensor | None,
+    grammar_state: Tensor | None,
+    grammar_base: Tensor | None,
+    grammar_class: Tensor | None,
+    grammar_tables: Tensor | None,
+    grammar_classes: Tensor | None,
 ) -> None:
     """Append a token to each running row and see which rows have ended. Rows with finish != RUNNING stay as they are.
 
@@ -151,15 +151,15 @@ def advance(
     state by token, then the string complete in a state or -1) at which the row's automaton begins, -1: none.
     eos_token_ids int64 [N].
 
-    Guides, as `sample` takes them, all None where no row has one: guide_state, changed in place, becomes the first column
-    of the token's row in guide_tables. A state's own row says whether its text is over (WHOLE), and how many tokens a
+    Grammars, as `sample` takes them, all None where no row has one: grammar_state, changed in place, becomes the first column
+    of the token's row in grammar_tables. A state's own row says whether its text is over (WHOLE), and how many tokens a
     longer text takes, 0 where the text may not end: a row for which max_tokens leaves fewer ends (LENGTH).
     """
     rows, vocab = len(tokens), automata.shape[1] - 1
     arguments = [
         tokens, logprobs, token, context, generated, finish, stop_reason, stop_state, history, logprob_history,
         output_counts, penalised, max_tokens, min_tokens, ignore_eos, eos_token_ids, stop_token_ids, stop_base, automata,
-        guide_state, guide_base, guide_class, guide_tables, guide_classes,
+        grammar_state, grammar_base, grammar_class, grammar_tables, grammar_classes,
     ]  # fmt: skip
     assert len({tensor is None for tensor in arguments[-5:]}) == 1
     assert all(tensor is None or tensor.is_contiguous() for tensor in arguments)

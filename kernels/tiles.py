@@ -50,7 +50,7 @@ class Tile:
     permute: bool = False  # experts: copy x into expert order first, and load it through a descriptor too
 
 
-def choose(kind: str, format: str, n: int, k: int, rows: int, gpu: Gpu, batch_invariant: bool = False) -> Tile:
+def select_tile(kind: str, format: str, n: int, k: int, rows: int, gpu: Gpu, batch_invariant: bool = False) -> Tile:
     """The tile for `rows` rows of x against weights [n, k]; `n` counts the output's columns."""
     return _choose(CONFIGS, kind, format, n, k, MANY_ROWS if batch_invariant else max(rows, 1), gpu, batch_invariant)
 

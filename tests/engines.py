@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
+from batchmix.engine.async_copy import AsyncCopy, CopyEvent
 from batchmix.engine.engine import Engine
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.readback import Arrival, Readback
 from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.step import pad
 from batchmix.model import torch_backend
 from batchmix.model.backend import Chunk, Operators
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.link import Link
+from batchmix.model.link import TransferStream
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import Offload
 from batchmix.model.weights import load_weights
@@ -55,7 +55,7 @@ def load(
     return Mixtral(checkpoint.config, weights, operators, max_model_len, offload=offload)
 
 
-def make_engine(model: Mixtral, host: Link | None = None, **options: Any) -> Engine:
+def make_engine(model: Mixtral, host: TransferStream | None = None, **options: Any) -> Engine:
     """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the `host` where there is one."""
     blocks = options.pop("kv_blocks", 2000)
     block_size = options.pop("block_size", 16)
@@ -76,7 +76,7 @@ def make_engine(model: Mixtral, host: Link | None = None, **options: Any) -> Eng
     return Engine(model, cache, **{**defaults, **options})
 
 
-class LateReadback(Readback):
+class LateAsyncCopy(AsyncCopy):
     """As from a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
 
     late = True
@@ -86,7 +86,7 @@ class LateReadback(Readback):
         self.num_queued = 0
         self.queued_behind: list[int] = []  # at each wait: how many later windows the device had been given by then
 
-    def read_back(self, tensors: Sequence[torch.Tensor]) -> Arrival:
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> CopyEvent:
         number = self.num_queued
         self.num_queued += 1
         copies = [tensor.clone().numpy() for tensor in tensors]

@@ -167,7 +167,7 @@ class InstantEngine:
         self.clock, self.stats = StageClock(), EngineStats()
         self.max_model_len = 4096
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000), weights=SimpleNamespace(fingerprint="w"))
-        self.guides = None
+        self.grammars = None
         self.state = SimpleNamespace(slots=SimpleNamespace(capacity=64, eos_token_ids=np.array([2])), pool=SimpleNamespace(num_blocks=1000),
                                      cache=SimpleNamespace(block_size=16), prefixes=None)  # fmt: skip
 

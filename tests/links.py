@@ -13,7 +13,7 @@ from batchmix.model.link import Pairs, mapped
 
 
 class FakeLink:
-    """See `Link`. Memory is poisoned (NaN) from its allocation, and from the begin of a copy into it until its wait.
+    """See `TransferStream`. Memory is poisoned (NaN) from its allocation, and from the begin of a copy into it until its wait.
 
     So a missing wait, and a copy that begins before its target was used for the last time, both change results; so does a
     source that changes before the wait, of which something comes that was never in it.
@@ -52,12 +52,12 @@ class FakeLink:
             self.copied += source.nbytes
         return [(target, source, source.clone()) for target, source in pairs]
 
-    def wait(self, ticket: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        for target, source, before in ticket:
+    def wait(self, handle: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        for target, source, before in handle:
             target.copy_(before)
             if not torch.equal(_bytes(source), _bytes(before)):
                 _bytes(target).fill_(0x3B)
-        ticket.clear()
+        handle.clear()
 
     finish = wait
 

@@ -69,7 +69,7 @@ def test_a_reader_that_waits_is_left_behind():
 @pytest.mark.slow  # starts processes that load torch
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_rows_that_are_costly_to_prepare_do_not_keep_a_run_from_its_end(tmp_path: Path, number) -> None:
-    """Guides of thousands of choices, and templates of many steps, for each row anew."""
+    """Grammars of thousands of choices, and templates of many steps, for each row anew."""
     rows = [json.loads(line) for line in TICKETS.read_text(encoding="utf-8").splitlines()[:400]]
     for index, row in enumerate(rows[300:]):
         row["sampling"] = {"structured_outputs": {"choice": [f"c{index}x{j}" for j in range(20000)]}}

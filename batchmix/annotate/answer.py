@@ -146,7 +146,7 @@ class Json:
         return found
 
     def decisions(self, text: str) -> list[tuple[int, int]]:
-        """The values of an object's members that are classes. A row with a guide of its own may space them as it likes."""
+        """The values of an object's members that are classes. A row with a grammar of its own may space them as it likes."""
         classes = {field.name for field in self.fields if field.is_class}
         if not self._is_object or not classes or not text.lstrip().startswith("{"):
             return []

@@ -106,7 +106,7 @@ def confidence(sample: Completion, answer: Answer) -> float | None:
     """The probability of a valid answer.
 
     Of the choice among all choices, where they were scored. Of a guided text, that of its tokens among those which the
-    guide allowed, as far as they say what the answer is. Else that of all tokens, where sampling.logprobs asked for them.
+    grammar allowed, as far as they say what the answer is. Else that of all tokens, where sampling.logprobs asked for them.
     """
     outputs = sample.prompt.sampling.structured_outputs
     if sample.choice_probabilities is not None and outputs is not None and outputs.choice is not None:

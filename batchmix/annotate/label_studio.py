@@ -1,6 +1,6 @@
 """Label Studio: tasks with predictions to import, the labelling interface for them, and its JSON export read back.
 
-Formats: https://labelstud.io/guide/predictions and https://labelstud.io/guide/task_format. A choice is a `Choices` control, a
+Formats: https://labelstud.io/grammar/predictions and https://labelstud.io/grammar/task_format. A choice is a `Choices` control, a
 number a `Number`, everything else a `TextArea` (lists and objects as JSON).
 """
 

@@ -76,11 +76,11 @@ def _read(row: Row, record: Mapping[str, Any]) -> str | None:
             return f"body key {short(key)} with the value {short(value)} is not supported"
     row.sampling = _sampling(body)
     try:
-        guide = _structured_outputs(body)
+        grammar = _structured_outputs(body)
     except ValueError as error:
         return str(error)
-    if guide is not None:
-        row.sampling["structured_outputs"] = guide
+    if grammar is not None:
+        row.sampling["structured_outputs"] = grammar
     return None
 
 
@@ -88,7 +88,7 @@ def _structured_outputs(body: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the answer may be, as `sampling.structured_outputs` says it; None for any text. ValueError for what is
     said in another way than OpenAI's and vLLM's, or in several.
     """
-    found = [guide for guide in (_response_format(body.get("response_format")), _vllm_guide(body)) if guide]
+    found = [grammar for grammar in (_response_format(body.get("response_format")), _vllm_grammar(body)) if grammar]
     if len(found) > 1:
         raise ValueError("body has response_format and another key that says what the answer may be; leave one out")
     return found[0] if found else None
@@ -109,21 +109,21 @@ def _response_format(given: Any) -> dict[str, Any] | None:
                      " json_schema")  # fmt: skip
 
 
-def _vllm_guide(body: Mapping[str, Any]) -> dict[str, Any] | None:
+def _vllm_grammar(body: Mapping[str, Any]) -> dict[str, Any] | None:
     given = body.get("structured_outputs")
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"body.structured_outputs must be an object, not {short(given)}")
-    guide = {name: value for name, value in (given or {}).items() if value is not None}
-    if (wanted := guide.pop("json_object", None)) is True:
-        guide["json"] = guide.get("json", _ANY_OBJECT)
+    grammar = {name: value for name, value in (given or {}).items() if value is not None}
+    if (wanted := grammar.pop("json_object", None)) is True:
+        grammar["json"] = grammar.get("json", _ANY_OBJECT)
     elif wanted not in (None, False):
         raise ValueError(f"body.structured_outputs.json_object must be true or false, not {short(wanted)}")
     for name in _GUIDES:
         if (value := body.get(f"guided_{name}")) is not None:
-            if name in guide:
+            if name in grammar:
                 raise ValueError(f"body has guided_{name} and structured_outputs.{name}; leave one out")
-            guide[name] = value
-    return guide or None
+            grammar[name] = value
+    return grammar or None
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:

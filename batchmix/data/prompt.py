@@ -22,14 +22,14 @@ from batchmix.data.template import RowTemplate
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import TokenIds
 from batchmix.errors import BatchmixError
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import GrammarCompiler
 from batchmix.guided.pattern import Unsupported
 from batchmix.records import Prompt, Row
 from batchmix.report.clock import StageClock
 
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
-_MOST_ASIDE = 64  # rows that wait for guides of their own; as many are kept compiled
+_MOST_ASIDE = 64  # rows that wait for grammars of their own; as many are kept compiled
 _PATIENCE = 0.5  # seconds between two looks at whether to stop
 _MOST_CHARS = 128  # of a token: the longest of vocabularies are runs of spaces of about that length
 _PROMPT_BYTES = 500  # of a prompt without columns and token ids
@@ -63,12 +63,12 @@ def build_prompts_with_pauses(
     vocab_size: int,
     keep: Sequence[str],
     clock: StageClock,
-    guides: Guides | None = None,
+    grammars: GrammarCompiler | None = None,
     eos_token_ids: Sequence[int] = (),
     stopping: Callable[[], bool] = lambda: False,
     buffers: Buffers | None = None,
 ) -> Generator[Prompt | None, None, None]:
-    """One prompt for each row, in order but for rows whose guide has to be compiled first, and None
+    """One prompt for each row, in order but for rows whose grammar has to be compiled first, and None
     where nothing but those is left for now; a row that cannot be run comes out with `error` set and no token ids.
     With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
 
@@ -77,14 +77,14 @@ def build_prompts_with_pauses(
     the template and the prompt column are sent as one user message through the chat template; without one (a base model, a
     request to /v1/completions) the text itself is sent after the beginning-of-sequence token.
 
-    `vocab_size`, `max_model_len`, `guides` and `eos_token_ids` are the model's. `keep` names the columns that the output
+    `vocab_size`, `max_model_len`, `grammars` and `eos_token_ids` are the model's. `keep` names the columns that the output
     keeps. Rows are read and encoded by a thread, ahead of the consumer and within `buffers` (None: as the configuration has
     it); closing the iterator ends it, and once `stopping()` it ends by itself. `clock` counts its stages read and
     tokenise.
 
     BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
     """
-    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, guides, eos_token_ids)
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, grammars, eos_token_ids)
     buffers = buffers or Buffers.of(buffered_bytes(data.max_buffered_bytes))
     return _unbatch(builder, rows, clock, buffers, stopping)
 
@@ -94,11 +94,11 @@ def check_prompts(
     sampling: SamplingConfig,
     tokenizer: Tokenizer | None,
     vocab_size: int,
-    guides: Guides | None,
+    grammars: GrammarCompiler | None,
     eos_token_ids: Sequence[int] = (),
 ) -> None:
     """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
-    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), guides, eos_token_ids)
+    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), grammars, eos_token_ids)
 
 
 def show_first(
@@ -109,14 +109,14 @@ def show_first(
     tokenizer: Tokenizer | None,
     max_model_len: int,
     vocab_size: int,
-    guides: Guides | None,
+    grammars: GrammarCompiler | None,
     eos_token_ids: Sequence[int] = (),
 ) -> Iterator[Row]:
     """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
 
     BatchmixError, before a model is loaded, where the first rows need a chat template and there is none.
     """
-    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, (), guides, eos_token_ids)
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, (), grammars, eos_token_ids)
     rows = iter(rows)
     read: list[Row] = []
     for row in islice(rows, _BATCH_ROWS):
@@ -159,11 +159,11 @@ class _PromptBuilder:
         max_model_len: int,
         vocab_size: int,
         keep: Sequence[str],
-        guides: Guides | None,
+        grammars: GrammarCompiler | None,
         eos_token_ids: Sequence[int],
     ) -> None:
         self._columns = PromptColumns.of(data)
-        self._guides = guides
+        self._grammars = grammars
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sampling = sampling
         self._samplings: dict[str, SamplingConfig | PromptError] = {}
@@ -235,7 +235,7 @@ class _PromptBuilder:
     def _take(
         self, rows: Iterator[Row], aside: Aside[Row], max_bytes: int, stopping: Callable[[], bool]
     ) -> tuple[list[Row], bool]:
-        """The next rows that are encoded together, and whether there are more. Those whose guide has to be compiled first
+        """The next rows that are encoded together, and whether there are more. Those whose grammar has to be compiled first
         are put aside, and hold up no others unless there are very many of them.
         """
         batch: list[Row] = []
@@ -244,21 +244,21 @@ class _PromptBuilder:
             row = next(rows, None)
             if row is None:
                 return batch, False
-            if self._needs_guide(row):
+            if self._needs_grammar(row):
                 aside.put(row)
                 continue
             batch.append(row)
             size += num_bytes(row.columns)
         return batch, True
 
-    def _needs_guide(self, row: Row) -> bool:
-        """Whether the row has a guide of its own that is not compiled."""
+    def _needs_grammar(self, row: Row) -> bool:
+        """Whether the row has a grammar of its own that is not compiled."""
         if row.error is not None or not row.sampling or row.sampling.get("structured_outputs") is None:
             return False
         return repr(row.sampling) not in self._samplings
 
     def _prepare(self, row: Row) -> None:
-        """Compile the row's own guide."""
+        """Compile the row's own grammar."""
         try:
             self._prepared[id(row)] = self._sampling_of(row.sampling)
         except (PromptError, RecursionError) as error:
@@ -416,15 +416,15 @@ class _PromptBuilder:
             )
 
     def _tokens_needed(self, sampling: SamplingConfig) -> int:
-        """The tokens of the shortest text that a row's guide allows, of the longest choice that is scored; else 0."""
+        """The tokens of the shortest text that a row's grammar allows, of the longest choice that is scored; else 0."""
         if sampling.structured_outputs is None:
             return 0
-        if self._guides is None:
+        if self._grammars is None:
             raise PromptError("sampling.structured_outputs needs a tokenizer, and the model folder has none")
         try:
             if sampling.structured_outputs.score_choices:
-                return max(map(len, self._guides.choice_tokens(sampling)))
-            return self._guides.get(sampling).tokens_needed(sampling.min_tokens)
+                return max(map(len, self._grammars.choice_tokens(sampling)))
+            return self._grammars.get(sampling).tokens_needed(sampling.min_tokens)
         except Unsupported as error:
             raise PromptError(str(error)) from None
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, WHOLE, Slots
+from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, WHOLE, InputBatch
 
 
 def advance(
-    slots: Slots, first: int, tokens: Tensor, decoded: bool = False, among_allowed: Tensor | None = None
+    slots: InputBatch, first: int, tokens: Tensor, decoded: bool = False, processed_logprobs: Tensor | None = None
 ) -> None:
     """Append one token to slots first..first+R-1 and see which rows have ended. tokens int64 [R].
 
@@ -23,8 +23,8 @@ def advance(
     slots.token[span] = tokens
     place = slots.generated[span, None] % slots.history.shape[1]
     slots.history[span].scatter_(1, place, tokens[:, None].int())
-    if among_allowed is not None and slots.logprob_history is not None:
-        slots.logprob_history[span].scatter_(1, place, among_allowed[:, None])
+    if processed_logprobs is not None and slots.logprob_history is not None:
+        slots.logprob_history[span].scatter_(1, place, processed_logprobs[:, None])
     slots.generated[span] += 1
     if decoded:
         slots.context[span] += 1
@@ -45,7 +45,7 @@ def advance(
         slots.stop_state[span] = torch.where(searched, state, old)
         hit = searched & (matched >= 0)
         finish, reason = finish.masked_fill(hit, STOP_STRING), torch.where(hit, matched, reason)
-    finish = _follow_guides(slots, span, tokens, finish)
+    finish = _follow_grammars(slots, span, tokens, finish)
     hit = (tokens[:, None] == slots.stop_token_ids[span]).any(1) & may_stop
     finish, reason = finish.masked_fill(hit, STOP_TOKEN), torch.where(hit, tokens, reason)
     hit = torch.isin(tokens, slots.eos_token_ids) & ~slots.ignore_eos[span] & may_stop
@@ -57,14 +57,14 @@ def advance(
             ring[ended] = kept
 
 
-def _follow_guides(slots: Slots, span: slice, tokens: Tensor, finish: Tensor) -> Tensor:
-    """Take the tokens in the rows' guides; `finish` with the rows whose text cannot be longer, [R] -> [R]."""
-    guided = torch.nonzero(slots.guide_base[span] >= 0)[:, 0]
+def _follow_grammars(slots: InputBatch, span: slice, tokens: Tensor, finish: Tensor) -> Tensor:
+    """Take the tokens in the rows' grammars; `finish` with the rows whose text cannot be longer, [R] -> [R]."""
+    guided = torch.nonzero(slots.grammar_base[span] >= 0)[:, 0]
     if not len(guided):
         return finish
-    states, rows = slots.guides.states.data, slots.guide_state[span]
-    base = slots.guide_base[span][guided]
-    token_class = slots.guides.classes.data[slots.guide_class[span][guided], tokens[guided]]
+    states, rows = slots.grammars.states.data, slots.grammar_state[span]
+    base = slots.grammar_base[span][guided]
+    token_class = slots.grammars.classes.data[slots.grammar_class[span][guided], tokens[guided]]
     rows[guided] = state = states[base + rows[guided] + token_class, 0].long()
     over, longer = states[base + state].unbind(-1)
     left = (slots.max_tokens[span] - slots.generated[span])[guided]

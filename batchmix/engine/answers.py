@@ -16,7 +16,9 @@ class Answers:
         self.stop_reason = np.zeros(size, np.int64)
         self.count = np.zeros(size, np.int64)  # tokens of the row in `tokens`
         self.tokens = np.zeros((size, 64), np.int32)  # [slots, tokens so far]
-        self.among_allowed = np.zeros((size, 0), np.float32)  # log-probabilities among the tokens that were allowed
+        self.processed_logprobs = np.zeros(
+            (size, 0), np.float32
+        )  # log-probabilities among the tokens that were allowed
         self.logprobs = np.zeros((size, 0), np.float32)
         self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
         self.top_logprobs = np.zeros((size, 0, 0), np.float32)
@@ -28,25 +30,25 @@ class Answers:
         finish: np.ndarray,
         stop_reason: np.ndarray,
         ring: np.ndarray,
-        among_allowed: np.ndarray | None = None,
+        processed_logprobs: np.ndarray | None = None,
     ) -> int:
-        """Slots int64 [N] have chosen `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
+        """InputBatch int64 [N] have chosen `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
 
-        Likewise its log-probability in `among_allowed`, float32 [N, L].
+        Likewise its log-probability in `processed_logprobs`, float32 [N, L].
 
         Returns how many of them are new.
         """
         before = self.count[slots]
         chosen = generated - before
         self.tokens = _grow(self.tokens, int(generated.max(initial=0)))
-        if among_allowed is not None:
-            self.among_allowed = _grow(self.among_allowed, self.tokens.shape[1])
+        if processed_logprobs is not None:
+            self.processed_logprobs = _grow(self.processed_logprobs, self.tokens.shape[1])
         for step in range(int(chosen.max(initial=0))):
             rows = np.flatnonzero(step < chosen)
             place = before[rows] + step
             self.tokens[slots[rows], place] = ring[rows, place % ring.shape[1]]
-            if among_allowed is not None:
-                self.among_allowed[slots[rows], place] = among_allowed[rows, place % ring.shape[1]]
+            if processed_logprobs is not None:
+                self.processed_logprobs[slots[rows], place] = processed_logprobs[rows, place % ring.shape[1]]
         self.count[slots], self.finish[slots], self.stop_reason[slots] = generated, finish, stop_reason
         return int(chosen.sum())
 
@@ -54,11 +56,13 @@ class Answers:
         """Tokens that the host itself has chosen for a row, which had no others."""
         count = int(self.count[slot])
         self.tokens = _grow(self.tokens, count + len(tokens))
-        self.among_allowed[slot, count : count + len(tokens)] = 0.0
+        self.processed_logprobs[slot, count : count + len(tokens)] = 0.0
         self.tokens[slot, count : count + len(tokens)] = tokens
         self.count[slot] = count + len(tokens)
 
-    def hear_logprobs(self, slots: np.ndarray, place: np.ndarray, chosen: Tensor, top_ids: Tensor, top: Tensor) -> None:
+    def append_logprobs(
+        self, slots: np.ndarray, place: np.ndarray, chosen: Tensor, top_ids: Tensor, top: Tensor
+    ) -> None:
         """Of the token that is a row's number `place`; waits for the device. [N], [N], [N], [N, k], [N, k]."""
         length, k = int(place.max()) + 1, top.shape[1]
         self.logprobs = _grow(self.logprobs, length)

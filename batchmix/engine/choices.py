@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from batchmix.engine.async_copy import async_copy_to_gpu
 from batchmix.engine.philox import row_key, uniform
-from batchmix.engine.readback import to_device
 from batchmix.engine.state import State
 from batchmix.engine.step import Piece, pad, prefill
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import GrammarCompiler
 from batchmix.model.mixtral import Mixtral
 from batchmix.records import Completion, Prompt
 from batchmix.report.device_clock import DeviceClock
@@ -72,9 +72,14 @@ class Choices:
     """Scores the prompts in `waiting`; their completions go to `state.completed`."""
 
     def __init__(
-        self, model: Mixtral, state: State, device_clock: DeviceClock, chunk_tokens: int, guides: Guides | None
+        self,
+        model: Mixtral,
+        state: State,
+        device_clock: DeviceClock,
+        chunk_tokens: int,
+        grammars: GrammarCompiler | None,
     ) -> None:
-        self.model, self.state, self.device_clock, self.guides = model, state, device_clock, guides
+        self.model, self.state, self.device_clock, self.grammars = model, state, device_clock, grammars
         self.chunk_tokens = chunk_tokens
         self.waiting: deque[Prompt] = deque()
 
@@ -132,8 +137,8 @@ class Choices:
         return _Scored(prompt, ids, choices, self._end_tokens(prompt), blocks, cached, np.zeros(len(choices)))
 
     def _choices(self, prompt: Prompt) -> list[list[int]]:
-        assert self.guides is not None, "rows with structured_outputs are refused where there is no tokenizer"
-        return self.guides.choice_tokens(prompt.sampling)
+        assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
+        return self.grammars.choice_tokens(prompt.sampling)
 
     def _whole_blocks(self, prompt: Prompt) -> int:
         return (len(prompt.token_ids) - 1) // self.state.cache.block_size
@@ -168,8 +173,8 @@ class Choices:
                 self.state.pool.release(piece.blocks[-piece.own :])
 
     def _end_tokens(self, prompt: Prompt) -> list[int]:
-        assert self.guides is not None
-        return self.guides.end_tokens(prompt.sampling)
+        assert self.grammars is not None
+        return self.grammars.end_tokens(prompt.sampling)
 
     def _logprobs(self, hidden: torch.Tensor, places: list[int], wanted: Sequence[Sequence[int]]) -> list[float]:
         """The log-probability that one of the wanted tokens follows, at each place of hidden [T, D]."""
@@ -179,8 +184,8 @@ class Choices:
         for low in range(0, len(places), _LOGIT_ROWS):
             chosen = np.array(places[low : low + _LOGIT_ROWS])
             padded = np.resize(chosen, pad(len(chosen), self.model.ops.row_tile))
-            logits = self.model.logits(hidden[to_device(padded, device)])[: len(chosen)]  # float32 [N, V]
-            here = to_device(ids[low : low + _LOGIT_ROWS], device)
+            logits = self.model.logits(hidden[async_copy_to_gpu(padded, device)])[: len(chosen)]  # float32 [N, V]
+            here = async_copy_to_gpu(ids[low : low + _LOGIT_ROWS], device)
             values = logits.gather(1, here.clamp(min=0)).masked_fill(here < 0, float("-inf"))
             found.append((values.double().logsumexp(-1) - logits.double().logsumexp(-1)).cpu())
         return torch.cat(found).tolist() if found else []

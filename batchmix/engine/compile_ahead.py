@@ -25,10 +25,10 @@ import triton
 from triton.runtime.cache import get_cache_manager
 
 from batchmix.config import Quantization
+from batchmix.engine.async_copy import AsyncCopy
 from batchmix.engine.graphs import capture_sizes
 from batchmix.engine.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
-from batchmix.engine.readback import Readback
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.engine.step import choose
 from batchmix.kernels import tiles
 from batchmix.kernels.compile import compile_in_processes, recorded
@@ -62,7 +62,7 @@ class Steps:
 def record_steps(steps: Steps) -> None:
     """Launch what the steps launch; inside of `kernels.compile.recorded`, where launches compile and run nothing.
 
-    Rows with penalties, log-probabilities or guides take other variants of the sampling kernels, which are compiled when
+    Rows with penalties, log-probabilities or grammars take other variants of the sampling kernels, which are compiled when
     they come.
     """
     operators = TritonOperators(steps.batch_invariant, steps.share_prefix)
@@ -70,8 +70,8 @@ def record_steps(steps: Steps) -> None:
     weights = empty_weights(config, steps.dtype, _META, steps.quantization)
     model = Mixtral(config, weights, operators, steps.max_model_len)
     cache = KVCache(config, 1, BLOCK_SIZE, steps.kv_dtype, _META)
-    slots = Slots(
-        steps.max_num_seqs, config.vocab_size, -(-steps.max_model_len // BLOCK_SIZE), (2,), None, Readback(_META),
+    slots = InputBatch(
+        steps.max_num_seqs, config.vocab_size, -(-steps.max_model_len // BLOCK_SIZE), (2,), None, AsyncCopy(_META),
         operators.row_tile,
     )  # fmt: skip
     model.expert_load.set_num_valid(0)

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from batchmix.engine.slots import EOS, FAILED, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, Slots
+from batchmix.engine.slots import EOS, FAILED, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, InputBatch
 from batchmix.engine.state import Row, State
 from batchmix.records import Completion, FinishReason
 
@@ -27,7 +27,7 @@ def hear(state: State, all_of_it: bool) -> None:
 def listen(state: State, all_of_it: bool) -> None:
     """See what the steps that are queued have done, as `hear` does; every row stays in its slot."""
     looks = state.slots.looks
-    while len(looks) > (state.slots.readback.late and not all_of_it):
+    while len(looks) > (state.slots.async_copy.late and not all_of_it):
         state.stats.completion_tokens += state.slots.hear()
         state.stats.last_token_time = time.time()
 
@@ -43,7 +43,7 @@ def _collect(state: State) -> None:
         state.completed += completions
 
 
-def _completion(row: Row, slots: Slots, slot: int) -> Completion:
+def _completion(row: Row, slots: InputBatch, slot: int) -> Completion:
     """The token that ended the row is counted and left out."""
     sampling, answers = row.prompt.sampling, slots.answers
     finish, count = int(answers.finish[slot]), int(answers.count[slot])
@@ -69,16 +69,16 @@ def _completion(row: Row, slots: Slots, slot: int) -> Completion:
     )
 
 
-def _guided_logprobs(row: Row, slots: Slots, slot: int, count: int) -> list[float] | None:
+def _guided_logprobs(row: Row, slots: InputBatch, slot: int, count: int) -> list[float] | None:
     outputs = row.prompt.sampling.structured_outputs
     if outputs is None or not outputs.token_probabilities:
         return None
-    found: list[float] = slots.answers.among_allowed[slot, :count].tolist()
+    found: list[float] = slots.answers.processed_logprobs[slot, :count].tolist()
     return found
 
 
-def _why_it_failed(row: Row, slots: Slots, slot: int) -> str:
-    text = slots.guides.texts[slot]
+def _why_it_failed(row: Row, slots: InputBatch, slot: int) -> str:
+    text = slots.grammars.texts[slot]
     assert text is not None
     why = (
         "the text was not whole; raise sampling.max_tokens or model.max_model_len"

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from batchmix.engine.completion import hear, listen
-from batchmix.engine.forced import append_runs, forced_runs, wants_skipping
+from batchmix.engine.forced import append_jump_forward, find_jump_forward, wants_skipping
 from batchmix.engine.graphs import Step, pad_to_capture_size
 from batchmix.engine.kv_cache import OutOfBlocks
 from batchmix.engine.state import State
@@ -32,10 +32,10 @@ class Decode:
         skipping = wants_skipping(slots)
         if wants_logprobs or skipping:
             hear(state, all_of_it=True)
-        runs = forced_runs(slots, state.max_num_batched_tokens) if skipping else []
+        runs = find_jump_forward(slots, state.max_num_batched_tokens) if skipping else []
         slots.planned[: len(runs)] += np.array([len(run) for run in runs], np.int64)
         run_of = {id(row): run for row, run in zip(state.rows, runs, strict=False)}
-        on_host = bool(slots.guides.texts)
+        on_host = bool(slots.grammars.texts)
         steps = self._take_blocks(1 if wants_logprobs or skipping or on_host else self.steps_per_read)
         if not steps:
             hear(state, all_of_it=True)
@@ -76,9 +76,9 @@ class Decode:
     def _forced_step(self, runs: list[list[int]], width: int) -> None:
         """A step in which rows with forced tokens take them all, and one more."""
         model, slots, active = self.model, self.state.slots, len(self.state.rows)
-        lanes = append_runs(slots, runs)
+        lanes = append_jump_forward(slots, runs)
         size, rows = len(lanes.token), active + sum(map(len, runs))
-        self.state.stats.forced_tokens += rows - active
+        self.state.stats.jump_forward_tokens += rows - active
         self.state.stats.completion_tokens += rows - active
         model.expert_load.set_num_valid(rows)
         cache = self.state.cache
@@ -94,7 +94,7 @@ class Decode:
         model, slots, cache = self.model, self.state.slots, self.state.cache
         attend = cache.around_decode(model.ops.decode(model, cache, slots, rows, size, width), slots, rows)
         logits = model.logits(model(slots.token[:size], attend))[:rows]
-        if slots.guides.texts:  # while the model runs
+        if slots.grammars.texts:  # while the model runs
             listen(self.state, all_of_it=True)
         choose(model, slots, 0, logits, decoded=True)
 
@@ -117,7 +117,7 @@ class Decode:
                 if slots.looks:
                     hear(state, all_of_it=True)
                 else:
-                    state.put_back(max(range(len(left)), key=lambda slot: state.rows[slot].order))
+                    state.preempt(max(range(len(left)), key=lambda slot: state.rows[slot].order))
                 continue
             for slot, block in zip(needing.tolist(), blocks, strict=True):
                 slots.give_blocks(slot, [block])

@@ -27,7 +27,7 @@ class Place:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
-def choose_place(engine: EngineConfig) -> Place:
+def select_device(engine: EngineConfig) -> Place:
     """BatchmixError where the device or backend asked for cannot be had."""
     device = _device(engine)
     backend = engine.backend
@@ -52,7 +52,7 @@ def nth_device(first: torch.device, place: int) -> torch.device:
 
 def check_places(engine: EngineConfig, tensor_parallel_size: int) -> None:
     """BatchmixError where there are fewer GPUs than the run has processes, or the first cannot be had."""
-    first = choose_place(engine).device
+    first = select_device(engine).device
     needed = engine.data_parallel_size * tensor_parallel_size
     if first.type == "cuda" and (first.index or 0) + needed > torch.cuda.device_count():
         raise BatchmixError(

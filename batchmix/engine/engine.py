@@ -17,18 +17,18 @@ import torch
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
 from batchmix.engine.admission import admit, worth_refilling
+from batchmix.engine.async_copy import AsyncCopy, async_copy_from
 from batchmix.engine.choices import Choices
 from batchmix.engine.completion import hear
 from batchmix.engine.decode import Decode
 from batchmix.engine.graphs import Step, StepGraphs
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.prefill import Prefill
-from batchmix.engine.readback import Readback, readback_from
-from batchmix.engine.restart import start_over
-from batchmix.engine.slots import Slots
+from batchmix.engine.restart import retry_with_half_the_batch
+from batchmix.engine.slots import InputBatch
 from batchmix.engine.state import State, Waiting
 from batchmix.errors import BatchmixError
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import GrammarCompiler
 from batchmix.model.mixtral import Mixtral
 from batchmix.plan.cost import full_step
 from batchmix.records import Batch, Completion
@@ -60,14 +60,14 @@ class Engine:
         steps_per_read: int = 1,
         capture: Callable[[Step], Step] | None = None,
         share_prefix: bool = False,
-        readback: Readback | None = None,
-        guides: Guides | None = None,
+        async_copy: AsyncCopy | None = None,
+        grammars: GrammarCompiler | None = None,
         compile_clock: CompileClock | None = None,
     ) -> None:
         """`steps_per_read`: decode steps between two looks at what they did. `capture` makes a CUDA graph of a step.
-        `readback`, to the cache's device, says when results are looked at."""
+        `async_copy`, to the cache's device, says when results are looked at."""
         self.model = model
-        self.guides = guides
+        self.grammars = grammars
         self.compile_clock = compile_clock
         self.max_model_len = max_model_len
         self.should_stop = should_stop
@@ -76,15 +76,15 @@ class Engine:
         if blocks_per_row > cache.num_blocks - 1:
             raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {max_model_len} tokens")
         make_slots = partial(
-            Slots,
+            InputBatch,
             vocab_size=model.config.vocab_size,
             blocks_per_row=blocks_per_row,
             eos_token_ids=eos_token_ids,
             stop_table=stop_table,
-            readback=readback or readback_from(cache.keys.device),
+            async_copy=async_copy or async_copy_from(cache.keys.device),
             row_tile=model.ops.row_tile,
             steps_per_read=steps_per_read,
-            guides=guides,
+            grammars=grammars,
         )
         make_graphs = partial(StepGraphs, capture)
         model.expert_load.reset()
@@ -95,7 +95,7 @@ class Engine:
         self.clock = StageClock()
         self.device_clock = DeviceClock(cache.keys.device)
         self.prefill = Prefill(model, self.state, self.device_clock, max_model_len, prefill_chunk)
-        self.choices = Choices(model, self.state, self.device_clock, prefill_chunk, guides)
+        self.choices = Choices(model, self.state, self.device_clock, prefill_chunk, grammars)
         self.decode = Decode(model, self.state, self.device_clock, steps_per_read)
 
     @torch.inference_mode()
@@ -148,13 +148,13 @@ class Engine:
             self._count_streamed(name)
             return
         except torch.OutOfMemoryError:
-            if self.model.shards.size > 1:  # the other ranks know nothing of it
+            if self.model.tp.size > 1:  # the other ranks know nothing of it
                 raise BatchmixError(
                     f"out of memory in a {name} step with {self.state.slots.capacity} rows at once, on one of several"
                     " ranks; lower engine.max_num_seqs or engine.gpu_memory_utilization"
                 ) from None
-            # What the failed step held is freed with the traceback, so before `start_over`.
-        start_over(self.state, name, self.prefill_chunk)
+            # What the failed step held is freed with the traceback, so before `retry_with_half_the_batch`.
+        retry_with_half_the_batch(self.state, name, self.prefill_chunk)
 
     def read_totals(self) -> float | None:
         """Wait for the device and read the totals that it keeps into `stats`. The seconds that it worked; None on a CPU."""

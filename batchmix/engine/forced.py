@@ -1,6 +1,6 @@
 """Stretches of a guided text that are the only possible one: their tokens are appended without a step for each.
 
-A row whose guide leaves one token, then one token again, gets all of them at once. Their keys and values are computed in
+A row whose grammar leaves one token, then one token again, gets all of them at once. Their keys and values are computed in
 the decode step that follows, as lanes of their own behind the rows' lanes: to the attention a lane is a row with its own
 position, and a layer writes all keys and values before it attends. So each token is computed just as in a step of its
 own, with the same bits wherever those do not depend on a row's company, and the model runs once instead of many times.
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.engine.async_copy import async_copy_to_gpu
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.readback import to_device
-from batchmix.engine.slots import FREE, RUNNING, Slots
+from batchmix.engine.slots import FREE, RUNNING, InputBatch
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Lanes:
     device_blocks: Tensor
 
 
-def wants_skipping(slots: Slots) -> bool:
-    """Whether a row is there whose guide may have forced stretches."""
-    return any(guide is not None and guide.forced for guide in slots.guides.of_slot[: slots.num_active])
+def wants_skipping(slots: InputBatch) -> bool:
+    """Whether a row is there whose grammar may have forced stretches."""
+    return any(grammar is not None and grammar.forced for grammar in slots.grammars.of_slot[: slots.num_active])
 
 
-def forced_runs(slots: Slots, most: int) -> list[list[int]]:
+def find_jump_forward(slots: InputBatch, most: int) -> list[list[int]]:
     """The tokens that must come next, of each active row, `most` in all; all that was queued has been heard of.
 
     The last token of max_tokens and one after which the text may end are left to a step of their own, which sees that.
@@ -46,21 +46,21 @@ def forced_runs(slots: Slots, most: int) -> list[list[int]]:
     found: list[list[int]] = []
     host, answers = slots.host, slots.answers
     for slot in range(slots.num_active):
-        guide = slots.guides.of_slot[slot]
-        if guide is None or host["penalised"][slot] or host["wants_logprob"][slot]:
+        grammar = slots.grammars.of_slot[slot]
+        if grammar is None or host["penalised"][slot] or host["wants_logprob"][slot]:
             found.append([])
             continue
         count = int(answers.count[slot])
-        state = slots.guides.follow(slot, answers.tokens[slot], count)
-        run = guide.forced_run(state)[: max(0, min(most, int(host["max_tokens"][slot]) - count - 1))]
+        state = slots.grammars.follow(slot, answers.tokens[slot], count)
+        run = grammar.jump_forward_tokens(state)[: max(0, min(most, int(host["max_tokens"][slot]) - count - 1))]
         most -= len(run)
         found.append(run)
     return found
 
 
-def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
+def append_jump_forward(slots: InputBatch, runs: list[list[int]]) -> Lanes:
     """Append each active row's run to its answer, on host and device; the lanes of the step that computes them."""
-    answers, device = slots.answers, slots.readback.device
+    answers, device = slots.answers, slots.async_copy.device
     skipping = np.flatnonzero([len(run) > 0 for run in runs])
     owners: list[int] = []
     tokens: list[int] = []
@@ -68,9 +68,9 @@ def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
     states = []
     for slot in skipping.tolist():
         run, count = runs[slot], int(answers.count[slot])
-        guide = slots.guides.of_slot[slot]
-        assert guide is not None
-        states.append(guide.after(slots.guides.follow(slot, answers.tokens[slot], count), run))
+        grammar = slots.grammars.of_slot[slot]
+        assert grammar is not None
+        states.append(grammar.after(slots.grammars.follow(slot, answers.tokens[slot], count), run))
         last = int(answers.tokens[slot, count - 1])
         context = int(slots.prompt_tokens[slot]) + count - 1
         owners += [slot] * len(run)
@@ -78,10 +78,10 @@ def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
         positions += range(context, context + len(run))
         answers.append(slot, run)
     lengths = np.array([len(runs[slot]) for slot in skipping])
-    index, more = to_device(skipping, device), to_device(lengths, device)
+    index, more = async_copy_to_gpu(skipping, device), async_copy_to_gpu(lengths, device)
     last_tokens = np.array([runs[slot][-1] for slot in skipping])
-    slots.token.index_copy_(0, index, to_device(last_tokens, device))
-    slots.guide_state.index_copy_(0, index, to_device(np.array(states), device))
+    slots.token.index_copy_(0, index, async_copy_to_gpu(last_tokens, device))
+    slots.grammar_state.index_copy_(0, index, async_copy_to_gpu(np.array(states), device))
     slots.context.index_add_(0, index, more)
     slots.generated.index_add_(0, index, more)
 
@@ -91,7 +91,7 @@ def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
     table = np.concatenate((slots.block_table[:active], slots.block_table[owners], scratch))
 
     def lanes(of_slots: Tensor, forced: list[int], beyond: int) -> Tensor:
-        behind = to_device(np.array([*forced, *[beyond] * padding]), device)
+        behind = async_copy_to_gpu(np.array([*forced, *[beyond] * padding]), device)
         return torch.cat((of_slots[:active], behind))
 
     return Lanes(
@@ -101,5 +101,5 @@ def append_runs(slots: Slots, runs: list[list[int]]) -> Lanes:
         np.append(slots.prompt_tokens[:active], positions),
         np.append(slots.planned[:active], np.ones(len(owners), np.int64)),
         table,
-        to_device(table, device),
+        async_copy_to_gpu(table, device),
     )

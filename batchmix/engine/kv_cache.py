@@ -15,7 +15,7 @@ from batchmix.model.quantized import FP8, fp8_values
 
 if TYPE_CHECKING:
     from batchmix.engine.forced import Lanes
-    from batchmix.engine.slots import Slots
+    from batchmix.engine.slots import InputBatch
     from batchmix.model.backend import Attend, Chunk
 
 _E4M3_MAX = 448.0
@@ -68,7 +68,7 @@ class KVCache:
         """`attend`, and around it whatever the cache does to have each layer there."""
         return attend
 
-    def around_decode(self, attend: Attend, slots: Slots | Lanes, rows: int) -> Attend:
+    def around_decode(self, attend: Attend, slots: InputBatch | Lanes, rows: int) -> Attend:
         """Likewise, of a step in which slots 0..rows-1 get one more token."""
         return attend
 

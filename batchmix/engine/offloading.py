@@ -14,42 +14,42 @@ from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.errors import BatchmixError
 from batchmix.memory import HOST_SHARE, free_bytes, gpu_cache_bytes, gpu_workspace_bytes
 from batchmix.model.checkpoint import Checkpoint
-from batchmix.model.link import CudaLink, Link
-from batchmix.model.shards import Shards
+from batchmix.model.link import CudaTransferStream, TransferStream
+from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu
-from batchmix.plan.placement import EFFICIENCY, MAX_NUM_SEQS, Machine, Placement, assumed, choose
+from batchmix.plan.placement import EFFICIENCY, MAX_NUM_SEQS, Machine, Placement, assumed, select_placement
 
 _MEASURED_BYTES = 256 << 20  # 5 ms over PCIe 5
 
 
-def open_link(device: torch.device, processes: int, folder: str | None) -> Link | None:
+def open_link(device: torch.device, processes: int, folder: str | None) -> TransferStream | None:
     """None on a CPU, which has all of its memory at hand. The host's memory is shared by `processes`."""
     if device.type == "cpu":
         return None
-    return CudaLink(device, int(HOST_SHARE * free_bytes()) // processes, folder)
+    return CudaTransferStream(device, int(HOST_SHARE * free_bytes()) // processes, folder)
 
 
 def plan_offload(
     checkpoint: Checkpoint,
     config: EngineConfig,
-    link: Link,
+    link: TransferStream,
     gpu_name: str,
     prefill_tokens: int,
     dtypes: tuple[torch.dtype, torch.dtype],
-    shards: Shards,
+    tp: TensorParallel,
 ) -> Placement | None:
     """None where all fits the device. `dtypes`: of weights and of cached values.
 
     Of several ranks, all choose the same. BatchmixError where there is no way to run the model.
     """
-    sliced = shards.slice_config(checkpoint.config)
+    sliced = tp.slice_config(checkpoint.config)
     model = footprint(sliced, dtypes[0].itemsize, checkpoint.quantization, dtypes[1].itemsize)
-    device_bytes = shards.smallest(gpu_cache_bytes(*link.memory(), 0, config.gpu_memory_utilization))
+    device_bytes = tp.all_reduce_min(gpu_cache_bytes(*link.memory(), 0, config.gpu_memory_utilization))
     machine = Machine(device_bytes, 0.0, math.inf, math.inf, math.inf, checkpoint.offload_dir is not None)
 
     def best(machine: Machine, stream: bool) -> Placement | None:
-        return choose(
+        return select_placement(
             model,
             machine,
             assumed(checkpoint.max_model_len),
@@ -72,9 +72,9 @@ def plan_offload(
     gpu = known_gpu(gpu_name)
     if gpu is not None:
         machine = replace(machine, hbm=gpu.bandwidth_gbs * 1e9 * EFFICIENCY, flops=gpu.tflops * 1e12 * EFFICIENCY)
-    bandwidth = shards.smallest(int(measure_link(link)))
+    bandwidth = tp.all_reduce_min(int(measure_link(link)))
     most = max(prefill_tokens, config.max_num_seqs or MAX_NUM_SEQS)  # tokens of a step
-    host_bytes = shards.smallest(link.host_room) - StagedKVCache.landing_bytes(sliced, dtypes[1], most)
+    host_bytes = tp.all_reduce_min(link.host_room) - StagedKVCache.landing_bytes(sliced, dtypes[1], most)
     host_bytes -= BLOCK_SIZE * model.kv_bytes  # the scratch block
     placement = best(replace(machine, host_bytes=host_bytes, link=bandwidth), stream=True)
     if placement is None:
@@ -85,7 +85,7 @@ def plan_offload(
     return placement
 
 
-def measure_link(link: Link) -> float:
+def measure_link(link: TransferStream) -> float:
     """Bytes a second of a copy to the device."""
     source = link.host((_MEASURED_BYTES,), torch.uint8)
     target = link.empty((_MEASURED_BYTES,), torch.uint8)

@@ -12,7 +12,7 @@ from batchmix.errors import BatchmixError
 _log = logging.getLogger(__name__)
 
 
-def start_over(state: State, step: str, least_tokens: int) -> None:
+def retry_with_half_the_batch(state: State, step: str, least_tokens: int) -> None:
     """Put every row back and make the state anew for half as many. Rows run again and, keyed as they are, end the same.
 
     `step` names the one that failed; `least_tokens` are the fewest that a prefill step may be cut to.

@@ -1,6 +1,6 @@
 """From logits to tokens, for all rows at once.
 
-The order is vLLM's: logit bias and allowed tokens, minimum length, penalties, the tokens that a guide allows, then
+The order is vLLM's: logit bias and allowed tokens, minimum length, penalties, the tokens that a grammar allows, then
 temperature, min-p, top-k, top-p. Rows that do not use a step are not touched by it, so what one row asks for never changes another's answer. Log-probabilities
 are those of the model, before any of this.
 """
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.engine.guide_masks import FewTokens, apply_guides
+from batchmix.engine.grammar_masks import FewTokens, apply_grammars
 from batchmix.engine.philox import uniform
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 
 _BUCKET = 128  # tokens whose probabilities are summed together before the running sum
 _CACHED_ROWS = 8  # of a vocabulary of 32,000, 1 MB
@@ -34,7 +34,7 @@ class Logprobs:
     top: Tensor  # float32 [N, k]
 
 
-def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+def choose(logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
     """The next token of slots first..first+R-1, see `Operators`. logits float32 [R, V] are changed in place."""
     span = slice(first, first + len(logits))
     wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
@@ -43,21 +43,21 @@ def choose(logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs |
     _apply_bias(logits, slots, span)
     _forbid_stopping(logits, slots, span)
     _apply_penalties(logits, slots, span)
-    wide, narrow = apply_guides(logits, slots, span)
+    wide, narrow = apply_grammars(logits, slots, span)
     tokens = wide.new_empty(len(logits))
     tokens[wide] = _choose_among(logits, wide, slots, span, wide)
     for few in narrow:
         place = _choose_among(few.logits, torch.arange(len(few.rows)), slots, span, few.rows)
         tokens[few.rows] = few.token_ids.gather(1, place[:, None])[:, 0]
-    among_allowed = _among_allowed(logits, tokens, wide, narrow, untouched, slots, span)
+    processed_logprobs = _among_allowed(logits, tokens, wide, narrow, untouched, slots, span)
     if raw is None:
-        return tokens, None, among_allowed
+        return tokens, None, processed_logprobs
     chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
     top_ids, top = largest(raw, slots.num_logprobs[span][wanted])
-    return tokens, Logprobs(wanted, chosen, top_ids, top), among_allowed
+    return tokens, Logprobs(wanted, chosen, top_ids, top), processed_logprobs
 
 
-def _choose_among(logits: Tensor, places: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
+def _choose_among(logits: Tensor, places: Tensor, slots: InputBatch, span: slice, rows: Tensor) -> Tensor:
     """The column that each of `rows` (of the span) chooses, int64 [N]; its logits are in row places[i] of `logits`."""
     columns = torch.empty_like(rows)
     is_random = slots.temperature[span][rows] > 0
@@ -72,12 +72,12 @@ def _choose_among(logits: Tensor, places: Tensor, slots: Slots, span: slice, row
     return columns
 
 
-def _untouched(logits: Tensor, slots: Slots, span: slice) -> dict[int, Tensor]:
+def _untouched(logits: Tensor, slots: InputBatch, span: slice) -> dict[int, Tensor]:
     """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes them."""
     if slots.logprob_history is None:
         return {}
     changed = (slots.bias_row[span] >= 0) | slots.penalised[span] | (slots.generated[span] < slots.min_tokens[span])
-    return {row: logits[row].clone() for row in torch.nonzero(changed & slots.among_allowed[span])[:, 0].tolist()}
+    return {row: logits[row].clone() for row in torch.nonzero(changed & slots.processed_logprobs[span])[:, 0].tolist()}
 
 
 def _among_allowed(
@@ -86,14 +86,14 @@ def _among_allowed(
     wide: Tensor,
     narrow: Sequence[FewTokens],
     untouched: dict[int, Tensor],
-    slots: Slots,
+    slots: InputBatch,
     span: slice,
 ) -> Tensor | None:
     """The log-probability of each chosen token among those whose logits are not -inf, float32 [R]; 0 where not asked for."""
     if slots.logprob_history is None:
         return None
     found = torch.zeros(len(logits))
-    asked = slots.among_allowed[span]
+    asked = slots.processed_logprobs[span]
     for rows, allowed, ids in _rows_by_width(logits, wide[asked[wide]], narrow, asked):
         for place, row in enumerate(rows.tolist()):
             if row in untouched:
@@ -144,20 +144,20 @@ def _most_likely(logits: Tensor) -> Tensor:
     return bucket * _BUCKET + inside.argmax(-1)
 
 
-def _uniform(slots: Slots, span: slice, rows: Tensor) -> Tensor:
+def _uniform(slots: InputBatch, span: slice, rows: Tensor) -> Tensor:
     return uniform(
         slots.seed[span][rows], slots.row_key[span][rows], slots.sample[span][rows], slots.generated[span][rows]
     )
 
 
-def _apply_bias(logits: Tensor, slots: Slots, span: slice) -> None:
+def _apply_bias(logits: Tensor, slots: InputBatch, span: slice) -> None:
     bias_row = slots.bias_row[span]
     rows = torch.from_numpy(np.flatnonzero(bias_row.numpy() >= 0))
     if len(rows):
         logits[rows] += slots.biases.data[bias_row[rows]]
 
 
-def _forbid_stopping(logits: Tensor, slots: Slots, span: slice) -> None:
+def _forbid_stopping(logits: Tensor, slots: InputBatch, span: slice) -> None:
     """No end-of-sequence and no stop token before a row's min_tokens."""
     rows = np.flatnonzero(slots.generated[span].numpy() < slots.min_tokens[span].numpy())
     if not len(rows):
@@ -169,7 +169,7 @@ def _forbid_stopping(logits: Tensor, slots: Slots, span: slice) -> None:
     logits[torch.from_numpy(rows[row]), torch.from_numpy(token)] = float("-inf")
 
 
-def _apply_penalties(logits: Tensor, slots: Slots, span: slice) -> None:
+def _apply_penalties(logits: Tensor, slots: InputBatch, span: slice) -> None:
     """Repetition (Keskar et al. 2019, over prompt and output), presence and frequency (OpenAI, over the output)."""
     rows = torch.from_numpy(np.flatnonzero(slots.penalised[span].numpy()))
     if not len(rows):
@@ -186,7 +186,7 @@ def _apply_penalties(logits: Tensor, slots: Slots, span: slice) -> None:
     logits[rows] = x
 
 
-def _filter(scaled: Tensor, slots: Slots, span: slice, rows: Tensor) -> Tensor:
+def _filter(scaled: Tensor, slots: InputBatch, span: slice, rows: Tensor) -> Tensor:
     """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token. [R, V], changed in place -> [R, V].
 
     `scaled` are logits over the temperature, each row's largest 0.

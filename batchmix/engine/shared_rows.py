@@ -10,12 +10,12 @@ from torch import Tensor
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
-from batchmix.engine.readback import to_device
+from batchmix.engine.async_copy import async_copy_to_gpu
 
 _KEEP_UNUSED = 16  # tables that nobody uses just now are kept, because the next row often wants the same one
 
 
-class SharedTables:
+class DeviceTableCache:
     """Tables of some rows by `width` columns each, stacked in one tensor so that a step gathers from it by row number.
 
     A table is built once per key and counted by its users. Its first row's number stays valid while it is in use.
@@ -29,7 +29,7 @@ class SharedTables:
     def acquire(self, key: Hashable, build: Callable[[], Tensor]) -> int:
         """The first row of the key's table, built on first use; call `release` when the user is done."""
         if key not in self._spans:
-            table = to_device(build().to(self.data.dtype), self.data.device)
+            table = async_copy_to_gpu(build().to(self.data.dtype), self.data.device)
             self._spans[key] = self._place(len(table)), len(table)
             first = self._spans[key][0]
             self.data[first : first + len(table)] = table

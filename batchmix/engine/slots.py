@@ -21,29 +21,29 @@ from torch import Tensor
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import INSIDE, START, StopTable
 from batchmix.engine.answers import Answers
-from batchmix.engine.guide_tables import GuideTables
+from batchmix.engine.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
+from batchmix.engine.grammar_tables import GrammarTables
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.mirror import Mirror
+from batchmix.engine.mirror import CpuGpuBuffer
 from batchmix.engine.philox import row_key
-from batchmix.engine.readback import Arrival, Readback, to_device
-from batchmix.engine.shared_rows import SharedTables, automaton, bias_key, bias_table, stop_key
-from batchmix.guided.compile import Guides
+from batchmix.engine.shared_rows import DeviceTableCache, automaton, bias_key, bias_table, stop_key
+from batchmix.guided.compile import GrammarCompiler
 from batchmix.records import Prompt
 
 RUNNING, EOS, STOP_TOKEN, STOP_STRING, LENGTH = range(5)  # why a row ended
 FREE = 5  # `finish` of a slot without a row: steps leave it alone, as they do rows that have ended
-WHOLE = 6  # why a row ended: its guide allows no longer text
-FAILED = 7  # why a row ended: its text is not one that its guide allows, and cannot become one
+WHOLE = 6  # why a row ended: its grammar allows no longer text
+FAILED = 7  # why a row ended: its text is not one that its grammar allows, and cannot become one
 
-_STATE = ("token", "context", "generated", "finish", "stop_reason", "stop_state", "guide_state")  # changed by steps
+_STATE = ("token", "context", "generated", "finish", "stop_reason", "stop_state", "grammar_state")  # changed by steps
 _READ = slice(2, 5)  # of _STATE: what the host wants to know
 _NUMBERS = (
-    "max_tokens", "min_tokens", "top_k", "seed", "row_key", "sample", "bias_row", "stop_base", "guide_base",
-    "guide_class",
+    "max_tokens", "min_tokens", "top_k", "seed", "row_key", "sample", "bias_row", "stop_base", "grammar_base",
+    "grammar_class",
 )  # fmt: skip
-_NONE = ("bias_row", "stop_base", "guide_base", "guide_class")  # -1 where a row has no such table
+_NONE = ("bias_row", "stop_base", "grammar_base", "grammar_class")  # -1 where a row has no such table
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_FLAGS = ("penalised", "ignore_eos", "wants_logprob", "among_allowed")
+_FLAGS = ("penalised", "ignore_eos", "wants_logprob", "processed_logprobs")
 _AS_ASKED = ("min_tokens", "top_k", "seed", *_REALS, "ignore_eos")  # fields that are the prompt's sampling key
 
 
@@ -52,10 +52,10 @@ class Look:
     """The rows' state at one time, on its way to the host."""
 
     slots: np.ndarray  # int64 [rows then]: where the row of slot 0, 1, ... is now, -1: gone
-    arrival: Arrival
+    event: CopyEvent
 
 
-class Slots:
+class InputBatch:
     """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise.
 
     With `row_tile` tensors are longer, a multiple of it, so that a step may run over free slots behind the active ones.
@@ -69,7 +69,7 @@ class Slots:
     finish: Tensor
     stop_reason: Tensor  # stop token id, or ordinal of the stop string
     stop_state: Tensor
-    guide_state: Tensor  # row of `guides.states`, counted from guide_base
+    grammar_state: Tensor  # row of `grammars.states`, counted from grammar_base
     # What the row asked for: int64, float32, bool.
     max_tokens: Tensor
     min_tokens: Tensor
@@ -79,8 +79,8 @@ class Slots:
     sample: Tensor
     bias_row: Tensor  # row of `biases`, -1: none
     stop_base: Tensor  # first row of the automaton in `automata`, -1: none
-    guide_base: Tensor  # first row of the guide in `guides.states`, -1: none
-    guide_class: Tensor  # row of `guides.classes`, -1: none
+    grammar_base: Tensor  # first row of the grammar in `grammars.states`, -1: none
+    grammar_class: Tensor  # row of `grammars.classes`, -1: none
     temperature: Tensor
     top_p: Tensor
     min_p: Tensor
@@ -90,7 +90,9 @@ class Slots:
     penalised: Tensor
     ignore_eos: Tensor
     wants_logprob: Tensor
-    among_allowed: Tensor  # the log-probability among the tokens that the guide leaves, which `logprob_history` keeps
+    processed_logprobs: (
+        Tensor  # the log-probability among the tokens that the grammar leaves, which `logprob_history` keeps
+    )
 
     def __init__(
         self,
@@ -99,45 +101,45 @@ class Slots:
         blocks_per_row: int,
         eos_token_ids: Sequence[int],
         stop_table: Callable[[SamplingConfig], StopTable] | None,
-        readback: Readback,
+        async_copy: AsyncCopy,
         row_tile: int = 1,
         steps_per_read: int = 1,
-        guides: Guides | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         size = -(-capacity // row_tile) * row_tile
-        device = readback.device
+        device = async_copy.device
         self.capacity = capacity
         self.vocab_size = vocab_size
         self.row_tile = row_tile
         self.build_stop_table = stop_table
-        self.readback = readback
+        self.async_copy = async_copy
         self.num_active = 0
         self.version = 0  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         # The host's side of each field above; of a row's state, what it began with.
         self.host: dict[str, np.ndarray] = {}
-        self._columns: list[Mirror] = []  # [fields, slots]
+        self._columns: list[CpuGpuBuffer] = []  # [fields, slots]
         for names, dtype in (
             (_STATE, torch.int64),
             (_NUMBERS, torch.int64),
             (_REALS, torch.float32),
             (_FLAGS, torch.bool),
         ):
-            mirror = Mirror((len(names), size), dtype, device, axis=1)
+            mirror = CpuGpuBuffer((len(names), size), dtype, device, axis=1)
             self._columns.append(mirror)
             for name, array, tensor in zip(names, mirror.array, mirror.tensor, strict=True):
                 self.host[name] = array
                 setattr(self, name, tensor)
         self.state = self._columns[0].tensor  # int64 [7, capacity]: what steps change
-        self._blocks = Mirror((size, blocks_per_row), torch.int32, device, SCRATCH_BLOCK)
+        self._blocks = CpuGpuBuffer((size, blocks_per_row), torch.int32, device, SCRATCH_BLOCK)
         self.block_table, self.device_blocks = self._blocks.array, self._blocks.tensor
         self.num_blocks = np.zeros(size, np.int64)  # of the row's in block_table
-        self._stops = Mirror((size, 1), torch.int64, device, -1)
+        self._stops = CpuGpuBuffer((size, 1), torch.int64, device, -1)
         self.stop_token_ids = self._stops.tensor  # [capacity, most of any row], -1 where there are fewer
         self.num_logprobs = np.full(size, -1, np.int64)
-        self.biases = SharedTables(vocab_size, torch.float32, device)
-        self.automata = SharedTables(vocab_size + 1, torch.int64, device)  # next state; last column: string matched
-        self.guides = GuideTables(guides, vocab_size, device, size)
+        self.biases = DeviceTableCache(vocab_size, torch.float32, device)
+        self.automata = DeviceTableCache(vocab_size + 1, torch.int64, device)  # next state; last column: string matched
+        self.grammars = GrammarTables(grammars, vocab_size, device, size)
         # [capacity, V], made when a row first needs them.
         self.output_counts: Tensor | None = None
         self.in_prompt: Tensor | None = None
@@ -161,7 +163,7 @@ class Slots:
         """Where the tensors lie that are made anew when rows need larger ones: what a graph of a step relies on."""
         grown = (
             self.stop_token_ids, self.biases.data, self.automata.data, self.output_counts, self.in_prompt,
-            self.guides.states.data, self.guides.classes.data, self.logprob_history,
+            self.grammars.states.data, self.grammars.classes.data, self.logprob_history,
         )  # fmt: skip
         return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
 
@@ -197,18 +199,18 @@ class Slots:
         tensors = [self.state[_READ, :count], self.history[:count]]
         if self.logprob_history is not None:
             tensors.append(self.logprob_history[:count])
-        self.looks.append(Look(np.arange(count), self.readback.read_back(tensors)))
+        self.looks.append(Look(np.arange(count), self.async_copy.to_host(tensors)))
 
     def hear(self) -> int:
         """Wait for the oldest look and take it into `answers`. Returns how many tokens were chosen since the last."""
         look = self.looks.popleft()
-        state, ring, *logprobs = look.arrival()
+        state, ring, *logprobs = look.event()
         there = np.flatnonzero(look.slots >= 0)
         generated, finish, stop_reason = state[:, there]
         rings = [ring[there], *(logprob[there] for logprob in logprobs)]
         new = self.answers.hear(look.slots[there], generated, finish, stop_reason, *rings)
         ended = self.answers.finish
-        for slot, text in self.guides.texts.hear(self.answers, ended == RUNNING, ended == LENGTH):
+        for slot, text in self.grammars.texts.hear(self.answers, ended == RUNNING, ended == LENGTH):
             if not text.following.goes_on or not text.may_end:
                 ended[slot] = WHOLE if text.may_end else FAILED
         return new
@@ -236,9 +238,13 @@ class Slots:
             host["stop_base"][slot] = self.automata.acquire(stop, lambda: self._automaton(sampling))
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
         if sampling.structured_outputs is not None:
-            base, token_class, start = self.guides.acquire(slot, sampling, max_tokens)
-            host["guide_base"][slot], host["guide_class"][slot], host["guide_state"][slot] = base, token_class, start
-            host["among_allowed"][slot] = sampling.structured_outputs.token_probabilities
+            base, token_class, start = self.grammars.acquire(slot, sampling, max_tokens)
+            host["grammar_base"][slot], host["grammar_class"][slot], host["grammar_state"][slot] = (
+                base,
+                token_class,
+                start,
+            )
+            host["processed_logprobs"][slot] = sampling.structured_outputs.token_probabilities
             if sampling.structured_outputs.token_probabilities and self.logprob_history is None:
                 self.logprob_history = torch.zeros_like(self.history, dtype=torch.float32)
         self._set_penalties(slot, prompt)
@@ -259,7 +265,7 @@ class Slots:
             self.biases.release(key)
         if key := stop_key(sampling):
             self.automata.release(key)
-        self.guides.release(slot, sampling)
+        self.grammars.release(slot, sampling)
         self.num_active -= 1
         self.version += 1
         last = self.num_active
@@ -272,7 +278,7 @@ class Slots:
             self._source[slot] = slot
         self._changed[slot] = self._moved_blocks[slot] = True
         self.answers.move(slot, last)
-        self.guides.move(slot, last)
+        self.grammars.move(slot, last)
         for look in self.looks:
             look.slots[look.slots == slot] = -1
             look.slots[look.slots == last] = slot
@@ -288,7 +294,7 @@ class Slots:
         self.host["finish"][slot] = FREE
         for name in _NONE:
             self.host[name][slot] = -1
-        self.guides.clear(slot)
+        self.grammars.clear(slot)
         self.block_table[slot] = SCRATCH_BLOCK
         self._stops.array[slot] = -1
         self.num_blocks[slot] = self.prompt_tokens[slot] = self.planned[slot] = 0
@@ -310,13 +316,13 @@ class Slots:
         self.host["penalised"][slot] = needed
         if not needed:
             return
-        device = self.readback.device
+        device = self.async_copy.device
         if self.output_counts is None or self.in_prompt is None:
             self.output_counts = torch.zeros(len(self.token), self.vocab_size, dtype=torch.int32, device=device)
             self.in_prompt = torch.zeros(len(self.token), self.vocab_size, dtype=torch.bool, device=device)
         self.output_counts[slot] = 0
         self.in_prompt[slot] = False
-        self.in_prompt[slot].index_fill_(0, to_device(np.array(prompt.token_ids, np.int64), device), True)
+        self.in_prompt[slot].index_fill_(0, async_copy_to_gpu(np.array(prompt.token_ids, np.int64), device), True)
 
     def _automaton(self, sampling: SamplingConfig) -> Tensor:
         assert self.build_stop_table is not None, "rows with stop strings are refused where there is no tokenizer"

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache, words
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.config import MixtralConfig
-from batchmix.model.link import Link
+from batchmix.model.link import TransferStream
 from batchmix.model.offload import BUFFERS
 
 _LANDINGS = 3  # layers whose tokens may be on their way back at once
@@ -33,7 +33,13 @@ class StagedKVCache(KVCache):
     """
 
     def __init__(
-        self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, link: Link, max_tokens: int
+        self,
+        config: MixtralConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        link: TransferStream,
+        max_tokens: int,
     ) -> None:
         self.num_layers, self.link = config.num_hidden_layers, link
         self._streamed_bytes = 0
@@ -72,7 +78,7 @@ class StagedKVCache(KVCache):
         blocks = [np.asarray(chunk.blocks)[p // size] for chunk, p in zip(chunks, position, strict=True)]
         return _Staged(self, attend, np.array(read, np.int64), np.concatenate(blocks), np.concatenate(position) % size)
 
-    def around_decode(self, attend: Attend, slots: Slots | Lanes, rows: int) -> Attend:
+    def around_decode(self, attend: Attend, slots: InputBatch | Lanes, rows: int) -> Attend:
         # Of a row that has ended, which the host may not have heard of, nothing is written there; it goes to its own block.
         size, context = self.block_size, slots.prompt_tokens[:rows] + slots.planned[:rows] - 1
         table = slots.block_table[:rows].astype(np.int64)
@@ -106,8 +112,8 @@ class StagedKVCache(KVCache):
         tokens = [words(part)[staged[0], :, staged[1]] for part in self.layer(layer)]  # [T, G, C] each
         landing = [words(part)[: len(places[0])] for part in self._landings[self._sent % _LANDINGS]]
         self._sent += 1
-        ticket = self.link.copy(list(zip(landing, tokens, strict=True)))
-        self._under_way.append((layer, ticket, tokens, landing, places))
+        handle = self.link.copy(list(zip(landing, tokens, strict=True)))
+        self._under_way.append((layer, handle, tokens, landing, places))
         if len(self._under_way) == _LANDINGS:
             self._land()
         if layer + BUFFERS < self.num_layers:
@@ -119,8 +125,8 @@ class StagedKVCache(KVCache):
             self._land()
 
     def _land(self) -> None:
-        layer, ticket, _, landing, (block, offset) = self._under_way.popleft()
-        self.link.finish(ticket)
+        layer, handle, _, landing, (block, offset) = self._under_way.popleft()
+        self.link.finish(handle)
         for host, tokens in zip(self._host[layer], landing, strict=True):
             words(host)[block, :, offset] = tokens
 

@@ -13,7 +13,7 @@ import torch
 from batchmix.config import Backend, EngineConfig, KVCacheDtype, SamplingConfig
 from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
-from batchmix.engine.device import Place, check_model, choose_place, compute_dtype
+from batchmix.engine.device import Place, check_model, compute_dtype, select_device
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
 from batchmix.engine.graphs import cuda_capture
 from batchmix.engine.kv_cache import BLOCK_SIZE, KVCache
@@ -21,16 +21,16 @@ from batchmix.engine.offloading import open_link, plan_offload
 from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.workspace import measure_workspace
 from batchmix.errors import BatchmixError
-from batchmix.guided.compile import Guides, open_guides
+from batchmix.guided.compile import GrammarCompiler, open_grammars
 from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
 from batchmix.model import torch_backend, torch_ops, torch_products
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
-from batchmix.model.link import Link
+from batchmix.model.link import TransferStream
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import BUFFERS, Offload, spread
 from batchmix.model.quantized import FP8, Weight
-from batchmix.model.shards import ALONE, Shards
+from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.model.weights import Weights, load_weights
 from batchmix.plan.cost import footprint
 from batchmix.plan.placement import RESIDENT_ROWS, Placement
@@ -55,7 +55,7 @@ class Sizes:
 
 def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
     """BatchmixError where this machine cannot run the checkpoint as asked; reads no weights."""
-    place = choose_place(config)
+    place = select_device(config)
     check_model(checkpoint.config, place, checkpoint.quantization)
     compute_dtype(checkpoint.dtype, place)
 
@@ -65,17 +65,17 @@ def start_engine(
     tokenizer: Tokenizer | None,
     config: EngineConfig,
     should_stop: Callable[[], bool],
-    shards: Shards = ALONE,
-    guides: Guides | None = None,
+    tp: TensorParallel = SINGLE_RANK,
+    grammars: GrammarCompiler | None = None,
 ) -> Engine:
     """Load the weights, give the memory that is left to the KV cache, and say so in one line.
 
-    `guides`: those of this checkpoint and tokenizer, where some are compiled already.
+    `grammars`: those of this checkpoint and tokenizer, where some are compiled already.
     """
     started = time.perf_counter()
-    place = choose_place(config)
+    place = select_device(config)
     dtype, device = compute_dtype(checkpoint.dtype, place), place.device
-    processes = shards.size * config.data_parallel_size
+    processes = tp.size * config.data_parallel_size
     if device.type == "cpu":
         keep_freed_memory()
         if processes > 1:
@@ -86,32 +86,32 @@ def start_engine(
     link = open_link(device, processes, checkpoint.offload_dir)
     plan, offload = None, None
     if link is not None:
-        plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), shards)
+        plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), tp)
         if plan is not None:
             offload = Offload(link, spread(plan.streamed, checkpoint.config.num_hidden_layers))
-    sliced = shards.slice_config(checkpoint.config)
+    sliced = tp.slice_config(checkpoint.config)
     compile_ahead, compile_clock = None, None
     if device.type == "cuda":
         from batchmix.engine.compile_ahead import CompileAhead, CompileClock, Steps
         from batchmix.kernels.gpu import current_gpu
 
         compile_clock = CompileClock()
-        if shards.rank == 0:  # the others' kernels are the same
+        if tp.rank == 0:  # the others' kernels are the same
             steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, config.max_num_seqs or _rows(plan),
                           prefill_tokens, checkpoint.max_model_len, config.batch_invariant, config.share_prefix)  # fmt: skip
             cpus = max(1, (os.cpu_count() or 1) // config.data_parallel_size)  # of engines that start at once
             compile_ahead = CompileAhead(steps, current_gpu(device), cpus)
-    weights = load_weights(checkpoint, dtype, device, shards, offload)
+    weights = load_weights(checkpoint, dtype, device, tp, offload)
     operators = open_backend(place.backend, config)
-    model = Mixtral(sliced, weights, operators, checkpoint.max_model_len, shards, offload)
+    model = Mixtral(sliced, weights, operators, checkpoint.max_model_len, tp, offload)
     loaded = time.perf_counter()
     if compile_ahead is not None:
         compile_ahead.finish()
     if device.type == "cuda":
-        shards.smallest(0)  # where the others wait for the kernels
+        tp.all_reduce_min(0)  # where the others wait for the kernels
     if place.backend is Backend.torch:
         _check_products(weights, config, prefill_tokens)
-    sizes = choose_sizes(model, checkpoint, config, link, plan)
+    sizes = select_sizes(model, checkpoint, config, link, plan)
     if link is not None and plan is not None and plan.kv_on_host:
         step = max(prefill_tokens, sizes.max_num_seqs)
         cache: KVCache = StagedKVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, link, step)
@@ -133,7 +133,7 @@ def start_engine(
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
         # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
-        guides=guides or open_guides(checkpoint, tokenizer),
+        grammars=grammars or open_grammars(checkpoint, tokenizer),
         compile_clock=compile_clock,
     )
 
@@ -204,8 +204,8 @@ def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int)
         _log.warning("%s: answers may depend on the batch size; %s", found, remedy)
 
 
-def choose_sizes(
-    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: Link | None, plan: Placement | None
+def select_sizes(
+    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: TransferStream | None, plan: Placement | None
 ) -> Sizes:
     """Rows and KV blocks that fit into the memory that is free now: on a GPU measured, on the CPU estimated."""
     kv_dtype = cache_dtype(checkpoint, model.weights.embedding.dtype)
@@ -214,7 +214,7 @@ def choose_sizes(
     if link is None:
         rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
         workspace = workspace_bytes(model.config, rows, prefill_tokens, checkpoint.quantization is not None)
-        processes = model.shards.size * config.data_parallel_size  # which share the memory
+        processes = model.tp.size * config.data_parallel_size  # which share the memory
         free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
     else:
         rows = config.max_num_seqs or _rows(plan)
@@ -227,7 +227,7 @@ def choose_sizes(
             landings = StagedKVCache.landing_bytes(model.config, kv_dtype, max(prefill_tokens, rows))
             host = link.host_room - landings - block_bytes
             free = min(free * model.config.num_hidden_layers // BUFFERS, host)
-    blocks = model.shards.smallest(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
+    blocks = model.tp.all_reduce_min(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
     # Each row holds a block at least.
     return Sizes(config.max_num_seqs or min(rows, blocks), blocks, BLOCK_SIZE, workspace)
 

@@ -11,7 +11,7 @@ import torch
 from batchmix.engine.graphs import StepGraphs, capture_sizes
 from batchmix.engine.kv_cache import BlockPool, KVCache
 from batchmix.engine.prefix_cache import PrefixCache
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.engine.stats import EngineStats
 from batchmix.records import Completion, Prompt
 
@@ -48,7 +48,7 @@ class Admission:
 class State:
     """The one place where a run's state lives; admission, prefill, decode and restart work on it."""
 
-    slots: Slots
+    slots: InputBatch
     graphs: StepGraphs
     capture_sizes: list[int]
     pool: BlockPool
@@ -64,7 +64,7 @@ class State:
         capacity: int,
         max_num_batched_tokens: int,
         full_prefill: int,
-        make_slots: Callable[[int], Slots],
+        make_slots: Callable[[int], InputBatch],
         make_graphs: Callable[[EngineStats], StepGraphs],
         share_prefix: bool,
     ) -> None:
@@ -107,10 +107,10 @@ class State:
         if last is not row:
             self.rows[slot] = last
 
-    def put_back(self, slot: int) -> None:
+    def preempt(self, slot: int) -> None:
         """Take a row out of the batch. It starts again later and, as its random numbers are keyed, ends the same."""
         row = self.rows[slot]
-        self.stats.put_back += 1
+        self.stats.preempted += 1
         self.stats.completion_tokens -= int(self.slots.answers.count[slot])
         self.free(slot)
         if self.waiting and self.waiting[0].prompt is row.prompt:

@@ -14,13 +14,13 @@ class EngineStats:
     prompt_tokens: int = 0  # prefilled
     shared_tokens: int = 0  # of prompts, not prefilled because an earlier prompt begins alike
     completion_tokens: int = 0
-    forced_tokens: int = 0  # of guided rows, appended without a decode step of their own
+    jump_forward_tokens: int = 0  # of guided rows, appended without a decode step of their own
     running: int = 0  # rows in the last decode step
     waiting: int = 0  # prompts in the engine without a slot
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     refills: int = 0  # prefills of rows that took the slots of others, while more still ran
-    put_back: int = 0  # rows that gave way when blocks ran out, and started again
+    preempted: int = 0  # rows that gave way when blocks ran out, and started again
     streamed_bytes: int = 0  # weights, keys and values that were copied to the device
     decode_streamed_bytes: int = 0  # of them, in decode steps
     graphs_captured: int = 0  # CUDA graphs of decode steps

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchmix.engine.readback import to_device
-from batchmix.engine.slots import Slots
+from batchmix.engine.async_copy import async_copy_to_gpu
+from batchmix.engine.slots import InputBatch
 from batchmix.engine.state import State
 from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
@@ -45,16 +45,16 @@ def prefill(
     attend = cache.around_prefill(model.ops.prefill(model, cache, chunks, len(tokens)), chunks)
     model.expert_load.set_num_valid(ends[-1])
     with device_clock.work("prefill"):
-        hidden = model(to_device(tokens, cache.keys.device), attend)
+        hidden = model(async_copy_to_gpu(tokens, cache.keys.device), attend)
     state.stats.prompt_tokens += ends[-1]
     return hidden, ends
 
 
-def choose(model: Mixtral, slots: Slots, first: int, logits: torch.Tensor, decoded: bool) -> None:
+def choose(model: Mixtral, slots: InputBatch, first: int, logits: torch.Tensor, decoded: bool) -> None:
     """Append a token to slots first..first+R-1. logits float32 [R, V] (spent); `decoded`: see `Operators.advance`."""
-    tokens, logprobs, among_allowed = model.ops.choose(logits, slots, first)
-    model.shards.agree(tokens)
+    tokens, logprobs, processed_logprobs = model.ops.choose(logits, slots, first)
+    model.tp.broadcast(tokens)
     if logprobs is not None:  # read in every step, so what is planned is what there is
         rows = first + logprobs.rows
-        slots.answers.hear_logprobs(rows, slots.planned[rows], logprobs.chosen, logprobs.top_ids, logprobs.top)
-    model.ops.advance(slots, first, tokens, decoded, among_allowed)
+        slots.answers.append_logprobs(rows, slots.planned[rows], logprobs.chosen, logprobs.top_ids, logprobs.top)
+    model.ops.advance(slots, first, tokens, decoded, processed_logprobs)

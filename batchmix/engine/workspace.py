@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from batchmix.config import SamplingConfig
+from batchmix.engine.async_copy import async_copy_from
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.readback import readback_from
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.records import Prompt
@@ -64,7 +64,7 @@ def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: in
     """A token for `rows` rows of full length, sampled, all of them in the scratch block."""
     ops, cache = model.ops, _scratch(model, block_size, kv_dtype)
     width = -(-max_model_len // block_size)
-    slots = Slots(rows, model.config.vocab_size, width, (), None, readback_from(cache.keys.device), ops.row_tile)
+    slots = InputBatch(rows, model.config.vocab_size, width, (), None, async_copy_from(cache.keys.device), ops.row_tile)
     prompt = Prompt(0, "", {}, range(max_model_len - 1), SamplingConfig(temperature=1.0, top_p=0.9))
     for sample in range(rows):
         slots.add(prompt, sample, max_tokens=1)

@@ -1,4 +1,4 @@
-"""From `sampling.structured_outputs` to the guide of a row, compiled once for all rows that ask for the same."""
+"""From `sampling.structured_outputs` to the grammar of a row, compiled once for all rows that ask for the same."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import join, strip_start
 from batchmix.guided.canonical import Encode, canonical_tokens, canonical_within
 from batchmix.guided.dfa import build_automaton
-from batchmix.guided.guide import Guide, build_guide
-from batchmix.guided.host_guide import HostGuide, HostVocabulary, host_guide
+from batchmix.guided.grammar import CompiledGrammar, compile_grammar
+from batchmix.guided.host_grammar import HostGrammar, HostVocabulary, host_grammar
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Grammar, Pattern, TooLarge, Unsupported, alt, literal
 from batchmix.guided.regex import regex_pattern
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _RECURSIVE = "recursive (any value, or a schema within itself)"
-_KEPT = 64  # guides that are kept for rows to come
+_KEPT = 64  # grammars that are kept for rows to come
 _MAX_CHARS = (
     2**18
 )  # of choices, of a regex or of a schema: 30,000 short choices; what is longer takes seconds to compile
 
 
-class Guides:
-    """The guides of one model's vocabulary. Threads may share it.
+class GrammarCompiler:
+    """The grammars of one model's vocabulary. Threads may share it.
 
     `pieces` [V] are the bytes of each token, b"" for control tokens, which are never part of a guided text.
     """
@@ -57,7 +57,7 @@ class Guides:
         self._drops_leading_space = drops_leading_space
         self._eos_token_ids = tuple(eos_token_ids)
         self._tries: dict[Hashable, TokenTrie] = {}
-        self._guides: OrderedDict[Hashable, Guide | HostGuide] = OrderedDict()
+        self._compiled: OrderedDict[Hashable, CompiledGrammar | HostGrammar] = OrderedDict()
         self._host_vocabulary: HostVocabulary | None = None
         self._encode = encode
         self._choice_tokens: OrderedDict[Hashable, list[list[int]]] = OrderedDict()
@@ -65,7 +65,7 @@ class Guides:
         self._making = threading.Lock()  # held for as long as making takes: what is kept can be had meanwhile
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Guides:
+    def of(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarCompiler:
         """Those of a tokenizer, for a model whose vocabulary may be larger or smaller."""
         pieces = tokenizer.token_bytes(True)[:vocab_size]
         pieces = pieces + [b""] * (vocab_size - len(pieces))
@@ -76,9 +76,9 @@ class Guides:
             encode=partial(_encode_answers, tokenizer),
         )
 
-    def get(self, sampling: SamplingConfig) -> Guide | HostGuide:
-        """The guide of a row with structured_outputs. Unsupported, in one line that names the key, where there is none."""
-        return self._kept(self._guides, guide_key(sampling), lambda: self._compile(sampling))
+    def get(self, sampling: SamplingConfig) -> CompiledGrammar | HostGrammar:
+        """The grammar of a row with structured_outputs. Unsupported, in one line that names the key, where there is none."""
+        return self._kept(self._compiled, grammar_key(sampling), lambda: self._compile(sampling))
 
     def end_tokens(self, sampling: SamplingConfig) -> list[int]:
         """The tokens that end a guided text, ascending."""
@@ -119,7 +119,7 @@ class Guides:
                 kept[key] = made
             return made
 
-    def _compile(self, sampling: SamplingConfig) -> Guide | HostGuide:
+    def _compile(self, sampling: SamplingConfig) -> CompiledGrammar | HostGrammar:
         assert sampling.structured_outputs is not None
         outputs = sampling.structured_outputs
         name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
@@ -136,7 +136,7 @@ class Guides:
         except RecursionError:
             raise Unsupported(f"sampling.structured_outputs.{name}: nested too deeply") from None
 
-    def _as_table(self, pattern: Pattern, sampling: SamplingConfig) -> Guide:
+    def _as_table(self, pattern: Pattern, sampling: SamplingConfig) -> CompiledGrammar:
         ends = self.end_tokens(sampling)
         allowed = None if sampling.allowed_token_ids is None else set(sampling.allowed_token_ids)
         automaton = build_automaton(pattern)
@@ -145,7 +145,7 @@ class Guides:
         first = None
         if self._encode is not None and allowed is None:
             only, first = canonical_tokens(automaton, trie, self._pieces, self._encode, self._drops_leading_space)
-        return build_guide(
+        return compile_grammar(
             automaton,
             trie,
             end_tokens=ends,
@@ -154,10 +154,10 @@ class Guides:
             only_first=first,
         )
 
-    def _on_host(self, grammar: Grammar, sampling: SamplingConfig, name: str, why: str) -> HostGuide:
+    def _on_host(self, grammar: Grammar, sampling: SamplingConfig, name: str, why: str) -> HostGrammar:
         """`name` is the key, `why` it has no table, for messages."""
         if sampling.allowed_token_ids is not None or any(self._pieces[id] for id in sampling.stop_token_ids or ()):
-            raise Unsupported(f"{why}; allowed_token_ids, and stop_token_ids with a text, need a guide with a table")
+            raise Unsupported(f"{why}; allowed_token_ids, and stop_token_ids with a text, need a grammar with a table")
         if self._host_vocabulary is None:
             trie = self._trie(set(self._eos_token_ids), None)
             tokens = np.zeros(len(self._pieces), np.bool_)
@@ -170,7 +170,7 @@ class Guides:
                 "sampling.structured_outputs.%s: %s. So it has no table; the host finds the tokens that may come next, at every"
                 " step (docs/guided.md)", name, why,
             )  # fmt: skip
-        return host_guide(grammar, self._host_vocabulary, self.end_tokens(sampling))
+        return host_grammar(grammar, self._host_vocabulary, self.end_tokens(sampling))
 
     def _tokenize(self, text: str) -> Sequence[int]:
         if self._encode is None:
@@ -191,15 +191,15 @@ class Guides:
         return self._tries[key]
 
 
-def open_guides(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Guides | None:
-    """The guides of a checkpoint's vocabulary; None without a tokenizer. Compiles nothing yet."""
+def open_grammars(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> GrammarCompiler | None:
+    """The grammars of a checkpoint's vocabulary; None without a tokenizer. Compiles nothing yet."""
     if tokenizer is None:
         return None
-    return Guides.of(tokenizer, checkpoint.config.vocab_size, checkpoint.end_tokens(tokenizer.eos_id))
+    return GrammarCompiler.of(tokenizer, checkpoint.config.vocab_size, checkpoint.end_tokens(tokenizer.eos_id))
 
 
-def guide_key(sampling: SamplingConfig) -> tuple[Any, ...]:
-    """What makes two rows share a guide; empty where there is none."""
+def grammar_key(sampling: SamplingConfig) -> tuple[Any, ...]:
+    """What makes two rows share a grammar; empty where there is none."""
     outputs = sampling.structured_outputs
     if outputs is None:
         return ()

@@ -80,7 +80,7 @@ class Grammar:
 
 
 class Unsupported(ValueError):
-    """What a guide cannot do; the message is one line that names the feature."""
+    """What a grammar cannot do; the message is one line that names the feature."""
 
 
 class NoText(Unsupported):

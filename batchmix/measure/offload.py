@@ -17,7 +17,7 @@ import torch
 from batchmix.config import Config, ModelConfig, ModelFormat
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine import offloading
-from batchmix.engine.device import choose_place
+from batchmix.engine.device import select_device
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
@@ -38,7 +38,7 @@ def benchmark_offload(config: Config) -> Path:
         raise BatchmixError(f"benchmark.shape={benchmark.shape}: the shapes are {', '.join(SHAPES)}")
     if benchmark.peers not in (None, [], [PEER]):
         raise BatchmixError(f"benchmark.peers={benchmark.peers}: the one peer is {PEER}; [] runs none")
-    device = choose_place(config.engine).device
+    device = select_device(config.engine).device
     if device.type == "cpu" and benchmark.shape != "tiny":
         raise BatchmixError(
             f"benchmark offload: there is no GPU to stream benchmark.shape={benchmark.shape} to; to try the code path,"

@@ -138,7 +138,7 @@ def sampling_case(shape: Shape, rows: int, device: torch.device) -> Case:
         "biases": torch.zeros(0, shape.vocab, device=device),
         "penalised": torch.zeros(rows, dtype=torch.bool, device=device),
         "wants_logprob": torch.ones(rows, dtype=torch.bool, device=device),
-        "among_allowed": torch.zeros(rows, dtype=torch.bool, device=device),
+        "processed_logprobs": torch.zeros(rows, dtype=torch.bool, device=device),
     }
 
     def run() -> tuple[Tensor, Tensor]:

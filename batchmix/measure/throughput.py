@@ -30,7 +30,7 @@ from batchmix.config import (
     SamplingConfig,
 )
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.device import choose_place
+from batchmix.engine.device import select_device
 from batchmix.engine.kv_cache import BLOCK_SIZE
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
@@ -63,7 +63,7 @@ def benchmark_throughput(config: Config) -> Path:
         raise BatchmixError(
             f"benchmark peers: none of {', '.join(PEERS)} can be imported here (see benchmark.peers_path)"
         )
-    device = choose_place(config.engine).device
+    device = select_device(config.engine).device
     if device.type == "cpu" and benchmark.shape != "tiny":
         raise BatchmixError(
             f"benchmark {benchmark.name}: there is no GPU, and benchmark.shape={benchmark.shape} would take days on a CPU;"

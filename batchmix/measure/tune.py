@@ -204,14 +204,14 @@ def _search(product: _Product, rule: Tile, others: list[Tile], deadline: float, 
         for tile in finalists:
             times[tile] = min(times.get(tile, float("inf")), product.time(tile))
     before = times.get(rule, float("inf"))
-    best = choose_clearly_faster(times, rule)
+    best = select_clearly_faster(times, rule)
     after = before if best is None else times[best]
     print(f"{product.form} {product.kind}, {work}: {before * 1e3:.3f} -> {after * 1e3:.3f} ms"
           f" ({tried} of {len(others)} tiles tried): {best or 'the rule'}", flush=True)  # fmt: skip
     return best
 
 
-def choose_clearly_faster(times: dict[Tile, float], rule: Tile) -> Tile | None:
+def select_clearly_faster(times: dict[Tile, float], rule: Tile) -> Tile | None:
     """The fastest tile if it beats the rule's by `MARGIN`, or if the rule's does not run; else None."""
     best = min(times, key=lambda tile: times[tile], default=rule)
     if best == rule or (rule in times and times[best] > times[rule] * (1 - MARGIN)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
 from batchmix.engine.sampling import Logprobs
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.model.expert_load import LayerLoad
 from batchmix.model.quantized import Weight
 
@@ -68,18 +68,18 @@ class Operators(Protocol):
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         """Attention of packed prompt chunks; tokens in no chunk are padding."""
 
-    def find_shared(self, model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+    def find_shared(self, model: Mixtral, cache: KVCache, slots: InputBatch, num_tokens: int) -> None:
         """See which KV blocks the rows of the next steps have in common; outside of captured steps."""
 
     def decode(
-        self, model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int
+        self, model: Mixtral, cache: KVCache, slots: InputBatch | Lanes, rows: int, num_tokens: int, width: int
     ) -> Attend:
         """Attention of the last tokens of slots 0..rows-1, whose contexts lie in `width` blocks at most.
 
         The tokens behind those rows' are padding.
         """
 
-    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+    def choose(self, logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
         """The next tokens, int64 [R], of slots first..first+R-1. logits float32 [R, V] (spent).
 
         Last their log-probabilities among the tokens that were allowed, float32 [R], 0 where the row does not ask for
@@ -87,6 +87,6 @@ class Operators(Protocol):
         """
 
     def advance(
-        self, slots: Slots, first: int, tokens: Tensor, decoded: bool, among_allowed: Tensor | None = None
+        self, slots: InputBatch, first: int, tokens: Tensor, decoded: bool, processed_logprobs: Tensor | None = None
     ) -> None:
         """What these tokens do to their rows; `decoded`: each row's last token has gone into the cache before."""

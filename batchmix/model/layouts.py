@@ -134,7 +134,7 @@ def stacked(config: MixtralConfig) -> Layout:
     return _in_order(layout, config)
 
 
-def choose_layout(files: TensorFiles, layouts: list[Layout], folder: Path) -> Layout:
+def select_layout(files: TensorFiles, layouts: list[Layout], folder: Path) -> Layout:
     """The layout whose names are there, with every tensor there, of its shape, and in floating point.
 
     BatchmixError names what is not; where some are missing, of the closest layout.

@@ -19,8 +19,8 @@ from batchmix.errors import BatchmixError
 Pairs = Sequence[tuple[Tensor, Tensor]]  # target, source
 
 
-class Link(Protocol):
-    """What streaming needs of a device. `CudaLink` is one; tests have another, whose copies come as late as they may."""
+class TransferStream(Protocol):
+    """What streaming needs of a device. `CudaTransferStream` is one; tests have another, whose copies come as late as they may."""
 
     host_room: int  # bytes of the host that copies run from at full speed
 
@@ -34,16 +34,16 @@ class Link(Protocol):
         """Zeros in memory of the host that the device copies from and to."""
 
     def copy(self, pairs: Pairs) -> Any:
-        """Begin to copy to or from the device, behind all work that it has been given so far. Returns a ticket."""
+        """Begin to copy to or from the device, behind all work that it has been given so far. Returns a handle."""
 
-    def wait(self, ticket: Any) -> None:
+    def wait(self, handle: Any) -> None:
         """Let the device's work from here on begin when the copy is done; the host goes on. May be called again."""
 
-    def finish(self, ticket: Any) -> None:
+    def finish(self, handle: Any) -> None:
         """Let the host wait for the copy."""
 
 
-class CudaLink:
+class CudaTransferStream:
     """A GPU, with a stream for copies to it and one for copies from it.
 
     The first `pinned_bytes` of host memory are page-locked, the rest is a file in `folder`, mapped. A copy from a mapped
@@ -86,15 +86,15 @@ class CudaLink:
             done: torch.cuda.Event = stream.record_event()
             return done
 
-    def wait(self, ticket: Any) -> None:
-        torch.cuda.current_stream(self._device).wait_event(_event(ticket))
+    def wait(self, handle: Any) -> None:
+        torch.cuda.current_stream(self._device).wait_event(_event(handle))
 
-    def finish(self, ticket: Any) -> None:
-        _event(ticket).synchronize()
+    def finish(self, handle: Any) -> None:
+        _event(handle).synchronize()
 
 
-def _event(ticket: torch.cuda.Event | Future[torch.cuda.Event]) -> torch.cuda.Event:
-    return ticket.result() if isinstance(ticket, Future) else ticket
+def _event(handle: torch.cuda.Event | Future[torch.cuda.Event]) -> torch.cuda.Event:
+    return handle.result() if isinstance(handle, Future) else handle
 
 
 class _Locked(mmap.mmap):

@@ -17,7 +17,7 @@ from batchmix.model.config import MixtralConfig
 from batchmix.model.expert_load import ExpertLoad
 from batchmix.model.offload import ExpertStream, Offload
 from batchmix.model.quantized import Weight
-from batchmix.model.shards import ALONE, Shards
+from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.model.weights import Weights
 
 
@@ -30,13 +30,13 @@ class Mixtral:
         weights: Weights,
         operators: Operators,
         max_model_len: int,
-        shards: Shards = ALONE,
+        tp: TensorParallel = SINGLE_RANK,
         offload: Offload | None = None,
     ) -> None:
         self.config = config  # of this process's slice, as the weights
         self.weights = weights
         self.stream = ExpertStream(weights.layers, offload) if offload is not None and offload.streamed else None
-        self.shards = shards
+        self.tp = tp
         self.ops = operators
         device = weights.embedding.device
         self.expert_load = ExpertLoad(config.num_hidden_layers, config.num_local_experts, device)
@@ -47,18 +47,24 @@ class Mixtral:
 
     def __call__(self, token_ids: Tensor, attend: Attend) -> Tensor:
         """The last hidden states. token_ids int64 [T] -> [T, D]."""
-        config, ops, shards = self.config, self.ops, self.shards
+        config, ops, tp = self.config, self.ops, self.tp
         x = self.weights.embedding[token_ids]  # [T, D]
         for index, layer in enumerate(self.weights.layers):
             normed = ops.rms_norm(x, layer.attention_norm, config.rms_norm_eps)
             attended = attend(index, ops.linear(normed, layer.wqkv))  # [T, H C]
-            added = shards.add_up(ops.linear(attended, layer.wo))
+            added = tp.all_reduce(ops.linear(attended, layer.wo))
             x, normed = ops.add_rms_norm(x, added, layer.ffn_norm, config.rms_norm_eps)
             with self._experts(index) as (w13, w2):
                 x = ops.moe(
-                    normed, layer.router, w13, w2, config.num_experts_per_tok, shards.once(x), self.expert_load[index]
+                    normed,
+                    layer.router,
+                    w13,
+                    w2,
+                    config.num_experts_per_tok,
+                    tp.on_rank_0(x),
+                    self.expert_load[index],
                 )
-            x = shards.add_up(x)
+            x = tp.all_reduce(x)
         return ops.rms_norm(x, self.weights.norm, config.rms_norm_eps)
 
     @property

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchmix.model.link import Link
+from batchmix.model.link import TransferStream
 from batchmix.model.quantized import Empty, Quantized, Weight, allocated, tensors_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def spread(streamed: int, layers: int) -> tuple[int, ...]:
 class Offload:
     """Where weights lie: the experts of `streamed` layers on the host, all others on the device."""
 
-    link: Link
+    link: TransferStream
     streamed: tuple[int, ...]  # ascending
     buffers: int = BUFFERS
 
@@ -63,8 +63,8 @@ class ExpertStream:
             yield weights.w13, weights.w2
             return
         if self._order[self._used % len(self._order)] != layer:
-            for ticket in self._tickets:  # the old copies before the new ones into the same buffers
-                self._link.wait(ticket)
+            for handle in self._tickets:  # the old copies before the new ones into the same buffers
+                self._link.wait(handle)
             self._begin(self._order.index(layer))
         self._link.wait(self._tickets[0])
         yield self._ring[self._used % len(self._ring)]
@@ -87,7 +87,7 @@ class ExpertStream:
         self.bytes += sum(source.nbytes for _, source in pairs)
 
 
-def _empty_like(weight: Weight, link: Link) -> Weight:
+def _empty_like(weight: Weight, link: TransferStream) -> Weight:
     if isinstance(weight, Quantized):
         return allocated(weight.shape, weight.format, link.empty)
     return link.empty(weight.shape, weight.dtype)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from batchmix.model.shards import Shards
 from batchmix.model.staging import Staging
+from batchmix.model.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
     from batchmix.model.quantized import Quantized
@@ -51,10 +51,10 @@ class DensePlace:
     shape: tuple[int, ...]
     target: Tensor  # as `shape`, but for the one dimension that tensor parallelism cuts
     dtype: torch.dtype  # the run dtype, to which weights are rounded whatever they are stored as
-    shards: Shards
+    tp: TensorParallel
     staging: Staging
 
     def write(self, tensor: Tensor | Quantized) -> None:
         if not isinstance(tensor, Tensor):
             tensor = tensor.dequantize(self.dtype)
-        self.staging.put(self.target, self.shards.cut(tensor, self.target.shape), self.dtype)
+        self.staging.put(self.target, self.tp.shard(tensor, self.target.shape), self.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from batchmix.model.quantized import Quantized, Weight, quantize
-from batchmix.model.shards import Shards
+from batchmix.model.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class QuantizedPlace:
     shape: tuple[int, ...]  # of the whole tensor
     target: Quantized
     dtype: torch.dtype  # the run dtype, to which weights are rounded first
-    shards: Shards
+    tp: TensorParallel
     device: torch.device  # where codes are computed
 
     def write(self, weight: Weight) -> None:
@@ -29,4 +29,4 @@ class QuantizedPlace:
             weight = quantize(weight.to(self.device).to(self.dtype), self.target.format)
         elif weight.format is not self.target.format:
             weight = quantize(weight.dequantize(self.dtype).to(self.device), self.target.format)
-        self.target.copy_(self.shards.cut(weight, self.target.shape))
+        self.target.copy_(self.tp.shard(weight, self.target.shape))

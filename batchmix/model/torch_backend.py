@@ -15,7 +15,7 @@ from batchmix.engine.advance import advance
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import RUNNING, Slots
+from batchmix.engine.slots import RUNNING, InputBatch
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
@@ -46,11 +46,11 @@ def prefill(model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens:
     return _rotating(model, torch.from_numpy(positions), PrefillAttention(cache, chunks, num_tokens))
 
 
-def find_shared(model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+def find_shared(model: Mixtral, cache: KVCache, slots: InputBatch, num_tokens: int) -> None:
     """See `Operators`. Every row attends to its blocks on its own here."""
 
 
-def decode(model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int) -> Attend:
+def decode(model: Mixtral, cache: KVCache, slots: InputBatch | Lanes, rows: int, num_tokens: int, width: int) -> Attend:
     """See `Operators`."""
     running = slots.finish[:rows].numpy() == RUNNING
     context = slots.context[:rows].numpy() * running + 1

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.engine.async_copy import async_copy_to_gpu
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.readback import to_device
-from batchmix.engine.slots import RUNNING, Slots
+from batchmix.engine.slots import RUNNING, InputBatch
 from batchmix.kernels.attention_decode import SharedSplits, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
 from batchmix.kernels.rotary import rotate_and_cache
@@ -52,9 +52,9 @@ class PrefillAttention(_Paged):
             places[:, chunk.offset : chunk.offset + chunk.length] = (
                 position, table[row, position // size], position % size
             )  # fmt: skip
-        super().__init__(model, cache, *to_device(places, device).unbind())
+        super().__init__(model, cache, *async_copy_to_gpu(places, device).unbind())
         spans = [(chunk.offset, chunk.start, chunk.length) for chunk in chunks]
-        blocks = to_device(table, device)
+        blocks = async_copy_to_gpu(table, device)
         self.plan = plan_prefill(spans, blocks, num_tokens, self.ratio, model.weights.embedding.dtype)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class DecodeAttention(_Paged):
         self,
         model: Mixtral,
         cache: KVCache,
-        slots: Slots | Lanes,
+        slots: InputBatch | Lanes,
         num_slots: int,
         width: int,
         shared: SharedSplits | None,

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.engine.async_copy import async_copy_to_gpu
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.readback import to_device
 from batchmix.engine.sampling import Logprobs, largest
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.kernels import linear, moe, norm, sampling
 from batchmix.kernels import slots as slot_kernels
 from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
@@ -38,7 +38,7 @@ class TritonOperators:
         self.batch_invariant = batch_invariant
         self.share_prefix = share_prefix
         self._shared: dict[
-            int, tuple[tuple[Slots, int], SharedSplits]
+            int, tuple[tuple[InputBatch, int], SharedSplits]
         ] = {}  # by tokens of a step: found for which slots
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,7 +65,7 @@ class TritonOperators:
     def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
         return PrefillAttention(model, cache, chunks, num_tokens)
 
-    def find_shared(self, model: Mixtral, cache: KVCache, slots: Slots, num_tokens: int) -> None:
+    def find_shared(self, model: Mixtral, cache: KVCache, slots: InputBatch, num_tokens: int) -> None:
         if not self.share_prefix:
             return
         state = slots, slots.version
@@ -81,18 +81,18 @@ class TritonOperators:
         else:  # into the same memory, which a captured step reads
             splits = known[1]
             for kept, new in zip(splits, found, strict=True):
-                kept.copy_(to_device(new, kept.device))
+                kept.copy_(async_copy_to_gpu(new, kept.device))
         self._shared[num_tokens] = state, splits
 
     def decode(
-        self, model: Mixtral, cache: KVCache, slots: Slots | Lanes, rows: int, num_tokens: int, width: int
+        self, model: Mixtral, cache: KVCache, slots: InputBatch | Lanes, rows: int, num_tokens: int, width: int
     ) -> Attend:
-        shared = self._shared[num_tokens][1] if self.share_prefix and isinstance(slots, Slots) else None
+        shared = self._shared[num_tokens][1] if self.share_prefix and isinstance(slots, InputBatch) else None
         return DecodeAttention(model, cache, slots, num_tokens, width, shared)
 
-    def choose(self, logits: Tensor, slots: Slots, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+    def choose(self, logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
         span = slice(first, first + len(logits))
-        slots.guides.texts.tell(span, slots.guides.classes.data)
+        slots.grammars.texts.tell(span, slots.grammars.classes.data)
         counts, marks = slots.output_counts, slots.in_prompt
         tokens, chosen = sampling.sample(
             logits, slots.temperature[span], slots.top_k[span], slots.top_p[span], slots.min_p[span], slots.seed[span],
@@ -100,30 +100,30 @@ class TritonOperators:
             slots.eos_token_ids, slots.stop_token_ids[span], slots.bias_row[span], slots.biases.data,
             slots.penalised[span], slots.repetition_penalty[span], slots.presence_penalty[span],
             slots.frequency_penalty[span], None if counts is None else counts[span],
-            None if marks is None else marks[span], slots.wants_logprob[span], slots.among_allowed[span],
-            *((slots.guide_base[span], slots.guide_state[span], slots.guide_class[span], slots.max_tokens[span],
-               slots.guides.states.data, slots.guides.classes.data) if slots.guides.used else ()),
+            None if marks is None else marks[span], slots.wants_logprob[span], slots.processed_logprobs[span],
+            *((slots.grammar_base[span], slots.grammar_state[span], slots.grammar_class[span], slots.max_tokens[span],
+               slots.grammars.states.data, slots.grammars.classes.data) if slots.grammars.used else ()),
         )  # fmt: skip
-        among_allowed = None if slots.logprob_history is None else chosen
+        processed_logprobs = None if slots.logprob_history is None else chosen
         wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
         if not len(wanted):
-            return tokens, None, among_allowed
+            return tokens, None, processed_logprobs
         rows = torch.from_numpy(wanted).to(logits.device)
         top_ids, top = largest(logits[rows].log_softmax(-1), slots.num_logprobs[span][wanted])
-        return tokens, Logprobs(wanted, chosen[rows], top_ids, top), among_allowed
+        return tokens, Logprobs(wanted, chosen[rows], top_ids, top), processed_logprobs
 
     def advance(
-        self, slots: Slots, first: int, tokens: Tensor, decoded: bool, among_allowed: Tensor | None = None
+        self, slots: InputBatch, first: int, tokens: Tensor, decoded: bool, processed_logprobs: Tensor | None = None
     ) -> None:
         span = slice(first, first + len(tokens))
         counts = slots.output_counts
-        ring = None if among_allowed is None or slots.logprob_history is None else slots.logprob_history[span]
+        ring = None if processed_logprobs is None or slots.logprob_history is None else slots.logprob_history[span]
         slot_kernels.advance(
-            tokens, among_allowed, slots.token[span], slots.context[span] if decoded else None, slots.generated[span],
+            tokens, processed_logprobs, slots.token[span], slots.context[span] if decoded else None, slots.generated[span],
             slots.finish[span], slots.stop_reason[span], slots.stop_state[span], slots.history[span], ring,
             None if counts is None else counts[span], slots.penalised[span], slots.max_tokens[span],
             slots.min_tokens[span], slots.ignore_eos[span], slots.eos_token_ids, slots.stop_token_ids[span],
             slots.stop_base[span], slots.automata.data,
-            *((slots.guide_state[span], slots.guide_base[span], slots.guide_class[span], slots.guides.states.data,
-               slots.guides.classes.data) if slots.guides.used else (None,) * 5),
+            *((slots.grammar_state[span], slots.grammar_base[span], slots.grammar_class[span], slots.grammars.states.data,
+               slots.grammars.classes.data) if slots.grammars.used else (None,) * 5),
         )  # fmt: skip

@@ -19,12 +19,12 @@ from batchmix.model.config import MixtralConfig
 from batchmix.model.layouts import (
     HubNames,
     check_rest,
-    choose_layout,
     expert_name,
     fused,
     hub,
     hub_shapes,
     mistral,
+    select_layout,
     stacked,
 )
 from batchmix.model.offload import Offload
@@ -33,9 +33,9 @@ from batchmix.model.prequantized import PackedTensors, Packing
 from batchmix.model.quantized import Empty, Quantized, Weight, allocated, quantize, tensors_of
 from batchmix.model.quantized_place import QuantizedPlace
 from batchmix.model.reading import fill
-from batchmix.model.shards import ALONE, Shards
 from batchmix.model.sources import TensorFiles
 from batchmix.model.staging import Direct, Staging, open_staging
+from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.report.loading import LoadProgress
 
 _log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def load_weights(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    shards: Shards = ALONE,
+    tp: TensorParallel = SINGLE_RANK,
     offload: Offload | None = None,
 ) -> Weights:
     """Read every tensor's slice into its place, rounded to the checkpoint's run dtype and stored as `dtype`.
@@ -128,16 +128,16 @@ def load_weights(
     All files' headers are checked before anything is allocated. model.format=random: the same random weights at every
     start, made on the device; the same slice on every rank.
     """
-    config = shards.slice_config(checkpoint.config)
+    config = tp.slice_config(checkpoint.config)
     if checkpoint.format is ModelFormat.random:
         weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
         _draw(weights)
         return weights
-    files = TensorFiles(checkpoint.files, hashed=shards.rank == 0)
+    files = TensorFiles(checkpoint.files, hashed=tp.rank == 0)
     source = open_tensors(checkpoint, files)
     weights = empty_weights(config, dtype, device, checkpoint.quantization, offload)
     staging = open_staging(device)
-    places = _places(checkpoint, weights, shards, staging, device)
+    places = _places(checkpoint, weights, tp, staging, device)
     elements = sum(math.prod(place.shape) for place in places.values())
     with LoadProgress("loading weights", checkpoint.num_bytes(), elements) as progress:
         fill(source, places, progress)
@@ -153,7 +153,7 @@ def open_tensors(checkpoint: Checkpoint, files: TensorFiles) -> HubNames | Packe
     if checkpoint.packing is not None:
         return _open_packed(files, checkpoint, checkpoint.packing)
     layouts = [mistral, stacked] if checkpoint.format is ModelFormat.mistral else [hub, fused]
-    layout = choose_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
+    layout = select_layout(files, [layout(checkpoint.config) for layout in layouts], checkpoint.folder)
     check_rest(files, layout, checkpoint.config)
     return HubNames(files, layout, checkpoint.config)
 
@@ -174,15 +174,15 @@ def _open_packed(files: TensorFiles, checkpoint: Checkpoint, packing: Packing) -
 
 
 def _places(
-    checkpoint: Checkpoint, weights: Weights, shards: Shards, staging: Staging, device: torch.device
+    checkpoint: Checkpoint, weights: Weights, tp: TensorParallel, staging: Staging, device: torch.device
 ) -> dict[str, Place]:
     shapes = hub_shapes(checkpoint.config)
-    targets = _hub_targets(shards.slice_config(checkpoint.config), weights)
+    targets = _hub_targets(tp.slice_config(checkpoint.config), weights)
     dtype = checkpoint.dtype
     return {
-        name: QuantizedPlace(shapes[name], target, dtype, shards, device)
+        name: QuantizedPlace(shapes[name], target, dtype, tp, device)
         if isinstance(target, Quantized)
-        else DensePlace(shapes[name], target, dtype, shards, staging if target.device.type == device.type else Direct())
+        else DensePlace(shapes[name], target, dtype, tp, staging if target.device.type == device.type else Direct())
         for name, target in targets.items()
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 from batchmix.config import Config, ShardConfig
 from batchmix.data.output_folder import OutputFolder
 from batchmix.data.rowset import Skip
-from batchmix.engine.device import choose_place, nth_device
+from batchmix.engine.device import nth_device, select_device
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import Interrupted
 from batchmix.parallel.workers import Parent, SendLog, Worker, allow_signals
@@ -117,7 +117,7 @@ class Replicas:
     def __enter__(self) -> Replicas:
         size, config = self._config.engine.data_parallel_size, self._config
         for place in range(size):
-            device = nth_device(choose_place(config.engine).device, place * config.model.tensor_parallel_size)
+            device = nth_device(select_device(config.engine).device, place * config.model.tensor_parallel_size)
             engine = dataclasses.replace(config.engine, device=str(device))
             # Row r belongs to the user's shard r % count, and within it to one of `size` finer ones.
             shard = ShardConfig(config.shard.index + config.shard.count * place, config.shard.count * size)

@@ -47,8 +47,8 @@ class RayWorker:
                 f"model.path={config.model.path}: on {node} another model lies there than on the driver"
             )
         self._tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
-        shards, self._followers = self._open.enter_context(tensor_parallel(config, _give_up))
-        self._engine = start_engine(checkpoint, self._tokenizer, config.engine, lambda: False, shards)
+        tp, self._tp_workers = self._open.enter_context(tensor_parallel(config, _give_up))
+        self._engine = start_engine(checkpoint, self._tokenizer, config.engine, lambda: False, tp)
         return self._engine.model.weights.fingerprint
 
     def feed(self, rows: list[Row]) -> None:
@@ -61,7 +61,7 @@ class RayWorker:
         answered: list[Completion] = []
         last = time.monotonic()
         in_flight = InFlight(buffers_of(self._config).in_flight)
-        for completion in engine.generate(self._followers.lead(self._batches(in_flight))):
+        for completion in engine.generate(self._tp_workers.broadcast(self._batches(in_flight))):
             in_flight.completed(completion)
             answered.append(completion)
             if len(answered) >= _REPORT_ROWS or time.monotonic() - last > _REPORT_EVERY:

@@ -22,11 +22,11 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from batchmix.config import ClusterKind, Config
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.device import choose_place, nth_device
+from batchmix.engine.device import nth_device, select_device
 from batchmix.engine.start import start_engine
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.shards import Shards
+from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.parallel.workers import Parent, Worker
 from batchmix.records import Batch
 
@@ -38,13 +38,13 @@ _GRACE = (
 )
 
 
-class Followers:
+class TPWorkers:
     """The other ranks, seen from rank 0."""
 
     def __init__(self, workers: list[Worker]) -> None:
         self._workers = workers
 
-    def lead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def broadcast(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """`batches`, each handed to the other ranks before it is given here; for one call of `Engine.generate` each."""
         for batch in batches:
             self._send(Batch([replace(prompt, columns={}) for prompt in batch.prompts]))
@@ -57,7 +57,9 @@ class Followers:
 
 
 @contextmanager
-def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) -> Iterator[tuple[Shards, Followers]]:
+def tensor_parallel(
+    config: Config, give_up: Callable[[BatchmixError], None]
+) -> Iterator[tuple[TensorParallel, TPWorkers]]:
     """The ranks of `model.tensor_parallel_size`, alive for the length of the block.
 
     A rank that dies ends the block with the one exception that says so. Where the block hangs on the dead rank,
@@ -65,10 +67,10 @@ def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) ->
     """
     size = config.model.tensor_parallel_size
     if size == 1:
-        yield Shards(), Followers([])
+        yield TensorParallel(), TPWorkers([])
         return
     store = _loopback_store()
-    first = choose_place(config.engine).device
+    first = select_device(config.engine).device
     workers = []
     for rank in range(1, size):
         engine = replace(config.engine, device=str(nth_device(first, rank)))
@@ -77,7 +79,7 @@ def tensor_parallel(config: Config, give_up: Callable[[BatchmixError], None]) ->
     watch = _Watch(workers, give_up)
     try:
         with _joined(config, 0, store):
-            yield Shards(0, size), Followers(workers)
+            yield TensorParallel(0, size), TPWorkers(workers)
     except (RuntimeError, OSError):  # from a collective with, or a message to, a rank that is gone, or our own
         failure = watch.failure_soon()
         if failure is None:
@@ -105,8 +107,8 @@ def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
     tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
     store = TCPStore(_HOST, port, is_master=False, timeout=_TIMEOUT)
     with _joined(config, rank, store):
-        shards = Shards(rank, config.model.tensor_parallel_size)
-        engine = start_engine(checkpoint, tokenizer, config.engine, lambda: False, shards)
+        tp = TensorParallel(rank, config.model.tensor_parallel_size)
+        engine = start_engine(checkpoint, tokenizer, config.engine, lambda: False, tp)
         while True:
             for _ in engine.generate(iter(parent.receive, None)):
                 pass
@@ -119,7 +121,7 @@ def _joined(config: Config, rank: int, store: Store) -> Iterator[None]:
     """In torch.distributed's default group: gloo for tensors on the CPU, NCCL for those on GPUs."""
     # Whatever a cluster's own settings are: these ranks are on one machine, and nothing of theirs asks who connects.
     os.environ |= {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
-    device = choose_place(config.engine).device
+    device = select_device(config.engine).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

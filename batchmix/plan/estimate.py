@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from batchmix.plan.cost import Footprint
 from batchmix.plan.gpus import GPU
-from batchmix.plan.placement import Placement, Rows, cards, choose
+from batchmix.plan.placement import Placement, Rows, cards, select_placement
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def place(model: Footprint, setting: Setting, rows: Rows) -> tuple[int, Placemen
 
 
 def _place_on(gpus: int, model: Footprint, setting: Setting, rows: Rows) -> Placement | None:
-    return choose(
+    return select_placement(
         model,
         cards(setting.gpu, gpus, setting.share, setting.host_bytes, setting.has_disk),
         rows,

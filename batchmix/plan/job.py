@@ -16,7 +16,7 @@ from batchmix.engine.engine import PREFILL_CHUNK
 from batchmix.engine.kv_cache import BLOCK_SIZE
 from batchmix.engine.start import cache_dtype
 from batchmix.errors import BatchmixError
-from batchmix.guided.compile import open_guides
+from batchmix.guided.compile import open_grammars
 from batchmix.memory import HOST_SHARE, gpu_workspace_bytes, host_bytes
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
 from batchmix.plan.cost import footprint
@@ -52,7 +52,7 @@ def plan_report(config: Config) -> None:
         "tokenizer": tokenizer,
         "max_model_len": checkpoint.max_model_len,
         "vocab_size": checkpoint.config.vocab_size,
-        "guides": open_guides(checkpoint, tokenizer),
+        "grammars": open_grammars(checkpoint, tokenizer),
         "eos_token_ids": checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id),
     }
     rows = show_first(source.rows(RowSet()), **how)

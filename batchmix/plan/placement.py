@@ -118,7 +118,7 @@ def cards(gpu: GPU, count: int, share: float, host_bytes: float, has_disk: bool 
     )  # fmt: skip
 
 
-def choose(
+def select_placement(
     model: Footprint,
     machine: Machine,
     rows: Rows,

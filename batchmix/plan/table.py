@@ -8,7 +8,7 @@ from batchmix.model.config import MixtralConfig
 from batchmix.plan.cost import Footprint, footprint
 from batchmix.plan.estimate import Setting, place
 from batchmix.plan.gpus import get_gpu
-from batchmix.plan.placement import Placement, assumed, cards, choose
+from batchmix.plan.placement import Placement, assumed, cards, select_placement
 
 MIXTRAL_8X7B = MixtralConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -53,7 +53,7 @@ def _row(config: MixtralConfig, gpu_name: str, quantization: Quantization | None
         workspace=lambda rows: gpu_workspace_bytes(config, rows, defaults.max_num_batched_tokens, 2),
     )  # fmt: skip
     count, whole = place(model, setting, assumed(MAX_MODEL_LEN))
-    one = choose(
+    one = select_placement(
         model,
         cards(gpu, 1, setting.share, setting.host_bytes),
         assumed(MAX_MODEL_LEN),

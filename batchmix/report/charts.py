@@ -120,7 +120,7 @@ def matrix(
 def calibration_chart(name: str, bins: Sequence[Mapping[str, float]]) -> Markup:
     """Accuracy over confidence; the area of a dot is the number of its rows."""
     most = max(entry["rows"] for entry in bins)
-    marks = [Markup('<line class="guide" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(_x(0), _y(0), _x(1), _y(1))]
+    marks = [Markup('<line class="grammar" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(_x(0), _y(0), _x(1), _y(1))]
     for entry in bins:
         text = f"confidence {entry['confidence']:.3f}, accuracy {entry['accuracy']:.3f}, {entry['rows']:,} rows"
         radius = 3 + 9 * math.sqrt(entry["rows"] / most)

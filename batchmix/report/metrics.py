@@ -73,7 +73,7 @@ class Metrics:
             "output_tokens_per_second": round((stats.completion_tokens - completion) / seconds, 1),
             "running": stats.running,
             "waiting": stats.waiting,
-            "put_back": stats.put_back,
+            "preempted": stats.preempted,
             "out_of_memory": stats.out_of_memory,
             "kv_blocks_used": stats.kv_blocks_used,
             "kv_blocks_total": stats.kv_blocks_total,

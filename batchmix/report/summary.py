@@ -38,12 +38,12 @@ class RunStatistics:
             "prompt_tokens": self.totals.prompt_tokens,
             "completion_tokens": self.totals.completion_tokens,
             "shared_prompt_tokens": self.stats.shared_tokens,
-            "forced_tokens": self.stats.forced_tokens,
+            "jump_forward_tokens": self.stats.jump_forward_tokens,
             "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in _STAGES},
             "total_seconds": round(self.total_seconds, 3),
             "generate_seconds": round(generate, 3),
             "device_busy": round(min(1.0, busy / generate), 4) if generate > 0 else 0.0,
-            "put_back": self.stats.put_back,
+            "preempted": self.stats.preempted,
             "out_of_memory": self.stats.out_of_memory,
             "graphs_captured": self.stats.graphs_captured,
             "capture_seconds": round(self.stats.capture_seconds, 3),
@@ -72,7 +72,7 @@ class Summary:
             "generate_seconds": max((run["generate_seconds"] for run in self.runs), default=0.0),
             "device_busy": round(self._device_busy(), 4),
             "out_of_memory": sum(run["out_of_memory"] for run in self.runs),
-            "forced_tokens": self._forced_tokens(),
+            "jump_forward_tokens": self._forced_tokens(),
             "streamed_bytes": sum(run["streamed_bytes"] for run in self.runs),
             "decode_streamed_bytes": sum(run["decode_streamed_bytes"] for run in self.runs),
             "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
@@ -81,7 +81,7 @@ class Summary:
 
     def _forced_tokens(self) -> int:
         """Of guided rows, appended without a decode step of their own."""
-        return sum(run.get("forced_tokens", 0) for run in self.runs)  # runs before there were any lack the key
+        return sum(run.get("jump_forward_tokens", 0) for run in self.runs)  # runs before there were any lack the key
 
     def _device_busy(self) -> float:
         """Share of the time between first prefill and last token, of all shards."""

@@ -18,7 +18,7 @@ TICKET = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "u
                                            "score": {"type": "integer"}}}  # fmt: skip
 
 
-def ticket(mood: str, urgent: bool, score: int) -> str:
+def handle(mood: str, urgent: bool, score: int) -> str:
     return json.dumps({"mood": mood, "urgent": urgent, "score": score})
 
 
@@ -32,8 +32,8 @@ def test_every_form_of_gold_in_every_format(form: OutputFormat, gold_as: str, tm
         values = dict(zip(("mood", "urgent", "score"), truth, strict=True))
         given = {"json": {"gold": json.dumps(values)}, "object": {"gold": values},
                  "columns": {"mood": values["mood"], "u": values["urgent"], "s": values["score"]}}[gold_as]  # fmt: skip
-        rows.append((given, ["oops" if answer is None else ticket(*answer)]))
-    rows.append(({}, [ticket("bad", True, 1)]))  # nobody labelled it
+        rows.append((given, ["oops" if answer is None else handle(*answer)]))
+    rows.append(({}, [handle("bad", True, 1)]))  # nobody labelled it
     rows.append((rows[0][0], [None]))
     gold = "gold" if gold_as != "columns" else {"mood": "mood", "urgent": "u", "score": "s"}
     results = finished(tmp_path, AnnotateConfig(input="x", json_schema=TICKET), rows, form=form)
@@ -101,7 +101,7 @@ def test_a_number_with_many_values_is_no_class(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_gold_that_is_not_there_is_refused(gold: Any, message: str, tmp_path: Path) -> None:
     task = AnnotateConfig(input="x", json_schema=TICKET)
-    results = finished(tmp_path, task, [({"gold": "{}", "word": "good"}, [ticket("good", True, 1)])])
+    results = finished(tmp_path, task, [({"gold": "{}", "word": "good"}, [handle("good", True, 1)])])
     with pytest.raises(BatchmixError) as caught:
         check_results(results, gold, 100)
     assert message in str(caught.value)

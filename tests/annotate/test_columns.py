@@ -100,7 +100,7 @@ def test_a_scored_choice_of_a_row_may_have_white_space_around_it() -> None:
 )
 def test_decisions_are_the_values_of_the_classes(name: str, mood: str, urgent: bool | None, parts: list[str]) -> None:
     value = {"name": name, "mood": mood, **({} if urgent is None else {"urgent": urgent}), "parts": parts}
-    for written in ({}, {"indent": 1}, {"separators": (",", ":")}):  # a row may have a guide of its own
+    for written in ({}, {"indent": 1}, {"separators": (",", ":")}):  # a row may have a grammar of its own
         text = json.dumps(value, ensure_ascii=False, **written)
         spans = Json("label", SCHEMA).decisions(text)
         found = [json.loads(text[low:high]) for low, high in spans]

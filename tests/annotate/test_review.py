@@ -23,7 +23,7 @@ SCHEMA = {"type": "object", "properties": {
     "Why Not": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}}}  # fmt: skip
 MODEL_SAYS = {"mood": "good", "urgent": True, "score": 3, "Why Not": 'say "why"', "tags": ["x"]}
 
-# An annotated task as Label Studio's JSON export has it (https://labelstud.io/guide/task_format).
+# An annotated task as Label Studio's JSON export has it (https://labelstud.io/grammar/task_format).
 EXPORTED_TASK: dict[str, Any] = {
     "id": 1, "data": {"row": 2, "id": "r2", "prompt": "p", "answer": "a"}, "created_at": "2021-03-09T21:52:49.513742Z",
     "updated_at": "2021-03-09T22:16:08.746926Z", "project": 83,

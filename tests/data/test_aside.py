@@ -1,4 +1,4 @@
-"""Rows whose guides take long to compile hold up no others."""
+"""Rows whose grammars take long to compile hold up no others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def void(_: object) -> None:
 
 
 def rows(count: int, costly: int) -> list[Row]:
-    """`costly` rows with a guide of their own before the others."""
+    """`costly` rows with a grammar of their own before the others."""
     found = []
     for number in range(count):
         sampling = {"structured_outputs": {"regex": f"a{{{number + 1}}}"}} if number < costly else None

@@ -345,7 +345,7 @@ def test_a_file_is_read_once_and_other_values_stay(tmp_path: Path, monkeypatch: 
 def prompts(rows: list[Row], folder: Path, chat_template: str = "auto", **options: Any) -> list[Prompt]:
     data = DataConfig("x", chat_template=chat_template, **options)
     arguments: Any = {"data": data, "sampling": SamplingConfig(), "tokenizer": load_tokenizer(folder, chat_template),
-                      "max_model_len": 4096, "vocab_size": 32000, "guides": None}  # fmt: skip
+                      "max_model_len": 4096, "vocab_size": 32000, "grammars": None}  # fmt: skip
     return list(build_prompts(show_first(rows, **arguments), keep=[], clock=StageClock(), **arguments))
 
 

@@ -7,7 +7,7 @@ from checkpoints import random_mixtral, save_hub
 from engines import load
 from guided_vocabulary import PIECES, SHAPE, encode
 
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import GrammarCompiler
 
 
 @pytest.fixture(scope="module")
@@ -26,5 +26,5 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def guides():
-    return Guides(PIECES, drops_leading_space=True, eos_token_ids=[2], encode=encode)
+def grammars():
+    return GrammarCompiler(PIECES, drops_leading_space=True, eos_token_ids=[2], encode=encode)

@@ -82,7 +82,7 @@ def test_blocks_that_run_out_before_slots_do_not_make_every_prompt_a_step_of_its
     rows = rows_of(60, 60, lambda row: 20 + row % 20)
     engine = make_engine(model, max_num_seqs=60, kv_blocks=100)
     started = [count for name, count in events(engine, rows) if name == "prefill"]
-    assert sum(started) == 60 + engine.stats.put_back
+    assert sum(started) == 60 + engine.stats.preempted
     assert max(started) < 20
     assert 60 / len(started) > 2
 

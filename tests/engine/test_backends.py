@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateReadback, load, make_engine, packed_logits, prompts, run
+from engines import LateAsyncCopy, load, make_engine, packed_logits, prompts, run
 
 from batchmix.config import EngineConfig, ModelConfig
 from batchmix.data.stop_strings import build_stop_table
@@ -98,7 +98,7 @@ def test_rows_put_back_for_want_of_blocks(folder, model):
     tight = engine(model, kv_blocks=8)
     tight.state.mean_length = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
     assert_same(run(tight, rows), expected)
-    assert tight.stats.put_back, "the test must run out of blocks"
+    assert tight.stats.preempted, "the test must run out of blocks"
 
 
 @pytest.mark.slow  # 5 s and more
@@ -113,10 +113,10 @@ def test_several_steps_between_looks_and_capture_sizes(folder, model):
         captured.append(step.args)
         return step
 
-    readback = LateReadback()
-    fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture, readback=readback)
+    async_copy = LateAsyncCopy()
+    fast = engine(model, max_num_seqs=6, kv_blocks=20, steps_per_read=3, capture=capture, async_copy=async_copy)
     assert_same(run(fast, rows), run(engine(load(folder)), rows))
-    assert max(readback.queued_behind) == 1
+    assert max(async_copy.queued_behind) == 1
     assert fast.stats.graphs_captured == len(captured)
     assert fast.stats.graphs_replayed >= len(captured) > 1
     assert {size for size, _, _ in captured} <= {1, 2, 4, 6}
@@ -124,7 +124,7 @@ def test_several_steps_between_looks_and_capture_sizes(folder, model):
 
 @pytest.mark.slow  # 10 s under the interpreter
 def test_out_of_memory_between_graphs(folder, model, monkeypatch):
-    """Slots and graphs are made anew for half as many rows, and the answers stay: also of steps not read yet."""
+    """InputBatch and graphs are made anew for half as many rows, and the answers stay: also of steps not read yet."""
     rows = prompts(7, V, seed=8, longest=8, temperature=1.0, max_tokens=7, presence_penalty=0.3)
     moe, calls = model.ops.moe, []
 
@@ -135,7 +135,7 @@ def test_out_of_memory_between_graphs(folder, model, monkeypatch):
         return moe(*arguments)
 
     monkeypatch.setattr(model.ops, "moe", full_at_the_ninth)
-    short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step, readback=LateReadback())
+    short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step, async_copy=LateAsyncCopy())
     tables, graphs = short.state.slots.tables(), short.state.graphs
     assert_same(run(short, rows), run(engine(load(folder)), rows))
     assert (short.stats.out_of_memory, short.state.slots.capacity, short.state.capture_sizes[-1]) == (1, 3, 3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchmix.config import Backend, EngineConfig, Quantization
-from batchmix.engine.device import Place, check_model, choose_place, compute_dtype
+from batchmix.engine.device import Place, check_model, compute_dtype, select_device
 from batchmix.errors import BatchmixError
 from batchmix.memory import gpu_cache_bytes, kv_blocks
 
@@ -31,7 +31,7 @@ def gpus(monkeypatch):
 
 
 def place(device: str = "auto", backend: str = "auto") -> Place:
-    return choose_place(EngineConfig(device=device, backend=Backend[backend]))
+    return select_device(EngineConfig(device=device, backend=Backend[backend]))
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(gpus, monkeypatch):

@@ -229,7 +229,7 @@ def test_too_few_blocks_put_rows_back(model):
     rows = prompts(20, 512, seed=4, longest=20, max_tokens=120, ignore_eos=True)
     engine = make_engine(model, kv_blocks=40)
     found = run(engine, rows)
-    assert engine.stats.put_back, "the test must run out of blocks"
+    assert engine.stats.preempted, "the test must run out of blocks"
     assert answers(found) == answers(run(make_engine(model), rows))
     assert engine.stats.completion_tokens == sum(completion.num_tokens for completion in found.values())
 

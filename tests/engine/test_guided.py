@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import LateReadback, answers, load, make_engine, prompts, run, tokens_of
+from engines import LateAsyncCopy, answers, load, make_engine, prompts, run, tokens_of
 from guided_strategies import REGEXES, SCHEMAS
 from guided_vocabulary import VOCABULARY, V, encode
 from hypothesis import assume, given, settings
@@ -33,9 +33,9 @@ TICKET = {
 }  # fmt: skip
 
 
-def engine(model, guides, **options):
+def engine(model, grammars, **options):
     return make_engine(
-        model, **{"block_size": 8, "max_model_len": 128, "prefill_chunk": 16, "guides": guides, **options}
+        model, **{"block_size": 8, "max_model_len": 128, "prefill_chunk": 16, "grammars": grammars, **options}
     )
 
 
@@ -56,12 +56,12 @@ def fits(completion: Completion) -> bool:
     return jsonschema.Draft202012Validator(outputs.json).is_valid(json.loads(text))
 
 
-def check_fuzzed(model, guides, asked: dict[str, Any], seed: int, count: int = 6) -> None:
+def check_fuzzed(model, grammars, asked: dict[str, Any], seed: int, count: int = 6) -> None:
     """Rows with little room and with some; those for which there is too little are the prompt stage's."""
     rows = []
     sampling = SamplingConfig(temperature=1.0, seed=seed, structured_outputs=StructuredOutputs(**asked))
     try:
-        needed = max(guides.get(sampling).tokens_needed(0), 1)
+        needed = max(grammars.get(sampling).tokens_needed(0), 1)
     except Unsupported as error:
         assume("too large" not in str(error) and "no text" not in str(error))
         raise
@@ -69,38 +69,38 @@ def check_fuzzed(model, guides, asked: dict[str, Any], seed: int, count: int = 6
     for row in prompts(count, V, seed=seed, longest=8, temperature=1.0):
         room = needed + (0, 1, 5, 20, 50)[row.row % 5]
         rows.append(replace(row, sampling=replace(sampling, max_tokens=room)))
-    for completion in run(engine(model, guides), rows).values():
+    for completion in run(engine(model, grammars), rows).values():
         assert fits(completion), (asked, text_of(completion))
         assert completion.num_tokens <= completion.prompt.sampling.max_tokens
 
 
 @settings(max_examples=8, deadline=None)
 @given(REGEXES)
-def test_fuzzed_regexes(model, guides, regex):
-    check_fuzzed(model, guides, {"regex": regex}, 1)
+def test_fuzzed_regexes(model, grammars, regex):
+    check_fuzzed(model, grammars, {"regex": regex}, 1)
 
 
 @settings(max_examples=8, deadline=None)
 @given(SCHEMAS)
-def test_fuzzed_schemas(model, guides, schema):
-    check_fuzzed(model, guides, {"json": schema}, 2)
+def test_fuzzed_schemas(model, grammars, schema):
+    check_fuzzed(model, grammars, {"json": schema}, 2)
 
 
 @pytest.mark.slow  # 40 s
 @settings(max_examples=150, deadline=None)
 @given(REGEXES, SCHEMAS)
-def test_many_fuzzed_regexes_and_schemas(model, guides, regex, schema):
-    check_fuzzed(model, guides, {"regex": regex}, 3)
-    check_fuzzed(model, guides, {"json": schema}, 4)
+def test_many_fuzzed_regexes_and_schemas(model, grammars, regex, schema):
+    check_fuzzed(model, grammars, {"regex": regex}, 3)
+    check_fuzzed(model, grammars, {"json": schema}, 4)
 
 
 @pytest.mark.slow  # 30 s under the interpreter
 @settings(max_examples=4, deadline=None)
 @given(REGEXES, SCHEMAS)
-def test_fuzzed_regexes_and_schemas_on_the_triton_backend(folder, guides, regex, schema):
+def test_fuzzed_regexes_and_schemas_on_the_triton_backend(folder, grammars, regex, schema):
     triton = load(folder, operators=TritonOperators())
     for asked in ({"regex": regex}, {"json": schema}):
-        check_fuzzed(triton, guides, asked, 5, count=3)
+        check_fuzzed(triton, grammars, asked, 5, count=3)
 
 
 MIXED: list[dict[str, Any]] = [
@@ -124,7 +124,7 @@ WISHES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Every guide with every other wish."""
+    """Every grammar with every other wish."""
     rows = prompts(len(MIXED) * len(WISHES), V, seed=7, longest=30, temperature=1.0)
     found = []
     for row in rows:
@@ -137,17 +137,17 @@ def mixed():
 
 
 @pytest.fixture(scope="module")
-def unskipped(model, guides, mixed):
+def unskipped(model, grammars, mixed):
     """Their answers with a step for each token."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "wants_skipping", lambda slots: False)
-        plain = engine(model, guides)
+        plain = engine(model, grammars)
         found = run(plain, mixed)
-    assert plain.stats.forced_tokens == 0
+    assert plain.stats.jump_forward_tokens == 0
     return found
 
 
-def test_guides_go_with_everything_else_that_a_row_may_ask_for(unskipped):
+def test_grammars_go_with_everything_else_that_a_row_may_ask_for(unskipped):
     reasons = set()
     for completion in unskipped.values():
         sampling = completion.prompt.sampling
@@ -163,21 +163,21 @@ def test_guides_go_with_everything_else_that_a_row_may_ask_for(unskipped):
     assert {("stop", None), ("length", None)} <= reasons
 
 
-def test_forced_stretches_save_their_steps_and_change_no_bit(model, guides, mixed, unskipped):
-    skipping = engine(model, guides)
+def test_forced_stretches_save_their_steps_and_change_no_bit(model, grammars, mixed, unskipped):
+    skipping = engine(model, grammars)
     found = run(skipping, mixed)
     assert answers(found) == answers(unskipped)
-    assert skipping.stats.forced_tokens > 300
+    assert skipping.stats.jump_forward_tokens > 300
     assert skipping.stats.completion_tokens == sum(completion.num_tokens for completion in found.values())
 
 
-def test_each_forced_token_is_a_step_less(model, guides, mixed):
-    alone, steps = engine(model, guides), []
+def test_each_forced_token_is_a_step_less(model, grammars, mixed):
+    alone, steps = engine(model, grammars), []
     original = alone.decode.run
     alone.decode.run = lambda: (steps.append(1), original())[1]  # type: ignore[method-assign]
     (completion,) = run(alone, mixed[:1]).values()
-    assert alone.stats.forced_tokens > 20
-    assert len(steps) == completion.num_tokens - 1 - alone.stats.forced_tokens
+    assert alone.stats.jump_forward_tokens > 20
+    assert len(steps) == completion.num_tokens - 1 - alone.stats.jump_forward_tokens
 
 
 @pytest.mark.parametrize(
@@ -185,16 +185,16 @@ def test_each_forced_token_is_a_step_less(model, guides, mixed):
     [
         pytest.param({"max_num_seqs": 3}, marks=pytest.mark.slow),
         pytest.param({"kv_blocks": 18, "max_num_seqs": 16}, marks=pytest.mark.slow),
-        {"readback": LateReadback(), "steps_per_read": 3, "max_num_seqs": 7},
+        {"async_copy": LateAsyncCopy(), "steps_per_read": 3, "max_num_seqs": 7},
         {"host": FakeLink(), "max_num_batched_tokens": 60},
     ],
     ids=["few slots", "few blocks", "late looks", "cache on the host"],
 )
-def test_answers_do_not_depend_on_company(model, guides, mixed, unskipped, options):
+def test_answers_do_not_depend_on_company(model, grammars, mixed, unskipped, options):
     shuffled = random.Random(1).sample(mixed, len(mixed))
-    tried = engine(model, guides, **options)
+    tried = engine(model, grammars, **options)
     assert answers(run(tried, shuffled, sort_window=9)) == answers(unskipped)
-    assert (tried.stats.put_back > 0) == ("kv_blocks" in options)
+    assert (tried.stats.preempted > 0) == ("kv_blocks" in options)
 
 
 def see_each_step(tried) -> list[list[int]]:
@@ -212,7 +212,7 @@ def see_each_step(tried) -> list[list[int]]:
     return lengths
 
 
-def test_a_row_gets_the_forced_tokens_that_blocks_were_taken_for_where_another_gives_way(model, guides):
+def test_a_row_gets_the_forced_tokens_that_blocks_were_taken_for_where_another_gives_way(model, grammars):
     """Forced tokens are shared out before rows are put back: what the youngest leaves must not go to the others.
 
     The youngest row is given its 8 first, as it has moved into the slot of one that ended, and 4 are left for the other.
@@ -221,38 +221,38 @@ def test_a_row_gets_the_forced_tokens_that_blocks_were_taken_for_where_another_g
     rows = [replace(row, token_ids=[*range(100, 106)]) for row in prompts(3, V, temperature=1.0, max_tokens=48)]
     short = replace(rows[0], sampling=replace(rows[0].sampling, max_tokens=1))
     rows = [short, *guided(rows[1:2], regex="z{36}[ab]{8}"), *guided(rows[2:], regex="([ab]z{8}){5}")]
-    tried = engine(model, guides, kv_blocks=8, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=12)
+    tried = engine(model, grammars, kv_blocks=8, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=12)
     run(tried, [short])  # answers are now expected to be short, so that the three rows start together
     lengths = see_each_step(tried)
-    assert answers(run(tried, rows, sort_window=1)) == answers(run(engine(model, guides), rows))
+    assert answers(run(tried, rows, sort_window=1)) == answers(run(engine(model, grammars), rows))
     assert lengths[:4] == [[10, 6], [19, 11], [28, 16], [21]], "the youngest row in slot 0, until it gives way"
 
 
 @pytest.mark.slow  # the test above is the case where it was wrong
-def test_what_is_planned_of_a_row_is_what_it_gets(model, guides, mixed):
-    tried = engine(model, guides, kv_blocks=18, max_num_seqs=16, max_num_batched_tokens=12)
+def test_what_is_planned_of_a_row_is_what_it_gets(model, grammars, mixed):
+    tried = engine(model, grammars, kv_blocks=18, max_num_seqs=16, max_num_batched_tokens=12)
     see_each_step(tried)
     for seed in (1, 2):
         run(tried, random.Random(seed).sample(mixed, len(mixed)), sort_window=9)
-    assert tried.stats.put_back
-    assert tried.stats.forced_tokens
+    assert tried.stats.preempted
+    assert tried.stats.jump_forward_tokens
 
 
 @pytest.mark.parametrize(
     "capture", [None, pytest.param(lambda step: step, marks=pytest.mark.slow)], ids=["steps", "graphs"]
 )
-def test_the_triton_backend_gives_the_same_tokens(folder, guides, mixed, unskipped, capture):
+def test_the_triton_backend_gives_the_same_tokens(folder, grammars, mixed, unskipped, capture):
     triton = load(folder, operators=TritonOperators(share_prefix=capture is not None))
     some = [replace(row, token_ids=row.token_ids[:6]) for row in mixed[1:4] + mixed[22:24]]
     some = [
         replace(row, sampling=replace(row.sampling, max_tokens=60 if row.row == 0 else 9 if capture else 6))
         for row in some[:: 1 if capture else 2]
     ]
-    expected = run(engine(load(folder), guides), some)
-    tried = engine(triton, guides, max_num_seqs=4, capture=capture, share_prefix=capture is not None,
+    expected = run(engine(load(folder), grammars), some)
+    tried = engine(triton, grammars, max_num_seqs=4, capture=capture, share_prefix=capture is not None,
                    steps_per_read=1 if capture is None else 2)  # fmt: skip
     assert tokens_of(run(tried, some)) == tokens_of(expected)
-    assert tried.stats.forced_tokens > 0 or capture is None
+    assert tried.stats.jump_forward_tokens > 0 or capture is None
 
 
 CHOICES = ["positive", "negative", "neg", "é"]
@@ -271,7 +271,7 @@ def brute_force(reference, token_ids: list[int], ends: bool = True) -> list[floa
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_scored_choices_are_those_of_transformers(folder, reference, guides, backend):
+def test_scored_choices_are_those_of_transformers(folder, reference, grammars, backend):
     triton = backend == "triton"
     loaded = load(folder, operators=TritonOperators(share_prefix=True)) if triton else load(folder)
     rows = guided(prompts(3 if triton else 12, V, seed=9, longest=40, n=3), choice=CHOICES, score_choices=True)
@@ -279,7 +279,7 @@ def test_scored_choices_are_those_of_transformers(folder, reference, guides, bac
     same = [*rows[0].token_ids[:1], *range(50, 70)]
     for i in (0, 2):
         rows[i] = replace(rows[i], token_ids=[*same, 5 + i], shared_tokens=len(same))
-    tried = engine(loaded, guides, share_prefix=triton, max_num_batched_tokens=64, kv_blocks=40)
+    tried = engine(loaded, grammars, share_prefix=triton, max_num_batched_tokens=64, kv_blocks=40)
     found = run(tried, rows)
     for row in rows:
         expected = brute_force(reference, list(row.token_ids), ends=row.row != 1)
@@ -291,10 +291,10 @@ def test_scored_choices_are_those_of_transformers(folder, reference, guides, bac
     assert not triton or tried.stats.shared_tokens > 0
 
 
-def test_scored_answers_are_drawn_and_do_not_depend_on_company(model, guides):
+def test_scored_answers_are_drawn_and_do_not_depend_on_company(model, grammars):
     rows = prompts(18, V, seed=10, longest=40, temperature=40.0, n=4)
     rows = [*guided(rows[:12], choice=CHOICES, score_choices=True), *rows[12:]]
-    expected = run(engine(model, guides), rows)
+    expected = run(engine(model, grammars), rows)
     drawn = {text_of(completion) for completion in expected.values() if completion.choice_probabilities is not None}
     assert drawn == set(CHOICES)
     for options in (
@@ -303,7 +303,7 @@ def test_scored_answers_are_drawn_and_do_not_depend_on_company(model, guides):
         {"kv_blocks": 17, "max_num_seqs": 4},
         {"host": FakeLink()},
     ):
-        found = run(engine(model, guides, **options), rows[::-1], sort_window=4)
+        found = run(engine(model, grammars, **options), rows[::-1], sort_window=4)
         assert answers(found) == answers(expected)
         for key, completion in found.items():
             assert completion.choice_probabilities == expected[key].choice_probabilities

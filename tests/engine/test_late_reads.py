@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateReadback, answers, load, make_engine, prompts, run
+from engines import LateAsyncCopy, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,7 +110,7 @@ def engine(model, **options):
 def late_engine(model, out_of_memory=frozenset(), **options):
     device = Device(set(out_of_memory))
     on_device = Mixtral(model.config, model.weights, device, 512)
-    made = engine(on_device, readback=LateReadback(), **options)
+    made = engine(on_device, async_copy=LateAsyncCopy(), **options)
     return made, device
 
 
@@ -156,7 +156,7 @@ def test_late_looks_change_no_answer(model, rows, expected, steps, seqs, blocks,
         model, rows, expected, steps, out_of_memory, steps_per_read=steps, max_num_seqs=seqs, kv_blocks=blocks
     )
     assert stats.out_of_memory == len(out_of_memory)
-    assert (stats.put_back > 0) == (blocks == 60)
+    assert (stats.preempted > 0) == (blocks == 60)
 
 
 @pytest.mark.slow  # a second for each example
@@ -180,16 +180,16 @@ def test_the_next_window_is_queued_before_the_last_one_is_waited_for(model):
     with guarded(made, device):
         found = run(made, rows)
     assert answers(found) == answers(run(engine(model), rows))
-    behind = made.state.slots.readback.queued_behind
+    behind = made.state.slots.async_copy.queued_behind
     assert set(behind) == {0, 1}
     assert behind.count(0) == 3, "only where all rows of a batch end at once is there nothing to queue"
 
 
 def test_what_is_not_late_is_looked_at_after_every_window(model, rows, expected):
-    readback = LateReadback()
-    readback.late = False
-    assert answers(run(engine(model, readback=readback, steps_per_read=2), rows)) == expected
-    assert set(readback.queued_behind) == {0}
+    async_copy = LateAsyncCopy()
+    async_copy.late = False
+    assert answers(run(engine(model, async_copy=async_copy, steps_per_read=2), rows)) == expected
+    assert set(async_copy.queued_behind) == {0}
 
 
 def test_rows_with_logprobs_are_looked_at_in_every_step(model):

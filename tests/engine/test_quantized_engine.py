@@ -17,7 +17,7 @@ from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.expert_load import ExpertLoad
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.quantized import FP8, Quantized, dense, quantize, through_fp8
-from batchmix.model.shards import Shards
+from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.model.weights import load_weights
 
@@ -167,7 +167,7 @@ def test_slices_have_the_codes_of_the_whole(tmp_path, format):
     model = save_hub(random_mixtral(**{**SHAPE, "num_key_value_heads": 2, "intermediate_size": 256}), tmp_path)
     checkpoint = open_checkpoint(ModelConfig(path=str(model), quantization=format))
     whole, *slices = (
-        load_weights(checkpoint, torch.float32, torch.device("cpu"), Shards(rank, size))
+        load_weights(checkpoint, torch.float32, torch.device("cpu"), TensorParallel(rank, size))
         for rank, size in ((0, 1), (0, 2), (1, 2))
     )
     for i, layer in enumerate(whole.layers):
@@ -191,5 +191,5 @@ def test_shapes_that_int4_cannot_take_are_refused(tmp_path):
         open_checkpoint(ModelConfig(path=str(odd), quantization=Quantization.int4))
     tiny = open_checkpoint(ModelConfig(quantization=Quantization.int4))
     with pytest.raises(BatchmixError, match=r"tensor_parallel_size=2: int4 .* intermediate_size of 64"):
-        Shards(size=2).check(tiny.config, tiny.quantization)
-    Shards(size=2).check(tiny.config, Quantization.int8)
+        TensorParallel(size=2).check(tiny.config, tiny.quantization)
+    TensorParallel(size=2).check(tiny.config, Quantization.int8)

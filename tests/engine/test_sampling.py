@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.advance import advance
+from batchmix.engine.async_copy import AsyncCopy
 from batchmix.engine.philox import row_key
-from batchmix.engine.readback import Readback
 from batchmix.engine.sampling import _draw, _filter, choose
-from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, Slots
+from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, InputBatch
 from batchmix.records import Prompt
 
 V = 300
 PIECES = [b"", b"", b""] + [bytes([97 + i % 26]) * (1 + i // 26 % 3) for i in range(V - 3)]
 
 
-def slots_for(*samplings: SamplingConfig, vocab: int = V) -> Slots:
-    slots = Slots(
+def slots_for(*samplings: SamplingConfig, vocab: int = V) -> InputBatch:
+    slots = InputBatch(
         len(samplings), vocab, 4, (2,), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False),
-        Readback(torch.device("cpu")),
+        AsyncCopy(torch.device("cpu")),
     )  # fmt: skip
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
@@ -312,6 +312,6 @@ def test_a_freed_slot_takes_everything_of_the_last_row():
 
 
 def test_stop_strings_need_a_tokenizer():
-    slots = Slots(1, V, 4, (2,), None, Readback(torch.device("cpu")))
+    slots = InputBatch(1, V, 4, (2,), None, AsyncCopy(torch.device("cpu")))
     with pytest.raises(AssertionError, match="no tokenizer"):
         slots.add(Prompt(0, "0", {}, [5], SamplingConfig(stop=["x"])), 0, 5)

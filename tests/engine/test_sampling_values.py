@@ -16,9 +16,9 @@ from batchmix.config import Config, SamplingConfig
 from batchmix.config_checks import check, check_sampling, override_sampling
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.advance import advance
-from batchmix.engine.readback import Readback
+from batchmix.engine.async_copy import AsyncCopy
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.errors import BatchmixError
 from batchmix.records import Prompt
 
@@ -38,9 +38,9 @@ INTEGERS = st.one_of(st.integers(), st.integers(-2, 400), st.sampled_from([2**31
 
 def chosen(sampling: SamplingConfig, logits: torch.Tensor, steps: int) -> list[list[int]]:
     """The tokens of every row; each row has the same wishes, and each step sees what the ones before chose."""
-    slots = Slots(
+    slots = InputBatch(
         len(logits), V, 4, (2,), lambda s: build_stop_table(s.stop or [], [b"a"] * V, drops_leading_space=False),
-        Readback(torch.device("cpu")),
+        AsyncCopy(torch.device("cpu")),
     )  # fmt: skip
     for row in range(len(logits)):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)

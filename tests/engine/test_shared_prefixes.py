@@ -57,7 +57,7 @@ def test_refill_preemption_and_eviction_change_no_answer(model, options, lengths
         assert tokens(run(engine, [replace(row) for row in order], sort_window=11)) == expected
         assert engine.stats.shared_tokens > 0
         assert engine.stats.refills > 0 or "max_num_seqs" not in options
-        assert (engine.stats.put_back > 0) == ("kv_blocks" in options)
+        assert (engine.stats.preempted > 0) == ("kv_blocks" in options)
 
 
 def test_rows_with_nothing_in_common_are_not_remembered(model):

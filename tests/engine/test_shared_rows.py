@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.engine.shared_rows import SharedTables
+from batchmix.engine.shared_rows import DeviceTableCache
 
 
 def table(key: int) -> torch.Tensor:
@@ -16,7 +16,7 @@ def table(key: int) -> torch.Tensor:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 60)), max_size=200))
 def test_a_table_in_use_keeps_its_place_and_content(steps):
-    tables = SharedTables(3, torch.float32, torch.device("cpu"))
+    tables = DeviceTableCache(3, torch.float32, torch.device("cpu"))
     users: list[tuple[int, int]] = []
     for acquire, number in steps:
         if acquire:
@@ -37,7 +37,7 @@ def test_what_was_used_last_is_kept():
         tables.acquire(key, lambda: built.append(key) or table(key))
         tables.release(key)
 
-    tables = SharedTables(3, torch.float32, torch.device("cpu"))
+    tables = DeviceTableCache(3, torch.float32, torch.device("cpu"))
     for other in range(1, 200):
         use(0)  # between any two others
         use(other)

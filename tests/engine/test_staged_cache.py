@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateReadback, answers, load, make_engine, prompts, run
+from engines import LateAsyncCopy, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
@@ -70,7 +70,7 @@ def test_rows_that_are_put_back(folder, rows, expected):
     engine = make_engine(load(folder), FakeLink(), max_num_seqs=8, kv_blocks=30, **OPTIONS)
     engine.state.mean_length = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
     assert answers(run(engine, rows)) == expected
-    assert engine.stats.put_back > 0
+    assert engine.stats.preempted > 0
 
 
 def test_rows_that_end_before_the_host_hears_of_it(folder):
@@ -78,7 +78,7 @@ def test_rows_that_end_before_the_host_hears_of_it(folder):
     drawn = prompts(20, 128, longest=30, temperature=1.0, max_tokens=9, stop_token_ids=list(range(20)))
     expected = answers(run(make_engine(load(folder), **OPTIONS), drawn))
     assert {reason for _, reason, *_ in expected.values()} == {"stop", "length"}
-    engine = make_engine(load(folder), FakeLink(), readback=LateReadback(), max_num_seqs=4, kv_blocks=30, **OPTIONS)
+    engine = make_engine(load(folder), FakeLink(), async_copy=LateAsyncCopy(), max_num_seqs=4, kv_blocks=30, **OPTIONS)
     assert answers(run(engine, drawn)) == expected
 
 
@@ -108,7 +108,7 @@ def test_out_of_memory_in_the_middle_of_a_step(folder, rows, expected, monkeypat
 def test_what_is_not_waited_for_shows(folder, rows, expected, monkeypatch, broken):
     """That the tests above can fail."""
     link = FakeLink()
-    monkeypatch.setattr(link, broken, lambda ticket: None)
+    monkeypatch.setattr(link, broken, lambda handle: None)
     assert answers(run(make_engine(load(folder), link, **OPTIONS), rows)) != expected
 
 

@@ -1,4 +1,4 @@
-"""The log-probability of each token among those that a guide allowed, against transformers."""
+"""The log-probability of each token among those that a grammar allowed, against transformers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from engines import LateReadback, load, make_engine, prompts, run
+from engines import LateAsyncCopy, load, make_engine, prompts, run
 from guided_vocabulary import V
 
 from batchmix.config import StructuredOutputs
-from batchmix.guided.compile import Guides
-from batchmix.guided.guide import Guide
-from batchmix.guided.host_guide import HostGuide, HostText, follow
+from batchmix.guided.compile import GrammarCompiler
+from batchmix.guided.grammar import CompiledGrammar
+from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar, follow
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
 
@@ -40,19 +40,19 @@ def asking(count: int, tokens: int) -> list[Prompt]:
     return found
 
 
-def expected(reference: Any, guides: Guides, completion: Completion) -> list[float]:
-    """Step by step: the model's logits, and what the guide and min_tokens leave of them."""
+def expected(reference: Any, grammars: GrammarCompiler, completion: Completion) -> list[float]:
+    """Step by step: the model's logits, and what the grammar and min_tokens leave of them."""
     prompt, sampling = completion.prompt, completion.prompt.sampling
     tokens = [*completion.token_ids, *[2] * (completion.num_tokens - len(completion.token_ids))]
     with torch.inference_mode():
         logits = reference(torch.tensor([[*prompt.token_ids, *tokens]])).logits[0].double()
-    guide = guides.get(sampling)
-    text, state = (HostText(guide), 0) if isinstance(guide, HostGuide) else (None, guide.start)
+    grammar = grammars.get(sampling)
+    text, state = (GrammarMatcher(grammar), 0) if isinstance(grammar, HostGrammar) else (None, grammar.start)
     found = []
     for place, token in enumerate(tokens):
         if text is None:
-            assert isinstance(guide, Guide)
-            allowed = guide.allowed_tokens(state, sampling.max_tokens - place - 1).allowed.copy()
+            assert isinstance(grammar, CompiledGrammar)
+            allowed = grammar.allowed_tokens(state, sampling.max_tokens - place - 1).allowed.copy()
         else:
             allowed = text.following.tokens.allowed.copy()
         if place < sampling.min_tokens:
@@ -62,7 +62,7 @@ def expected(reference: Any, guides: Guides, completion: Completion) -> list[flo
         if token == 2:
             break
         if text is None:
-            state = guide.next_state(state, token)
+            state = grammar.next_state(state, token)
         else:
             text.take([token])
             follow([text])
@@ -70,9 +70,9 @@ def expected(reference: Any, guides: Guides, completion: Completion) -> list[flo
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_they_are_those_of_transformers(folder, reference, guides, late):
-    options = {"readback": LateReadback(), "steps_per_read": 3} if late else {}
-    engine = make_engine(load(folder), guides=guides, max_num_seqs=7, **options)
+def test_they_are_those_of_transformers(folder, reference, grammars, late):
+    options = {"async_copy": LateAsyncCopy(), "steps_per_read": 3} if late else {}
+    engine = make_engine(load(folder), grammars=grammars, max_num_seqs=7, **options)
     rows, whole, forced = asking(24, 60), 0, 0
     for completion in run(engine, rows).values():
         found = completion.guided_logprobs
@@ -83,19 +83,19 @@ def test_they_are_those_of_transformers(folder, reference, guides, late):
         assert found is not None
         assert len(found) == completion.num_tokens
         forced += list(found).count(0.0)
-        assert found == pytest.approx(expected(reference, guides, completion), abs=1e-4)
+        assert found == pytest.approx(expected(reference, grammars, completion), abs=1e-4)
     assert whole > 8
     assert forced > 50
-    assert engine.stats.forced_tokens > 50
+    assert engine.stats.jump_forward_tokens > 50
 
 
 @pytest.mark.parametrize("capture", [None, pytest.param(lambda step: step, marks=pytest.mark.slow)])
-def test_the_triton_backends_are_the_same(folder, guides, capture):
+def test_the_triton_backends_are_the_same(folder, grammars, capture):
     rows = asking(8 if capture else 3, 24 if capture else 16)
     rows = [row for row in rows if capture or row.row != 1]
-    theirs = run(make_engine(load(folder), guides=guides), rows)
+    theirs = run(make_engine(load(folder), grammars=grammars), rows)
     triton = load(folder, operators=TritonOperators())
-    ours = run(make_engine(triton, guides=guides, capture=capture, steps_per_read=2 if capture else 1), rows)
+    ours = run(make_engine(triton, grammars=grammars, capture=capture, steps_per_read=2 if capture else 1), rows)
     assert sum(one.guided_logprobs is not None for one in ours.values()) >= (5 if capture else 1)
     for key, completion in ours.items():
         assert list(completion.token_ids) == list(theirs[key].token_ids)

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig, StructuredOutputs
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import GrammarCompiler
 from batchmix.guided.dfa import build_automaton
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Unsupported
@@ -145,10 +145,12 @@ def nested(depth: int) -> dict[str, Any]:
 def test_small_schemas_of_large_patterns_are_refused_at_once(schema):
     """Each would take minutes, or all of the memory, if it was written out."""
     pytest.importorskip("llguidance")  # which refuses the last one
-    guides = Guides([b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0])
+    grammars = GrammarCompiler(
+        [b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0]
+    )
     started = time.process_time()
     with pytest.raises(Unsupported, match=r"too large|more than 100,000 parts|nested too deeply"):
-        guides.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
+        grammars.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
     assert time.process_time() - started < 10
 
 

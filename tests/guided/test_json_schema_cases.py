@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig, StructuredOutputs
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import GrammarCompiler
 from batchmix.guided.dfa import ByteAutomaton
-from batchmix.guided.host_guide import HostGuide
+from batchmix.guided.host_grammar import HostGrammar
 from batchmix.guided.pattern import Unsupported
 
 CASES = json.loads((Path(__file__).parent.parent / "fixtures" / "json_schema_cases.json").read_text())
-GUIDES = Guides([b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0])
+GRAMMARS = GrammarCompiler([b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0])
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"
 
@@ -39,9 +39,9 @@ def accepts(automaton: ByteAutomaton, text: str) -> bool:
 
 
 def accepts_on_host(schema: Any, text: str) -> bool:
-    guide = GUIDES.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
-    assert isinstance(guide, HostGuide)
-    matcher = guide.matcher.deep_copy()
+    grammar = GRAMMARS.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
+    assert isinstance(grammar, HostGrammar)
+    matcher = grammar.matcher.deep_copy()
     return all(matcher.consume_token(1 + byte) for byte in text.encode()) and matcher.is_accepting()
 
 

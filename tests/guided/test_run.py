@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused_before_the_model_loads(tmp_path, no_model, ou
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_may_have_guides_of_their_own(tmp_path):
+def test_rows_may_have_grammars_of_their_own(tmp_path):
     pytest.importorskip("llguidance")  # which takes one of them
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "sampling": {"structured_outputs": {"choice": ["yes", "no"]}}},
@@ -103,7 +103,7 @@ def test_rows_may_have_guides_of_their_own(tmp_path):
     for row, reason in zip(found[3:], reasons, strict=True):
         assert reason in row["error"]
     summary = json.loads((tmp_path / "out" / "_summary.json").read_text())
-    assert summary["forced_tokens"] > 5
+    assert summary["jump_forward_tokens"] > 5
     assert (summary["rows"], summary["error_rows"], summary["samples"]) == (7, 4, 8)
     assert (summary["runs"][0]["rows"], summary["runs"][0]["error_rows"]) == (7, 4)
     assert json.loads((tmp_path / "out" / "_run.json").read_text())["versions"]["llguidance"]
@@ -149,7 +149,7 @@ def test_a_wrong_value_in_a_row(value):
         override_sampling(SamplingConfig(), {"structured_outputs": value})
 
 
-def test_a_row_that_asks_for_log_probabilities_keeps_its_guide():
+def test_a_row_that_asks_for_log_probabilities_keeps_its_grammar():
     """Both at once are refused; what the run asks for every token gives way to what the row asks for."""
     run = SamplingConfig(structured_outputs=StructuredOutputs(regex="a", token_probabilities=True))
     row = override_sampling(run, {"logprobs": 0})

@@ -339,5 +339,5 @@ def slots() -> None:
     advance(tokens, None, token, None, *state, history, None, None, *limits, *[None] * 5)
     counts = empty(rows, V, dtype=torch.int32)
     advance(tokens, logprobs, token, context, *state, history, history.float(), counts, *limits, *[None] * 5)
-    guides = empty(1000, 2, dtype=torch.int32), empty(3, V, dtype=torch.int32)
-    advance(tokens, None, token, context, *state, history, None, counts, *limits, *integers[4:7], *guides)
+    grammars = empty(1000, 2, dtype=torch.int32), empty(3, V, dtype=torch.int32)
+    advance(tokens, None, token, context, *state, history, None, counts, *limits, *integers[4:7], *grammars)

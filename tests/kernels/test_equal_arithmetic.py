@@ -84,7 +84,7 @@ def test_a_norm_has_the_same_arithmetic_after_an_addition(compiler: Compiler, na
 
 @pytest.mark.parametrize(("name", "arch"), list(cases("sampling", "rotary", "rotary_fp8_cache")))
 def test_kernels_with_optional_steps_leave_nothing_to_fuse(compiler: Compiler, name: str, arch: str) -> None:
-    """A row is sampled with the same bits whether others have penalties or guides, which compile a kernel of their own."""
+    """A row is sampled with the same bits whether others have penalties or grammars, which compile a kernel of their own."""
     for kernel in compiler(name, arch):
         assert not kernel.fp_fusion, kernel.meta
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from batchmix.config import SamplingConfig
 from batchmix.engine.advance import advance
+from batchmix.engine.async_copy import AsyncCopy
 from batchmix.engine.philox import uniform
-from batchmix.engine.readback import Readback
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels.sampling import sample
 from batchmix.records import Prompt
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in divide")
 PER_ROW = [
     "temperature", "top_k", "top_p", "min_p", "seed", "row_key", "sample", "generated", "min_tokens",
     "stop_token_ids", "bias_row", "penalised", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "among_allowed",
+    "processed_logprobs",
 ]  # fmt: skip
 
 
-def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[int]] | None = None) -> Slots:
+def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[int]] | None = None) -> InputBatch:
     """On the CPU, one slot a row: prompts of tokens 5, 6, 7, and outputs [steps][rows] already chosen."""
-    slots = Slots(len(samplings), vocab, 4, (2,), None, Readback(torch.device("cpu")))
+    slots = InputBatch(len(samplings), vocab, 4, (2,), None, AsyncCopy(torch.device("cpu")))
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5 % vocab, 6 % vocab, 7 % vocab], sampling), 0, 1000)
     slots.upload()
@@ -44,7 +44,7 @@ def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[in
     return slots
 
 
-def wishes(slots: Slots, device: torch.device, first: int = 0, rows: int | None = None) -> dict[str, Any]:
+def wishes(slots: InputBatch, device: torch.device, first: int = 0, rows: int | None = None) -> dict[str, Any]:
     """What `sample` takes beside the logits, from slots first..first+rows-1."""
     span = slice(first, slots.capacity if rows is None else first + rows)
     found = {name: getattr(slots, name)[span] for name in PER_ROW}
@@ -56,7 +56,7 @@ def wishes(slots: Slots, device: torch.device, first: int = 0, rows: int | None 
     return {name: None if tensor is None else tensor.to(device) for name, tensor in found.items()}
 
 
-def run(logits: Tensor, slots: Slots, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+def run(logits: Tensor, slots: InputBatch, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
     logits = logits.to(device)
     before = logits.clone()
     with poisoned_allocations():
@@ -145,40 +145,40 @@ def assert_logprobs_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double().cpu(), expected.double().cpu(), rtol=2e-5, atol=roundings)
 
 
-def random_guides(slots: Slots, seed: int, states: int = 4, classes: int = 3) -> dict[str, Tensor]:
-    """Two guides of any needs, for two rows of three; in each state one class of tokens is allowed throughout."""
+def random_grammars(slots: InputBatch, seed: int, states: int = 4, classes: int = 3) -> dict[str, Tensor]:
+    """Two grammars of any needs, for two rows of three; in each state one class of tokens is allowed throughout."""
     source, vocab, rows = torch.Generator().manual_seed(seed), slots.vocab_size, slots.capacity
     tables = torch.randint(0, 7, (2 * states * (1 + classes), 2), generator=source, dtype=torch.int32)
     tables[1 :: 1 + classes, 1] = 0
     token_class = torch.randint(1, 1 + classes, (2, vocab), generator=source, dtype=torch.int32)
     token_class[:, 0] = 1
-    guide = torch.arange(rows) % 3 - 1
+    grammar = torch.arange(rows) % 3 - 1
     state = torch.randint(0, states, (rows,), generator=source) * (1 + classes)
-    base = torch.where(guide < 0, -1, guide * states * (1 + classes))
+    base = torch.where(grammar < 0, -1, grammar * states * (1 + classes))
     room = torch.randint(1, 5, (rows,), generator=source)
     return {
-        "guide_base": base, "guide_state": state, "guide_class": guide, "max_tokens": slots.generated + room,
-        "guide_tables": tables, "guide_classes": token_class,
+        "grammar_base": base, "grammar_state": state, "grammar_class": grammar, "max_tokens": slots.generated + room,
+        "grammar_tables": tables, "grammar_classes": token_class,
     }  # fmt: skip
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=2, max_size=4), st.integers(0, 2**31))
-def test_guides_are_the_oracles(device, samplings, seed):
+def test_grammars_are_the_oracles(device, samplings, seed):
     samplings = [replace(sampling, allowed_token_ids=None) for sampling in samplings]
     slots = slots_for(samplings, 300, [[9] * len(samplings)])
-    slots.among_allowed[:] = torch.from_numpy(slots.num_logprobs < 0)
-    logits, guides = random_logits(seed, len(samplings), 300), random_guides(slots, seed)
-    on_device = {name: tensor.to(device) for name, tensor in guides.items()}
+    slots.processed_logprobs[:] = torch.from_numpy(slots.num_logprobs < 0)
+    logits, grammars = random_logits(seed, len(samplings), 300), random_grammars(slots, seed)
+    on_device = {name: tensor.to(device) for name, tensor in grammars.items()}
     tokens, logprobs = sample(logits.to(device), **wishes(slots, device), **on_device)
-    expected, expected_logprobs = reference.sample(logits, **wishes(slots, torch.device("cpu")), **guides)
+    expected, expected_logprobs = reference.sample(logits, **wishes(slots, torch.device("cpu")), **grammars)
     assert tokens.tolist() == expected.tolist()
     assert_logprobs_close(logprobs, expected_logprobs)
     for row, token in enumerate(tokens.tolist()):
-        if guides["guide_base"][row] >= 0:
-            kind = guides["guide_classes"][guides["guide_class"][row], token]
-            need = guides["guide_tables"][guides["guide_base"][row] + guides["guide_state"][row] + kind, 1]
-            assert need < guides["max_tokens"][row] - slots.generated[row]
+        if grammars["grammar_base"][row] >= 0:
+            kind = grammars["grammar_classes"][grammars["grammar_class"][row], token]
+            need = grammars["grammar_tables"][grammars["grammar_base"][row] + grammars["grammar_state"][row] + kind, 1]
+            assert need < grammars["max_tokens"][row] - slots.generated[row]
 
 
 @settings(max_examples=8, deadline=None)
@@ -190,7 +190,7 @@ def test_guides_are_the_oracles(device, samplings, seed):
 def test_log_probabilities_among_what_is_allowed(device, samplings, seed):
     """By kernel, torch backend and oracle; bias, penalties and min_tokens say what is allowed, not how likely it is."""
     slots = slots_for([replace(sampling, logprobs=None) for sampling in samplings], 300, [[9] * len(samplings)])
-    slots.among_allowed[1:] = True
+    slots.processed_logprobs[1:] = True
     slots.logprob_history = torch.zeros(len(samplings), 1)
     logits = random_logits(seed, len(samplings), 300)
     tokens, logprobs = run(logits, slots, device)
@@ -209,7 +209,7 @@ def test_log_probabilities_among_what_is_allowed(device, samplings, seed):
 @given(st.lists(SAMPLINGS, min_size=2, max_size=6), st.integers(0, 2**31))
 def test_a_row_does_not_depend_on_company(device, samplings, seed):
     slots = slots_for(samplings, 300)
-    slots.among_allowed[:] = torch.from_numpy(slots.num_logprobs < 0)
+    slots.processed_logprobs[:] = torch.from_numpy(slots.num_logprobs < 0)
     logits = random_logits(seed, len(samplings), 300, ties=True)
     tokens, logprobs = run(logits, slots, device)
     again = run(logits, slots, device)
@@ -341,5 +341,5 @@ def test_custom_op_is_well_formed(device):
     slots = slots_for([SamplingConfig(temperature=0.0, presence_penalty=1.0)] * 2, 9)
     rest = wishes(slots, device)
     names = sample.op._opoverload._schema.arguments[1:]
-    rest |= {name: tensor.to(device) for name, tensor in random_guides(slots, 1).items()}
+    rest |= {name: tensor.to(device) for name, tensor in random_grammars(slots, 1).items()}
     torch.library.opcheck(sample.op, (random_logits(0, 2, 9).to(device), *(rest[name.name] for name in names)))

@@ -14,9 +14,9 @@ from torch import Tensor
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine import slots as engine_slots
-from batchmix.engine.readback import Readback
+from batchmix.engine.async_copy import AsyncCopy
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import Slots
+from batchmix.engine.slots import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels import slots as kernel
 from batchmix.kernels.sampling import sample
@@ -32,7 +32,7 @@ WISHES = ["penalised", "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids
 ORDER = [
     "token", "context", "generated", "finish", "stop_reason", "stop_state", "history", "logprob_history",
     "output_counts", "penalised", "max_tokens", "min_tokens", "ignore_eos", "eos_token_ids", "stop_token_ids",
-    "stop_base", "automata", "guide_state", "guide_base", "guide_class", "guide_tables", "guide_classes",
+    "stop_base", "automata", "grammar_state", "grammar_base", "grammar_class", "grammar_tables", "grammar_classes",
 ]  # fmt: skip
 CHANGED = [*STATE, "history", "logprob_history", "output_counts"]
 
@@ -47,10 +47,10 @@ SAMPLINGS = st.builds(
 )
 
 
-def slots_for(samplings: list[SamplingConfig]) -> Slots:
-    slots = Slots(
+def slots_for(samplings: list[SamplingConfig]) -> InputBatch:
+    slots = InputBatch(
         len(samplings), V, 4, (2, 9), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False),
-        Readback(torch.device("cpu")),
+        AsyncCopy(torch.device("cpu")),
     )  # fmt: skip
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
@@ -58,8 +58,8 @@ def slots_for(samplings: list[SamplingConfig]) -> Slots:
     return slots
 
 
-def arguments(slots: Slots, device: torch.device, history: int = 8) -> dict[str, Tensor | None]:
-    """What `advance` takes beside tokens and log-probabilities: copies of the slots' fields, empty histories, no guides."""
+def arguments(slots: InputBatch, device: torch.device, history: int = 8) -> dict[str, Tensor | None]:
+    """What `advance` takes beside tokens and log-probabilities: copies of the slots' fields, empty histories, no grammars."""
     found: dict[str, Any] = {name: getattr(slots, name).clone() for name in (*STATE, *WISHES)}
     counts = slots.output_counts
     found |= {"output_counts": None if counts is None else counts.clone(), "eos_token_ids": slots.eos_token_ids}
@@ -102,19 +102,21 @@ def test_guided_steps_equal_the_oracle(device, samplings, steps, seed):
     tables = torch.randint(0, 4, (2 * states * width, 2), generator=source, dtype=torch.int32)
     tables[:, 0] = torch.randint(0, states, (len(tables),), generator=source) * width  # next states
     tables[::width, 0] = torch.randint(0, 2, (2 * states,), generator=source)
-    guide = torch.arange(len(samplings)) % 3 - 1
-    shared = {"guide_base": torch.where(guide < 0, -1, guide * states * width), "guide_class": guide,
-              "guide_tables": tables,
-              "guide_classes": torch.randint(1, width, (2, V), generator=source, dtype=torch.int32)}  # fmt: skip
+    grammar = torch.arange(len(samplings)) % 3 - 1
+    shared = {"grammar_base": torch.where(grammar < 0, -1, grammar * states * width), "grammar_class": grammar,
+              "grammar_tables": tables,
+              "grammar_classes": torch.randint(1, width, (2, V), generator=source, dtype=torch.int32)}  # fmt: skip
     shared = {name: tensor.to(device) for name, tensor in shared.items()}
-    ours, theirs = (arguments(slots, device) | {"guide_state": torch.zeros_like(guide).to(device)} for _ in range(2))
+    ours, theirs = (
+        arguments(slots, device) | {"grammar_state": torch.zeros_like(grammar).to(device)} for _ in range(2)
+    )
     for tokens in steps:
         chosen = torch.tensor(tokens[: len(samplings)], device=device)
         for step, state in ((advance, ours), (reference.advance, theirs)):
             given = {**state, **shared}
             step(chosen, -chosen.float(), **given)
         assert_same(ours, theirs)
-        assert_bitwise_equal(ours["guide_state"], theirs["guide_state"])
+        assert_bitwise_equal(ours["grammar_state"], theirs["grammar_state"])
 
 
 @settings(max_examples=30, deadline=None)
@@ -178,7 +180,7 @@ def decode_steps(device: torch.device, steps: int, graph: bool) -> dict[str, Ten
     shared = "generated", "min_tokens", "eos_token_ids", "stop_token_ids", "penalised", "output_counts"
     wishes |= {name: state[name] for name in shared}
     wishes |= {"biases": slots.biases.data.to(device), "wants_logprob": torch.ones(3, dtype=torch.bool, device=device),
-               "among_allowed": torch.zeros(3, dtype=torch.bool, device=device)}  # fmt: skip
+               "processed_logprobs": torch.zeros(3, dtype=torch.bool, device=device)}  # fmt: skip
 
     def step() -> None:
         advance(*sample(logits, **wishes), *state.values())

@@ -24,7 +24,7 @@ from batchmix.measure.kernels import benchmark_kernels
 from batchmix.measure.moe import FORMATS
 from batchmix.measure.rest import elementwise_cases, launch_cases
 from batchmix.measure.timing import Timing, seconds, time_call, time_launch
-from batchmix.measure.tune import ROWS, _Product, _search, choose_clearly_faster, tune
+from batchmix.measure.tune import ROWS, _Product, _search, select_clearly_faster, tune
 
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
 
@@ -120,9 +120,9 @@ def test_a_tile_with_a_wrong_answer_is_not_kept(monkeypatch):
 def test_only_a_tile_that_is_clearly_faster_than_the_rules_is_kept():
     rule, other = (tiles.heuristic("up", "bfloat16", rows, H200) for rows in (16, 32))
     for took, expected in ((1.1, None), (0.98, None), (0.969, other)):
-        assert choose_clearly_faster({rule: 1.0, other: took}, rule) == expected
-    assert choose_clearly_faster({other: 1.0}, rule) == other, "the rule's does not run here"
-    assert choose_clearly_faster({}, rule) is None
+        assert select_clearly_faster({rule: 1.0, other: took}, rule) == expected
+    assert select_clearly_faster({other: 1.0}, rule) == other, "the rule's does not run here"
+    assert select_clearly_faster({}, rule) is None
 
 
 @pytest.mark.parametrize("gpu", [A100, RTX4090, H200, B200, MI300X], ids=lambda gpu: gpu.arch)

@@ -17,7 +17,7 @@ from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.convert import convert
 from batchmix.model.quantized import Quantized, dense, format_of
-from batchmix.model.shards import Shards
+from batchmix.model.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -141,7 +141,7 @@ def test_slices_of_what_is_quantised(tmp_path):
     folder = save_compressed(tmp_path, form, weights, None)
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype.float32))
     with pytest.raises(BatchmixError, match="intermediate_size of 64"):
-        Shards(size=2).check(checkpoint.config, checkpoint.quantization)
+        TensorParallel(size=2).check(checkpoint.config, checkpoint.quantization)
 
 
 def refused(folder: Path, match: str) -> None:

@@ -18,15 +18,15 @@ from batchmix.config import Config, DataConfig, EngineConfig, ModelConfig, Outpu
 from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import TINY, open_checkpoint
-from batchmix.model.shards import Shards
+from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.model.weights import load_weights
 from batchmix.pipeline import generate
 from batchmix.run_info import WEIGHTS, accept_weights
 
 
-def fingerprint(folder: Path, shards: Shards | None = None) -> str | None:
+def fingerprint(folder: Path, tp: TensorParallel | None = None) -> str | None:
     checkpoint = open_checkpoint(ModelConfig(path=str(folder)))
-    return load_weights(checkpoint, torch.float32, torch.device("cpu"), shards or Shards()).fingerprint
+    return load_weights(checkpoint, torch.float32, torch.device("cpu"), tp or TensorParallel()).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_one_bit_anywhere_is_noticed_and_a_copy_is_not(
     path = next(iter(copy.glob(file)), None) or next(copy.glob("consolidated*"))
     os.utime(path, (0, 0))
     assert fingerprint(copy) == before
-    assert fingerprint(copy, Shards(0, 2)) == before, "rank 0 hashes whole tensors"
-    assert fingerprint(copy, Shards(1, 2)) is None
+    assert fingerprint(copy, TensorParallel(0, 2)) == before, "rank 0 hashes whole tensors"
+    assert fingerprint(copy, TensorParallel(1, 2)) is None
     size = path.stat().st_size
     weight_bytes = bytearray(path.read_bytes())
     for place in (size // 3, size // 2, size * 4 // 5):  # amid tensors

@@ -15,7 +15,7 @@ from links import FakeLink
 
 from batchmix.errors import BatchmixError
 from batchmix.model import link as link_module
-from batchmix.model.link import CudaLink, mapped
+from batchmix.model.link import CudaTransferStream, mapped
 from batchmix.model.offload import ExpertStream, Offload, spread
 from batchmix.model.triton_ops import TritonOperators
 
@@ -73,7 +73,7 @@ def test_every_layer_gets_its_own_experts(count, data):
 def test_a_copy_that_is_not_waited_for_shows(monkeypatch):
     link = FakeLink()
     _, stream = layers_of(3, link, (0, 1, 2), 2)
-    monkeypatch.setattr(link, "wait", lambda ticket: None)
+    monkeypatch.setattr(link, "wait", lambda handle: None)
     with stream(0) as (w13, _):
         assert w13.isnan().all()
 
@@ -169,7 +169,9 @@ def test_on_a_card(folder, tmp_path, on_disk):
     """The copies of a real link: page-locked memory, a mapped file, and a cache on the host."""
     rows = prompts(30, 128, longest=100, temperature=1.0, max_tokens=16, logprobs=1)
     expected = answers(run(make_engine(load(folder, operators=TritonOperators())), rows))
-    link = CudaLink(torch.device("cuda", torch.cuda.current_device()), 0 if on_disk else 1 << 30, str(tmp_path))
+    link = CudaTransferStream(
+        torch.device("cuda", torch.cuda.current_device()), 0 if on_disk else 1 << 30, str(tmp_path)
+    )
     model = load(folder, operators=TritonOperators(), offload=Offload(link, spread(3, LAYERS)))
     assert model.weights.layers[-1].w13.is_pinned() != on_disk
     assert answers(run(make_engine(model), rows)) == expected

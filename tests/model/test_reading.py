@@ -19,8 +19,8 @@ from torch import Tensor
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.model.places import DensePlace
 from batchmix.model.reading import fill
-from batchmix.model.shards import ALONE, Shards
 from batchmix.model.staging import Direct
+from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.report.loading import LoadProgress
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -47,10 +47,8 @@ class Counted:
         self.released.append(name)
 
 
-def places(source: Counted, shards: Shards = ALONE, columns: int = 6) -> dict[str, DensePlace]:
-    return {
-        name: DensePlace((4, 6), torch.zeros(4, columns), torch.float32, shards, Direct()) for name in source.tensors
-    }
+def places(source: Counted, tp: TensorParallel = SINGLE_RANK, columns: int = 6) -> dict[str, DensePlace]:
+    return {name: DensePlace((4, 6), torch.zeros(4, columns), torch.float32, tp, Direct()) for name in source.tensors}
 
 
 def progress() -> LoadProgress:
@@ -59,7 +57,7 @@ def progress() -> LoadProgress:
 
 def test_every_place_gets_its_slice_and_every_tensor_is_released() -> None:
     source = Counted(50)
-    its = places(source, Shards(1, 3), columns=2)
+    its = places(source, TensorParallel(1, 3), columns=2)
     threads = torch.get_num_threads()
     fill(source, its, progress(), readers=4)
     assert torch.get_num_threads() == threads

@@ -66,7 +66,7 @@ class Actor:
 
 def answer(row: Row, sample: int) -> Completion:
     prompt = Prompt(row.row, row.id, {}, [1], SamplingConfig(n=SAMPLES))
-    if row.row % 7 == 3:  # a guide that the host follows may leave each sample without an answer
+    if row.row % 7 == 3:  # a grammar that the host follows may leave each sample without an answer
         return Completion.failed(prompt, "cut off", sample)
     return Completion(prompt, sample, [row.row, sample], "stop", num_tokens=2)
 

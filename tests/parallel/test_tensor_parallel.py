@@ -201,8 +201,8 @@ if __name__ == "__main__":
     tensor._GRACE = 0.5
     config = Config()
     config.model.tensor_parallel_size = 2
-    with tensor.tensor_parallel(config, _give_up) as (shards, followers):
-        os.kill(followers._workers[0].pid, signal.SIGKILL)
+    with tensor.tensor_parallel(config, _give_up) as (tp, tp_workers):
+        os.kill(tp_workers._workers[0].pid, signal.SIGKILL)
         time.sleep(60)
 """
 

@@ -12,7 +12,7 @@ from batchmix.config import Quantization
 from batchmix.model.offload import BUFFERS
 from batchmix.plan.cost import footprint, weight_bytes
 from batchmix.plan.gpus import get_gpu, known_gpu
-from batchmix.plan.placement import DISK_BANDWIDTH, Machine, Rows, cards, choose
+from batchmix.plan.placement import DISK_BANDWIDTH, Machine, Rows, cards, select_placement
 from batchmix.plan.table import MIXTRAL_8X7B
 
 BF16 = footprint(MIXTRAL_8X7B, 2)
@@ -32,28 +32,30 @@ def test_sizes_of_the_formats():
 
 def test_a_24_gb_card_waits_for_its_link():
     """By hand, of a placement: 2.82 GB of experts a layer and 128 KiB a token go over 25 GB/s."""
-    placement = choose(BF16, PCIE4, ROWS, **OPTIONS)
+    placement = select_placement(BF16, PCIE4, ROWS, **OPTIONS)
     assert placement.bound == "link"
     assert placement.kv_on_host
     moved = placement.streamed * 2.818572e9 + placement.rows * 640 * 131072
     assert placement.step_seconds == pytest.approx(moved / 25e9, rel=1e-4)
     assert placement.tokens_per_second == pytest.approx(placement.rows * 25e9 / moved, rel=1e-4)
-    on_device = choose(BF16, dataclasses.replace(PCIE4, host_bytes=85e9), ROWS, **{**OPTIONS, "longest": 2048})
+    on_device = select_placement(
+        BF16, dataclasses.replace(PCIE4, host_bytes=85e9), ROWS, **{**OPTIONS, "longest": 2048}
+    )
     assert not on_device.kv_on_host, "the host has no room for a cache"
     assert on_device.tokens_per_second < placement.tokens_per_second / 3
 
 
 def test_what_fits_is_not_streamed():
-    assert choose(BF16, cards(get_gpu("h200"), 1, 0.9, 2e12), ROWS, **OPTIONS).streamed == 0
+    assert select_placement(BF16, cards(get_gpu("h200"), 1, 0.9, 2e12), ROWS, **OPTIONS).streamed == 0
     int4 = footprint(MIXTRAL_8X7B, 2, Quantization.int4)
-    assert choose(int4, cards(get_gpu("l40s"), 1, 0.9, 2e12), ROWS, **OPTIONS).streamed == 0
-    assert choose(BF16, PCIE4, ROWS, **OPTIONS, stream=False) is None
+    assert select_placement(int4, cards(get_gpu("l40s"), 1, 0.9, 2e12), ROWS, **OPTIONS).streamed == 0
+    assert select_placement(BF16, PCIE4, ROWS, **OPTIONS, stream=False) is None
 
 
 def test_what_the_host_has_no_room_for_comes_from_disk():
     short = dataclasses.replace(PCIE4, host_bytes=40e9)
-    assert choose(BF16, short, ROWS, **OPTIONS) is None
-    placement = choose(BF16, dataclasses.replace(short, has_disk=True), ROWS, **{**OPTIONS, "longest": 2048})
+    assert select_placement(BF16, short, ROWS, **OPTIONS) is None
+    placement = select_placement(BF16, dataclasses.replace(short, has_disk=True), ROWS, **{**OPTIONS, "longest": 2048})
     moved = placement.streamed * BF16.layer_bytes
     assert placement.disk_bytes == pytest.approx(moved - 40e9)
     assert placement.link_seconds == pytest.approx(moved / 25e9 + placement.disk_bytes / DISK_BANDWIDTH)
@@ -70,7 +72,7 @@ def test_what_is_chosen_fits(device, host, quantization, disk, max_num_seqs, pro
     model = footprint(MIXTRAL_8X7B, 2, quantization)
     machine = Machine(device, host, 25e9, 600e9, 100e12, disk)
     workspace = {limit: 1e9 + 4e5 * limit for limit in range(5000)}
-    found = choose(model, machine, Rows(prompt, answer), longest=4096, prefill_tokens=8192,
+    found = select_placement(model, machine, Rows(prompt, answer), longest=4096, prefill_tokens=8192,
                    workspace=workspace.__getitem__, max_num_seqs=max_num_seqs)  # fmt: skip
     if found is None:
         return

@@ -27,7 +27,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     task = AnnotateConfig(input="{{ text }}", choice=["good", "bad"], field="mood", gold="gold")
     rows: list[tuple[dict[str, Any], list[str | None]]] = [
-        ({"text": f"ticket {i} about {'refunds' if i % 10 == 0 else 'phones'}", "gold": "bad" if i % 4 else "good"},
+        ({"text": f"handle {i} about {'refunds' if i % 10 == 0 else 'phones'}", "gold": "bad" if i % 4 else "good"},
          ["good" if i % 3 else "bad"]) for i in range(120)
     ]  # fmt: skip
     rows[7] = ({"text": f"seven {SCRIPT}", "gold": SCRIPT}, [SCRIPT])
@@ -91,7 +91,7 @@ def test_every_plot_shows(page: Any) -> None:
 def test_the_table_is_searched(page: Any) -> None:
     assert page.locator("#count").inner_text() == "120 of 120 rows"
     assert len(shown(page)) == 50
-    page.fill("#search", "REFUNDS ticket")
+    page.fill("#search", "REFUNDS handle")
     assert page.locator("#count").inner_text() == "12 of 120 rows"
     assert all("refunds" in row[1] for row in shown(page))
     page.fill("#search", "nothing like it")

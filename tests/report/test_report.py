@@ -106,14 +106,14 @@ def test_metrics_append(tmp_path):
 
 def test_summary_of_two_shards(tmp_path):
     stats, clock = (
-        EngineStats(put_back=3, out_of_memory=1, first_prefill_time=100.0, last_token_time=104.0),
+        EngineStats(preempted=3, out_of_memory=1, first_prefill_time=100.0, last_token_time=104.0),
         StageClock(),
     )
     clock.add("prefill", 1.0)
     clock.add("decode", 2.0)
     run = RunStatistics(Totals(4, 1, 4, 40, 80, {}), stats, clock, 5.0).as_json()
     assert run["generate_seconds"] == 4.0
-    assert (run["put_back"], run["out_of_memory"]) == (3, 1)
+    assert (run["preempted"], run["out_of_memory"]) == (3, 1)
     assert run["output_tokens_per_second"] == 20.0
     assert run["device_busy"] == 0.75, "a CPU is busy in its steps"
     on_gpu = RunStatistics(Totals(), stats, clock, 5.0, device_seconds=3.9).as_json()

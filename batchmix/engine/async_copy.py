@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Arrival = Callable[[], list[np.ndarray]]  # waits for copies on their way to the host, and gives them
+CopyEvent = Callable[[], list[np.ndarray]]  # waits for copies on their way to the host, and gives them
 
 
-def to_device(data: np.ndarray | Tensor, device: torch.device) -> Tensor:
+def async_copy_to_gpu(data: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """A copy on the device, made in the order of its work; on the CPU `data` itself. Host memory may change at once."""
     tensor = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
     if device.type != "cuda":
@@ -20,7 +20,7 @@ def to_device(data: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Readback:
+class AsyncCopy:
     """From a device that is the host itself: copies are there at once.
 
     `late`: results are looked at one window of steps late, once the next one is queued, so that the device always has
@@ -32,13 +32,13 @@ class Readback:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def read_back(self, tensors: Sequence[Tensor]) -> Arrival:
+    def to_host(self, tensors: Sequence[Tensor]) -> CopyEvent:
         """The tensors as they are once the device has done what is queued by now."""
         copies = [tensor.clone().numpy() for tensor in tensors]
         return lambda: copies
 
 
-class GpuReadback(Readback):
+class GpuAsyncCopy(AsyncCopy):
     """From a GPU: results come back on a stream of their own, into pinned memory."""
 
     late = True
@@ -47,7 +47,7 @@ class GpuReadback(Readback):
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def read_back(self, tensors: Sequence[Tensor]) -> Arrival:
+    def to_host(self, tensors: Sequence[Tensor]) -> CopyEvent:
         copies = [tensor.clone() for tensor in tensors]  # what is queued behind may change the tensors meanwhile
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -65,6 +65,6 @@ class GpuReadback(Readback):
         return wait
 
 
-def readback_from(device: torch.device) -> Readback:
+def async_copy_from(device: torch.device) -> AsyncCopy:
     """What suits the device."""
-    return GpuReadback(device) if device.type == "cuda" else Readback(device)
+    return GpuAsyncCopy(device) if device.type == "cuda" else AsyncCopy(device)

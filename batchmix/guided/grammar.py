@@ -1,6 +1,6 @@
 """What a row's text may be, as tables over tokens that a decode step reads on the device.
 
-A guide is a deterministic automaton over tokens. Tokens that no state tells apart form a class, so that the table is
+A grammar is a deterministic automaton over tokens. Tokens that no state tells apart form a class, so that the table is
 states by classes, not states by vocabulary: a JSON Schema of 300 states has about 300 classes for 32,000 tokens.
 
 Each entry also says how many tokens the text needs after this one, at least. A step allows the tokens whose need fits
@@ -48,7 +48,7 @@ def token_set(allowed: npt.NDArray[np.bool_]) -> TokenSet:
 
 
 @dataclass
-class Guide:
+class CompiledGrammar:
     """An automaton over tokens. A state is the number of its first row in `table`.
 
     Row `state` holds (is no longer text possible, fewest tokens of a longer text) if the text may end here, else zeros.
@@ -80,7 +80,7 @@ class Guide:
             state = self.next_state(state, token)
         return state
 
-    def forced_run(self, state: int) -> list[int]:
+    def jump_forward_tokens(self, state: int) -> list[int]:
         """The tokens that must come next, up to a choice or to the last one before the text may end."""
         run = self._runs.get(state)
         if run is None:
@@ -125,7 +125,7 @@ class Guide:
         return self.table[state + 1 : state + 1 + int(self.token_class.max()), 1]
 
 
-def build_guide(
+def compile_grammar(
     automaton: ByteAutomaton,
     trie: TokenTrie,
     *,
@@ -133,7 +133,7 @@ def build_guide(
     drops_leading_space: bool,
     only: Mapping[int, int] | None = None,
     only_first: int | None = None,
-) -> Guide:
+) -> CompiledGrammar:
     """The automaton of texts over the tokens of a vocabulary.
 
     `end_tokens` end a text where it may end and are nothing else; they must have no text in `trie`. With
@@ -171,7 +171,7 @@ def build_guide(
     first_of_class = np.zeros(num_classes, np.int64)
     first_of_class[token_class[::-1][token_class[::-1] < num_classes]] = np.flatnonzero(token_class < num_classes)[::-1]
     forced = {int(state) * width: int(first_of_class[possible[state].argmax()]) for state in alone}
-    return Guide(
+    return CompiledGrammar(
         table.reshape(-1, 2), (token_class + 1).astype(np.int32), start * width, int(distance[start]),
         int(longer[start]), bool(end_tokens), forced,
     )  # fmt: skip

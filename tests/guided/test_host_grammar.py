@@ -1,4 +1,4 @@
-"""Guides that llguidance follows, against tables and against the jsonschema library."""
+"""Grammars that llguidance follows, against tables and against the jsonschema library."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.data.vocabulary import strip_start
-from batchmix.guided.compile import Guides
+from batchmix.guided.compile import GrammarCompiler
 from batchmix.guided.dfa import build_automaton
-from batchmix.guided.guide import build_guide
-from batchmix.guided.host_guide import HostGuide, HostText, HostVocabulary, follow, host_guide
+from batchmix.guided.grammar import compile_grammar
+from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar, HostVocabulary, follow, host_grammar
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Grammar, Unsupported
 from batchmix.guided.regex import regex_pattern
@@ -54,14 +54,14 @@ TRIE = TokenTrie(PIECES)
 
 
 @cache
-def guides() -> Guides:
-    return Guides(PIECES, drops_leading_space=True, eos_token_ids=[EOS])
+def grammars() -> GrammarCompiler:
+    return GrammarCompiler(PIECES, drops_leading_space=True, eos_token_ids=[EOS])
 
 
-def get(**asked: Any) -> HostGuide:
-    guide = guides().get(SamplingConfig(structured_outputs=StructuredOutputs(**asked)))
-    assert isinstance(guide, HostGuide)
-    return guide
+def get(**asked: Any) -> HostGrammar:
+    grammar = grammars().get(SamplingConfig(structured_outputs=StructuredOutputs(**asked)))
+    assert isinstance(grammar, HostGrammar)
+    return grammar
 
 
 def names(tokens: np.ndarray) -> list[bytes]:
@@ -72,12 +72,12 @@ def check_like_the_table(grammar: Grammar, drops: bool, source: random.Random) -
     """Along a random walk both allow the same tokens, but for stretches that the library knows to be forced."""
     try:
         automaton = build_automaton(grammar.pattern)
-        table = build_guide(automaton, TRIE, end_tokens=[EOS], drops_leading_space=drops)
+        table = compile_grammar(automaton, TRIE, end_tokens=[EOS], drops_leading_space=drops)
     except Unsupported as error:
         assume("no text fits" not in str(error))
         assume("too large" not in str(error))
         raise
-    text, state = HostText(host_guide(grammar, vocabulary(drops), [EOS])), table.start
+    text, state = GrammarMatcher(host_grammar(grammar, vocabulary(drops), [EOS])), table.start
     said: list[bytes] = []
     for _ in range(12):
         expected, found = table.allowed_tokens(state, 2**20).allowed, text.following.tokens.allowed
@@ -127,12 +127,12 @@ def unrolled(depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize("drops", [False, True])
 def test_a_recursive_schema_allows_what_it_does_when_it_is_written_out(drops):
     """The walk stays above the depth to which it is: a bracket is one byte, and each node takes more than eight."""
-    table_of = build_guide(
+    table_of = compile_grammar(
         build_automaton(json_schema_grammar(unrolled(4)).pattern), TRIE, end_tokens=[EOS], drops_leading_space=drops
     )
     source, depths = random.Random(0), set()
     for _ in range(20):
-        text = HostText(host_guide(json_schema_grammar(TREE), vocabulary(drops), [EOS]))
+        text = GrammarMatcher(host_grammar(json_schema_grammar(TREE), vocabulary(drops), [EOS]))
         state, said = table_of.start, b""
         while said.count(b"{") < 4:
             found, expected = text.following.tokens.allowed, table_of.allowed_tokens(state, 2**20).allowed
@@ -169,7 +169,7 @@ ANY_TEXT: list[Any] = [
 def test_what_has_no_table_is_valid_too(schema):
     check, source, found = jsonschema.Draft202012Validator(schema), random.Random(1), 0
     for _ in range(12):
-        text, tokens = HostText(get(json=schema)), []
+        text, tokens = GrammarMatcher(get(json=schema)), []
         while len(tokens) < 200:
             options = [token for token in np.flatnonzero(text.following.tokens.allowed).tolist() if token != EOS]
             if not options or (text.may_end and source.random() < 0.3):
@@ -189,9 +189,9 @@ def test_what_has_no_table_is_valid_too(schema):
 def test_many_choices():
     source = random.Random(2)
     choices = sorted({"".join(source.choices("ab 1é", k=source.randint(6, 12))) for _ in range(9000)})
-    guide = get(choice=choices)
+    grammar = get(choice=choices)
     for said in source.sample(choices, 5):
-        text = HostText(guide)
+        text = GrammarMatcher(grammar)
         rest = f" {said}".encode()  # as SentencePiece begins
         while rest:
             options = np.flatnonzero(text.following.tokens.allowed).tolist()
@@ -217,7 +217,7 @@ def test_what_has_no_text_is_refused(asked, reason):
 
 
 def test_a_vocabulary_that_cannot_say_every_text_is_refused():
-    few = Guides([b"", b"", b"", b"1", b"{", b'"'], drops_leading_space=False, eos_token_ids=[EOS])
+    few = GrammarCompiler([b"", b"", b"", b"1", b"{", b'"'], drops_leading_space=False, eos_token_ids=[EOS])
     with pytest.raises(Unsupported, match=r"json: recursive \(.*\); without tables it needs .* a token for each byte"):
         few.get(SamplingConfig(structured_outputs=StructuredOutputs(json=TREE)))
 
@@ -225,8 +225,8 @@ def test_a_vocabulary_that_cannot_say_every_text_is_refused():
 def test_a_way_that_never_ends_is_not_begun():
     endless = {"type": "object", "properties": {"a": {"$ref": "#/$defs/endless"}}, "required": ["a"]}
     definitions = {"endless": endless, **TREE["$defs"]}
-    guide = get(json={"$defs": definitions, "anyOf": [{"$ref": "#/$defs/endless"}, {"$ref": "#/$defs/node"}]})
-    text, said = HostText(guide), b""
+    grammar = get(json={"$defs": definitions, "anyOf": [{"$ref": "#/$defs/endless"}, {"$ref": "#/$defs/node"}]})
+    text, said = GrammarMatcher(grammar), b""
     while text.following.tokens.allowed.sum() == 1:
         token = int(text.following.tokens.allowed.argmax())
         said += PIECES[token]
@@ -244,11 +244,11 @@ def test_a_way_that_never_ends_is_not_begun():
 )
 def test_keys_that_need_a_table(wish, reason):
     with pytest.raises(Unsupported, match=reason):
-        guides().get(SamplingConfig(structured_outputs=StructuredOutputs(json=TREE), **wish))
+        grammars().get(SamplingConfig(structured_outputs=StructuredOutputs(json=TREE), **wish))
 
 
 def test_without_the_library_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    fresh = Guides(PIECES, drops_leading_space=True, eos_token_ids=[EOS])
+    fresh = GrammarCompiler(PIECES, drops_leading_space=True, eos_token_ids=[EOS])
     with pytest.raises(Unsupported, match=r"json: recursive \(.*\); .*pip install 'batchmix\[guided\]'"):
         fresh.get(SamplingConfig(structured_outputs=StructuredOutputs(json=TREE)))

@@ -1,6 +1,6 @@
-"""Rows whose guide has no table: the host follows their texts and tells the device which tokens may come next.
+"""Rows whose grammar has no table: the host follows their texts and tells the device which tokens may come next.
 
-To a step such a row has a guide like the others, of a single state and two classes of tokens; which token is of which class
+To a step such a row has a grammar like the others, of a single state and two classes of tokens; which token is of which class
 the host writes anew before each choice. A step queues the model first, then hears of the tokens before it and finds the
 masks while the device computes, so that both work at the same time.
 """
@@ -14,30 +14,32 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.answers import Answers
-from batchmix.engine.readback import to_device
-from batchmix.guided.guide import NEVER_ENDS, TokenSet
-from batchmix.guided.host_guide import Following, HostText, follow
+from batchmix.engine.async_copy import async_copy_to_gpu
+from batchmix.guided.grammar import NEVER_ENDS, TokenSet
+from batchmix.guided.host_grammar import Following, GrammarMatcher, follow
 
 FORBIDDEN, ALLOWED = 1, 2  # classes of tokens
-ONE_STATE = torch.tensor([[0, 0], [0, NEVER_ENDS], [0, 0]])  # [1 + classes, 2], see Guide; the host sees a text's end
+ONE_STATE = torch.tensor(
+    [[0, 0], [0, NEVER_ENDS], [0, 0]]
+)  # [1 + classes, 2], see CompiledGrammar; the host sees a text's end
 
 
-class HostTexts:
+class GrammarMatchers:
     """By slot."""
 
     def __init__(self, size: int) -> None:
-        self._texts: list[HostText | None] = [None] * size
+        self._texts: list[GrammarMatcher | None] = [None] * size
         self._count = 0  # of those there are
-        self._class_rows = np.zeros(size, np.int64)  # of GuideTables.classes
+        self._class_rows = np.zeros(size, np.int64)  # of GrammarTables.classes
 
     def __bool__(self) -> bool:
         """Whether there are any."""
         return self._count > 0
 
-    def __getitem__(self, slot: int) -> HostText | None:
+    def __getitem__(self, slot: int) -> GrammarMatcher | None:
         return self._texts[slot]
 
-    def put(self, slot: int, text: HostText, class_row: int) -> None:
+    def put(self, slot: int, text: GrammarMatcher, class_row: int) -> None:
         """A row begins."""
         self.clear(slot)
         self._count += 1
@@ -61,17 +63,19 @@ class HostTexts:
         text = self._texts[slot]
         assert text is not None
         # In the step that was on its way when the host saw the text's end: what it chooses is dropped.
-        return text.following if text.following.goes_on else text.guide.vocabulary.anything
+        return text.following if text.following.goes_on else text.grammar.vocabulary.anything
 
-    def hear(self, answers: Answers, is_running: np.ndarray, is_cut: np.ndarray) -> Iterator[tuple[int, HostText]]:
+    def hear(
+        self, answers: Answers, is_running: np.ndarray, is_cut: np.ndarray
+    ) -> Iterator[tuple[int, GrammarMatcher]]:
         """Take what rows have answered, and find what may follow; the slots whose text cannot go on, or may not.
 
         bool [slots] each: rows that run, and rows that max_tokens has ended, whose last token belongs to the text.
         """
         if not self._count:
             return
-        heard: list[tuple[int, HostText]] = []
-        longer: list[HostText] = []
+        heard: list[tuple[int, GrammarMatcher]] = []
+        longer: list[GrammarMatcher] = []
         for slot, text in enumerate(self._texts):
             if text is not None and (is_running[slot] or is_cut[slot]):
                 heard.append((slot, text))
@@ -85,12 +89,12 @@ class HostTexts:
                 yield slot, text
 
     def tell(self, span: slice, classes: Tensor) -> None:
-        """Write what may come next in these slots into `classes` int32 [guides, V], in the order of the device's work."""
+        """Write what may come next in these slots into `classes` int32 [grammars, V], in the order of the device's work."""
         slots = [slot for slot in range(span.start, span.stop) if self._texts[slot] is not None] if self._count else []
         if not slots:
             return
         masks = np.stack([self._following(slot).packed for slot in slots])  # uint8 [N, V / 8]
-        packed = to_device(masks, classes.device)
+        packed = async_copy_to_gpu(masks, classes.device)
         bits = packed[:, :, None] >> torch.arange(8, device=classes.device, dtype=torch.uint8) & 1
-        rows = to_device(self._class_rows[slots], classes.device)
+        rows = async_copy_to_gpu(self._class_rows[slots], classes.device)
         classes.index_copy_(0, rows, bits.flatten(1)[:, : classes.shape[1]].int() * (ALLOWED - FORBIDDEN) + FORBIDDEN)

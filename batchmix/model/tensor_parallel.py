@@ -27,7 +27,7 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 @dataclass(frozen=True)
-class Shards:
+class TensorParallel:
     """Which slice this process has. Of more than one, torch.distributed's default group joins them."""
 
     rank: int = 0
@@ -56,14 +56,14 @@ class Shards:
             intermediate_size=config.intermediate_size // self.size,
         )
 
-    def cut(self, tensor: _Weight, shape: torch.Size) -> _Weight:
+    def shard(self, tensor: _Weight, shape: torch.Size) -> _Weight:
         """This process's part of a whole tensor: of `shape`, along the one dimension in which that is smaller."""
         for dim, length in enumerate(shape):
             if tensor.shape[dim] != length:
                 return tensor.narrow(dim, self.rank * length, length)
         return tensor
 
-    def add_up(self, part: Tensor) -> Tensor:
+    def all_reduce(self, part: Tensor) -> Tensor:
         """The sum of all processes' parts [T, D] (spent), in the order of their ranks, rounded as `part` is.
 
         T * D must be a multiple of `size`. A ring's own order would depend on where in the step a token stands, and
@@ -84,17 +84,17 @@ class Shards:
         _gather(parts.view(-1), total.to(part.dtype))
         return parts
 
-    def once(self, x: Tensor) -> Tensor:
+    def on_rank_0(self, x: Tensor) -> Tensor:
         """What each process contributes of `x` to a sum over all, so that it counts once."""
         return x if self.rank == 0 else torch.zeros_like(x)
 
-    def agree(self, tokens: Tensor) -> Tensor:
+    def broadcast(self, tokens: Tensor) -> Tensor:
         """Rank 0's tokens, in the place of everybody's."""
         if self.size > 1:
             dist.broadcast(tokens, 0)
         return tokens
 
-    def smallest(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """The smallest of what the processes give."""
         if self.size == 1:
             return number
@@ -103,4 +103,4 @@ class Shards:
         return int(smallest)
 
 
-ALONE = Shards()
+SINGLE_RANK = TensorParallel()

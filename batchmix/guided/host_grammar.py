@@ -1,4 +1,4 @@
-"""Guides for what no table can hold: a library follows each row's text on the host and says which tokens may come next.
+"""Grammars for what no table can hold: a library follows each row's text on the host and says which tokens may come next.
 
 Recursive schemas have no finite automaton, and some patterns have one that is too large. llguidance (an Earley parser over
 a lexer that is made as it runs) gives a mask over the vocabulary for each row and step, tens of microseconds each.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.guided.guide import TokenSet, token_set
+from batchmix.guided.grammar import TokenSet, token_set
 from batchmix.guided.lark import lark
 from batchmix.guided.pattern import NEVER, Grammar, NoText, Unsupported, without_dead_ends
 
@@ -106,7 +106,7 @@ class HostVocabulary:
 
 
 @dataclass(frozen=True)
-class HostGuide:
+class HostGrammar:
     """A grammar at the start of its texts, for one model and one way of ending them."""
 
     vocabulary: HostVocabulary
@@ -120,16 +120,16 @@ class HostGuide:
         return 0 if self.matcher.is_accepting() and len(self.end_tokens) and not min_tokens else 1
 
 
-class HostText:
-    """One row's text under a HostGuide, as far as the host has heard of it."""
+class GrammarMatcher:
+    """One row's text under a HostGrammar, as far as the host has heard of it."""
 
     following: Following
 
-    def __init__(self, guide: HostGuide) -> None:
-        self.guide = guide
+    def __init__(self, grammar: HostGrammar) -> None:
+        self.grammar = grammar
         self.count = 0  # tokens of the text
-        self.matcher = guide.matcher.deep_copy()
-        self.allow(guide.first)
+        self.matcher = grammar.matcher.deep_copy()
+        self.allow(grammar.first)
 
     @property
     def may_end(self) -> bool:
@@ -144,19 +144,19 @@ class HostText:
     def take(self, tokens: Sequence[int]) -> None:
         """More tokens of the text, allowed one after the other; `follow` then finds what may come next."""
         for token in tokens:
-            spaced = self.guide.after_space
-            if self.count == 0 and spaced is not None and self.guide.vocabulary.begins_with_space[token]:
+            spaced = self.grammar.after_space
+            if self.count == 0 and spaced is not None and self.grammar.vocabulary.begins_with_space[token]:
                 self.matcher = spaced.deep_copy()
             self.count += 1
             self.matcher.consume_token(token)
 
     def allow(self, mask: Packed) -> None:
         """`mask` [V / 8] are the tokens that a longer text may go on with."""
-        self.following = self.guide.vocabulary.following(mask, self.guide.end_tokens if self.may_end else ())
+        self.following = self.grammar.vocabulary.following(mask, self.grammar.end_tokens if self.may_end else ())
 
 
-def host_guide(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequence[int]) -> HostGuide:
-    """The guide of a grammar's texts. Unsupported where there are none, or where the library refuses it."""
+def host_grammar(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequence[int]) -> HostGrammar:
+    """The grammar of a grammar's texts. Unsupported where there are none, or where the library refuses it."""
     grammar = without_dead_ends(grammar)
     if grammar.pattern == NEVER:
         raise NoText
@@ -169,13 +169,13 @@ def host_guide(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequenc
         with_space = vocabulary.masks([spaced.deep_copy()])[0]
         forced = np.bitwise_count(with_space).sum() == 1  # the way that the tokenizer itself begins
         first = with_space if forced else with_space | (first & ~pack(vocabulary.begins_with_space))
-    return HostGuide(vocabulary, matcher, spaced, first, tuple(end_tokens))
+    return HostGrammar(vocabulary, matcher, spaced, first, tuple(end_tokens))
 
 
-def follow(texts: Sequence[HostText]) -> None:
+def follow(texts: Sequence[GrammarMatcher]) -> None:
     """Find what may follow each text, of one vocabulary."""
     if texts:
-        masks = texts[0].guide.vocabulary.masks([text.matcher for text in texts])
+        masks = texts[0].grammar.vocabulary.masks([text.matcher for text in texts])
         for text, mask in zip(texts, masks, strict=True):
             text.allow(mask)
 

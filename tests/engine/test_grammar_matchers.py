@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engines import LateReadback, answers, load, make_engine, prompts, run, tokens_of
+from engines import LateAsyncCopy, answers, load, make_engine, prompts, run, tokens_of
 from guided_strategies import RECURSIVE
 from guided_vocabulary import PIECES, VOCABULARY, V
 from hypothesis import assume, given, settings
@@ -17,8 +17,8 @@ from links import FakeLink
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine.engine import Engine
-from batchmix.engine.host_texts import HostTexts
-from batchmix.guided.host_guide import HostGuide
+from batchmix.engine.grammar_matchers import GrammarMatchers
+from batchmix.guided.host_grammar import HostGrammar
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
@@ -31,9 +31,9 @@ TREE = {"type": "object", "properties": {"n": {"type": "boolean"}, "more": {"typ
 CLOSING = {token: 3.0 for token, piece in enumerate(PIECES) if piece[:1] in (b'"', b"]", b"}")}  # so that texts end
 
 
-def engine(model, guides, **options) -> Engine:
+def engine(model, grammars, **options) -> Engine:
     return make_engine(
-        model, **{"block_size": 8, "max_model_len": 160, "prefill_chunk": 16, "guides": guides, **options}
+        model, **{"block_size": 8, "max_model_len": 160, "prefill_chunk": 16, "grammars": grammars, **options}
     )
 
 
@@ -51,42 +51,42 @@ def check_fits(completion: Completion) -> None:
         assert jsonschema.Draft202012Validator(outputs.json).is_valid(value)
 
 
-def check_fuzzed(model, guides, schema: dict[str, Any], seed: int, count: int = 6) -> None:
+def check_fuzzed(model, grammars, schema: dict[str, Any], seed: int, count: int = 6) -> None:
     sampling = SamplingConfig(
         temperature=1.0, seed=seed, logit_bias=CLOSING, structured_outputs=StructuredOutputs(json=schema)
     )
     try:
-        guide = guides.get(sampling)
+        grammar = grammars.get(sampling)
     except Unsupported as error:
         assume("no text fits" not in str(error))
         raise
-    assert isinstance(guide, HostGuide)
+    assert isinstance(grammar, HostGrammar)
     rows = [
         replace(row, sampling=replace(sampling, max_tokens=(2, 10, 40, 100)[row.row % 4]))
         for row in prompts(count, V, seed=seed, longest=8)
     ]
-    for completion in run(engine(model, guides), rows).values():
+    for completion in run(engine(model, grammars), rows).values():
         check_fits(completion)
 
 
 @settings(max_examples=8, deadline=None)
 @given(RECURSIVE)
-def test_fuzzed_recursive_schemas(model, guides, schema):
-    check_fuzzed(model, guides, schema, 1)
+def test_fuzzed_recursive_schemas(model, grammars, schema):
+    check_fuzzed(model, grammars, schema, 1)
 
 
 @pytest.mark.slow  # 30 s
 @settings(max_examples=150, deadline=None)
 @given(RECURSIVE)
-def test_many_fuzzed_recursive_schemas(model, guides, schema):
-    check_fuzzed(model, guides, schema, 2)
+def test_many_fuzzed_recursive_schemas(model, grammars, schema):
+    check_fuzzed(model, grammars, schema, 2)
 
 
 @pytest.mark.slow  # 20 s under the interpreter
 @settings(max_examples=2, deadline=None)
 @given(RECURSIVE)
-def test_fuzzed_recursive_schemas_on_the_triton_backend(folder, guides, schema):
-    check_fuzzed(load(folder, operators=TritonOperators()), guides, schema, 3, count=3)
+def test_fuzzed_recursive_schemas_on_the_triton_backend(folder, grammars, schema):
+    check_fuzzed(load(folder, operators=TritonOperators()), grammars, schema, 3, count=3)
 
 
 TICKET = {"type": "object", "properties": {"sentiment": {"enum": ["positive", "negative"]}, "urgent": {"type": "boolean"}},
@@ -104,7 +104,7 @@ WISHES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def mixed() -> list[Prompt]:
-    """Rows that the host follows, among rows with tables, whose stretches are forced, and rows without a guide."""
+    """Rows that the host follows, among rows with tables, whose stretches are forced, and rows without a grammar."""
     asked: list[Any] = [TREE, {"type": "array", "items": {"type": "array"}}, {}, TICKET, None]
     found = []
     for row in prompts(len(asked) * len(WISHES), V, seed=7, longest=30, temperature=1.0):
@@ -118,8 +118,8 @@ def mixed() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(model, guides, mixed):
-    return run(engine(model, guides, max_num_seqs=1), mixed)
+def one_by_one(model, grammars, mixed):
+    return run(engine(model, grammars, max_num_seqs=1), mixed)
 
 
 @pytest.mark.slow  # 5 s and more
@@ -136,27 +136,27 @@ def test_the_host_goes_with_everything_else_that_a_row_may_ask_for(one_by_one):
     [
         {},
         pytest.param({"kv_blocks": 25, "max_num_seqs": 16}, marks=pytest.mark.slow),
-        {"readback": LateReadback(), "steps_per_read": 3, "max_num_seqs": 7},
-        pytest.param({"readback": LateReadback(), "kv_blocks": 25, "max_num_seqs": 16}, marks=pytest.mark.slow),
+        {"async_copy": LateAsyncCopy(), "steps_per_read": 3, "max_num_seqs": 7},
+        pytest.param({"async_copy": LateAsyncCopy(), "kv_blocks": 25, "max_num_seqs": 16}, marks=pytest.mark.slow),
         pytest.param({"host": FakeLink(), "max_num_batched_tokens": 60}, marks=pytest.mark.slow),
     ],
     ids=["many slots", "few blocks", "late looks", "late looks, few blocks", "cache on the host"],
 )
-def test_answers_do_not_depend_on_company(model, guides, mixed, one_by_one, options):
+def test_answers_do_not_depend_on_company(model, grammars, mixed, one_by_one, options):
     shuffled = random.Random(1).sample(mixed, len(mixed))
-    tried = engine(model, guides, **options)
+    tried = engine(model, grammars, **options)
     found = run(tried, shuffled, sort_window=9)
     assert answers(found) == answers(one_by_one)
     assert {key: one.error for key, one in found.items()} == {key: one.error for key, one in one_by_one.items()}
-    assert (tried.stats.put_back > 0) == ("kv_blocks" in options)
-    assert tried.stats.forced_tokens > 0
+    assert (tried.stats.preempted > 0) == ("kv_blocks" in options)
+    assert tried.stats.jump_forward_tokens > 0
 
 
-def test_masks_are_found_while_the_model_runs(model, guides, mixed, monkeypatch):
+def test_masks_are_found_while_the_model_runs(model, grammars, mixed, monkeypatch):
     """The model's part of a step is queued before the host waits for the tokens of the step before it."""
     rows = [row for row in mixed if row.row % 5 == 0 and row.sampling.logprobs is None]
-    tried, order = engine(model, guides, readback=LateReadback()), []
-    original, heard = model.logits, HostTexts.hear
+    tried, order = engine(model, grammars, async_copy=LateAsyncCopy()), []
+    original, heard = model.logits, GrammarMatchers.hear
 
     def logits(hidden):
         order.append("model")
@@ -167,7 +167,7 @@ def test_masks_are_found_while_the_model_runs(model, guides, mixed, monkeypatch)
         return heard(self, answers, is_running, is_cut)
 
     monkeypatch.setattr(model, "logits", logits)
-    monkeypatch.setattr(HostTexts, "hear", hear)
+    monkeypatch.setattr(GrammarMatchers, "hear", hear)
     run(tried, rows)
     steps = "".join(name[1] for name in order)
     assert re.fullmatch("oo(ao){8,}a+", steps), "the prefill, then each decode step's model before the masks for it"
@@ -176,14 +176,14 @@ def test_masks_are_found_while_the_model_runs(model, guides, mixed, monkeypatch)
 @pytest.mark.parametrize(
     "capture", [None, pytest.param(lambda step: step, marks=pytest.mark.slow)], ids=["steps", "graphs"]
 )
-def test_the_triton_backend_gives_the_same_tokens(folder, guides, mixed, capture):
+def test_the_triton_backend_gives_the_same_tokens(folder, grammars, mixed, capture):
     triton = load(folder, operators=TritonOperators(share_prefix=capture is not None))
     some = [replace(row, token_ids=row.token_ids[:6]) for row in (mixed[0], mixed[1], mixed[3], mixed[4], mixed[22])]
     most = 40 if capture else 9
     some = [replace(row, sampling=replace(row.sampling, n=1, max_tokens=60 if row.row == 3 else most)) for row in some]
     if capture is None:
         some = [some[0], some[4]]
-    expected = run(engine(load(folder), guides), some)
-    tried = engine(triton, guides, max_num_seqs=4, capture=capture, share_prefix=capture is not None,
+    expected = run(engine(load(folder), grammars), some)
+    tried = engine(triton, grammars, max_num_seqs=4, capture=capture, share_prefix=capture is not None,
                    steps_per_read=1 if capture is None else 2)  # fmt: skip
     assert tokens_of(run(tried, some)) == tokens_of(expected)

@@ -10,7 +10,7 @@ from engines import load
 from batchmix.config import Dtype, ModelConfig
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.shards import Shards
+from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.model.weights import load_weights
 
 
@@ -20,7 +20,9 @@ def test_slices_of_every_layout_make_up_the_whole(tmp_path, save, size):
     folder = save(random_mixtral(seed=3, num_attention_heads=8, num_key_value_heads=4), tmp_path)
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype.float32))
     whole = load(folder).weights
-    slices = [load_weights(checkpoint, torch.float32, torch.device("cpu"), Shards(rank, size)) for rank in range(size)]
+    slices = [
+        load_weights(checkpoint, torch.float32, torch.device("cpu"), TensorParallel(rank, size)) for rank in range(size)
+    ]
     heads = [8 // size * 16, 4 // size * 16, 4 // size * 16]  # rows of a slice's queries, keys, values
     for index, layer in enumerate(whole.layers):
         parts = [part.layers[index] for part in slices]
@@ -41,6 +43,6 @@ def test_slices_of_every_layout_make_up_the_whole(tmp_path, save, size):
 
 def test_what_cannot_be_cut_is_refused(tmp_path):
     config = open_checkpoint(ModelConfig(path=str(save_hub(random_mixtral(), tmp_path)))).config
-    Shards(size=2).check(config)
+    TensorParallel(size=2).check(config)
     with pytest.raises(BatchmixError, match=r"model\.tensor_parallel_size=4: must divide the model's 2 kv heads"):
-        Shards(size=4).check(config)
+        TensorParallel(size=4).check(config)

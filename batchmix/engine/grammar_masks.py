@@ -1,4 +1,4 @@
-"""The torch backend's form of a guide's mask: which tokens a row may choose from.
+"""The torch backend's form of a grammar's mask: which tokens a row may choose from.
 
 Most states allow few tokens (a key, a digit): such rows choose among those logits alone, which costs a fraction of a
 row's usual sampling. Most others forbid few (inside a string): only those are set to -inf.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.slots import RUNNING, Slots
+from batchmix.engine.slots import RUNNING, InputBatch
 
 _NARROWEST = 128  # columns; widths are powers of two, so that a row's own set alone decides how its sums are rounded
 
@@ -27,25 +27,25 @@ class FewTokens:
     logits: Tensor  # float32 [N, width]; -inf beyond
 
 
-def apply_guides(logits: Tensor, slots: Slots, span: slice) -> tuple[Tensor, list[FewTokens]]:
+def apply_grammars(logits: Tensor, slots: InputBatch, span: slice) -> tuple[Tensor, list[FewTokens]]:
     """Split the rows of a step: those that choose from all of `logits` [R, V], and those that choose from few of them.
 
-    Of the first, int64 [N], the logits that a guide forbids become -inf, in place.
+    Of the first, int64 [N], the logits that a grammar forbids become -inf, in place.
     """
-    rows = np.flatnonzero((slots.guide_base[span].numpy() >= 0) & (slots.finish[span].numpy() == RUNNING))
+    rows = np.flatnonzero((slots.grammar_base[span].numpy() >= 0) & (slots.finish[span].numpy() == RUNNING))
     if not len(rows):
         return torch.arange(len(logits)), []
-    states = slots.guide_state[span].numpy()
+    states = slots.grammar_state[span].numpy()
     left = slots.max_tokens[span].numpy() - slots.generated[span].numpy() - 1
     dropped: dict[int, tuple[np.ndarray, list[int]]] = {}  # by set of tokens, which many rows share
     narrow: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for row in rows.tolist():
         slot = span.start + row
-        guide = slots.guides.of_slot[slot]
-        if guide is None:
-            tokens = slots.guides.texts.allowed(slot)
+        grammar = slots.grammars.of_slot[slot]
+        if grammar is None:
+            tokens = slots.grammars.texts.allowed(slot)
         else:
-            tokens = guide.allowed_tokens(int(states[row]), int(left[row]))
+            tokens = grammar.allowed_tokens(int(states[row]), int(left[row]))
         if tokens.few_allowed is not None:
             width = max(_NARROWEST, 1 << (len(tokens.few_allowed) - 1).bit_length())
             narrow[width].append((row, tokens.few_allowed))
