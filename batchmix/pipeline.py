@@ -24,9 +24,9 @@ from batchmix.data.sink import NO_SPACE
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.data.storage import Storage, open_storage, reason_of
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from batchmix.engine.build import check_engine, start_engine
 from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
-from batchmix.engine.start import check_engine, start_engine
 from batchmix.errors import BatchmixError
 from batchmix.escapes import warn_of_escapes
 from batchmix.guided.compile import open_grammars

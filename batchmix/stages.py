@@ -40,19 +40,19 @@ def planned_batches(
         data=config.data,
         sampling=config.sampling,
         tokenizer=tokenizer,
-        max_model_len=engine.max_model_len,
+        max_model_len=engine.scheduler.max_model_len,
         vocab_size=engine.model.config.vocab_size,
         keep=keep,
         clock=engine.clock,
         grammars=engine.grammars,
-        eos_token_ids=engine.state.slots.eos_token_ids.tolist(),
+        eos_token_ids=engine.scheduler.batch.eos_token_ids.tolist(),
         stopping=engine.should_stop,
         buffers=buffers,
     )
-    state = engine.state
+    scheduler = engine.scheduler
     limits = Limits(
-        state.slots.capacity, state.pool.num_blocks, state.cache.block_size, config.engine.sort_window,
-        window_bytes=buffers.window, batch_bytes=buffers.batch, share_prefix=state.prefixes is not None,
+        scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, config.engine.sort_window,
+        window_bytes=buffers.window, batch_bytes=buffers.batch, share_prefix=scheduler.prefixes is not None,
     )  # fmt: skip
     with closing(prompts):
         yield from in_flight.admit(plan(prompts, limits))

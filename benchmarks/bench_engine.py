@@ -21,7 +21,7 @@ import torch
 from common import random_prompts, save, save_tiny_random
 
 from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig
-from batchmix.engine.start import start_engine
+from batchmix.engine.build import start_engine
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
@@ -52,7 +52,9 @@ def open_batchmix(folder: Path, dtype: str) -> Generate:
     """Ours: planned batches through the engine."""
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[dtype], max_model_len=1024))
     engine = start_engine(checkpoint, None, EngineConfig(max_num_seqs=256), lambda: False)
-    limits = Limits(engine.state.slots.capacity, engine.state.pool.num_blocks, engine.state.cache.block_size, 16384)
+    limits = Limits(
+        engine.scheduler.batch.capacity, engine.scheduler.pool.num_blocks, engine.scheduler.block_size, 16384
+    )
 
     def run(ids: list[list[int]], new: int) -> list[list[int]]:
         sampling = SamplingConfig(temperature=0.0, max_tokens=new, ignore_eos=True)

@@ -24,8 +24,9 @@ from common import RESULTS, machine, random_prompts, save_tiny_random
 
 from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig, StructuredOutputs
 from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.build import start_engine
 from batchmix.engine.engine import Engine
-from batchmix.engine.start import start_engine
+from batchmix.engine.scheduler import Step
 from batchmix.guided.host_grammar import HostGrammar
 from batchmix.measure.result import save_result
 from batchmix.model.checkpoint import open_checkpoint
@@ -59,23 +60,23 @@ def on_host(name: str) -> bool:
 def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
     """Tokens per second from one decode step to the next, where nine of ten slots have a row and no prompt came between."""
     seconds, tokens = 0.0, 0
-    decode, state = engine.decode.run, engine.state
+    original, scheduler, stats = engine.runner.run, engine.scheduler, engine.stats
     before: tuple[float, int, int] | None = None
 
-    def timed() -> None:
+    def timed(step: Step) -> None:
         nonlocal seconds, tokens, before
-        now = time.perf_counter(), state.stats.completion_tokens, state.num_admitted
+        now = time.perf_counter(), stats.completion_tokens, scheduler.num_started
         if before is not None and before[2] == now[2]:
             seconds += now[0] - before[0]
             tokens += now[1] - before[1]
-        before = now if len(state.rows) >= 0.9 * state.slots.capacity else None
-        decode()
+        before = now if len(scheduler.running) >= 0.9 * scheduler.batch.capacity else None
+        original(step)
 
-    engine.decode.run = timed  # type: ignore[method-assign]
-    limits = Limits(state.slots.capacity, state.pool.num_blocks, state.cache.block_size, 16384)
+    engine.runner.run = timed  # type: ignore[method-assign]
+    limits = Limits(scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, 16384)
     for _ in engine.generate(plan(rows, limits)):
         pass
-    engine.decode.run = decode  # type: ignore[method-assign]
+    engine.runner.run = original  # type: ignore[method-assign]
     return tokens / seconds
 
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from batchmix.engine.async_copy import AsyncCopy
-from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.slots import InputBatch
+from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.gpu import H200, assume_gpu
+from batchmix.model.async_copy import AsyncCopy
 from batchmix.model.config import MixtralConfig
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.model.weights import empty_weights
@@ -108,9 +108,9 @@ def layer_seconds(rows: int, turns: int) -> tuple[list[float], float]:
         # Looking up embeddings would touch memory.
         model.weights.embedding = Embedding(torch.empty(rows, CONFIG.hidden_size, dtype=torch.bfloat16))  # type: ignore[assignment]
         cache = KVCache(replace(CONFIG, num_hidden_layers=LAYERS), 1, 64, torch.bfloat16, cpu)
-        slots = InputBatch(rows, CONFIG.vocab_size, WIDTH, (), None, AsyncCopy(cpu))
+        batch = InputBatch(rows, CONFIG.vocab_size, WIDTH, (), None, AsyncCopy(cpu))
         tokens = torch.zeros(rows, dtype=torch.int64)
-        attend = ops.decode(model, cache, slots, rows, rows, WIDTH)
+        attend = ops.attend(model, cache, batch.decode_tokens(0, rows, WIDTH), (), rows)
         model(tokens, attend)  # compiles
         found = []
         gc.disable()

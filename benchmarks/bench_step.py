@@ -20,13 +20,11 @@ from common import save
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
-from batchmix.engine.admission import admit
-from batchmix.engine.completion import hear
 from batchmix.engine.engine import Engine
-from batchmix.engine.kv_cache import KVCache
 from batchmix.model import torch_backend
 from batchmix.model.config import MixtralConfig
 from batchmix.model.expert_load import ExpertLoad
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.tensor_parallel import SINGLE_RANK
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Prompt
@@ -84,19 +82,17 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
     )  # type: ignore[arg-type]  # fmt: skip
     lengths = np.linspace(100, 1100, rows).astype(int)
     prompts = [Prompt(i, str(i), {}, np.full(length, 5), sampling) for i, length in enumerate(lengths)]
-    for batch in plan(prompts, Limits(rows, engine.state.pool.num_blocks, 64, rows)):
-        for _ in engine.enqueue(batch):
-            pass
+    batches = plan(prompts, Limits(rows, engine.scheduler.pool.num_blocks, 64, rows))
+    for _ in engine.enqueue(prompt for batch in batches for prompt in batch.prompts):
+        pass
     with torch.inference_mode():
-        admit(engine.state)
-        engine.prefill.run()
-        hear(engine.state, all_of_it=True)
-        assert len(engine.state.rows) == rows
+        while engine.scheduler.waiting or engine.scheduler.prefilling:
+            engine.step()
+        assert len(engine.scheduler.running) == rows
         seconds = np.empty((steps, 2))
         for step in range(steps):
             started = time.perf_counter()
-            engine.decode.run()
-            hear(engine.state, all_of_it=False)
+            engine.step()
             seconds[step] = time.perf_counter() - started, choosing
     return seconds
 

@@ -44,16 +44,16 @@ class SleepingEngine:
     def __init__(self, rows_per_second: float) -> None:
         self._rows_per_second = rows_per_second
         self.clock, self.stats = StageClock(), EngineStats()
-        self.max_model_len = 4096
         self.model = SimpleNamespace(
             config=SimpleNamespace(vocab_size=32000), weights=SimpleNamespace(fingerprint="none")
         )
         self.grammars = None
-        self.state = SimpleNamespace(
-            slots=SimpleNamespace(capacity=ROWS_AT_ONCE, eos_token_ids=torch.tensor([2])),
-            pool=SimpleNamespace(num_blocks=100_000),
-            cache=SimpleNamespace(block_size=64),
+        self.scheduler = SimpleNamespace(
+            max_model_len=4096,
+            block_size=64,
             prefixes=None,
+            pool=SimpleNamespace(num_blocks=100_000),
+            batch=SimpleNamespace(capacity=ROWS_AT_ONCE, eos_token_ids=torch.tensor([2])),
         )
 
     def should_stop(self) -> bool:

@@ -16,8 +16,10 @@ Legend: B rows, H heads, G kv heads, R = H / G, C head dim, S block size, W bloc
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -179,32 +181,32 @@ def find_shared_splits(
     last ones of no rows; what does not fit is left to the rows themselves.
     """
     rows_per_tile = _pair_tile(ratio) // ratio
-    items: list[tuple[int, list[int]]] = []
-    first_own = torch.zeros(len(context), dtype=torch.int32)
-    rows, split = torch.arange(len(context)), 0
-    while True:
-        rows = rows[context[rows] >= (split + 1) * SPLIT]
-        if not len(rows):
-            break
-        blocks = block_table[rows, split * SPLIT // block_size : -(-(split + 1) * SPLIT // block_size)]
-        _, group, sizes = torch.unique(blocks, dim=0, return_inverse=True, return_counts=True)
-        kept = []
-        for number in torch.nonzero(sizes > 1)[:, 0].tolist():
-            members = rows[group == number].tolist()
-            tiles = [(split, members[i : i + rows_per_tile]) for i in range(0, len(members), rows_per_tile)]
-            if capacity is None or len(items) + len(tiles) <= capacity:
-                items += tiles
-                kept += members
-        rows = torch.tensor(kept, dtype=torch.int64)
-        split += 1
+    table, tokens = np.asarray(block_table), np.asarray(context)
+    tiles, splits = [np.zeros((0, rows_per_tile), np.int32)], [np.zeros(0, np.int32)]
+    first_own = np.zeros(len(tokens), np.int32)
+    rows, split, room = np.arange(len(tokens)), 0, sys.maxsize if capacity is None else capacity
+    while len(rows := rows[tokens[rows] >= (split + 1) * SPLIT]):
+        blocks = np.ascontiguousarray(table[rows, split * SPLIT // block_size : -(-(split + 1) * SPLIT // block_size)])
+        # A row's blocks as one value of so many bytes.
+        _, group, sizes = np.unique(
+            blocks.view(f"V{blocks.shape[1] * blocks.itemsize}")[:, 0], return_inverse=True, return_counts=True
+        )
+        needed = np.where(sizes > 1, -(-sizes // rows_per_tile), 0)  # tiles of each group
+        first_tile = needed.cumsum() - needed
+        listed = (sizes > 1) & (first_tile + needed <= room)  # the first groups for which there is room
+        order = np.argsort(group, kind="stable")
+        rank = np.arange(len(rows)) - (sizes.cumsum() - sizes)[group[order]]  # of a row in its group
+        order, rank = order[listed[group[order]]], rank[listed[group[order]]]
+        tile = np.full((int(needed[listed].sum()), rows_per_tile), -1, np.int32)
+        tile[first_tile[group[order]] + rank // rows_per_tile, rank % rows_per_tile] = rows[order]
+        tiles.append(tile)
+        splits.append(np.full(len(tile), split, np.int32))
+        rows, split, room = np.sort(rows[order]), split + 1, room - len(tile)
         first_own[rows] = split
-    size = len(items) if capacity is None else capacity
-    listed = torch.full((size, rows_per_tile), -1, dtype=torch.int32)
-    for item, (_, members) in enumerate(items):
-        listed[item, : len(members)] = torch.tensor(members, dtype=torch.int32)
-    splits = torch.zeros(size, dtype=torch.int32)
-    splits[: len(items)] = torch.tensor([number for number, _ in items], dtype=torch.int32)
-    return SharedSplits(listed, splits, first_own)
+    found, numbers = np.concatenate(tiles), np.concatenate(splits)
+    unused = 0 if capacity is None else capacity - len(found)
+    found = np.pad(found, ((0, unused), (0, 0)), constant_values=-1)
+    return SharedSplits(*map(torch.from_numpy, (found, np.pad(numbers, (0, unused)), first_own)))
 
 
 class DecodePlan(NamedTuple):
@@ -256,8 +258,7 @@ def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
     return {"KEY_TILE": 64, "num_warps": 4, "num_stages": num_stages(gpu)}
 
 
-@operator("decode_attention")
-def decode_attention(
+def attend_decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -267,24 +268,21 @@ def decode_attention(
     num_items: Tensor,
     shared_rows: Tensor,
     shared_split: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
-    """Attention of one query per row to its first `context` tokens, scaled by C**-0.5.
-
-    q [B, H, C] in float32, float16 or bfloat16, rows at any stride; keys and values [blocks, G, S, C] of q's dtype, or
-    e4m3 with k_scale and v_scale float32 [G] or [1] (stored times scale = real); the rest as in `DecodePlan` ->
-    [B, H, C] of q's dtype, zeros where context is 0. Takes a workspace of B * N * H * (C + 1) float32.
-    """
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Launch `decode_attention` into out [B, H, C], contiguous, as a part of a larger tensor is."""
     check_cache(q, keys, values, k_scale, v_scale)
     rows, heads, dim = q.shape
+    assert out.shape == q.shape, (out.shape, q.shape)
+    assert out.is_contiguous()
+    if not rows:
+        return
     kv_heads, size = keys.shape[1:3]
     ratio = heads // kv_heads
     max_splits = _max_splits(block_table, size)
     gpu = current_gpu(q.device)
-    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
-    if not rows:
-        return out
     partial = torch.empty((rows, max_splits, heads, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((rows, max_splits, heads), dtype=torch.float32, device=q.device)
     read = q, readable(keys, gpu), readable(values, gpu), k_scale, v_scale, partial, lse
@@ -305,6 +303,32 @@ def decode_attention(
     )  # fmt: skip
     decode_merge_kernel[(heads, rows)](
         partial, lse, context, out, max_splits, H=heads, C=dim, SPLIT=SPLIT, MERGE_TILE=_MERGE_TILE, num_warps=1
+    )
+
+
+@operator("decode_attention")
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    context: Tensor,
+    items: Tensor,
+    num_items: Tensor,
+    shared_rows: Tensor,
+    shared_split: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query per row to its first `context` tokens, scaled by C**-0.5.
+
+    q [B, H, C] in float32, float16 or bfloat16, rows at any stride; keys and values [blocks, G, S, C] of q's dtype, or
+    e4m3 with k_scale and v_scale float32 [G] or [1] (stored times scale = real); the rest as in `DecodePlan` ->
+    [B, H, C] of q's dtype, zeros where context is 0. Takes a workspace of B * N * H * (C + 1) float32.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    attend_decode(
+        q, keys, values, block_table, context, items, num_items, shared_rows, shared_split, k_scale, v_scale, out
     )
     return out
 

@@ -137,6 +137,34 @@ def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
     return {"KEY_TILE": 32 if small else 64, "num_warps": 8, "num_stages": num_stages(gpu)}
 
 
+def attend_prefill(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chunks: Tensor,
+    tiles: Tensor,
+    block_table: Tensor,
+    query_tile: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Launch `prefill_attention` into out [T, H, C], contiguous, as a part of a larger tensor is."""
+    check_cache(q, keys, values, k_scale, v_scale)
+    _, heads, dim = q.shape
+    assert out.shape == q.shape, (out.shape, q.shape)
+    assert out.is_contiguous()
+    kv_heads, size = keys.shape[1:3]
+    gpu = current_gpu(q.device)
+    if len(tiles):
+        prefill_attention_kernel[(kv_heads, len(tiles))](
+            q, readable(keys, gpu), readable(values, gpu), k_scale, v_scale, out, tiles, chunks, block_table,
+            q.stride(0), block_table.stride(0), scale_stride(k_scale), dim**-0.5 * LOG2_E,
+            H=heads, G=kv_heads, S=size, C=dim, PRODUCT=product_dtype(q.dtype, keys.dtype), QUERY_TILE=query_tile,
+            PRECISION=float32_precision(gpu), enable_fp_fusion=False, **_tile(gpu, q.dtype),
+        )  # fmt: skip
+
+
 @operator("prefill_attention")
 def prefill_attention(
     q: Tensor,
@@ -155,18 +183,8 @@ def prefill_attention(
     or e4m3 with k_scale and v_scale float32 [G] or [1] (stored times scale = real); chunks, tiles, block_table and
     query_tile as in `PrefillPlan` -> [T, H, C] of q's dtype, zeros for tokens in no chunk.
     """
-    check_cache(q, keys, values, k_scale, v_scale)
-    tokens, heads, dim = q.shape
-    kv_heads, size = keys.shape[1:3]
-    gpu = current_gpu(q.device)
-    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    if len(tiles):
-        prefill_attention_kernel[(kv_heads, len(tiles))](
-            q, readable(keys, gpu), readable(values, gpu), k_scale, v_scale, out, tiles, chunks, block_table,
-            q.stride(0), block_table.stride(0), scale_stride(k_scale), dim**-0.5 * LOG2_E,
-            H=heads, G=kv_heads, S=size, C=dim, PRODUCT=product_dtype(q.dtype, keys.dtype), QUERY_TILE=query_tile,
-            PRECISION=float32_precision(gpu), enable_fp_fusion=False, **_tile(gpu, q.dtype),
-        )  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    attend_prefill(q, keys, values, chunks, tiles, block_table, query_tile, k_scale, v_scale, out)
     return out
 
 

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
-from batchmix.engine.async_copy import AsyncCopy, CopyEvent
 from batchmix.engine.engine import Engine
-from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.staged_cache import StagedKVCache
-from batchmix.engine.step import pad
+from batchmix.engine.model_runner import pad
 from batchmix.model import torch_backend
-from batchmix.model.backend import Chunk, Operators
+from batchmix.model.async_copy import AsyncCopy, CopyEvent
+from batchmix.model.backend import Operators, PrefillChunk
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.link import TransferStream
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import Offload
+from batchmix.model.staged_cache import StagedKVCache
 from batchmix.model.weights import load_weights
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Completion, Prompt
@@ -119,17 +119,17 @@ def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sa
 
 def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict[tuple[str, int], Completion]:
     """All completions by (row id, sample)."""
-    state = engine.state
+    scheduler = engine.scheduler
     limits = Limits(
-        state.slots.capacity, state.pool.num_blocks, state.cache.block_size, sort_window,
-        share_prefix=state.prefixes is not None,
+        scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, sort_window,
+        share_prefix=scheduler.prefixes is not None,
     )  # fmt: skip
     found = list(engine.generate(plan(rows, limits)))
     by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
     assert len(by_key) == len(found), "a sample came out twice"
-    kept = 0 if state.prefixes is None else state.prefixes.num_unused()
-    assert state.pool.num_used == kept, "blocks were not returned"
-    assert state.slots.num_active == 0
+    kept = 0 if scheduler.prefixes is None else scheduler.prefixes.num_unused()
+    assert scheduler.pool.num_used == kept, "blocks were not returned"
+    assert scheduler.batch.num_active == 0
     return by_key
 
 
@@ -154,11 +154,11 @@ def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list
     tokens, chunks, start = np.zeros(pad(total, model.ops.row_tile), np.int64), [], 0
     for row in rows:
         tokens[start : start + len(row)] = row
-        blocks = engine.state.pool.take(-(-len(row) // engine.state.cache.block_size))
-        chunks.append(Chunk(start, 0, len(row), blocks))
+        blocks = engine.scheduler.pool.take(-(-len(row) // engine.cache.block_size))
+        chunks.append(PrefillChunk(start, 0, len(row), blocks))
         start += len(row)
     hidden = model(
         torch.from_numpy(tokens).to(model.weights.embedding.device),
-        model.ops.prefill(model, engine.state.cache, chunks, len(tokens)),
+        model.ops.attend(model, engine.cache, None, chunks, len(tokens)),
     )
     return list(model.logits(hidden)[:total].cpu().split([len(row) for row in rows]))

@@ -165,11 +165,10 @@ class InstantEngine:
 
     def __init__(self) -> None:
         self.clock, self.stats = StageClock(), EngineStats()
-        self.max_model_len = 4096
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000), weights=SimpleNamespace(fingerprint="w"))
         self.grammars = None
-        self.state = SimpleNamespace(slots=SimpleNamespace(capacity=64, eos_token_ids=np.array([2])), pool=SimpleNamespace(num_blocks=1000),
-                                     cache=SimpleNamespace(block_size=16), prefixes=None)  # fmt: skip
+        self.scheduler = SimpleNamespace(max_model_len=4096, block_size=16, prefixes=None, pool=SimpleNamespace(num_blocks=1000),
+                                         batch=SimpleNamespace(capacity=64, eos_token_ids=np.array([2])))  # fmt: skip
 
     def should_stop(self) -> bool:
         """No signal is expected."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, WHOLE, InputBatch
+from batchmix.engine.input_batch import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, WHOLE, InputBatch
 
 
 def advance(

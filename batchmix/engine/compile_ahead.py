@@ -25,16 +25,16 @@ import triton
 from triton.runtime.cache import get_cache_manager
 
 from batchmix.config import Quantization
-from batchmix.engine.async_copy import AsyncCopy
-from batchmix.engine.graphs import capture_sizes
-from batchmix.engine.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
-from batchmix.engine.slots import InputBatch
-from batchmix.engine.step import choose
+from batchmix.engine.cuda_graphs import capture_sizes
+from batchmix.engine.input_batch import InputBatch
+from batchmix.engine.model_runner import sample
 from batchmix.kernels import tiles
 from batchmix.kernels.compile import compile_in_processes, recorded
 from batchmix.kernels.gpu import Gpu
-from batchmix.model.backend import Chunk
+from batchmix.model.async_copy import AsyncCopy
+from batchmix.model.backend import PrefillChunk
 from batchmix.model.config import MixtralConfig
+from batchmix.model.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.model.weights import empty_weights
@@ -70,20 +70,21 @@ def record_steps(steps: Steps) -> None:
     weights = empty_weights(config, steps.dtype, _META, steps.quantization)
     model = Mixtral(config, weights, operators, steps.max_model_len)
     cache = KVCache(config, 1, BLOCK_SIZE, steps.kv_dtype, _META)
-    slots = InputBatch(
-        steps.max_num_seqs, config.vocab_size, -(-steps.max_model_len // BLOCK_SIZE), (2,), None, AsyncCopy(_META),
-        operators.row_tile,
+    width = -(-steps.max_model_len // BLOCK_SIZE)
+    batch = InputBatch(
+        steps.max_num_seqs, config.vocab_size, width, (2,), None, AsyncCopy(_META), operators.row_tile
     )  # fmt: skip
     model.expert_load.set_num_valid(0)
     for size in capture_sizes(steps.max_num_seqs):
-        operators.find_shared(model, cache, slots, size)
-        attend = operators.decode(model, cache, slots, size, size, width=1)
-        choose(model, slots, 0, model.logits(model(slots.token[:size], attend)), decoded=True)
+        shared = operators.find_shared(model, cache, batch.block_table[:size], batch.prompt_tokens[:size], 0, keep=True)
+        decode = batch.decode_tokens(0, size, 1)
+        hidden = model(batch.token[:size], operators.attend(model, cache, decode, (), size, shared))
+        sample(model, batch, hidden, size)
     for tokens in _prefill_sizes(steps.prefill_tokens):
         blocks = [SCRATCH_BLOCK] * -(-tokens // BLOCK_SIZE)
-        attend = operators.prefill(model, cache, [Chunk(0, 0, tokens, blocks)], tokens)
+        attend = operators.attend(model, cache, None, [PrefillChunk(0, 0, tokens, blocks)], tokens)
         hidden = model(torch.empty(tokens, dtype=torch.int64, device=_META), attend)
-        choose(model, slots, 0, model.logits(hidden[:1]), decoded=False)
+        sample(model, batch, hidden[:1], 1)
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:

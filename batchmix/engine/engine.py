@@ -1,8 +1,8 @@
 """The engine: batches of prompts in, completions out.
 
-`Engine.generate` is the whole loop: admit prompts into free slots (one packed prefill), or decode a few tokens for every
-active slot; then see what is known of the steps before and hand out the rows that ended. Rows never wait for each other:
-an ended row's slot is refilled.
+`Engine.generate` is the whole loop: schedule a step, run it, process what the steps before have done. A step takes a token
+of every running row and as many prompt tokens as its budget leaves. Rows never wait for each other: an ended row's slot is
+refilled.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ import torch
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
-from batchmix.engine.admission import admit, worth_refilling
-from batchmix.engine.async_copy import AsyncCopy, async_copy_from
-from batchmix.engine.choices import Choices
-from batchmix.engine.completion import hear
-from batchmix.engine.decode import Decode
-from batchmix.engine.graphs import Step, StepGraphs
-from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.prefill import Prefill
-from batchmix.engine.restart import retry_with_half_the_batch
-from batchmix.engine.slots import InputBatch
-from batchmix.engine.state import State, Waiting
+from batchmix.engine.cuda_graphs import Capture, StepGraphs
+from batchmix.engine.input_batch import InputBatch
+from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
+from batchmix.engine.model_runner import ModelRunner
+from batchmix.engine.output_processor import process_outputs, wait_for_steps
+from batchmix.engine.scheduler import Scheduler, Step, WaitingRequest
+from batchmix.engine.stats import EngineStats
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import GrammarCompiler
+from batchmix.model.async_copy import AsyncCopy, async_copy_from
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.mixtral import Mixtral
-from batchmix.plan.cost import full_step
-from batchmix.records import Batch, Completion
+from batchmix.records import Batch, Completion, Prompt
 from batchmix.report.clock import StageClock
 from batchmix.report.device_clock import DeviceClock
 
@@ -58,24 +55,24 @@ class Engine:
         should_stop: Callable[[], bool] = lambda: False,
         prefill_chunk: int = PREFILL_CHUNK,
         steps_per_read: int = 1,
-        capture: Callable[[Step], Step] | None = None,
+        capture: Capture | None = None,
         share_prefix: bool = False,
         async_copy: AsyncCopy | None = None,
         grammars: GrammarCompiler | None = None,
         compile_clock: CompileClock | None = None,
     ) -> None:
-        """`steps_per_read`: decode steps between two looks at what they did. `capture` makes a CUDA graph of a step.
-        `async_copy`, to the cache's device, says when results are looked at."""
-        self.model = model
-        self.grammars = grammars
-        self.compile_clock = compile_clock
-        self.max_model_len = max_model_len
-        self.should_stop = should_stop
-        self.prefill_chunk = prefill_chunk
+        """`steps_per_read`: decode steps between two copies of what they did to the host. `capture` makes a CUDA graph of
+        a step. `async_copy`, from the cache's device, says when what was copied is read."""
         blocks_per_row = -(-max_model_len // cache.block_size)
         if blocks_per_row > cache.num_blocks - 1:
             raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {max_model_len} tokens")
-        make_slots = partial(
+        self.model, self.cache, self.grammars, self.compile_clock = model, cache, grammars, compile_clock
+        self.should_stop, self.prefill_chunk, self.steps_per_read = should_stop, prefill_chunk, steps_per_read
+        model.expert_load.reset()
+        self.stats = EngineStats(kv_blocks_total=cache.num_blocks - 1)
+        self.clock = StageClock()
+        self.device_clock = DeviceClock(cache.keys.device)
+        make_batch = partial(
             InputBatch,
             vocab_size=model.config.vocab_size,
             blocks_per_row=blocks_per_row,
@@ -86,17 +83,22 @@ class Engine:
             steps_per_read=steps_per_read,
             grammars=grammars,
         )
-        make_graphs = partial(StepGraphs, capture)
-        model.expert_load.reset()
-        # Tokens from which a prefill step takes longer to compute than its weights to come, which streamed ones take long for.
-        full = full_step(model.config) if model.stream is None else max_num_batched_tokens
-        self.state = State(cache, max_num_seqs, max_num_batched_tokens, full, make_slots, make_graphs, share_prefix)
-        self.stats = self.state.stats
-        self.clock = StageClock()
-        self.device_clock = DeviceClock(cache.keys.device)
-        self.prefill = Prefill(model, self.state, self.device_clock, max_model_len, prefill_chunk)
-        self.choices = Choices(model, self.state, self.device_clock, prefill_chunk, grammars)
-        self.decode = Decode(model, self.state, self.device_clock, steps_per_read)
+        self.scheduler = Scheduler(
+            make_batch,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            num_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            prefill_chunk=prefill_chunk,
+            cuts_prompts=model.ops.cuts_prompts,
+            share_prefix=share_prefix,
+            stats=self.stats,
+        )
+        self.runner = ModelRunner(
+            model, cache, self.scheduler, self.device_clock, partial(StepGraphs, capture, self.stats),
+            wait_for_outputs=partial(wait_for_steps, self.scheduler, wait_for_all=True),
+        )  # fmt: skip
 
     @torch.inference_mode()
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
@@ -104,57 +106,89 @@ class Engine:
 
         Under tensor parallelism every rank runs this on the same batches, so nothing here may be decided by a clock.
         """
-        state = self.state
-        batches = iter(batches)
-        more = True
+        scheduler = self.scheduler
+        batches, more = iter(batches), True
         while not self.should_stop():
-            while more and len(state.waiting) + len(self.choices.waiting) < state.slots.capacity:
+            while more and len(scheduler.waiting) < scheduler.batch.capacity:
                 batch = next(batches, None)
                 more = batch is not None
-                if batch is None:
-                    continue
-                if not batch.prompts:  # there are more, but those on their way take all the memory that they may
+                if batch is not None and not batch.prompts:  # those on their way take all the memory that they may
                     break
-                yield from self.enqueue(batch)
-            if self.choices.ready():
-                self._attempt("prefill", self.choices.run)
-            elif worth_refilling(state) and admit(state):
-                self._attempt("prefill", self.prefill.run)
-            elif state.rows:
-                self._attempt("decode", self.decode.run)
-            elif not more and not state.waiting and not self.choices.waiting:
+                yield from self.enqueue(batch.prompts if batch is not None else ())
+            if scheduler.is_idle and not more:
                 return
+            self.step()
             yield from self._completed()
-        hear(state, all_of_it=True)
+        process_outputs(scheduler, wait_for_all=True)
         yield from self._completed()
 
-    def enqueue(self, batch: Batch) -> Iterator[Completion]:
-        """Let a batch's prompts wait for a slot; those that cannot run come out at once."""
-        for prompt in batch.prompts:
+    def enqueue(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
+        """Let prompts wait for a slot; those that cannot run come out at once."""
+        for prompt in prompts:
+            structured = prompt.sampling.structured_outputs
+            samples = list(prompt.samples or range(prompt.sampling.n))
             if prompt.error is not None:
                 yield Completion.failed(prompt, prompt.error)
-            elif prompt.sampling.structured_outputs is not None and prompt.sampling.structured_outputs.score_choices:
-                self.choices.waiting.append(prompt)
+            elif structured is not None and structured.score_choices:
+                assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
+                choices, ends = self.grammars.choice_tokens(prompt.sampling), self.grammars.end_tokens(prompt.sampling)
+                self.scheduler.add(WaitingRequest(prompt, samples, choices, ends))
             else:
-                self.state.waiting.append(Waiting(prompt, list(prompt.samples or range(prompt.sampling.n))))
-        self.stats.waiting = len(self.state.waiting)
+                self.scheduler.add(WaitingRequest(prompt, samples))
 
-    def _attempt(self, name: str, step: Callable[[], None]) -> None:
-        """Queue steps and see what those before them did; where the device has no memory, go on with half the batch."""
+    def step(self) -> None:
+        """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued before.
+
+        Where the device has no memory, go on with half the batch.
+        """
+        scheduler, batch = self.scheduler, self.scheduler.batch
+        jump_forward: list[list[int]] = []
+        if batch.wants_logprobs() or may_jump_forward(batch):
+            process_outputs(scheduler, wait_for_all=True)
+            jump_forward = find_jump_forward(batch, scheduler.max_num_batched_tokens) if may_jump_forward(batch) else []
+        one_by_one = jump_forward or batch.wants_logprobs() or batch.grammars.texts
+        step = scheduler.schedule(jump_forward, 1 if one_by_one else self.steps_per_read)
+        if step is None:
+            process_outputs(scheduler, wait_for_all=True)
+            return
+        name = "prefill" if step.chunks else "decode"
         try:
             with self.clock.stage(name):
-                step()
-                hear(self.state, all_of_it=False)
+                self.runner.run(step)
+                process_outputs(scheduler, wait_for_all=False)
             self._count_streamed(name)
             return
         except torch.OutOfMemoryError:
-            if self.model.tp.size > 1:  # the other ranks know nothing of it
-                raise BatchmixError(
-                    f"out of memory in a {name} step with {self.state.slots.capacity} rows at once, on one of several"
-                    " ranks; lower engine.max_num_seqs or engine.gpu_memory_utilization"
-                ) from None
-            # What the failed step held is freed with the traceback, so before `retry_with_half_the_batch`.
-        retry_with_half_the_batch(self.state, name, self.prefill_chunk)
+            pass  # what the step held is freed with the traceback, so before it is tried again
+        self._retry_with_half_the_batch(name, step)
+
+    def _retry_with_half_the_batch(self, name: str, step: Step) -> None:
+        """Let every row wait again, and go on with half as many. Rows run again and, keyed as they are, end the same."""
+        scheduler = self.scheduler
+        capacity, batched = scheduler.batch.capacity, scheduler.max_num_batched_tokens
+        if self.model.tp.size > 1:  # the other ranks know nothing of it
+            raise BatchmixError(
+                f"out of memory in a {name} step with {capacity} rows at once, on one of several ranks;"
+                " lower engine.max_num_seqs or engine.gpu_memory_utilization"
+            )
+        if capacity == 1 and batched <= self.prefill_chunk:
+            raise BatchmixError(
+                "out of memory with one row at a time; lower engine.gpu_memory_utilization or model.max_model_len"
+            )
+        self.stats.completion_tokens -= int(scheduler.batch.outputs.count[: scheduler.batch.num_active].sum())
+        rows = scheduler.requeue_all(step)
+        scheduler.max_num_batched_tokens = max(self.prefill_chunk, batched // 2)
+        scheduler.renew(max(1, capacity // 2))
+        self.runner.renew()
+        if self.cache.keys.is_cuda:
+            torch.cuda.empty_cache()
+        self.stats.out_of_memory += 1
+        self.stats.running, self.stats.waiting = 0, len(scheduler.waiting)
+        _log.warning(
+            "out of memory in a %s step: %d rows wait again; going on with %d rows at once (was %d) and %s tokens in a step"
+            " (was %s)", name, rows, scheduler.batch.capacity, capacity,
+            f"{scheduler.max_num_batched_tokens:,}", f"{batched:,}",
+        )  # fmt: skip
 
     def read_totals(self) -> float | None:
         """Wait for the device and read the totals that it keeps into `stats`. The seconds that it worked; None on a CPU."""
@@ -175,11 +209,11 @@ class Engine:
         return seconds
 
     def _completed(self) -> Iterator[Completion]:
-        completed, self.state.completed = self.state.completed, []
+        completed, self.scheduler.completed = self.scheduler.completed, []
         yield from completed
 
     def _count_streamed(self, name: str) -> None:
-        total = self.model.streamed_bytes + self.state.cache.streamed_bytes
+        total = self.model.streamed_bytes + self.cache.streamed_bytes
         if name == "decode":
             self.stats.decode_streamed_bytes += total - self.stats.streamed_bytes
         self.stats.streamed_bytes = total

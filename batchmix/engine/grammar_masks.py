@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.slots import RUNNING, InputBatch
+from batchmix.engine.input_batch import RUNNING, InputBatch
 
 _NARROWEST = 128  # columns; widths are powers of two, so that a row's own set alone decides how its sums are rounded
 

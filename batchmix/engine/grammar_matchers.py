@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.answers import Answers
-from batchmix.engine.async_copy import async_copy_to_gpu
+from batchmix.engine.output_buffers import OutputBuffers
 from batchmix.guided.grammar import NEVER_ENDS, TokenSet
 from batchmix.guided.host_grammar import Following, GrammarMatcher, follow
+from batchmix.model.async_copy import async_copy_to_gpu
 
 FORBIDDEN, ALLOWED = 1, 2  # classes of tokens
 ONE_STATE = torch.tensor(
@@ -66,7 +66,7 @@ class GrammarMatchers:
         return text.following if text.following.goes_on else text.grammar.vocabulary.anything
 
     def hear(
-        self, answers: Answers, is_running: np.ndarray, is_cut: np.ndarray
+        self, outputs: OutputBuffers, is_running: np.ndarray, is_cut: np.ndarray
     ) -> Iterator[tuple[int, GrammarMatcher]]:
         """Take what rows have answered, and find what may follow; the slots whose text cannot go on, or may not.
 
@@ -79,9 +79,9 @@ class GrammarMatchers:
         for slot, text in enumerate(self._texts):
             if text is not None and (is_running[slot] or is_cut[slot]):
                 heard.append((slot, text))
-                count = int(answers.count[slot])
+                count = int(outputs.count[slot])
                 if count > text.count:
-                    text.take(answers.tokens[slot, text.count : count].tolist())
+                    text.take(outputs.tokens[slot, text.count : count].tolist())
                     longer.append(text)
         follow(longer)
         for slot, text in heard:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from batchmix.config import SamplingConfig
+from batchmix.engine.device_tables import DeviceTableCache
 from batchmix.engine.grammar_matchers import ALLOWED, ONE_STATE, GrammarMatchers
-from batchmix.engine.shared_rows import DeviceTableCache
 from batchmix.guided.compile import GrammarCompiler, grammar_key
 from batchmix.guided.grammar import CompiledGrammar
 from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar

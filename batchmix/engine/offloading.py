@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 
 from batchmix.config import EngineConfig, Offload
-from batchmix.engine.kv_cache import BLOCK_SIZE
-from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.errors import BatchmixError
 from batchmix.memory import HOST_SHARE, free_bytes, gpu_cache_bytes, gpu_workspace_bytes
 from batchmix.model.checkpoint import Checkpoint
+from batchmix.model.kv_cache import BLOCK_SIZE
 from batchmix.model.link import CudaTransferStream, TransferStream
+from batchmix.model.staged_cache import StagedKVCache
 from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu

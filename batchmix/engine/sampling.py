@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.engine.grammar_masks import FewTokens, apply_grammars
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.philox import uniform
-from batchmix.engine.slots import InputBatch
 
 _BUCKET = 128  # tokens whose probabilities are summed together before the running sum
 _CACHED_ROWS = 8  # of a vocabulary of 32,000, 1 MB

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 
 from batchmix.config import SamplingConfig
-from batchmix.engine.async_copy import async_copy_from
-from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.slots import InputBatch
-from batchmix.model.backend import Chunk
+from batchmix.engine.input_batch import InputBatch
+from batchmix.engine.model_runner import pad, sample
+from batchmix.model.async_copy import async_copy_from
+from batchmix.model.backend import PrefillChunk
+from batchmix.model.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.records import Prompt
 
@@ -25,9 +26,9 @@ def measure_workspace(
     kv_dtype: torch.dtype,
 ) -> int:
     """Bytes that a GPU's largest step takes, and the memory that CUDA graphs of decode keep. Compiles kernels too."""
-    prefill = _peak(model, lambda: largest_prefill(model, prefill_tokens, max_model_len, block_size, kv_dtype))
-    decode = _peak(model, lambda: largest_decode(model, rows, max_model_len, block_size, kv_dtype))
-    return max(prefill, decode) + decode * graphs
+    largest = _peak(model, lambda: run_step(model, rows, prefill_tokens, max_model_len, block_size, kv_dtype))
+    decode = _peak(model, lambda: run_step(model, rows, 0, max_model_len, block_size, kv_dtype)) if graphs else 0
+    return largest + decode
 
 
 def _peak(model: Mixtral, step: Callable[[], None]) -> int:
@@ -43,39 +44,28 @@ def _peak(model: Mixtral, step: Callable[[], None]) -> int:
 
 
 @torch.inference_mode()
-def largest_prefill(
-    model: Mixtral, num_tokens: int, max_model_len: int, block_size: int, kv_dtype: torch.dtype
+def run_step(
+    model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, block_size: int, kv_dtype: torch.dtype
 ) -> None:
-    """Prefill `num_tokens` tokens, all of them in the scratch block."""
-    cache = _scratch(model, block_size, kv_dtype)
-    scratch = [SCRATCH_BLOCK] * -(-max_model_len // block_size)
-    chunks = [
-        Chunk(offset, 0, min(max_model_len, num_tokens - offset), scratch)
-        for offset in range(0, num_tokens, max_model_len)
-    ]
-    tile = model.ops.row_tile
-    tokens = torch.zeros(-(-num_tokens // tile) * tile, dtype=torch.int64, device=cache.keys.device)
-    model.expert_load.set_num_valid(num_tokens)
-    model(tokens, model.ops.prefill(model, cache, chunks, len(tokens)))
-
-
-@torch.inference_mode()
-def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: int, kv_dtype: torch.dtype) -> None:
-    """A token for `rows` rows of full length, sampled, all of them in the scratch block."""
-    ops, cache = model.ops, _scratch(model, block_size, kv_dtype)
+    """A token for `rows` rows of full length, sampled, and `prefill_tokens` prompt tokens, all in the scratch block."""
+    device, ops = model.weights.embedding.device, model.ops
+    cache = KVCache(model.config, 1, block_size, kv_dtype, device)
     width = -(-max_model_len // block_size)
-    slots = InputBatch(rows, model.config.vocab_size, width, (), None, async_copy_from(cache.keys.device), ops.row_tile)
+    batch = InputBatch(rows, model.config.vocab_size, width, (), None, async_copy_from(device), ops.row_tile)
     prompt = Prompt(0, "", {}, range(max_model_len - 1), SamplingConfig(temperature=1.0, top_p=0.9))
-    for sample in range(rows):
-        slots.add(prompt, sample, max_tokens=1)
-    slots.upload()
-    model.expert_load.set_num_valid(rows)
-    ops.find_shared(model, cache, slots, len(slots.token))
-    hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))
-    tokens, *_ = ops.choose(model.logits(hidden)[:rows], slots, 0)
-    ops.advance(slots, 0, tokens, True)
-
-
-def _scratch(model: Mixtral, block_size: int, kv_dtype: torch.dtype) -> KVCache:
-    """A cache of the scratch block alone."""
-    return KVCache(model.config, 1, block_size, kv_dtype, model.weights.embedding.device)
+    for number in range(rows):
+        batch.add(prompt, number, max_tokens=1)
+    batch.record_planned(rows, 1)
+    batch.upload()
+    scratch = [SCRATCH_BLOCK] * width
+    chunks = [
+        PrefillChunk(rows + offset, 0, min(max_model_len, prefill_tokens - offset), scratch)
+        for offset in range(0, prefill_tokens, max_model_len)
+    ]
+    size = pad(rows + prefill_tokens, ops.row_tile)
+    decode = batch.decode_tokens(rows, rows, width)
+    shared = ops.find_shared(model, cache, batch.block_table[:rows], batch.prompt_tokens[:rows], 0, keep=False)
+    model.expert_load.set_num_valid(rows + prefill_tokens)
+    token_ids = torch.zeros(size, dtype=torch.int64, device=device)
+    hidden = model(token_ids, cache.around_step(ops.attend(model, cache, decode, chunks, size, shared), decode, chunks))
+    sample(model, batch, hidden[: pad(rows, ops.row_tile)], rows)

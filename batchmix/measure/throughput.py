@@ -31,7 +31,6 @@ from batchmix.config import (
 )
 from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.device import select_device
-from batchmix.engine.kv_cache import BLOCK_SIZE
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
@@ -42,6 +41,7 @@ from batchmix.measure.timing import Ceilings, measure_ceilings
 from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.config import MixtralConfig
+from batchmix.model.kv_cache import BLOCK_SIZE
 from batchmix.plan.cost import Footprint, footprint
 
 _RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations

@@ -10,27 +10,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 from torch import Tensor
 
-from batchmix.engine.forced import Lanes
-from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.sampling import Logprobs
-from batchmix.engine.slots import InputBatch
 from batchmix.model.expert_load import LayerLoad
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.quantized import Weight
 
 if TYPE_CHECKING:
+    from batchmix.engine.input_batch import InputBatch
+    from batchmix.engine.sampling import Logprobs
     from batchmix.model.mixtral import Mixtral
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Tokens start..start+length-1 of one row, packed at `offset` of the step's tokens."""
+class PrefillChunk:
+    """Tokens start..start+length-1 of one prompt, packed at `offset` of the step's tokens."""
 
     offset: int
     start: int
     length: int
-    blocks: Sequence[int]  # the row's blocks, in order
+    blocks: Sequence[int]  # the prompt's blocks, in order
+
+
+@dataclass(frozen=True)
+class DecodeTokens:
+    """The generated tokens of a step, which are its first: one of each row, then jump-forward tokens, then padding.
+
+    L of them, each with its row's blocks: to the attention a jump-forward token is a row at its own position. Device and
+    host agree, but that the host may not know yet which rows have ended.
+    """
+
+    positions: Tensor  # int64 [L]: where each token stands in its row
+    running: Tensor  # bool [L]: the others write to the scratch block and attend to nothing
+    block_table: Tensor  # int32 [L, W]
+    host_positions: np.ndarray  # int64 [tokens that are no padding]
+    host_blocks: np.ndarray  # int32 [tokens that are no padding, W]
 
 
 class Attend(Protocol):
@@ -46,6 +61,10 @@ class Operators(Protocol):
     @property
     def row_tile(self) -> int:
         """Steps have a multiple of it of tokens."""
+
+    @property
+    def cuts_prompts(self) -> bool:
+        """Whether a prompt's bits are the same wherever it is cut into chunks."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, D], weight [D] -> [T, D]."""
@@ -65,18 +84,33 @@ class Operators(Protocol):
         padding go to no expert: they get the residual alone. It counts the others.
         """
 
-    def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
-        """Attention of packed prompt chunks; tokens in no chunk are padding."""
-
-    def find_shared(self, model: Mixtral, cache: KVCache, slots: InputBatch, num_tokens: int) -> None:
-        """See which KV blocks the rows of the next steps have in common; outside of captured steps."""
-
-    def decode(
-        self, model: Mixtral, cache: KVCache, slots: InputBatch | Lanes, rows: int, num_tokens: int, width: int
+    def attend(
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        decode: DecodeTokens | None,
+        chunks: Sequence[PrefillChunk],
+        num_tokens: int,
+        shared: object = None,
     ) -> Attend:
-        """Attention of the last tokens of slots 0..rows-1, whose contexts lie in `width` blocks at most.
+        """Attention of a step of `num_tokens` tokens: generated ones first, then packed prompt chunks, then padding.
 
-        The tokens behind those rows' are padding.
+        `shared`: what `find_shared` found for `decode`.
+        """
+
+    def find_shared(
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        block_table: np.ndarray,
+        prompt_tokens: np.ndarray,
+        version: int,
+        keep: bool,
+    ) -> object:
+        """The KV blocks that rows have in common, for `attend`; outside of captured steps.
+
+        block_table int32 [L, W] and prompt_tokens int64 [L] of the step's decode tokens; `version`: another one when
+        these change. `keep`: in memory that stays where it is for all steps of L tokens, for a captured one.
         """
 
     def choose(self, logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:

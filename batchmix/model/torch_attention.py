@@ -1,6 +1,6 @@
 """Attention over the paged cache in plain torch.
 
-`prefill` and `decode` lay the work out once per step; the object that they return runs in every layer. As in
+Each class lays its share of a step out once, and runs in every layer on the step's queries, keys and values. As in
 `torch_ops`, a row's result does not depend on its neighbours: a prompt is padded to a length that depends on itself
 alone, a decoding row is split at block boundaries, and the splits are summed as a fixed binary tree.
 
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.model.backend import Chunk
+from batchmix.model.backend import PrefillChunk
+from batchmix.model.kv_cache import SCRATCH_BLOCK, KVCache
 
 _LENGTH_TILE = 32  # prompts are padded to a multiple of it
 _QUERY_TILE = 256  # queries of a later chunk that are scored at once
@@ -27,20 +27,12 @@ _DENSE_ENOUGH = 0.6  # share of the leading blocks in use from which they are re
 
 
 class PrefillAttention:
-    """Causal attention of packed prompt chunks."""
+    """Causal attention of packed prompt chunks, whose keys and values are in the cache already."""
 
-    def __init__(self, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> None:
+    def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk]) -> None:
         self.cache = cache
-        size = cache.block_size
-        block = np.full(num_tokens, SCRATCH_BLOCK, np.int64)
-        offset = np.zeros(num_tokens, np.int64)
-        for chunk in chunks:
-            position = np.arange(chunk.start, chunk.start + chunk.length)
-            block[chunk.offset : chunk.offset + chunk.length] = np.asarray(chunk.blocks)[position // size]
-            offset[chunk.offset : chunk.offset + chunk.length] = position % size
         device = cache.keys.device
-        self.block, self.block_offset = torch.from_numpy(block).to(device), torch.from_numpy(offset).to(device)
-        by_length: dict[int, list[Chunk]] = defaultdict(list)
+        by_length: dict[int, list[PrefillChunk]] = defaultdict(list)
         for chunk in chunks:
             if chunk.start == 0:
                 by_length[-(-chunk.length // _LENGTH_TILE) * _LENGTH_TILE].append(chunk)
@@ -48,7 +40,7 @@ class PrefillAttention:
         self.later = [chunk for chunk in chunks if chunk.start > 0]
 
     @staticmethod
-    def _lay_out(group: list[Chunk], padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _lay_out(group: list[PrefillChunk], padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Packed index of each padded place [B, padded], and for each real token its flat place and packed index."""
         offsets = np.array([chunk.offset for chunk in group])[:, None]
         lengths = np.array([chunk.length for chunk in group])[:, None]
@@ -59,14 +51,11 @@ class PrefillAttention:
         return (torch.from_numpy(gather).to(device), torch.from_numpy(real).to(device),
                 torch.from_numpy(packed).to(device))  # fmt: skip
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.cache.write(layer, self.block, self.block_offset, k, v)
-        k, v = (
-            self.cache.as_stored(k),
-            self.cache.as_stored(v),
-        )  # so that where a prompt is cut into chunks does not show
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """q [T, H, C], k and v [T, G, C] of the step -> the chunks' tokens of out [T, H, C]."""
+        # As stored, so that where a prompt is cut into chunks does not show.
+        k, v = self.cache.as_stored(k), self.cache.as_stored(v)
         repeat = q.shape[1] // k.shape[1]
-        out = q.new_zeros(q.shape)
         for gather, real, packed in self.groups:
             queries = q[gather].transpose(1, 2)  # [B, H, padded, C]
             keys, values = k[gather].transpose(1, 2), v[gather].transpose(1, 2)  # [B, G, padded, C]
@@ -82,9 +71,8 @@ class PrefillAttention:
         for chunk in self.later:
             span = slice(chunk.offset, chunk.offset + chunk.length)
             out[span] = self._attend_later(layer, q[span], chunk)
-        return out
 
-    def _attend_later(self, layer: int, q: Tensor, chunk: Chunk) -> Tensor:
+    def _attend_later(self, layer: int, q: Tensor, chunk: PrefillChunk) -> Tensor:
         """A chunk that is not its row's first: its keys come from the cache. q [t, H, C] -> [t, H, C]."""
         size = self.cache.block_size
         end = chunk.start + chunk.length
@@ -116,10 +104,7 @@ class DecodeAttention:
     """
 
     def __init__(self, cache: KVCache, block_table: np.ndarray, context: np.ndarray) -> None:
-        """block_table int64 [B, max_blocks]; context int64 [B]: tokens that each row sees, the new one included.
-
-        Rows of the step beyond the B given here are padding: they attend to nothing and give zeros.
-        """
+        """block_table int64 [B, max_blocks]; context int64 [B]: tokens that each row sees, the new one included."""
         self.cache = cache
         size = cache.block_size
         self.num_rows = rows = len(context)
@@ -149,16 +134,12 @@ class DecodeAttention:
         items = np.full((rows, width), len(owner), np.int64)  # the last item stands for "no block"
         items[row, place] = item
         self.items = torch.from_numpy(items).to(device)  # [B, width]
-        position = context - 1
-        self.block = torch.from_numpy(block_table[np.arange(rows), position // size]).to(device)
-        self.block_offset = torch.from_numpy(position % size).to(device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, out: Tensor) -> None:
+        """q [T, H, C] of the step -> the rows' tokens, which are the first, of out [T, H, C]."""
         rows = self.num_rows
-        self.cache.write(layer, self.block, self.block_offset, k[:rows], v[:rows])
-        out = torch.zeros_like(q)
         heads, dim = q.shape[1:]
-        kv_heads = k.shape[1]
+        kv_heads = self.cache.keys.shape[2]
         queries = (q[:rows] * dim**-0.5).view(rows, kv_heads, heads // kv_heads, dim)  # [B, G, R, C]
         keys, values = self.cache.layer(layer)
         num_items = len(self.owner)
@@ -180,7 +161,6 @@ class DecodeAttention:
             partial[low:high] = torch.matmul((scores / total).to(q.dtype), seen)
             lse[low:high] = (peak + total.log())[..., 0]
         out[:rows] = self._merge(partial, lse).reshape(rows, heads, dim)
-        return out
 
     def _merge(self, partial: Tensor, lse: Tensor) -> Tensor:
         """Sum each row's items, weighted by exp(lse), as a binary tree: items beyond the row's last add exact zeros."""

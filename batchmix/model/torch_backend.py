@@ -5,18 +5,16 @@ It is the oracle of other backends; that its bits do not depend on a row's compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batchmix.engine.advance import advance
-from batchmix.engine.forced import Lanes
-from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import RUNNING, InputBatch
-from batchmix.model.backend import Attend, Chunk
+from batchmix.model.backend import Attend, DecodeTokens, PrefillChunk
+from batchmix.model.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
 from batchmix.model.torch_ops import add_rms_norm, moe, rms_norm, rotate
@@ -26,48 +24,64 @@ from batchmix.model.torch_products import product as linear
 __all__ = [
     "add_rms_norm",
     "advance",
+    "attend",
     "choose",
-    "decode",
+    "cuts_prompts",
     "find_shared",
     "linear",
     "moe",
-    "prefill",
     "rms_norm",
     "row_tile",
 ]
 row_tile = ROW_TILE
+cuts_prompts = False  # a later chunk is rounded otherwise than a first one
 
 
-def prefill(model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
-    """See `Operators`."""
-    positions = np.zeros(num_tokens, np.int64)
-    for chunk in chunks:
-        positions[chunk.offset : chunk.offset + chunk.length] = np.arange(chunk.start, chunk.start + chunk.length)
-    return _rotating(model, torch.from_numpy(positions), PrefillAttention(cache, chunks, num_tokens))
-
-
-def find_shared(model: Mixtral, cache: KVCache, slots: InputBatch, num_tokens: int) -> None:
+def find_shared(
+    model: Mixtral, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int, keep: bool
+) -> None:
     """See `Operators`. Every row attends to its blocks on its own here."""
 
 
-def decode(model: Mixtral, cache: KVCache, slots: InputBatch | Lanes, rows: int, num_tokens: int, width: int) -> Attend:
+def attend(
+    model: Mixtral,
+    cache: KVCache,
+    decode: DecodeTokens | None,
+    chunks: Sequence[PrefillChunk],
+    num_tokens: int,
+    shared: object = None,
+) -> Attend:
     """See `Operators`."""
-    running = slots.finish[:rows].numpy() == RUNNING
-    context = slots.context[:rows].numpy() * running + 1
-    table = slots.block_table[:rows, :width].astype(np.int64)
-    table[~running] = SCRATCH_BLOCK  # rows that have ended write there
-    return _rotating(model, slots.context[:num_tokens], DecodeAttention(cache, table, context))
-
-
-def _rotating(model: Mixtral, positions: Tensor, attention: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Attend:
-    """`attention` over q, k and v after rotary embedding at int64 positions [T]."""
-    cos, sin = model.cos[positions], model.sin[positions]  # [T, C/2]
-    config = model.config
+    config, size = model.config, cache.block_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    position = np.zeros(num_tokens, np.int64)
+    block = np.full(num_tokens, SCRATCH_BLOCK, np.int64)
+    rows = None
+    if decode is not None:
+        count = len(decode.host_positions)
+        running = decode.running[:count].numpy()
+        table = decode.block_table[:count].numpy().astype(np.int64)
+        table[~running] = SCRATCH_BLOCK  # rows that have ended write there
+        position[:count] = decode.positions[:count].numpy() * running
+        block[:count] = table[np.arange(count), position[:count] // size]
+        rows = DecodeAttention(cache, table, position[:count] + 1)
+    for chunk in chunks:
+        here, at = slice(chunk.offset, chunk.offset + chunk.length), np.arange(chunk.start, chunk.start + chunk.length)
+        position[here], block[here] = at, np.asarray(chunk.blocks)[at // size]
+    prompts = PrefillAttention(cache, chunks) if chunks else None
+    positions, blocks, offsets = map(torch.from_numpy, (position, block, position % size))
+    cos, sin = model.cos[positions], model.sin[positions]  # [T, C/2]
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         qkv = qkv.view(len(qkv), heads + 2 * kv_heads, config.head_dim)
         q, k = torch.split(rotate(qkv[:, : heads + kv_heads], cos, sin), [heads, kv_heads], dim=1)
-        return attention(layer, q, k, qkv[:, heads + kv_heads :]).flatten(1)
+        v = qkv[:, heads + kv_heads :]
+        cache.write(layer, blocks, offsets, k, v)
+        out = q.new_zeros(q.shape)
+        if rows is not None:
+            rows(layer, q, out)
+        if prompts is not None:
+            prompts(layer, q, k, v, out)
+        return out.flatten(1)
 
     return attend

@@ -1,6 +1,6 @@
 """Attention over the paged cache by the Triton kernels: a step's layout made once, run in every layer.
 
-Legend: T packed tokens, B slots of a step, H heads, G kv heads, C head dim, S block size, W blocks per table row.
+Legend: T packed tokens, L of them generated, H heads, G kv heads, C head dim, S block size, W blocks per table row.
 """
 
 from __future__ import annotations
@@ -11,83 +11,80 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.async_copy import async_copy_to_gpu
-from batchmix.engine.forced import Lanes
-from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.slots import RUNNING, InputBatch
-from batchmix.kernels.attention_decode import SharedSplits, decode_attention, plan_decode
-from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
+from batchmix.kernels.attention_decode import DecodePlan, SharedSplits, attend_decode, plan_decode
+from batchmix.kernels.attention_prefill import PrefillPlan, attend_prefill, plan_prefill
 from batchmix.kernels.rotary import rotate_and_cache
-from batchmix.model.backend import Chunk
+from batchmix.model.async_copy import async_copy_to_gpu
+from batchmix.model.backend import DecodeTokens, PrefillChunk
+from batchmix.model.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.model.mixtral import Mixtral
 
 
-class _Paged:
-    """Tokens' places in their rows and in the cache, int64 [T] each."""
+class StepAttention:
+    """One step's attention: generated tokens by the decode kernels, prompt chunks by the prefill kernel.
 
-    def __init__(self, model: Mixtral, cache: KVCache, positions: Tensor, blocks: Tensor, offsets: Tensor) -> None:
-        self.model, self.cache = model, cache
-        self.places = positions, blocks, offsets
-        self.ratio = model.config.num_attention_heads // model.config.num_key_value_heads
-
-    def _rotate(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [T, (H + 2G) C] -> rotated queries [T, H, C], and the layer's keys and values, qkv's among them."""
-        keys, values = self.cache.layer(layer)
-        cos, sin, scales = self.model.cos, self.model.sin, self.cache.scales
-        return rotate_and_cache(qkv, cos, sin, *self.places, keys, values, *scales), keys, values
-
-
-class PrefillAttention(_Paged):
-    """Causal attention of packed prompt chunks; padding writes to the scratch block and gives zeros."""
-
-    def __init__(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> None:
-        device, size = cache.keys.device, cache.block_size
-        places = np.zeros((3, num_tokens), np.int64)
-        places[1] = SCRATCH_BLOCK
-        # Rows of a table end at different places; a chunk is read only up to its own end.
-        table = np.full((len(chunks), max(len(chunk.blocks) for chunk in chunks)), SCRATCH_BLOCK, np.int32)
-        for row, chunk in enumerate(chunks):
-            position = np.arange(chunk.start, chunk.start + chunk.length)
-            table[row, : len(chunk.blocks)] = chunk.blocks
-            places[:, chunk.offset : chunk.offset + chunk.length] = (
-                position, table[row, position // size], position % size
-            )  # fmt: skip
-        super().__init__(model, cache, *async_copy_to_gpu(places, device).unbind())
-        spans = [(chunk.offset, chunk.start, chunk.length) for chunk in chunks]
-        blocks = async_copy_to_gpu(table, device)
-        self.plan = plan_prefill(spans, blocks, num_tokens, self.ratio, model.weights.embedding.dtype)
-
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        plan = self.plan
-        attended = prefill_attention(
-            *self._rotate(layer, qkv), plan.chunks, plan.tiles, plan.block_table, plan.query_tile, *self.cache.scales
-        )
-        return attended.flatten(1)
-
-
-class DecodeAttention(_Paged):
-    """Attention of the last token of each running slot; slots that are free or have ended give zeros.
-
-    All of it is computed on the device, so a CUDA graph of it follows the rows; `width` gives the same bits if it is
-    large enough.
+    The two differ in bits, so a generated token never goes through the second, nor a prompt's through the first. A step
+    of generated tokens alone is laid out on the device, so a CUDA graph of it follows the rows.
     """
 
     def __init__(
         self,
         model: Mixtral,
         cache: KVCache,
-        slots: InputBatch | Lanes,
-        num_slots: int,
-        width: int,
+        decode: DecodeTokens | None,
+        chunks: Sequence[PrefillChunk],
+        num_tokens: int,
         shared: SharedSplits | None,
     ) -> None:
-        running = slots.finish[:num_slots] == RUNNING
-        position = slots.context[:num_slots] * running
-        table = slots.device_blocks[:num_slots, :width]
-        block = table.gather(1, (position // cache.block_size)[:, None])[:, 0].long()
-        block = torch.where(running, block, SCRATCH_BLOCK)
-        super().__init__(model, cache, position, block, position % cache.block_size)
-        self.plan = plan_decode(table, position + running, cache.block_size, self.ratio, shared)
+        self.model, self.cache = model, cache
+        self.ratio = model.config.num_attention_heads // model.config.num_key_value_heads
+        self.num_decode = 0 if decode is None else len(decode.positions)
+        self.decode: DecodePlan | None = None
+        self.prefill: PrefillPlan | None = None
+        places: list[tuple[Tensor, ...]] = []  # each token's position, block and offset in the block, int64 [3, ...]
+        if decode is not None:
+            position = decode.positions * decode.running
+            block = decode.block_table.gather(1, (position // cache.block_size)[:, None])[:, 0].long()
+            block = torch.where(decode.running, block, SCRATCH_BLOCK)
+            places.append((position, block, position % cache.block_size))
+            context = position + decode.running
+            self.decode = plan_decode(decode.block_table, context, cache.block_size, self.ratio, shared)
+        if num_tokens > self.num_decode:
+            places.append(self._lay_out(chunks, num_tokens - self.num_decode).unbind())
+        joined = places[0] if len(places) == 1 else tuple(map(torch.cat, zip(*places, strict=True)))
+        self.positions, self.blocks, self.offsets = joined
+
+    def _lay_out(self, chunks: Sequence[PrefillChunk], num_tokens: int) -> Tensor:
+        """Plan the chunks; padding behind them writes to the scratch block and gives zeros. -> int64 [3, num_tokens]."""
+        device, size = self.cache.keys.device, self.cache.block_size
+        places = np.zeros((3, num_tokens), np.int64)
+        places[1] = SCRATCH_BLOCK
+        # Rows of a table end at different places; a chunk is read only up to its own end.
+        table = np.full((len(chunks), max((len(chunk.blocks) for chunk in chunks), default=1)), SCRATCH_BLOCK, np.int32)
+        spans = []
+        for row, chunk in enumerate(chunks):
+            offset = chunk.offset - self.num_decode
+            position = np.arange(chunk.start, chunk.start + chunk.length)
+            table[row, : len(chunk.blocks)] = chunk.blocks
+            places[:, offset : offset + chunk.length] = position, table[row, position // size], position % size
+            spans.append((offset, chunk.start, chunk.length))
+        dtype = self.model.weights.embedding.dtype
+        self.prefill = plan_prefill(spans, async_copy_to_gpu(table, device), num_tokens, self.ratio, dtype)
+        return async_copy_to_gpu(places, device)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        return decode_attention(*self._rotate(layer, qkv), *self.plan, *self.cache.scales).flatten(1)
+        """See `Attend`."""
+        keys, values = self.cache.layer(layer)
+        k_scale, v_scale = self.cache.scales
+        cos, sin = self.model.cos, self.model.sin
+        q = rotate_and_cache(
+            qkv, cos, sin, self.positions, self.blocks, self.offsets, keys, values, k_scale, v_scale
+        )  # [T, H, C]
+        out = torch.empty_like(q)
+        if self.decode is not None:
+            here = slice(0, self.num_decode)
+            attend_decode(q[here], keys, values, *self.decode, k_scale, v_scale, out[here])
+        if self.prefill is not None:
+            here = slice(self.num_decode, len(q))
+            attend_prefill(q[here], keys, values, *self.prefill, k_scale, v_scale, out[here])
+        return out.flatten(1)

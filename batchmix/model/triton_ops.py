@@ -9,19 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.engine.async_copy import async_copy_to_gpu
-from batchmix.engine.forced import Lanes
-from batchmix.engine.kv_cache import KVCache
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.sampling import Logprobs, largest
-from batchmix.engine.slots import InputBatch
 from batchmix.kernels import linear, moe, norm, sampling
 from batchmix.kernels import slots as slot_kernels
 from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
-from batchmix.model.backend import Attend, Chunk
+from batchmix.model.async_copy import async_copy_to_gpu
+from batchmix.model.backend import Attend, DecodeTokens, PrefillChunk
 from batchmix.model.expert_load import LayerLoad
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.quantized import Quantized, Weight
-from batchmix.model.triton_attention import DecodeAttention, PrefillAttention
+from batchmix.model.triton_attention import StepAttention
 
 _SHARED_SPLITS = 1  # items of shared splits for each row of a step; what does not fit is left to the rows
 
@@ -33,13 +32,12 @@ class TritonOperators:
     """
 
     row_tile = 1
+    cuts_prompts = True
 
     def __init__(self, batch_invariant: bool = False, share_prefix: bool = False) -> None:
         self.batch_invariant = batch_invariant
         self.share_prefix = share_prefix
-        self._shared: dict[
-            int, tuple[tuple[InputBatch, int], SharedSplits]
-        ] = {}  # by tokens of a step: found for which slots
+        self._shared: dict[int, tuple[int, SharedSplits]] = {}  # by tokens of a step: found for which version
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = norm.rms_norm(x, weight, eps)
@@ -62,33 +60,48 @@ class TritonOperators:
             batch_invariant=self.batch_invariant, counts=load.counts, num_valid=load.num_valid,
         )  # fmt: skip
 
-    def prefill(self, model: Mixtral, cache: KVCache, chunks: Sequence[Chunk], num_tokens: int) -> Attend:
-        return PrefillAttention(model, cache, chunks, num_tokens)
-
-    def find_shared(self, model: Mixtral, cache: KVCache, slots: InputBatch, num_tokens: int) -> None:
-        if not self.share_prefix:
-            return
-        state = slots, slots.version
-        known = self._shared.get(num_tokens)
-        if known is not None and known[0] == state:
-            return
-        ratio = model.config.num_attention_heads // model.config.num_key_value_heads
-        table = torch.from_numpy(slots.block_table[:num_tokens])
-        context = torch.from_numpy(slots.prompt_tokens[:num_tokens])  # rows share what is of their prompts
-        found = find_shared_splits(table, context, cache.block_size, ratio, capacity=_SHARED_SPLITS * num_tokens)
-        if known is None:
-            splits = found.to(cache.keys.device)
-        else:  # into the same memory, which a captured step reads
-            splits = known[1]
-            for kept, new in zip(splits, found, strict=True):
-                kept.copy_(async_copy_to_gpu(new, kept.device))
-        self._shared[num_tokens] = state, splits
-
-    def decode(
-        self, model: Mixtral, cache: KVCache, slots: InputBatch | Lanes, rows: int, num_tokens: int, width: int
+    def attend(
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        decode: DecodeTokens | None,
+        chunks: Sequence[PrefillChunk],
+        num_tokens: int,
+        shared: object = None,
     ) -> Attend:
-        shared = self._shared[num_tokens][1] if self.share_prefix and isinstance(slots, InputBatch) else None
-        return DecodeAttention(model, cache, slots, num_tokens, width, shared)
+        assert shared is None or isinstance(shared, SharedSplits)
+        return StepAttention(model, cache, decode, chunks, num_tokens, shared)
+
+    def find_shared(
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        block_table: np.ndarray,
+        prompt_tokens: np.ndarray,
+        version: int,
+        keep: bool,
+    ) -> SharedSplits | None:
+        if not self.share_prefix:
+            return None
+        num_tokens, device = len(block_table), cache.keys.device
+        known = self._shared.get(num_tokens)
+        if keep and known is not None and known[0] == version:
+            return known[1]
+        ratio = model.config.num_attention_heads // model.config.num_key_value_heads
+        # Rows share what is of their prompts.
+        found = find_shared_splits(
+            torch.from_numpy(block_table), torch.from_numpy(prompt_tokens), cache.block_size, ratio,
+            capacity=_SHARED_SPLITS * num_tokens,
+        )  # fmt: skip
+        splits = SharedSplits(*(async_copy_to_gpu(tensor, device) for tensor in found))
+        if not keep:
+            return splits
+        if known is not None:  # into the same memory, which a captured step reads
+            for kept, new in zip(known[1], splits, strict=True):
+                kept.copy_(new)
+            splits = known[1]
+        self._shared[num_tokens] = version, splits
+        return splits
 
     def choose(self, logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
         span = slice(first, first + len(logits))

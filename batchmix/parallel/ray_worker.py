@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from batchmix import __version__
 from batchmix.config import Config
 from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine.start import start_engine
+from batchmix.engine.build import start_engine
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.parallel.data import Report

@@ -22,8 +22,8 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from batchmix.config import ClusterKind, Config
 from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.build import start_engine
 from batchmix.engine.device import nth_device, select_device
-from batchmix.engine.start import start_engine
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.tensor_parallel import TensorParallel

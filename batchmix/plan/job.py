@@ -12,13 +12,13 @@ from batchmix.data.prompt import build_prompts, show_first
 from batchmix.data.rowset import RowSet
 from batchmix.data.source import open_source
 from batchmix.data.tokenizer import load_tokenizer
+from batchmix.engine.build import cache_dtype
 from batchmix.engine.engine import PREFILL_CHUNK
-from batchmix.engine.kv_cache import BLOCK_SIZE
-from batchmix.engine.start import cache_dtype
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import open_grammars
 from batchmix.memory import HOST_SHARE, gpu_workspace_bytes, host_bytes
 from batchmix.model.checkpoint import Checkpoint, open_checkpoint
+from batchmix.model.kv_cache import BLOCK_SIZE
 from batchmix.plan.cost import footprint
 from batchmix.plan.estimate import Setting, Workload, estimate, place
 from batchmix.plan.gpus import GPU, get_gpu

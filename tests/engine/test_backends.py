@@ -12,9 +12,9 @@ from engines import LateAsyncCopy, load, make_engine, packed_logits, prompts, ru
 
 from batchmix.config import EngineConfig, ModelConfig
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine.graphs import cuda_capture
-from batchmix.engine.start import start_engine
-from batchmix.engine.workspace import largest_decode, largest_prefill
+from batchmix.engine.build import start_engine
+from batchmix.engine.cuda_graphs import cuda_capture
+from batchmix.engine.workspace import run_step
 from batchmix.model import triton_ops
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.triton_ops import TritonOperators
@@ -92,11 +92,11 @@ def test_every_kind_of_sampling_side_by_side(folder, model, mixed):
 
 
 @pytest.mark.slow  # 10 s under the interpreter
-def test_rows_put_back_for_want_of_blocks(folder, model):
+def test_preempted_rows(folder, model):
     rows = prompts(4, V, seed=2, longest=6, temperature=1.0, max_tokens=9, ignore_eos=True, presence_penalty=0.5)
     expected = run(engine(load(folder)), rows)
     tight = engine(model, kv_blocks=8)
-    tight.state.mean_length = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
+    tight.scheduler.mean_answer = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
     assert_same(run(tight, rows), expected)
     assert tight.stats.preempted, "the test must run out of blocks"
 
@@ -110,7 +110,7 @@ def test_several_steps_between_looks_and_capture_sizes(folder, model):
     captured = []
 
     def capture(step):
-        captured.append(step.args)
+        captured.append(step.args[:3])
         return step
 
     async_copy = LateAsyncCopy()
@@ -136,11 +136,11 @@ def test_out_of_memory_between_graphs(folder, model, monkeypatch):
 
     monkeypatch.setattr(model.ops, "moe", full_at_the_ninth)
     short = engine(model, max_num_seqs=6, steps_per_read=3, capture=lambda step: step, async_copy=LateAsyncCopy())
-    tables, graphs = short.state.slots.tables(), short.state.graphs
+    tables, graphs = short.scheduler.batch.tables(), short.runner.graphs
     assert_same(run(short, rows), run(engine(load(folder)), rows))
-    assert (short.stats.out_of_memory, short.state.slots.capacity, short.state.capture_sizes[-1]) == (1, 3, 3)
-    assert short.state.graphs is not graphs
-    assert short.state.slots.tables() != tables
+    assert (short.stats.out_of_memory, short.scheduler.batch.capacity, short.runner.capture_sizes[-1]) == (1, 3, 3)
+    assert short.runner.graphs is not graphs
+    assert short.scheduler.batch.tables() != tables
 
 
 @pytest.mark.slow  # 8 s under the interpreter
@@ -178,8 +178,8 @@ def test_batch_invariant_products(folder):
 
 
 def test_the_steps_that_memory_is_measured_with_run(model):
-    largest_prefill(model, 40, max_model_len=32, block_size=4, kv_dtype=torch.float32)
-    largest_decode(model, rows=3, max_model_len=32, block_size=4, kv_dtype=torch.float32)
+    for rows, tokens in ((3, 40), (3, 0), (1, 70)):
+        run_step(model, rows, tokens, max_model_len=32, block_size=4, kv_dtype=torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 on the interpreter")

@@ -142,11 +142,11 @@ def test_out_of_memory_halves_the_batch_and_changes_no_answer(model, caplog, cal
     engine = make_engine(short, max_num_seqs=24, max_num_batched_tokens=256, prefill_chunk=64)
     assert answers(run(engine, rows)) == expected
     assert engine.stats.out_of_memory == len(calls)
-    assert engine.state.slots.capacity == 24 >> len(calls)
+    assert engine.scheduler.batch.capacity == 24 >> len(calls)
     assert engine.stats.completion_tokens == sum(answer[3] for answer in expected.values()), "each token counts once"
     lines = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
     assert len(lines) == len(calls)
-    assert "going on with 12 rows at once (was 24) and 128 prompt tokens in a step (was 256)" in lines[0]
+    assert "going on with 12 rows at once (was 24) and 128 tokens in a step (was 256)" in lines[0]
 
 
 def test_out_of_memory_with_one_row_is_an_error_of_one_line(model):

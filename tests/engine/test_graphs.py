@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from batchmix.engine import graphs as graphs_module
-from batchmix.engine.graphs import SPACING, StepGraphs, capture_sizes, pad_to_capture_size
+from batchmix.engine import cuda_graphs as graphs_module
+from batchmix.engine.cuda_graphs import SPACING, StepGraphs, capture_sizes, pad_to_capture_size
 from batchmix.engine.stats import EngineStats
 
 

@@ -18,7 +18,7 @@ from links import FakeLink
 
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine import decode
-from batchmix.engine.completion import hear
+from batchmix.engine.output_processor import process_outputs
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
@@ -173,11 +173,11 @@ def test_forced_stretches_save_their_steps_and_change_no_bit(model, grammars, mi
 
 def test_each_forced_token_is_a_step_less(model, grammars, mixed):
     alone, steps = engine(model, grammars), []
-    original = alone.decode.run
-    alone.decode.run = lambda: (steps.append(1), original())[1]  # type: ignore[method-assign]
+    original = alone.runner.run
+    alone.runner.run = lambda step: (steps.append(step.num_decode), original(step))[1]  # type: ignore[method-assign]
     (completion,) = run(alone, mixed[:1]).values()
     assert alone.stats.jump_forward_tokens > 20
-    assert len(steps) == completion.num_tokens - 1 - alone.stats.jump_forward_tokens
+    assert sum(steps) == completion.num_tokens - 1 - alone.stats.jump_forward_tokens
 
 
 @pytest.mark.parametrize(
@@ -199,16 +199,16 @@ def test_answers_do_not_depend_on_company(model, grammars, mixed, unskipped, opt
 
 def see_each_step(tried) -> list[list[int]]:
     """How many tokens each row has after each step, which are as many as were planned for it."""
-    state, decoding, lengths = tried.state, tried.decode.run, []
+    scheduler, original, lengths = tried.scheduler, tried.runner.run, []
 
-    def run_and_look():
-        decoding()
-        hear(state, all_of_it=True)
-        counts = state.slots.answers.count[: len(state.rows)].tolist()
-        assert state.slots.planned[: len(state.rows)].tolist() == counts
+    def run_and_record(step):
+        original(step)
+        process_outputs(scheduler, wait_for_all=True)
+        counts = scheduler.batch.outputs.count[: len(scheduler.running)].tolist()
+        assert scheduler.batch.planned[: len(scheduler.running)].tolist() == counts
         lengths.append(counts)
 
-    tried.decode.run = run_and_look
+    tried.runner.run = run_and_record
     return lengths
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.engine.kv_cache import SCRATCH_BLOCK, BlockPool, OutOfBlocks
+from batchmix.engine.block_manager import BlockPool, OutOfBlocks
+from batchmix.model.kv_cache import SCRATCH_BLOCK
 
 
 @settings(max_examples=100, deadline=None)

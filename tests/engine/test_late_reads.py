@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.slots import RUNNING
+from batchmix.engine.input_batch import RUNNING
 from batchmix.model import torch_backend
+from batchmix.model.kv_cache import SCRATCH_BLOCK
 from batchmix.model.mixtral import Mixtral
 from batchmix.plan.planner import Limits, plan
 
@@ -55,13 +55,13 @@ class Device:
         if not callable(found):
             return found
 
-        def operator(*arguments):
+        def operator(*arguments, **options):
             with self.work():
-                result = found(*arguments)
+                result = found(*arguments, **options)
             if not callable(result):
                 return result
-            if name == "decode":
-                self.check_blocks(*arguments[1:4])
+            if name == "attend" and arguments[2] is not None:
+                self.check_blocks(arguments[1], arguments[2])
             self.steps += 1
             if self.steps in self.out_of_memory:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -76,10 +76,10 @@ class Device:
 
         return run
 
-    def check_blocks(self, cache, slots, rows):
+    def check_blocks(self, cache, decode):
         with self.work():
-            running = torch.nonzero(slots.finish[:rows] == RUNNING)[:, 0]
-            blocks = slots.device_blocks[running, slots.context[running] // cache.block_size]
+            running = torch.nonzero(decode.running[: len(decode.host_positions)])[:, 0]
+            blocks = decode.block_table[running, decode.positions[running] // cache.block_size]
             assert (blocks != SCRATCH_BLOCK).all()
 
 
@@ -122,7 +122,7 @@ def guarded(made, device):
             original = getattr(torch.Tensor, name)
 
             def read(tensor, *arguments, original=original, name=name, **options):
-                slots = made.state.slots
+                slots = made.scheduler.batch
                 if not device.working:
                     mine = [field for field in vars(slots).values() if isinstance(field, torch.Tensor)]
                     with device.work():
@@ -137,7 +137,7 @@ def guarded(made, device):
 def test_the_guard_finds_a_host_that_looks(model, rows):
     made, device = late_engine(model)
     with guarded(made, device), pytest.raises(AssertionError, match="the host calls"):
-        made.state.slots.finish.tolist()
+        made.scheduler.batch.finish.tolist()
 
 
 def assert_late_looks_change_no_answer(model, rows, expected, seed, out_of_memory, **options):
@@ -180,7 +180,7 @@ def test_the_next_window_is_queued_before_the_last_one_is_waited_for(model):
     with guarded(made, device):
         found = run(made, rows)
     assert answers(found) == answers(run(engine(model), rows))
-    behind = made.state.slots.async_copy.queued_behind
+    behind = made.scheduler.batch.async_copy.queued_behind
     assert set(behind) == {0, 1}
     assert behind.count(0) == 3, "only where all rows of a batch end at once is there nothing to queue"
 
@@ -207,8 +207,8 @@ def test_what_has_ended_comes_out_when_the_run_is_stopped(model, rows, expected)
         by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
         assert len(by_key) == len(found) < len(expected)
         assert answers(by_key) == {key: expected[key] for key in by_key}
-        state = made.state
-        assert not state.slots.looks
+        batch = made.scheduler.batch
+        assert not batch.pending
         with torch.inference_mode():
-            state.slots.upload()  # rows have moved to the slots of those that were handed out
-        assert (state.slots.finish[: len(state.rows)] == RUNNING).all(), "a row that has ended was not handed out"
+            batch.upload()  # rows have moved to the slots of those that were handed out
+        assert (batch.finish[: batch.num_active] == RUNNING).all(), "a row that has ended was not handed out"

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from links import FakeLink
 
 from batchmix.config import Backend, Dtype, EngineConfig, ModelConfig, Offload, Quantization
-from batchmix.engine import offloading, start
-from batchmix.engine.kv_cache import BLOCK_SIZE
-from batchmix.engine.staged_cache import StagedKVCache
-from batchmix.engine.start import start_engine
+from batchmix.engine import build, offloading
+from batchmix.engine.build import start_engine
 from batchmix.errors import BatchmixError
 from batchmix.memory import gpu_workspace_bytes
 from batchmix.model.checkpoint import open_checkpoint
+from batchmix.model.kv_cache import BLOCK_SIZE
+from batchmix.model.staged_cache import StagedKVCache
 from batchmix.plan.cost import footprint
 
 LAYERS, LONGEST, PREFILL = 6, 128, 2048
@@ -47,8 +47,8 @@ def started(link, model, **engine):
         return gpu_workspace_bytes(model.config, rows, prefill_tokens, 4)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(start, "open_link", lambda *_: link)
-        patched.setattr(start, "measure_workspace", measured)
+        patched.setattr(build, "open_link", lambda *_: link)
+        patched.setattr(build, "measure_workspace", measured)
         patched.setattr(offloading, "_MEASURED_BYTES", 1000)
         return start_engine(checkpoint, None, EngineConfig(**options), lambda: False)
 
@@ -83,7 +83,7 @@ def test_whatever_fits_the_answers_are_the_same_and_the_cap_holds(
     link = FakeLink(workspace + room + 10_000, host_room=host_room)
     engine = started(link, config(folder, quantization=quantization), max_num_seqs=4)
     assert answers(run(engine, ROWS)) == expected[quantization]
-    cache = engine.state.cache
+    cache = engine.cache
     on_device = 0 if isinstance(cache, StagedKVCache) else cache.keys.nbytes + cache.values.nbytes
     # The block behind the cache that padding writes to is not counted on.
     assert link.peak + on_device + workspace <= link.capacity + 2 * model.kv_bytes * BLOCK_SIZE
@@ -91,7 +91,7 @@ def test_whatever_fits_the_answers_are_the_same_and_the_cap_holds(
         assert engine.stats.streamed_bytes == link.copied == link.host_bytes == 0
     else:
         assert engine.stats.streamed_bytes > engine.stats.decode_streamed_bytes > 0
-        assert not engine.state.graphs.enabled
+        assert not engine.runner.graphs.enabled
 
 
 def test_what_is_streamed_is_said(folder, caplog):

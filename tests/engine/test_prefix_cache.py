@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from batchmix.engine.kv_cache import BlockPool
-from batchmix.engine.prefix_cache import PrefixCache
+from batchmix.engine.block_manager import BlockPool, PrefixCache
 
 SIZE = 2
 

@@ -10,11 +10,11 @@ from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 from engines import answers, load, make_engine, packed_logits, prompts, run
 
 from batchmix.config import Dtype, ModelConfig, ModelFormat, Quantization
-from batchmix.engine.kv_cache import KVCache
 from batchmix.errors import BatchmixError
 from batchmix.model import torch_backend, torch_ops
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.expert_load import ExpertLoad
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.quantized import FP8, Quantized, dense, quantize, through_fp8
 from batchmix.model.tensor_parallel import TensorParallel

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.advance import advance
-from batchmix.engine.async_copy import AsyncCopy
+from batchmix.engine.input_batch import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, InputBatch
 from batchmix.engine.philox import row_key
 from batchmix.engine.sampling import _draw, _filter, choose
-from batchmix.engine.slots import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, InputBatch
+from batchmix.model.async_copy import AsyncCopy
 from batchmix.records import Prompt
 
 V = 300

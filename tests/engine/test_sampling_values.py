@@ -16,10 +16,10 @@ from batchmix.config import Config, SamplingConfig
 from batchmix.config_checks import check, check_sampling, override_sampling
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.advance import advance
-from batchmix.engine.async_copy import AsyncCopy
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import InputBatch
 from batchmix.errors import BatchmixError
+from batchmix.model.async_copy import AsyncCopy
 from batchmix.records import Prompt
 
 V = 300

@@ -53,7 +53,7 @@ def test_refill_preemption_and_eviction_change_no_answer(model, options, lengths
     expected = tokens(run(make_engine(model, max_model_len=400), rows))
     for order in (rows, random.Random(4).sample(rows, len(rows))):
         engine = make_engine(model, share_prefix=True, **options)
-        engine.state.mean_length = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
+        engine.scheduler.mean_answer = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
         assert tokens(run(engine, [replace(row) for row in order], sort_window=11)) == expected
         assert engine.stats.shared_tokens > 0
         assert engine.stats.refills > 0 or "max_num_seqs" not in options
@@ -63,5 +63,5 @@ def test_refill_preemption_and_eviction_change_no_answer(model, options, lengths
 def test_rows_with_nothing_in_common_are_not_remembered(model):
     engine = make_engine(model, share_prefix=True)
     run(engine, prompts(20, 512, seed=5))
-    assert len(engine.state.prefixes) == 0
+    assert len(engine.scheduler.prefixes) == 0
     assert engine.stats.shared_tokens == 0

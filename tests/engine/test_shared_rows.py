@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.engine.shared_rows import DeviceTableCache
+from batchmix.engine.device_tables import DeviceTableCache
 
 
 def table(key: int) -> torch.Tensor:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
 
-from batchmix.engine import staged_cache
-from batchmix.engine.staged_cache import _runs
+from batchmix.model import staged_cache
 from batchmix.model.offload import Offload, spread
 from batchmix.model.quantized import FP8
+from batchmix.model.staged_cache import _runs
 from batchmix.model.triton_ops import TritonOperators
 
 LAYERS = 3  # odd, and few: what the last layers send back must be there before the next step reads it
@@ -66,9 +66,9 @@ def test_answers_are_those_of_a_cache_on_the_device(folder, rows, expected, capa
     assert answers(run(engine, rows)) == expected
 
 
-def test_rows_that_are_put_back(folder, rows, expected):
+def test_rows_that_are_preempted(folder, rows, expected):
     engine = make_engine(load(folder), FakeLink(), max_num_seqs=8, kv_blocks=30, **OPTIONS)
-    engine.state.mean_length = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
+    engine.scheduler.mean_answer = 1.0  # of earlier answers: no blocks are kept free for those that grow longer
     assert answers(run(engine, rows)) == expected
     assert engine.stats.preempted > 0
 

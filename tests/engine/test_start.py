@@ -10,7 +10,7 @@ from checkpoints import random_mixtral, save_hub
 from engines import answers, prompts, run
 
 from batchmix.config import EngineConfig, ModelConfig
-from batchmix.engine import start
+from batchmix.engine import build
 from batchmix.errors import BatchmixError
 from batchmix.model import torch_products
 from batchmix.model.checkpoint import open_checkpoint
@@ -18,7 +18,7 @@ from batchmix.model.checkpoint import open_checkpoint
 
 def engine_of(folder, **config):
     model = ModelConfig() if folder is None else ModelConfig(path=str(folder))
-    return start.start_engine(open_checkpoint(model), None, EngineConfig(device="cpu", **config), lambda: False)
+    return build.start_engine(open_checkpoint(model), None, EngineConfig(device="cpu", **config), lambda: False)
 
 
 def lines(caplog):
@@ -53,7 +53,7 @@ def in_halves_for_some(x, weight):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_answers_are_exact_where_the_matrix_library_is_not(caplog, monkeypatch, folder, dtype):
-    monkeypatch.setattr(start, "compute_dtype", lambda *_: dtype)
+    monkeypatch.setattr(build, "compute_dtype", lambda *_: dtype)
     monkeypatch.setattr(torch_products, "_fixed", set())
     rows = prompts(8, 512, seed=2, longest=40, logprobs=1, max_tokens=6)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from batchmix.config import SamplingConfig
 from batchmix.engine.advance import advance
-from batchmix.engine.async_copy import AsyncCopy
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.philox import uniform
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels.sampling import sample
+from batchmix.model.async_copy import AsyncCopy
 from batchmix.records import Prompt
 
 # numpy's, under the interpreter: a difference over a tiny temperature is meant to overflow.

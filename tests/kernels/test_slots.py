@@ -13,15 +13,15 @@ from torch import Tensor
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine import slots as engine_slots
-from batchmix.engine.async_copy import AsyncCopy
+from batchmix.engine import input_batch as engine_slots
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.sampling import choose
-from batchmix.engine.slots import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels import slots as kernel
 from batchmix.kernels.sampling import sample
 from batchmix.kernels.slots import advance
 from batchmix.model import torch_backend
+from batchmix.model.async_copy import AsyncCopy
 from batchmix.records import Prompt
 
 V = 40

@@ -10,7 +10,7 @@ import pytest
 from links import FakeLink
 
 from batchmix.config import BenchmarkConfig, Config, EngineConfig, ModelConfig, ModelFormat
-from batchmix.engine import offloading, start
+from batchmix.engine import build, offloading
 from batchmix.errors import BatchmixError
 from batchmix.measure.offload import benchmark_offload
 from batchmix.measure.workloads import save_model
@@ -34,11 +34,11 @@ def test_what_was_streamed_beside_the_link(tmp_path, monkeypatch, capsys):
         links.append(FakeLink(capacity))
         return links[-1]
 
-    for module in (start, offloading):
+    for module in (build, offloading):
         monkeypatch.setattr(module, "open_link", small_card)
     monkeypatch.setattr(offloading, "_MEASURED_BYTES", 1 << 20)
     monkeypatch.setattr(
-        start, "measure_workspace", lambda model, rows, tokens, *_: gpu_workspace_bytes(model.config, rows, tokens, 4)
+        build, "measure_workspace", lambda model, rows, tokens, *_: gpu_workspace_bytes(model.config, rows, tokens, 4)
     )
     config = replace(TINY, benchmark=replace(TINY.benchmark, dir=str(tmp_path)))
     path = benchmark_offload(config)

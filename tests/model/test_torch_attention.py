@@ -11,8 +11,8 @@ import pytest
 import torch
 from engines import threads
 
-from batchmix.engine.kv_cache import KVCache
-from batchmix.model.backend import Chunk
+from batchmix.model.backend import PrefillChunk
+from batchmix.model.kv_cache import KVCache
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
 
 # kv heads, query heads per kv head, head dim, block size
@@ -43,6 +43,22 @@ def tensors(tokens: int, kv_heads: int, repeat: int, dim: int, dtype: torch.dtyp
     return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
 
+def prefill(
+    cache: KVCache, chunks: list[PrefillChunk], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Write the chunks' keys and values of layer 0 and attend."""
+    for chunk in chunks:
+        place, span = (
+            np.arange(chunk.start, chunk.start + chunk.length),
+            slice(chunk.offset, chunk.offset + chunk.length),
+        )
+        blocks = np.array(chunk.blocks)[place // cache.block_size]
+        cache.write(0, *map(torch.from_numpy, (blocks, place % cache.block_size)), k[span], v[span])
+    out = torch.zeros_like(q)
+    PrefillAttention(cache, chunks)(0, q, k, v, out)
+    return out
+
+
 @pytest.mark.parametrize(("kv_heads", "repeat", "dim", "size"), SHAPES)
 def test_prefill_of_packed_prompts(kv_heads, repeat, dim, size):
     lengths = [1, 2, 31, 32, 33, 60, 61, 60, 130]
@@ -51,9 +67,9 @@ def test_prefill_of_packed_prompts(kv_heads, repeat, dim, size):
     blocks = iter(random.Random(0).sample(range(1, 61), 60))
     chunks, offset = [], 0
     for length in lengths:
-        chunks.append(Chunk(offset, 0, length, [next(blocks) for _ in range(-(-length // size))]))
+        chunks.append(PrefillChunk(offset, 0, length, [next(blocks) for _ in range(-(-length // size))]))
         offset += length
-    together = PrefillAttention(cache, chunks, len(q))(0, q, k, v)
+    together = prefill(cache, chunks, q, k, v)
     for chunk in chunks:
         span = slice(chunk.offset, chunk.offset + chunk.length)
         assert torch.allclose(together[span], naive(q[span], k[span], v[span]), atol=1e-5)
@@ -63,8 +79,8 @@ def test_prefill_of_packed_prompts(kv_heads, repeat, dim, size):
             assert torch.equal(cache.values[0, block, :, at], v[chunk.offset + place])
         for count in (1, 3):
             with threads(count):
-                attend = PrefillAttention(cache, [Chunk(0, 0, chunk.length, chunk.blocks)], chunk.length)
-                assert torch.equal(attend(0, q[span], k[span], v[span]), together[span])
+                alone = [PrefillChunk(0, 0, chunk.length, chunk.blocks)]
+                assert torch.equal(prefill(cache, alone, q[span], k[span], v[span]), together[span])
 
 
 @pytest.mark.parametrize(("kv_heads", "repeat", "dim", "size"), SHAPES)
@@ -74,8 +90,8 @@ def test_a_prompt_in_chunks(kv_heads, repeat, dim, size):
     blocks = random.Random(0).sample(range(1, 41), -(-390 // size))
     expected = naive(q, k, v)
     for start, end in [(0, 70), (70, 71), (71, 360), (360, 390)]:  # 289 queries are more than one tile
-        attend = PrefillAttention(cache, [Chunk(0, start, end - start, blocks)], end - start)
-        found = attend(0, q[start:end], k[start:end], v[start:end])
+        chunk = PrefillChunk(0, start, end - start, blocks)
+        found = prefill(cache, [chunk], q[start:end], k[start:end], v[start:end])
         assert torch.allclose(found, expected[start:end], atol=1e-5)
 
 
@@ -100,7 +116,11 @@ def test_decode(kv_heads, repeat, dim, size, dtype):
         attend = DecodeAttention(cache, table[:, : num_blocks[order].max()], context[order])
         assert attend.in_place == (blocks_from == 1)
         picked = torch.tensor(order + list(range(16, 32)))
-        out = attend(0, q[picked], k[picked], v[picked])
+        last = context[order] - 1
+        written = table[np.arange(len(order)), last // size], last % size
+        cache.write(0, *map(torch.from_numpy, written), k[order], v[order])
+        out = torch.zeros_like(q)
+        attend(0, q[picked], out)
         assert not out[len(order) :].any()
         if len(order) == rows and dtype == torch.float32:
             for slot, row in enumerate(order):

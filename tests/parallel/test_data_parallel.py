@@ -75,7 +75,7 @@ def test_two_workers_are_one_run(tmp_path, capsys, caplog):
     metrics = [json.loads(line) for line in (out / "_metrics.jsonl").read_text().splitlines()]
     assert {line["shard"] for line in metrics} == {0}
     assert (metrics[-1]["rows"], metrics[-1]["prompt_tokens"]) == (40, two["prompt_tokens"])
-    started = [record.getMessage() for record in caplog.records if record.name == "batchmix.engine.start"]
+    started = [record.getMessage() for record in caplog.records if record.name == "batchmix.engine.build"]
     assert len(started) == 1, "one line says what was started, whatever the number of workers"
     assert " on 2 x cpu" in started[0]
     assert capsys.readouterr().out.startswith("40 rows (")

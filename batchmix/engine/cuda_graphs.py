@@ -17,7 +17,8 @@ import torch
 
 from batchmix.engine.stats import EngineStats
 
-Step = Callable[[], None]
+Queue = Callable[[], None]  # queues the launches of a step
+Capture = Callable[[Queue], Queue]
 
 # Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps (800 rows of `synthesise` take 1,000)
 # runs 1.25 d steps at each of n/d sizes, with d/2 rows of padding on average, so n rows cost (n/d) C + n 1.25 p d/2 seconds
@@ -49,17 +50,17 @@ class StepGraphs:
     MAX_GRAPHS graphs that were used last are kept.
     """
 
-    def __init__(self, capture: Callable[[Step], Step] | None, stats: EngineStats) -> None:
+    def __init__(self, capture: Capture | None, stats: EngineStats) -> None:
         self._capture = capture
         self._stats = stats
-        self._graphs: OrderedDict[Hashable, Step | None] = OrderedDict()  # None: ran once
+        self._graphs: OrderedDict[Hashable, Queue | None] = OrderedDict()  # None: ran once
         self._tables: Hashable = None
 
     @property
     def enabled(self) -> bool:
         return self._capture is not None
 
-    def prepare(self, key: Hashable, tables: Hashable, step: Step) -> Step:
+    def prepare(self, key: Hashable, tables: Hashable, step: Queue) -> Queue:
         """The step, or its graph. `tables` names the memory that graphs rely on: those captured with another one are dropped."""
         assert self._capture is not None
         if tables != self._tables:
@@ -81,7 +82,7 @@ class StepGraphs:
         return graph
 
 
-def cuda_capture() -> Callable[[Step], Step]:
+def cuda_capture() -> Capture:
     """Captures into one pool of memory: graphs never run together and leave nothing in it that is read later.
 
     The device is not waited for, and its memory not given back, as `torch.cuda.graph` does each time: a capture is work
@@ -90,7 +91,7 @@ def cuda_capture() -> Callable[[Step], Step]:
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def capture(step: Step) -> Step:
+    def capture(step: Queue) -> Queue:
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         collects = gc.isenabled()
@@ -109,7 +110,7 @@ def cuda_capture() -> Callable[[Step], Step]:
         finally:
             if collects:
                 gc.enable()
-        replay: Step = graph.replay
+        replay: Queue = graph.replay
         return replay
 
     return capture

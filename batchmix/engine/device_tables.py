@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import StopTable
-from batchmix.engine.async_copy import async_copy_to_gpu
+from batchmix.model.async_copy import async_copy_to_gpu
 
 _KEEP_UNUSED = 16  # tables that nobody uses just now are kept, because the next row often wants the same one
 

@@ -1,8 +1,7 @@
-"""The paged KV cache: blocks of tokens, handed out as rows grow, shared where rows have the same prompt."""
+"""The paged KV cache: keys and values of every layer in blocks of tokens."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from batchmix.model.async_copy import async_copy_to_gpu
 from batchmix.model.config import MixtralConfig
 from batchmix.model.quantized import FP8, fp8_values
 
 if TYPE_CHECKING:
-    from batchmix.engine.forced import Lanes
-    from batchmix.engine.slots import InputBatch
-    from batchmix.model.backend import Attend, Chunk
+    from batchmix.model.backend import Attend, DecodeTokens, PrefillChunk
 
 _E4M3_MAX = 448.0
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
@@ -64,12 +62,8 @@ class KVCache:
         """One layer's keys and values, on the device."""
         return self.keys[layer], self.values[layer]
 
-    def around_prefill(self, attend: Attend, chunks: Sequence[Chunk]) -> Attend:
-        """`attend`, and around it whatever the cache does to have each layer there."""
-        return attend
-
-    def around_decode(self, attend: Attend, slots: InputBatch | Lanes, rows: int) -> Attend:
-        """Likewise, of a step in which slots 0..rows-1 get one more token."""
+    def around_step(self, attend: Attend, decode: DecodeTokens | None, chunks: Sequence[PrefillChunk]) -> Attend:
+        """`attend`, and around it whatever the cache does to have each layer on the device."""
         return attend
 
     def as_stored(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,10 +79,12 @@ class KVCache:
         """x in the cache's dtype, cut off at what fp8 can hold: its cast would give NaN."""
         return (x.clamp(-_E4M3_MAX, _E4M3_MAX) if self.keys.dtype == FP8 else x).to(self.keys.dtype)
 
-    def copy_block(self, source: int, target: int) -> None:
-        """Copy one block over all layers."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy blocks over all layers, in the order of the device's work."""
+        for cached in (self.keys, self.values):
+            stored, device = words(cached), cached.device
+            copied = stored.index_select(1, async_copy_to_gpu(np.array(sources), device))
+            stored.index_copy_(1, async_copy_to_gpu(np.array(targets), device), copied)
 
 
 def words(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,68 +97,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-class OutOfBlocks(Exception):
-    """Fewer blocks are free than were asked for."""
-
-
-class BlockPool:
-    """Which blocks are free. Blocks are counted references, and low numbers go first so that those in use stay dense.
-
-    A prefix cache's reference is told from a row's, so that blocks that only it holds are counted as they come and go.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK
-        self._references = np.zeros(num_blocks, np.int32)
-        self._kept = np.zeros(num_blocks, np.bool_)  # one of the references is the prefix cache's
-        self.num_only_kept = 0  # blocks that no row holds
-        self.num_blocks = num_blocks - 1
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """`count` blocks with one reference each; OutOfBlocks, and none taken, if fewer are free."""
-        if count > len(self._free):
-            raise OutOfBlocks
-        blocks = [heapq.heappop(self._free) for _ in range(count)]
-        self._references[blocks] = 1
-        return blocks
-
-    def share(self, blocks: list[int]) -> None:
-        """One more reference to each."""
-        self.num_only_kept -= self._count_only_kept(blocks)
-        self._references[blocks] += 1
-
-    def release(self, blocks: list[int]) -> None:
-        """One reference less to each; those with none left are free again."""
-        self._references[blocks] -= 1
-        self.num_only_kept += self._count_only_kept(blocks)
-        for block in blocks:
-            if self._references[block] == 0:
-                heapq.heappush(self._free, block)
-
-    def keep(self, block: int) -> None:
-        """The prefix cache's reference to a block that a row holds."""
-        self.share([block])
-        self._kept[block] = True
-
-    def drop(self, block: int) -> None:
-        """Give up the prefix cache's reference to a block that no row holds: it is free again."""
-        self._kept[block] = False
-        self.num_only_kept -= 1
-        self.release([block])
-
-    def is_only_kept(self, block: int) -> bool:
-        """Whether the prefix cache alone holds the block."""
-        return bool(self._kept[block]) and int(self._references[block]) == 1
-
-    def _count_only_kept(self, blocks: list[int]) -> int:
-        return int(np.count_nonzero(self._kept[blocks] & (self._references[blocks] == 1)))

@@ -1,4 +1,4 @@
-"""What the rows have answered, as far as the host has heard of it."""
+"""What the rows have generated, as far as the host has read it back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from batchmix.records import TokenLogprob
 
 
-class Answers:
+class OutputBuffers:
     """Arrays over the slots, the longer ones grown as rows grow."""
 
     def __init__(self, size: int) -> None:
@@ -23,7 +23,7 @@ class Answers:
         self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
         self.top_logprobs = np.zeros((size, 0, 0), np.float32)
 
-    def hear(
+    def append(
         self,
         slots: np.ndarray,
         generated: np.ndarray,
@@ -32,7 +32,7 @@ class Answers:
         ring: np.ndarray,
         processed_logprobs: np.ndarray | None = None,
     ) -> int:
-        """InputBatch int64 [N] have chosen `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
+        """InputBatch int64 [N] have `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
 
         Likewise its log-probability in `processed_logprobs`, float32 [N, L].
 
@@ -52,8 +52,8 @@ class Answers:
         self.count[slots], self.finish[slots], self.stop_reason[slots] = generated, finish, stop_reason
         return int(chosen.sum())
 
-    def append(self, slot: int, tokens: list[int]) -> None:
-        """Tokens that the host itself has chosen for a row, which had no others."""
+    def append_jump_forward(self, slot: int, tokens: list[int]) -> None:
+        """Tokens that a row's grammar leaves no choice about."""
         count = int(self.count[slot])
         self.tokens = _grow(self.tokens, count + len(tokens))
         self.processed_logprobs[slot, count : count + len(tokens)] = 0.0

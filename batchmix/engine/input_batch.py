@@ -4,7 +4,7 @@ Active rows always fill slots 0..num_active-1: a finished row's slot is taken by
 step works on a leading slice. The order of rows in the batch does not matter to any of them.
 
 The device owns what steps change; the host adds, removes and moves rows, and `upload` queues that behind the steps that
-are queued already. What steps did comes back as a `Look`, which knows where each row has moved since. Between looks the
+are queued already. What steps did comes back as a `PendingStep`, which knows where each row has moved since. Meanwhile the
 host counts on: a row has the tokens that were queued for it (`planned`), or has ended, and then steps leave it alone.
 """
 
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import INSIDE, START, StopTable
-from batchmix.engine.answers import Answers
-from batchmix.engine.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
+from batchmix.engine.device_tables import DeviceTableCache, automaton, bias_key, bias_table, stop_key
 from batchmix.engine.grammar_tables import GrammarTables
-from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.mirror import CpuGpuBuffer
+from batchmix.engine.output_buffers import OutputBuffers
 from batchmix.engine.philox import row_key
-from batchmix.engine.shared_rows import DeviceTableCache, automaton, bias_key, bias_table, stop_key
 from batchmix.guided.compile import GrammarCompiler
+from batchmix.model.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
+from batchmix.model.backend import DecodeTokens
+from batchmix.model.kv_cache import SCRATCH_BLOCK
 from batchmix.records import Prompt
 
 RUNNING, EOS, STOP_TOKEN, STOP_STRING, LENGTH = range(5)  # why a row ended
@@ -47,24 +47,57 @@ _FLAGS = ("penalised", "ignore_eos", "wants_logprob", "processed_logprobs")
 _AS_ASKED = ("min_tokens", "top_k", "seed", *_REALS, "ignore_eos")  # fields that are the prompt's sampling key
 
 
+class CpuGpuBuffer:
+    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along `axis`."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int = 0, axis: int = 0
+    ) -> None:
+        host = torch.full(shape, fill, dtype=dtype)
+        self.array: np.ndarray = host.numpy()
+        self.tensor = host.to(device, copy=True)
+        self._axis = axis
+
+    def upload(self, slots: np.ndarray) -> None:
+        """Copy these slots, int64 [N], to the device."""
+        device = self.tensor.device
+        self.tensor.index_copy_(
+            self._axis, async_copy_to_gpu(slots, device), async_copy_to_gpu(self.array.take(slots, self._axis), device)
+        )
+
+    def move(self, targets: np.ndarray, sources: np.ndarray) -> None:
+        """On the device, let slots `targets` be as slots `sources` are, int64 [N] each, all at the same time."""
+        device = self.tensor.device
+        moved = self.tensor.index_select(self._axis, async_copy_to_gpu(sources, device))
+        self.tensor.index_copy_(self._axis, async_copy_to_gpu(targets, device), moved)
+
+    def widened(self, width: int, fill: int) -> CpuGpuBuffer:
+        """A [rows, width] buffer of this [rows, fewer] one, the new columns filled."""
+        wider = CpuGpuBuffer((len(self.array), width), self.tensor.dtype, self.tensor.device, fill)
+        wider.array[:, : self.array.shape[1]] = self.array
+        wider.upload(np.arange(len(self.array)))
+        return wider
+
+
 @dataclass
-class Look:
-    """The rows' state at one time, on its way to the host."""
+class PendingStep:
+    """The rows' state after a step that is queued, on its way to the host."""
 
     slots: np.ndarray  # int64 [rows then]: where the row of slot 0, 1, ... is now, -1: gone
     event: CopyEvent
+    scored: Callable[[], None] | None  # adds the log-probabilities of choices to their requests
 
 
 class InputBatch:
     """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise.
 
     With `row_tile` tensors are longer, a multiple of it, so that a step may run over free slots behind the active ones.
-    `steps_per_read` is how many steps may run before a `look`.
+    `steps_per_read` is how many steps may run before a `record_step`.
     """
 
     # Where the row is, int64.
-    token: Tensor  # the last one chosen, whose keys and values are not in the cache yet
-    context: Tensor  # tokens before it
+    token: Tensor  # the last one sampled, whose keys and values are not in the cache yet
+    context: Tensor  # tokens before it; each step adds one, so a row begins with one less than its prompt has
     generated: Tensor
     finish: Tensor
     stop_reason: Tensor  # stop token id, or ordinal of the stop string
@@ -143,11 +176,11 @@ class InputBatch:
         # [capacity, V], made when a row first needs them.
         self.output_counts: Tensor | None = None
         self.in_prompt: Tensor | None = None
-        # The n-th token in column n % steps. It does not move with its row: a look is taken before rows do.
+        # The n-th token in column n % steps. It does not move with its row: a step is recorded before rows do.
         self.history = torch.zeros(size, steps_per_read, dtype=torch.int32, device=device)
         self.logprob_history: Tensor | None = None  # float32, likewise; made when a row first needs it
-        self.answers = Answers(size)
-        self.looks: deque[Look] = deque()  # the oldest first
+        self.outputs = OutputBuffers(size)
+        self.pending: deque[PendingStep] = deque()  # the oldest first
         self.prompt_tokens = np.zeros(size, np.int64)
         self.planned = np.zeros(size, np.int64)  # tokens of the row once all steps queued by now are done
         # What the device has to be told at the next upload.
@@ -185,35 +218,48 @@ class InputBatch:
                     mirror.upload(slots)
                 changed[:] = False
 
-    def queued(self, first: int, end: int, steps: int) -> None:
-        """So many steps of slots first..end-1 are queued."""
-        self.planned[first:end] = np.minimum(self.planned[first:end] + steps, self.host["max_tokens"][first:end])
+    def record_planned(self, rows: int, steps: int) -> None:
+        """So many steps of slots 0..rows-1 are queued."""
+        self.planned[:rows] = np.minimum(self.planned[:rows] + steps, self.host["max_tokens"][:rows])
+
+    def wants_logprobs(self) -> bool:
+        """Whether a row asks for log-probabilities, which are read back in every step."""
+        return bool(self.host["wants_logprob"][: self.num_active].any())
 
     def left(self) -> np.ndarray:
         """Tokens that each active row can still be given, [num_active]."""
         return self.host["max_tokens"][: self.num_active] - self.planned[: self.num_active]
 
-    def look(self) -> None:
-        """Ask how the active rows are once all that is queued by now is done."""
+    def record_step(self, scored: Callable[[], None] | None = None) -> None:
+        """Let the state of the active rows, once all that is queued by now is done, come to the host."""
         count = self.num_active
         tensors = [self.state[_READ, :count], self.history[:count]]
         if self.logprob_history is not None:
             tensors.append(self.logprob_history[:count])
-        self.looks.append(Look(np.arange(count), self.async_copy.to_host(tensors)))
+        self.pending.append(PendingStep(np.arange(count), self.async_copy.to_host(tensors), scored))
 
-    def hear(self) -> int:
-        """Wait for the oldest look and take it into `answers`. Returns how many tokens were chosen since the last."""
-        look = self.looks.popleft()
-        state, ring, *logprobs = look.event()
-        there = np.flatnonzero(look.slots >= 0)
+    def wait_for_step(self) -> int:
+        """Wait for the oldest recorded step and take it into `outputs`. Returns how many tokens are new."""
+        step = self.pending.popleft()
+        state, ring, *logprobs = step.event()
+        there = np.flatnonzero(step.slots >= 0)
         generated, finish, stop_reason = state[:, there]
         rings = [ring[there], *(logprob[there] for logprob in logprobs)]
-        new = self.answers.hear(look.slots[there], generated, finish, stop_reason, *rings)
-        ended = self.answers.finish
-        for slot, text in self.grammars.texts.hear(self.answers, ended == RUNNING, ended == LENGTH):
+        if step.scored is not None:
+            step.scored()
+        new = self.outputs.append(step.slots[there], generated, finish, stop_reason, *rings)
+        ended = self.outputs.finish
+        for slot, text in self.grammars.texts.hear(self.outputs, ended == RUNNING, ended == LENGTH):
             if not text.following.goes_on or not text.may_end:
                 ended[slot] = WHOLE if text.may_end else FAILED
         return new
+
+    def decode_tokens(self, rows: int, size: int, width: int) -> DecodeTokens:
+        """The last tokens of slots 0..rows-1, and with those of free slots `size` tokens. `width`: blocks of a row."""
+        return DecodeTokens(
+            self.context[:size], self.finish[:size] == RUNNING, self.device_blocks[:size, :width],
+            self.prompt_tokens[:rows] + self.planned[:rows] - 1, self.block_table[:rows, :width],
+        )  # fmt: skip
 
     def add(self, prompt: Prompt, sample: int, max_tokens: int) -> int:
         """Give the next free slot to one sample of a prompt whose tokens are in the cache."""
@@ -222,7 +268,8 @@ class InputBatch:
         self.version += 1
         sampling = prompt.sampling
         host = self.host
-        self.prompt_tokens[slot] = host["context"][slot] = len(prompt.token_ids)
+        self.prompt_tokens[slot] = len(prompt.token_ids)
+        host["context"][slot] = len(prompt.token_ids) - 1
         host["finish"][slot] = RUNNING
         host["max_tokens"][slot] = max_tokens
         host["sample"][slot] = sample
@@ -252,7 +299,7 @@ class InputBatch:
         self._source[slot] = slot
         return slot
 
-    def give_blocks(self, slot: int, blocks: Sequence[int]) -> None:
+    def add_blocks(self, slot: int, blocks: Sequence[int]) -> None:
         """Add blocks to those of the slot's row."""
         held = int(self.num_blocks[slot])
         self.block_table[slot, held : held + len(blocks)] = blocks
@@ -277,11 +324,11 @@ class InputBatch:
         if self._fresh[slot]:
             self._source[slot] = slot
         self._changed[slot] = self._moved_blocks[slot] = True
-        self.answers.move(slot, last)
+        self.outputs.move(slot, last)
         self.grammars.move(slot, last)
-        for look in self.looks:
-            look.slots[look.slots == slot] = -1
-            look.slots[look.slots == last] = slot
+        for step in self.pending:
+            step.slots[step.slots == slot] = -1
+            step.slots[step.slots == last] = slot
         if self.output_counts is not None and self.in_prompt is not None:
             for table in (self.output_counts, self.in_prompt):
                 table[slot] = table[last]
@@ -299,7 +346,7 @@ class InputBatch:
         self._stops.array[slot] = -1
         self.num_blocks[slot] = self.prompt_tokens[slot] = self.planned[slot] = 0
         self.num_logprobs[slot] = -1
-        self.answers.clear(slot)
+        self.outputs.clear(slot)
         self._fresh[slot] = self._changed[slot] = self._moved_blocks[slot] = True
         self._source[slot] = slot
 

@@ -13,12 +13,10 @@ import torch
 from batchmix.config import Backend, EngineConfig, KVCacheDtype, SamplingConfig
 from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
+from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import Place, check_model, compute_dtype, select_device
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
-from batchmix.engine.graphs import cuda_capture
-from batchmix.engine.kv_cache import BLOCK_SIZE, KVCache
 from batchmix.engine.offloading import open_link, plan_offload
-from batchmix.engine.staged_cache import StagedKVCache
 from batchmix.engine.workspace import measure_workspace
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import GrammarCompiler, open_grammars
@@ -26,10 +24,12 @@ from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_b
 from batchmix.model import torch_backend, torch_ops, torch_products
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
+from batchmix.model.kv_cache import BLOCK_SIZE, KVCache
 from batchmix.model.link import TransferStream
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import BUFFERS, Offload, spread
 from batchmix.model.quantized import FP8, Weight
+from batchmix.model.staged_cache import StagedKVCache
 from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.model.weights import Weights, load_weights
 from batchmix.plan.cost import footprint

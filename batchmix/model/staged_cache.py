@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.forced import Lanes
-from batchmix.engine.kv_cache import KVCache, words
-from batchmix.engine.slots import InputBatch
-from batchmix.model.backend import Attend, Chunk
+from batchmix.model.backend import Attend, DecodeTokens, PrefillChunk
 from batchmix.model.config import MixtralConfig
+from batchmix.model.kv_cache import KVCache, words
 from batchmix.model.link import TransferStream
 from batchmix.model.offload import BUFFERS
 
@@ -65,25 +63,24 @@ class StagedKVCache(KVCache):
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer % BUFFERS], self.values[layer % BUFFERS]
 
-    def copy_block(self, source: int, target: int) -> None:
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self.settle()
         for parts in self._host:
             for part in parts:
-                part[target] = part[source]
+                words(part)[list(targets)] = words(part)[list(sources)]
 
-    def around_prefill(self, attend: Attend, chunks: Sequence[Chunk]) -> Attend:
+    def around_step(self, attend: Attend, decode: DecodeTokens | None, chunks: Sequence[PrefillChunk]) -> Attend:
         size = self.block_size
-        read = [block for chunk in chunks for block in chunk.blocks[: -(-chunk.start // size)]]
-        position = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
-        blocks = [np.asarray(chunk.blocks)[p // size] for chunk, p in zip(chunks, position, strict=True)]
-        return _Staged(self, attend, np.array(read, np.int64), np.concatenate(blocks), np.concatenate(position) % size)
-
-    def around_decode(self, attend: Attend, slots: InputBatch | Lanes, rows: int) -> Attend:
-        # Of a row that has ended, which the host may not have heard of, nothing is written there; it goes to its own block.
-        size, context = self.block_size, slots.prompt_tokens[:rows] + slots.planned[:rows] - 1
-        table = slots.block_table[:rows].astype(np.int64)
-        held = np.arange(table.shape[1]) < -(-context // size)[:, None]
-        return _Staged(self, attend, table[held], table[np.arange(rows), context // size], context % size)
+        read = [np.asarray(chunk.blocks[: -(-chunk.start // size)], np.int64) for chunk in chunks]
+        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
+        blocks = [np.asarray(chunk.blocks)[p // size] for chunk, p in zip(chunks, positions, strict=True)]
+        if decode is not None:
+            # Of a row that has ended, which the host may not know, nothing is written there; it goes to its own block.
+            position, table = decode.host_positions, decode.host_blocks.astype(np.int64)
+            read.append(table[np.arange(table.shape[1]) < -(-position // size)[:, None]])
+            positions.insert(0, position)
+            blocks.insert(0, table[np.arange(len(table)), position // size])
+        return _Staged(self, attend, np.concatenate(read), np.concatenate(blocks), np.concatenate(positions) % size)
 
     def begin(self, read: np.ndarray) -> None:
         """Begin a step that reads these blocks."""

@@ -1,0 +1,149 @@
+"""Which KV blocks are free, and which hold what prompts begin with in common.
+
+A block of a prefix is known by the block before it and by its own tokens, so blocks form chains from a prompt's beginning.
+The prefix cache holds a reference to each of its blocks, so they outlive the row that computed them. When blocks run out,
+those that no row reads go first, the end of a chain before its start.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from batchmix.model.kv_cache import SCRATCH_BLOCK
+
+
+class OutOfBlocks(Exception):
+    """Fewer blocks are free than were asked for."""
+
+
+class BlockPool:
+    """Which blocks are free. Blocks are counted references, and low numbers go first so that those in use stay dense.
+
+    A prefix cache's reference is told from a row's, so that blocks that only it holds are counted as they come and go.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK
+        self._references = np.zeros(num_blocks, np.int32)
+        self._kept = np.zeros(num_blocks, np.bool_)  # one of the references is the prefix cache's
+        self.num_only_kept = 0  # blocks that no row holds
+        self.num_blocks = num_blocks - 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks with one reference each; OutOfBlocks, and none taken, if fewer are free."""
+        if count > len(self._free):
+            raise OutOfBlocks
+        blocks = [heapq.heappop(self._free) for _ in range(count)]
+        self._references[blocks] = 1
+        return blocks
+
+    def share(self, blocks: list[int]) -> None:
+        """One more reference to each."""
+        self.num_only_kept -= self._count_only_kept(blocks)
+        self._references[blocks] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        """One reference less to each; those with none left are free again."""
+        self._references[blocks] -= 1
+        self.num_only_kept += self._count_only_kept(blocks)
+        for block in blocks:
+            if self._references[block] == 0:
+                heapq.heappush(self._free, block)
+
+    def keep(self, block: int) -> None:
+        """The prefix cache's reference to a block that a row holds."""
+        self.share([block])
+        self._kept[block] = True
+
+    def drop(self, block: int) -> None:
+        """Give up the prefix cache's reference to a block that no row holds: it is free again."""
+        self._kept[block] = False
+        self.num_only_kept -= 1
+        self.release([block])
+
+    def is_only_kept(self, block: int) -> bool:
+        """Whether the prefix cache alone holds the block."""
+        return bool(self._kept[block]) and int(self._references[block]) == 1
+
+    def _count_only_kept(self, blocks: list[int]) -> int:
+        return int(np.count_nonzero(self._kept[blocks] & (self._references[blocks] == 1)))
+
+
+class PrefixCache:
+    """Which blocks hold which beginnings."""
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._size = block_size
+        # (the block before, the tokens) -> block; least recently used first, and a block always after those that it
+        # leads to: were it to go before them, another chain could get its number and seem to lead to them.
+        self._blocks: OrderedDict[tuple[int, bytes], int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def lookup(self, token_ids: Sequence[int], shared_tokens: int) -> list[int]:
+        """The blocks there are for the first `shared_tokens` tokens, in order; the caller gets a reference to each."""
+        found: list[int] = []
+        keys = []
+        for tokens in self._tokens(token_ids, shared_tokens):
+            key = (found[-1] if found else SCRATCH_BLOCK, tokens)
+            if key not in self._blocks:
+                break
+            keys.append(key)
+            found.append(self._blocks[key])
+        self._touch(keys)
+        self._pool.share(found)
+        return found
+
+    def keep(self, token_ids: Sequence[int], shared_tokens: int, blocks: Sequence[int]) -> None:
+        """Remember a row's blocks of its first `shared_tokens` tokens; `blocks` begin with what `lookup` gave."""
+        keys = []
+        before = SCRATCH_BLOCK
+        for tokens, block in zip(self._tokens(token_ids, shared_tokens), blocks, strict=False):
+            key = (before, tokens)
+            if key not in self._blocks:
+                self._blocks[key] = block
+                self._pool.keep(block)
+            keys.append(key)
+            before = block
+        self._touch(keys)
+
+    def num_unused(self) -> int:
+        """Blocks that no row reads, which `release` could free."""
+        return self._pool.num_only_kept
+
+    def release(self, count: int) -> None:
+        """Free up to `count` blocks that no row reads."""
+        if count <= 0:
+            return
+        for key, block in list(self._blocks.items()):
+            if count == 0:
+                return
+            if self._pool.is_only_kept(block):
+                del self._blocks[key]
+                self._pool.drop(block)
+                count -= 1
+
+    def _tokens(self, token_ids: Sequence[int], shared_tokens: int) -> list[bytes]:
+        size = self._size
+        return [
+            array("i", token_ids[low : low + size]).tobytes() for low in range(0, shared_tokens // size * size, size)
+        ]
+
+    def _touch(self, keys: list[tuple[int, bytes]]) -> None:
+        for key in reversed(keys):
+            self._blocks.move_to_end(key)

@@ -1,0 +1,109 @@
+"""What steps have done: read back, taken into the batch's outputs, and handed out as completions."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from batchmix.engine.input_batch import EOS, FAILED, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, InputBatch
+from batchmix.engine.philox import row_key, uniform
+from batchmix.engine.scheduler import RunningSequence, Scheduler, ScoringRequest
+from batchmix.records import Completion, FinishReason
+
+_FINISH_REASON: dict[int, FinishReason] = {
+    EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", WHOLE: "stop", LENGTH: "length",
+}  # fmt: skip
+
+
+def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> None:
+    """Read back what steps have done, and take what has ended to `scheduler.completed`.
+
+    Unless it is to `wait_for_all`, the last step is not waited for where results come late: it runs meanwhile.
+    """
+    wait_for_steps(scheduler, wait_for_all)
+    ended = np.flatnonzero(scheduler.batch.outputs.finish[: len(scheduler.running)])
+    completions = [_completion(scheduler.running[slot], scheduler.batch, slot) for slot in ended.tolist()]
+    for slot in ended[::-1].tolist():  # the highest first, so that slots below keep their rows
+        scheduler.finish(slot)
+    if completions:
+        scheduler.record_answers(completion.num_tokens for completion in completions)
+    for request in [request for request in scheduler.scoring if not request.num_pending]:
+        scheduler.finish_scoring(request)
+        chosen = _choices(request)
+        scheduler.stats.completion_tokens += sum(completion.num_tokens for completion in chosen)
+        completions += chosen
+    scheduler.completed += completions
+
+
+def wait_for_steps(scheduler: Scheduler, wait_for_all: bool) -> None:
+    """Read back what steps have done, as `process_outputs` does; every row stays in its slot."""
+    batch, stats = scheduler.batch, scheduler.stats
+    while len(batch.pending) > (batch.async_copy.late and not wait_for_all):
+        stats.completion_tokens += batch.wait_for_step()
+        stats.last_token_time = time.time()
+
+
+def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Completion:
+    """The token that ended the row is counted and left out."""
+    prompt, sampling, outputs = sequence.prompt, sequence.prompt.sampling, batch.outputs
+    finish, count = int(outputs.finish[slot]), int(outputs.count[slot])
+    if finish == FAILED:
+        return Completion.failed(prompt, _why_it_failed(batch, slot), sequence.sample, count)
+    stop_reason: str | int | None = None
+    if finish == STOP_TOKEN:
+        stop_reason = int(outputs.stop_reason[slot])
+    elif finish == STOP_STRING:
+        stop_reason = (sampling.stop or [])[int(outputs.stop_reason[slot])]
+    logprobs = outputs.row_logprobs(slot, sampling.logprobs) if sampling.logprobs is not None else None
+    structured = sampling.structured_outputs
+    return Completion(
+        prompt,
+        sequence.sample,
+        outputs.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist(),
+        _FINISH_REASON[finish],
+        stop_reason,
+        num_tokens=count,
+        cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
+        logprobs=logprobs,
+        guided_logprobs=(
+            outputs.processed_logprobs[slot, :count].tolist()
+            if structured is not None and structured.token_probabilities
+            else None
+        ),
+    )
+
+
+def _why_it_failed(batch: InputBatch, slot: int) -> str:
+    text = batch.grammars.texts[slot]
+    assert text is not None
+    why = (
+        "the text was not whole; raise sampling.max_tokens or model.max_model_len"
+        if text.following.goes_on
+        else text.error
+    )
+    return f"sampling.structured_outputs: after {text.count} tokens {why}"
+
+
+def _choices(request: ScoringRequest) -> list[Completion]:
+    """One for each sample: the most likely choice, or one drawn at the row's temperature.
+
+    A choice's probability is the product of those of its tokens and of the end after them, as the model gives them, over
+    the sum of that product for all choices. So they are exact, whatever temperature and seed: those only pick the answer.
+    """
+    prompt, sampling, logprobs = request.prompt, request.prompt.sampling, request.logprobs
+    weights = np.exp(logprobs - logprobs.max())
+    probabilities = (weights / weights.sum()).tolist()
+    completions = []
+    for sample in request.samples:
+        best = int(logprobs.argmax())
+        if sampling.temperature > 0:
+            running = np.exp((logprobs - logprobs.max()) / sampling.temperature).cumsum()
+            key = [torch.tensor([value]) for value in (sampling.seed, row_key(prompt.id), sample, 0)]
+            best = min(int(np.searchsorted(running, float(uniform(*key)) * running[-1], "right")), len(logprobs) - 1)
+        choice = request.choices[best]
+        completions.append(
+            Completion(prompt, sample, choice, "stop", num_tokens=len(choice), choice_probabilities=probabilities)
+        )
+    return completions
