@@ -18,7 +18,8 @@ from batchmix.model.link import CudaLink, Link
 from batchmix.model.shards import Shards
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu
-from batchmix.plan.placement import EFFICIENCY, MAX_NUM_SEQS, Machine, Placement, assumed, choose
+from batchmix.plan.placement import MAX_NUM_SEQS, Machine, Placement, assumed, choose
+from batchmix.plan.step_cost import EFFICIENCY
 
 _MEASURED_BYTES = 256 << 20  # 5 ms over PCIe 5
 
