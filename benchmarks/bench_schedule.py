@@ -359,6 +359,10 @@ def compare(name: str, rows: int, cost: StepCost, floor: float = 0.0) -> tuple[R
     return simulate(old_schedule, workload, cost, floor), simulate(new_schedule, workload, cost, floor)
 
 
+def _rounded(run: Run) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in asdict(run).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -379,11 +383,17 @@ def main() -> None:
             f" {new.preempted:,} |",
             flush=True,
         )
-        found[f"{name} {rows}"] = {"old": asdict(old), "new": asdict(new), "ratio": round(ratio, 4), "bar": bar}
+        found[f"{name} {rows}"] = {"old": _rounded(old), "new": _rounded(new), "ratio": round(ratio, 4), "bar": bar}
         if bar is not None and ratio < bar:
             missed.append(f"{name} {rows:,}: {ratio:.3f}, not {bar}")
     if args.save:
-        result = {"kv_tokens": KV_TOKENS, "floor_ms": args.floor, "workloads": found}
+        result = {
+            "shape": "8x7b",
+            "dtype": "bfloat16",
+            "kv_tokens": KV_TOKENS,
+            "floor_ms": args.floor,
+            "workloads": found,
+        }
         path = save_result(RESULTS, "simulated-h200", "schedule", result)
         print(f"written: benchmarks/results/{path.name}")
     if missed:

@@ -2,8 +2,8 @@
 
 A measured table is measured/<gpu>-<dtype>.json, of one model's shape on one card; it names the source of each figure.
 The experts take most of a step, and how long depends on the rows of each: of M tokens an expert has Binomial(M, K / E), as
-if the router chose evenly and each token for itself. An expert of r rows reads its weights once for every tile of rows,
-the first time from memory, and the tile is the one that was fastest for the average expert.
+if the router chose evenly and each token for itself. An expert reads its weights once for every tile of its rows, the first
+time from memory; how many rows a tile has follows from those of the average expert.
 """
 
 from __future__ import annotations
