@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,55 @@ def test_a_decode_step_beside_the_model_is_timed(monkeypatch: pytest.MonkeyPatch
     assert seconds.shape == (5, 2)
     assert (seconds[:, 0] > seconds[:, 1]).all()
     assert (seconds > 0).all()
+
+
+def test_schedules_are_simulated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both schedules give every row its answer, and a workload below its bar is an exit code."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    bench = importlib.import_module("bench_schedule")
+    cost = bench.h200_cost()
+    for name in ("synthesise", "extraction", "long", "annotate"):
+        work = bench.draw(name, 30)
+        old, new = (bench.simulate(schedule, work, cost) for schedule in (bench.old_schedule, bench.new_schedule))
+        assert old.output_tokens == new.output_tokens == work.output_tokens
+        assert old.mixed_steps == 0
+        assert new.seconds == pytest.approx(old.seconds, rel=0.2)
+        slow = bench.simulate(bench.new_schedule, work, cost, floor=10.0)
+        assert slow.seconds > new.seconds + 9
+    monkeypatch.setattr(bench, "BARS", {("synthesise", 30): 0.5, ("long", 30): 9.0})
+    monkeypatch.setattr("sys.argv", ["bench_schedule.py"])
+    with pytest.raises(SystemExit, match=r"below the bar: long 30: [\d.]+, not 9\.0"):
+        bench.main()
+    assert "| synthesise | 30 | " in capsys.readouterr().out
+
+
+def test_sequences_are_preempted_when_blocks_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    bench = importlib.import_module("bench_schedule")
+    monkeypatch.setattr(bench, "KV_TOKENS", 64 * 40)
+    cost = bench.h200_cost()
+    work = bench.Workload("growing", [bench.Request(60, 400)] * 30)
+    for schedule in (bench.old_schedule, bench.new_schedule):
+        run = bench.simulate(schedule, work, cost)
+        assert run.preempted > 0
+        assert run.output_tokens > work.output_tokens, "a preempted sequence starts again"
+
+
+def test_the_simulated_schedule_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill of whole runs on an H200; decode there was also captured and padded, which is no part of the simulation."""
+    root = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(root))
+    bench = importlib.import_module("bench_schedule")
+    file = root / "results" / "2026-11-28-nvidia-h200-throughput-synthesise-annotate.json"
+    for name, found in json.loads(file.read_text())["workloads"].items():
+        work = bench.draw(name, 800)
+        assert sum(request.prompt for request in work.requests) == found["work"]["prompt_tokens"]
+        assert work.output_tokens == found["work"]["output_tokens"]
+        assert work.shared == found["work"]["shared_tokens"]
+        run = bench.simulate(bench.old_schedule, work, bench.h200_cost())
+        measured = found["batchmix"]["stage_seconds"]
+        assert run.prefill_seconds == pytest.approx(measured["prefill"], rel=0.07)
+        assert 0.83 < (run.seconds - run.prefill_seconds) / measured["decode"] < 1
 
 
 @pytest.mark.slow  # compiles for sm_90, which the tests' interpreter does not

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from batchmix.config import Quantization
+from batchmix.measure.roofline import Device, roofline
+from batchmix.measure.workloads import INSTRUCTION, draw_sizes
+from batchmix.plan.cost import footprint
+from batchmix.plan.table import MIXTRAL_8X7B
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +35,24 @@ def h200(workload: str, ours: str, vllm: str | None) -> tuple[dict[str, Any], di
     found = result(f"nvidia-h200-throughput-synthesise-{ours}")["workloads"][workload]
     theirs = result(f"nvidia-h200-vllm-{vllm}")["workloads"][workload]["vllm"] if vllm else {}
     return found["batchmix"], found["roofline"], found["batchmix"][RATE[workload]], theirs.get(RATE[workload], 0.0)
+
+
+def overlapped_seconds(workload: str, ours: str, best: dict[str, float]) -> float:
+    """By the ceilings of a result that was written before `benchmark throughput` had this roofline."""
+    ceilings, fp8 = result(f"nvidia-h200-throughput-synthesise-{ours}")["ceilings"], ours.endswith("fp8")
+    size = footprint(MIXTRAL_8X7B, 2, Quantization.fp8 if fp8 else None, kv_itemsize=1 if fp8 else 2)
+    source = random.Random(workload)
+    shared, start = (704, INSTRUCTION) if workload == "annotate" else (0, 0)
+    sizes = [draw_sizes(workload, source) for _ in range(800)]
+    kv_tokens = int((150e9 - 2**32 - size.weight_bytes) / size.kv_bytes)  # what an H200 reports, less than 1 % off
+    found = roofline(
+        MIXTRAL_8X7B, 2, [start + own + 8 for own, _ in sizes], [answer for _, answer in sizes], shared,
+        Device(ceilings["copy"], ceilings["matmul"]["bfloat16"], kv_tokens, 4096, ceilings["matmul"]["fp8"] if fp8 else None),
+        expert_itemsize=size.layer_bytes / (8 * 3 * 4096 * 14336), kv_itemsize=1 if fp8 else 2,
+    )  # fmt: skip
+    assert found.prefill_seconds == pytest.approx(best["prefill_seconds"], abs=0.001)
+    assert found.decode_seconds == pytest.approx(best["decode_seconds"], abs=0.001)
+    return found.overlapped_seconds
 
 
 @pytest.mark.parametrize("workload", RATE)
@@ -54,10 +79,10 @@ def test_readme_on_a_gpu(workload, weights, suffix):
 def test_performance_page(name, ours, vllm, workloads):
     for workload in workloads:
         run, best, rate, theirs = h200(workload, ours, vllm)
-        seconds = run["stage_seconds"]
+        seconds, overlapped = run["stage_seconds"], overlapped_seconds(workload, ours, best)
         line = (
             f"| {workload} | {name} | {run['output_tokens_per_second']:,.0f} | {run['total_tokens_per_second']:,.0f} |"
-            f" {run['share_of_roofline']:.1%} | {seconds['prefill']:.1f} of {best['prefill_seconds']:.1f} |"
+            f" {run['share_of_roofline']:.1%} | {overlapped / run['seconds']:.1%} | {seconds['prefill']:.1f} of {best['prefill_seconds']:.1f} |"
             f" {seconds['decode']:.1f} of {best['decode_seconds']:.1f} | {run['device_busy']:.1%} |"
             f" {theirs:,.0f} | {rate / theirs:.2f} x |"
         )

@@ -18,7 +18,8 @@ from batchmix.model.staged_cache import StagedKVCache
 from batchmix.model.tensor_parallel import TensorParallel
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu
-from batchmix.plan.placement import EFFICIENCY, MAX_NUM_SEQS, Machine, Placement, assumed, select_placement
+from batchmix.plan.placement import MAX_NUM_SEQS, Machine, Placement, assumed, select_placement
+from batchmix.plan.step_cost import EFFICIENCY
 
 _MEASURED_BYTES = 256 << 20  # 5 ms over PCIe 5
 

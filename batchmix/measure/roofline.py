@@ -1,4 +1,7 @@
-"""The least time that given rows can take on a device of given ceilings: docs/performance.md derives it."""
+"""The least time that given rows can take on a device of given ceilings, by serial steps and by ones that overlap.
+
+docs/performance.md derives both.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,11 @@ class Roofline:
     prefill_seconds: float
     decode_seconds: float
     rows_at_once: float
+    overlapped_seconds: float  # of steps that mix prompts and answers: all bytes move while all operations run
 
     @property
     def seconds(self) -> float:
+        """Of prefill and decode one after the other."""
         return self.prefill_seconds + self.decode_seconds
 
 
@@ -69,7 +74,7 @@ def roofline(
     steps_of = [answer - 1 for answer in answers]  # prefill gives the first token
     output = sum(steps_of)
     if not output:
-        return Roofline(prefill, 0.0, 0.0)
+        return Roofline(prefill, 0.0, 0.0, prefill)
     own_keys = sum(n * (length - shared) + n * (n + 1) / 2 for length, n in zip(prompts, steps_of, strict=True))
     rows_at_once = min(device.most_rows, len(prompts), max(1.0, (device.kv_tokens - shared) / (own_keys / output)))
     steps = max(output / rows_at_once, max(steps_of))
@@ -78,6 +83,9 @@ def roofline(
         max(read * size / device.bandwidth, 2.0 * used * rows / rate)
         for read, used, size, rate in zip(weights, active, sizes, rates, strict=True)
     )
-    read = (own_keys + steps * shared) * kv_bytes
-    decode += max(read / device.bandwidth, (own_keys + output * shared) * per_key / device.flops)
-    return Roofline(prefill, decode, rows)
+    read = (own_keys + steps * shared) * kv_bytes / device.bandwidth
+    attending = (own_keys + output * shared) * per_key / device.flops
+    decode += max(read, attending)
+
+    computing += attending + output * sum(2.0 * used / rate for used, rate in zip(active, rates, strict=True))
+    return Roofline(prefill, decode, rows, max(computing, steps * reading + read))

@@ -17,7 +17,7 @@ from batchmix.model.config import MixtralConfig
 
 WORKLOADS = ("annotate", "synthesise", "long")
 ROWS = {"annotate": 4000, "synthesise": 4000, "long": 400, "offload": 400}
-_INSTRUCTION = 700  # tokens that every annotate row begins with
+INSTRUCTION = 700  # tokens that every annotate row begins with
 _SIGMA = 0.7  # of the logarithm of lengths
 _POSITIONS = 32768
 _TINY_SHARE = 8  # a tiny model, which is there to try the code path, has lengths so much shorter
@@ -84,10 +84,10 @@ def draw_work(name: str, rows: int | None, shape: str, model: MixtralConfig, tok
     """
     source = random.Random(name)
     count = rows if rows is None or name != "long" else max(1, rows // 10)
-    sizes = [_draw_sizes(name, source) for _ in range(ROWS[name] if count is None else count)]
+    sizes = [draw_sizes(name, source) for _ in range(ROWS[name] if count is None else count)]
     share = _TINY_SHARE if shape == "tiny" else 1
     sizes = [(max(1, words // share), max(2, answer // share)) for words, answer in sizes]
-    instruction = _INSTRUCTION // share if name == "annotate" else 0
+    instruction = INSTRUCTION // share if name == "annotate" else 0
     words = None if tokenizer is None else _words(tokenizer)
     choices = range(3, model.vocab_size) if words is None else range(len(words))
     common = source.choices(choices, k=instruction)
@@ -103,12 +103,14 @@ def draw_work(name: str, rows: int | None, shape: str, model: MixtralConfig, tok
     return Work(title, prompts, [answer for _, answer in sizes], _common_start(prompts) if instruction else 0)
 
 
-def _draw_sizes(name: str, source: random.Random) -> tuple[int, int]:
+def draw_sizes(name: str, source: random.Random) -> tuple[int, int]:
     """(own prompt tokens, answer tokens) of one row."""
     if name == "annotate":
         return _lognormal(source, 400, 8192), 48
     if name == "synthesise":
         return _lognormal(source, 200, 4096), _lognormal(source, 350, 1024)
+    if name == "extraction":  # of benchmarks/bench_schedule.py
+        return _lognormal(source, 992, 8192), _lognormal(source, 300, 1024)
     if name == "offload":  # of `benchmark offload`: whole passes over the link, and not too many of them
         return 512, 32
     return source.randint(4096, 16384 - 300), 256

@@ -29,6 +29,7 @@ class Footprint:
     layer_bytes: int  # the experts of one layer
     kv_bytes: int  # of one token, over all layers
     token_flops: float  # of one token in all layers, without attention's scores
+    expert_flops: float  # those of them that are experts'
     key_flops: float  # for each key that a token looks at
     head_flops: float  # of one token's logits
 
@@ -52,6 +53,7 @@ def footprint(
         layer_bytes=_experts_bytes(config, itemsize, quantization),
         kv_bytes=kv_bytes_per_token(config, kv_itemsize or itemsize),
         token_flops=2.0 * active,
+        expert_flops=2.0 * config.num_hidden_layers * experts * config.num_experts_per_tok / config.num_local_experts,
         key_flops=4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim,
         head_flops=2.0 * config.vocab_size * config.hidden_size,
     )

@@ -14,9 +14,9 @@ B = T / c rows of c tokens run at once. A decode step takes the longest of
     compute   B (operations of a token and its keys) / peak
 
 and a prefill step of P tokens likewise, without B c k. All of it goes on at once, so the longest counts: copies run on
-streams of their own, and the other two are the roofline of docs/performance.md. What does not fit the host is read from
-disk, which adds its own time to the link's. What fits the device is not streamed; else that is chosen which takes least
-time for a row, prompt and answer.
+streams of their own, and the other two are `step_cost.RooflineCost`. What does not fit the host is read from disk, which
+adds its own time to the link's. What fits the device is not streamed; else that is chosen which takes least time for a
+row, prompt and answer. Where nothing is streamed and the card's kernels were measured, a step takes their sum instead.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from batchmix.model.offload import BUFFERS
 from batchmix.plan.cost import Footprint
 from batchmix.plan.gpus import GPU
+from batchmix.plan.step_cost import EFFICIENCY, RooflineCost, Step, measured_cost
 
-EFFICIENCY = 0.6  # share of the roofline assumed to be reached: an assumption, not a measurement
 LINK_EFFICIENCY = 0.8  # likewise, of the data sheet's link bandwidth
 DISK_BANDWIDTH = 3e9  # bytes a second assumed of a disk that weights are streamed from
 RESIDENT_ROWS = 1024  # at most at once with all weights at hand: 256 for each of Mixtral's 8 experts
@@ -47,6 +47,7 @@ class Machine:
     hbm: float
     flops: float
     has_disk: bool = False  # whether weights may lie on disk
+    card: GPU | None = None  # if it is one, and known
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,9 @@ class Placement:
     hbm_seconds: float
     compute_seconds: float
     prefill_seconds: float  # of a whole row
+    step_seconds: float  # of a decode step
     row_seconds: float  # prefill and decode of one row, beside the others
-
-    @property
-    def step_seconds(self) -> float:
-        """Of a decode step."""
-        return max(self.link_seconds, self.hbm_seconds, self.compute_seconds)
+    measured: bool  # whether prefill and decode steps are sums of measured kernels
 
     @property
     def bound(self) -> str:
@@ -115,6 +113,7 @@ def cards(gpu: GPU, count: int, share: float, host_bytes: float, has_disk: bool 
     return Machine(
         count * gpu.memory_gb * 1e9 * share, host_bytes, count * gpu.link_gbs * 1e9 * LINK_EFFICIENCY,
         count * gpu.bandwidth_gbs * 1e9 * EFFICIENCY, count * gpu.tflops * 1e12 * EFFICIENCY, has_disk,
+        gpu if count == 1 else None,
     )  # fmt: skip
 
 
@@ -168,16 +167,24 @@ def _place(
     cached = at_once * rows.context * model.kv_bytes
     weights = (on_host - disk) / machine.link + disk * (1 / machine.link + 1 / DISK_BANDWIDTH)
     link = weights + kv_on_host * cached / machine.link
-    hbm = (model.weight_bytes + on_host + cached * (1 + kv_on_host)) / machine.hbm
-    per_token = model.token_flops + model.head_flops + model.key_flops * rows.context
-    compute = at_once * per_token / machine.flops
-
-    operations = model.token_flops * rows.prompt + model.key_flops * rows.prompt**2 / 2 + model.head_flops
-    steps = rows.prompt / prefill_tokens  # of a row, which shares them with others
-    prefill = max(operations / machine.flops, steps * weights, steps * (model.weight_bytes + on_host) / machine.hbm)
+    roofline = RooflineCost(model, machine.hbm, machine.flops)
+    decode = Step(decode_rows=at_once, context_tokens=at_once * rows.context, logits_rows=at_once)
+    written = on_host / machine.hbm  # what comes over the link is written before it is read
+    hbm = roofline.hbm_seconds(decode) + written + kv_on_host * cached / machine.hbm
+    compute = roofline.compute_seconds(decode)
+    decode_seconds = max(link, hbm, compute)
+    prompt = max(1.0, rows.prompt)
+    prefill = Step(
+        prefill_tokens=prefill_tokens, prefill_pairs=prefill_tokens * prompt / 2, logits_rows=prefill_tokens / prompt
+    )
+    prefill_seconds = max(weights, roofline.hbm_seconds(prefill) + written, roofline.compute_seconds(prefill))
+    measured = measured_cost(model, machine.card) if machine.card is not None and not streamed else None
+    if measured is not None:
+        decode_seconds, prefill_seconds = measured.seconds(decode), measured.seconds(prefill)
+    prefill_seconds *= prompt / prefill_tokens  # of a row, which shares its steps with others
     return Placement(
-        streamed, kv_on_host, disk, tokens, limit, int(at_once), machine.link, link, hbm, compute, prefill,
-        prefill + rows.answer * max(link, hbm, compute) / at_once,
+        streamed, kv_on_host, disk, tokens, limit, int(at_once), machine.link, link, hbm, compute, prefill_seconds,
+        decode_seconds, prefill_seconds + rows.answer * decode_seconds / at_once, measured is not None,
     )  # fmt: skip
 
 

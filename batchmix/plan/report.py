@@ -5,7 +5,8 @@ from __future__ import annotations
 from batchmix.plan.cost import Footprint
 from batchmix.plan.estimate import Cost, Workload
 from batchmix.plan.gpus import GPU
-from batchmix.plan.placement import EFFICIENCY, LINK_EFFICIENCY
+from batchmix.plan.placement import LINK_EFFICIENCY
+from batchmix.plan.step_cost import EFFICIENCY
 from batchmix.plan.survey import Survey
 
 _REASONS = 5
@@ -49,14 +50,22 @@ def plan_text(
         f" decode {cost.decode_flops:.3g} FLOP, {_time(cost.decode_seconds)}",
         f"  a decode step {_step_time(placement.step_seconds)}, bound by {placement.bound}:"
         f" {placement.tokens_per_second:,.0f} tokens/s",
-        f"  {cost.hours:.3g} hours in all, assuming {EFFICIENCY:.0%} of the card's data sheet and {LINK_EFFICIENCY:.0%} of"
-        " its link (an estimate, not measured)",
+        f"  {cost.hours:.3g} hours in all, {_source(cost)}",
     ]
     if whole is not None:
         lines.append(
             f"  model.tensor_parallel_size={whole.gpus} would hold all weights: {whole.hours:.3g} hours on {whole.gpus} cards"
         )
     return "\n".join(lines)
+
+
+def _source(cost: Cost) -> str:
+    if cost.placement.measured:
+        return "by the sum of kernels measured on such a card (an estimate: the run was not measured)"
+    return (
+        f"assuming {EFFICIENCY:.0%} of the card's data sheet and {LINK_EFFICIENCY:.0%} of its link (an estimate, not"
+        " measured)"
+    )
 
 
 def _cards(gpu: GPU, cost: Cost) -> str:

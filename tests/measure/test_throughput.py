@@ -42,6 +42,9 @@ def test_whole_runs_beside_the_roofline(batchmix, tmp_path):
     assert "tiny with 2 of 2 layers in float32" in lines[0]
     assert lines[1].startswith("annotate: 4 rows, ")
     assert lines[2].startswith("long: 1 rows, ")
+    assert re.search(
+        r"% of the serial roofline \([\d.]+ s at .*\), [\d.]+% of the overlapped one \([\d.]+ s\)", lines[1]
+    )
     assert lines[-1] == f"written: results/{path.name}"
     result = json.loads(path.read_text())
     for name, found in result["workloads"].items():
@@ -49,7 +52,8 @@ def test_whole_runs_beside_the_roofline(batchmix, tmp_path):
         assert 0 < ours["device_busy"] <= 1
         assert ours["peak_memory_gib"] > 0
         assert ours["output_tokens_per_second"] == pytest.approx(work["output_tokens"] / ours["seconds"], rel=0.01)
-        assert ours["share_of_roofline"] > 0
+        assert 0 < ours["share_of_overlapped_roofline"] <= ours["share_of_roofline"]
+        assert found["roofline"]["overlapped_seconds"] > 0
         assert (work["shared_tokens"] > 80) == (name == "annotate")
     assert [entry.name for entry in tmp_path.iterdir()] == ["results"], "nothing is left elsewhere"
 
@@ -222,6 +226,24 @@ def test_the_roofline_of_prefill_and_what_sharing_and_memory_change(tmp_path):
     assert roofline(model, 2, [1024] * 512, [1] * 512, 0, faster).prefill_seconds < 0.65 * prefill.prefill_seconds
     # One long answer among short ones: no fewer steps than it has tokens.
     assert roofline(model, 2, [10] * 100, [2] * 99 + [1001], 0, H200).rows_at_once == pytest.approx(1.1, rel=0.01)
+
+
+def test_the_overlapped_roofline_is_all_operations_or_all_bytes(tmp_path):
+    """By hand: 512 rows of 1,000 and 100 tokens, of which the cache holds 256, in 512 * 99 / 256 steps."""
+    model = open_random(tmp_path, "8x7b", 32).config
+    work = [1000] * 512, [100] * 512
+    found = roofline(model, 2, *work, 0, H200)
+    token = 2 * 32 * (4096 * 128 * 80 + 4096 * 8 + 2 * 3 * 4096 * 14336)
+    pairs = 512 * (1000**2 / 2 + 99 * 1000 + 99 * 100 / 2)
+    operations = 512 * (1099 * token + 100 * 2 * 32000 * 4096) + pairs * 4 * 32 * 32 * 128
+    assert found.overlapped_seconds == pytest.approx(operations / 790e12)
+    assert found.overlapped_seconds < found.seconds
+    slow = Device(bandwidth=1e12, flops=790e12, kv_tokens=10**9, most_rows=256)
+    weights = 2 * (32 * (4096 * 128 * 80 + 4096 * 8 + 8 * 3 * 4096 * 14336) + 32000 * 4096)
+    moved = 99 * 2 * weights + 512 * (99 * 1000 + 99 * 100 / 2) * 2 * 32 * 8 * 128 * 2
+    assert roofline(model, 2, *work, 0, slow).overlapped_seconds == pytest.approx(moved / 1e12)
+    prefill_alone = roofline(model, 2, [1000] * 512, [1] * 512, 0, H200)
+    assert prefill_alone.overlapped_seconds == prefill_alone.seconds
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

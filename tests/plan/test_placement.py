@@ -13,6 +13,7 @@ from batchmix.model.offload import BUFFERS
 from batchmix.plan.cost import footprint, weight_bytes
 from batchmix.plan.gpus import get_gpu, known_gpu
 from batchmix.plan.placement import DISK_BANDWIDTH, Machine, Rows, cards, select_placement
+from batchmix.plan.step_cost import Step, measured_cost
 from batchmix.plan.table import MIXTRAL_8X7B
 
 BF16 = footprint(MIXTRAL_8X7B, 2)
@@ -50,6 +51,25 @@ def test_what_fits_is_not_streamed():
     int4 = footprint(MIXTRAL_8X7B, 2, Quantization.int4)
     assert select_placement(int4, cards(get_gpu("l40s"), 1, 0.9, 2e12), ROWS, **OPTIONS).streamed == 0
     assert select_placement(BF16, PCIE4, ROWS, **OPTIONS, stream=False) is None
+
+
+def test_steps_of_a_measured_card_are_sums_of_its_kernels_where_nothing_is_streamed():
+    h200 = get_gpu("h200")
+    found = select_placement(BF16, cards(h200, 1, 0.9, 2e12), ROWS, **OPTIONS)
+    assert found.measured
+    decode = Step(decode_rows=found.rows, context_tokens=found.rows * 640, logits_rows=found.rows)
+    assert found.step_seconds == pytest.approx(measured_cost(BF16, h200).seconds(decode), rel=0.01)
+    assert found.step_seconds < max(found.hbm_seconds, found.compute_seconds), "which assume 60 % of the data sheet"
+    prefill = Step(prefill_tokens=8192, prefill_pairs=8192 * 256, logits_rows=16)
+    assert found.prefill_seconds == pytest.approx(measured_cost(BF16, h200).seconds(prefill) / 16)
+    assert not select_placement(BF16, cards(h200, 2, 0.9, 2e12), ROWS, **OPTIONS).measured, "no table has two cards"
+    assert not select_placement(BF16, cards(h200, 1, 0.4, 2e12), ROWS, **OPTIONS).measured, (
+        "no table has streamed weights"
+    )
+    int8 = footprint(MIXTRAL_8X7B, 2, Quantization.int8)
+    found = select_placement(int8, cards(h200, 1, 0.9, 2e12), ROWS, **OPTIONS)
+    assert not found.measured
+    assert found.step_seconds == max(found.hbm_seconds, found.compute_seconds)
 
 
 def test_what_the_host_has_no_room_for_comes_from_disk():

@@ -48,6 +48,12 @@ def test_a_plan_of_streamed_weights(config, capsys):
     assert re.search(r"KV cache 128\.0 KiB a token on the host, [\d,]+ tokens fit, 1,\d\d\d rows at once", text)
     assert re.search(r"a decode step [\d.]+ s, bound by link: 1\d\d tokens/s", text)
     assert "model.tensor_parallel_size=8 would hold all weights: " in text
+    assert "assuming 60% of the card's data sheet and 80% of its link" in text
+
+
+def test_a_plan_for_a_card_whose_kernels_were_measured(config, capsys):
+    config.plan.gpu = "h200"
+    assert " hours in all, by the sum of kernels measured on such a card" in printed(config, capsys)
 
 
 def test_a_plan_of_weights_that_are_not_to_be_streamed(config, capsys):
