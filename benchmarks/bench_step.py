@@ -3,8 +3,8 @@
     python benchmarks/bench_step.py [--rows N] [--steps N] [--save]
 
 The stand-in gives the same hidden states and logits at every call, over a vocabulary of 64 tokens, so that what is left
-is the engine's own work in decode steps: it does not grow with the model. Choosing the tokens is told apart, since
-it is arithmetic over [rows, vocabulary] that a GPU does in a kernel. One thread.
+is the engine's own work in decode steps: it does not grow with the model. Sampling is told apart, since it is arithmetic over
+[rows, vocabulary] that a GPU does in a kernel; and so are torch's operators, which a GPU's driver takes as launches. Seconds are of one thread, on its CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from common import save
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from batchmix.config import SamplingConfig
 from batchmix.engine.engine import Engine
@@ -62,15 +63,32 @@ class NoModel:
         return self._logits[: len(hidden)].clone()
 
 
+class OperatorSeconds(TorchFunctionMode):
+    """Adds up the time inside torch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = time.thread_time()
+        result = func(*args, **(kwargs or {}))
+        self.seconds += time.thread_time() - started
+        return result
+
+
 def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
-    """Seconds of `steps` decode steps of `rows` rows of 100 to 1,100 tokens, and of choosing in each: [steps, 2]."""
+    """Of `steps` decode steps of `rows` rows of 100 to 1,100 tokens: seconds, those of sampling, those of torch's operators.
+
+    float64 [steps, 3]; the last are those of as many steps more, which measuring makes slower as a whole.
+    """
     choosing = 0.0
 
     def timed(*arguments: Any) -> Any:
         nonlocal choosing
-        started = time.perf_counter()
+        started = time.thread_time()
         chosen = torch_backend.choose(*arguments)
-        choosing = time.perf_counter() - started
+        choosing = time.thread_time() - started
         return chosen
 
     cache = KVCache(CONFIG, rows * 40, 64, torch.float32, torch.device("cpu"))
@@ -89,11 +107,16 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
         while engine.scheduler.waiting or engine.scheduler.prefilling:
             engine.step()
         assert len(engine.scheduler.running) == rows
-        seconds = np.empty((steps, 2))
+        seconds = np.empty((steps, 3))
         for step in range(steps):
-            started = time.perf_counter()
+            started = time.thread_time()
             engine.step()
-            seconds[step] = time.perf_counter() - started, choosing
+            seconds[step, :2] = time.thread_time() - started, choosing
+        with OperatorSeconds() as operators:
+            for step in range(steps):
+                before = operators.seconds
+                engine.step()
+                seconds[step, 2] = operators.seconds - before
     return seconds
 
 
@@ -107,10 +130,12 @@ def main() -> None:
     found = {}
     for name, sampling in SAMPLINGS.items():
         seconds = step_seconds(args.rows, args.steps, sampling)[5:] * 1e3
-        (whole, choosing), slow = np.median(seconds, 0), np.quantile(seconds[:, 0], 0.99)
-        print(f"{name}: {whole:.2f} ms a step beside the model at {args.rows} rows, {choosing:.2f} of them to choose the"
-              f" tokens (99 of 100 steps within {slow:.2f} ms)")  # fmt: skip
-        found[name] = {"median_ms": round(whole, 3), "choosing_ms": round(choosing, 3), "99_percent_ms": round(slow, 3)}
+        (whole, choosing, operators), slow = np.median(seconds, 0), np.quantile(seconds[:, 0], 0.99)
+        host = whole - operators
+        print(f"{name}: {whole:.2f} ms a step beside the model at {args.rows:,} rows, {choosing:.2f} of them to sample the"
+              f" tokens (99 of 100 steps within {slow:.2f} ms); without torch's operators {host:.2f} ms")  # fmt: skip
+        found[name] = {"median_ms": round(whole, 3), "choosing_ms": round(choosing, 3), "99_percent_ms": round(slow, 3),
+                       "host_ms": round(host, 3)}  # fmt: skip
     if args.save:
         save("step", {"rows": args.rows, "steps": args.steps, "beside_the_model": found})
 

@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from links import FakeLink
 
 from batchmix.config import SamplingConfig, StructuredOutputs
-from batchmix.engine import decode
+from batchmix.engine import engine as engine_module
 from batchmix.engine.output_processor import process_outputs
 from batchmix.guided.pattern import Unsupported
 from batchmix.model.triton_ops import TritonOperators
@@ -140,7 +140,7 @@ def mixed():
 def unskipped(model, grammars, mixed):
     """Their answers with a step for each token."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "wants_skipping", lambda slots: False)
+        patch.setattr(engine_module, "may_jump_forward", lambda batch: False)
         plain = engine(model, grammars)
         found = run(plain, mixed)
     assert plain.stats.jump_forward_tokens == 0
