@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from batchmix.engine.async_copy import async_copy_to_gpu
-from batchmix.engine.philox import row_key, uniform
 from batchmix.engine.state import State
 from batchmix.engine.step import Piece, pad, prefill
 from batchmix.guided.compile import GrammarCompiler
 from batchmix.model.mixtral import Mixtral
+from batchmix.model.philox import row_key, uniform
 from batchmix.records import Completion, Prompt
 from batchmix.report.device_clock import DeviceClock
 

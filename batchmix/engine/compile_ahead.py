@@ -78,12 +78,12 @@ def record_steps(steps: Steps) -> None:
     for size in capture_sizes(steps.max_num_seqs):
         operators.find_shared(model, cache, slots, size)
         attend = operators.decode(model, cache, slots, size, size, width=1)
-        choose(model, slots, 0, model.logits(model(slots.token[:size], attend)), decoded=True)
+        choose(model, slots, 0, model.logits(model(slots.token[:size], attend)))
     for tokens in _prefill_sizes(steps.prefill_tokens):
         blocks = [SCRATCH_BLOCK] * -(-tokens // BLOCK_SIZE)
         attend = operators.prefill(model, cache, [Chunk(0, 0, tokens, blocks)], tokens)
         hidden = model(torch.empty(tokens, dtype=torch.int64, device=_META), attend)
-        choose(model, slots, 0, model.logits(hidden[:1]), decoded=False)
+        choose(model, slots, 0, model.logits(hidden[:1]))
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:

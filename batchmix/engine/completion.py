@@ -6,12 +6,14 @@ import time
 
 import numpy as np
 
-from batchmix.engine.slots import EOS, FAILED, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, InputBatch
+from batchmix.engine.slots import InputBatch
 from batchmix.engine.state import Row, State
+from batchmix.kernels.row_state import Finish
 from batchmix.records import Completion, FinishReason
 
 _FINISH_REASON: dict[int, FinishReason] = {
-    EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", WHOLE: "stop", LENGTH: "length",
+    Finish.EOS: "stop", Finish.STOP_TOKEN: "stop", Finish.STOP_STRING: "stop", Finish.WHOLE: "stop",
+    Finish.LENGTH: "length",
 }  # fmt: skip
 
 
@@ -47,13 +49,13 @@ def _completion(row: Row, slots: InputBatch, slot: int) -> Completion:
     """The token that ended the row is counted and left out."""
     sampling, answers = row.prompt.sampling, slots.answers
     finish, count = int(answers.finish[slot]), int(answers.count[slot])
-    if finish == FAILED:
+    if finish == Finish.FAILED:
         return Completion.failed(row.prompt, _why_it_failed(row, slots, slot), row.sample, count)
-    tokens = answers.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist()
+    tokens = answers.tokens[slot, : count - (finish in (Finish.EOS, Finish.STOP_TOKEN))].tolist()
     stop_reason: str | int | None = None
-    if finish == STOP_TOKEN:
+    if finish == Finish.STOP_TOKEN:
         stop_reason = int(answers.stop_reason[slot])
-    elif finish == STOP_STRING:
+    elif finish == Finish.STOP_STRING:
         stop_reason = (sampling.stop or [])[int(answers.stop_reason[slot])]
     logprobs = answers.row_logprobs(slot, sampling.logprobs) if sampling.logprobs is not None else None
     return Completion(

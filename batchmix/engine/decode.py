@@ -86,7 +86,7 @@ class Decode:
             attend = cache.around_decode(model.ops.decode(model, cache, lanes, rows, size, width), lanes, rows)
             hidden = model(lanes.token, attend)
             first = hidden[: pad(active, model.ops.row_tile)]
-            choose(model, slots, 0, model.logits(first)[:active], decoded=True)
+            choose(model, slots, 0, model.logits(first)[:active])
         self._end(active, 1)
 
     def _step(self, rows: int, size: int, width: int) -> None:
@@ -96,7 +96,7 @@ class Decode:
         logits = model.logits(model(slots.token[:size], attend))[:rows]
         if slots.grammars.texts:  # while the model runs
             listen(self.state, all_of_it=True)
-        choose(model, slots, 0, logits, decoded=True)
+        choose(model, slots, 0, logits)
 
     def _take_blocks(self, most: int) -> int:
         """The blocks that rows write to in up to so many steps; returns how many steps, 0 where no row is left.

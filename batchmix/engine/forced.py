@@ -16,7 +16,8 @@ from torch import Tensor
 
 from batchmix.engine.async_copy import async_copy_to_gpu
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.slots import FREE, RUNNING, InputBatch
+from batchmix.engine.slots import InputBatch
+from batchmix.kernels.row_state import Finish
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def append_jump_forward(slots: InputBatch, runs: list[list[int]]) -> Lanes:
     return Lanes(
         lanes(slots.token, tokens, 0),
         lanes(slots.context, positions, 0),
-        lanes(slots.finish, [RUNNING] * len(owners), FREE),
+        lanes(slots.finish, [Finish.RUNNING] * len(owners), Finish.FREE),
         np.append(slots.prompt_tokens[:active], positions),
         np.append(slots.planned[:active], np.ones(len(owners), np.int64)),
         table,

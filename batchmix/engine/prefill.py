@@ -79,6 +79,6 @@ class Prefill:
         stacked = torch.stack(hidden + [torch.zeros_like(hidden[0])] * padding)
         slots.upload()
         with self.device_clock.work("prefill"):
-            choose(model, slots, first, model.logits(stacked)[: len(hidden)], decoded=False)
+            choose(model, slots, first, model.logits(stacked)[: len(hidden)])
         slots.queued(first, first + len(hidden), 1)
         slots.look()

@@ -50,11 +50,13 @@ def prefill(
     return hidden, ends
 
 
-def choose(model: Mixtral, slots: InputBatch, first: int, logits: torch.Tensor, decoded: bool) -> None:
-    """Append a token to slots first..first+R-1. logits float32 [R, V] (spent); `decoded`: see `Operators.advance`."""
-    tokens, logprobs, processed_logprobs = model.ops.choose(logits, slots, first)
+def choose(model: Mixtral, slots: InputBatch, first: int, logits: torch.Tensor) -> None:
+    """Append a token to slots first..first+R-1. logits float32 [R, V] (spent)."""
+    end = first + len(logits)
+    rows = slots.rows(first, end)
+    tokens, logprobs, processed_logprobs = model.ops.sample(logits, rows, slots.host_rows(first, end))
     model.tp.broadcast(tokens)
     if logprobs is not None:  # read in every step, so what is planned is what there is
-        rows = first + logprobs.rows
-        slots.answers.append_logprobs(rows, slots.planned[rows], logprobs.chosen, logprobs.top_ids, logprobs.top)
-    model.ops.advance(slots, first, tokens, decoded, processed_logprobs)
+        logged = first + logprobs.rows
+        slots.answers.append_logprobs(logged, slots.planned[logged], logprobs.chosen, logprobs.top_ids, logprobs.top)
+    model.ops.post_update(tokens, rows, processed_logprobs)

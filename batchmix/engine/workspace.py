@@ -65,15 +65,16 @@ def largest_decode(model: Mixtral, rows: int, max_model_len: int, block_size: in
     ops, cache = model.ops, _scratch(model, block_size, kv_dtype)
     width = -(-max_model_len // block_size)
     slots = InputBatch(rows, model.config.vocab_size, width, (), None, async_copy_from(cache.keys.device), ops.row_tile)
-    prompt = Prompt(0, "", {}, range(max_model_len - 1), SamplingConfig(temperature=1.0, top_p=0.9))
+    prompt = Prompt(0, "", {}, range(max_model_len), SamplingConfig(temperature=1.0, top_p=0.9))
     for sample in range(rows):
         slots.add(prompt, sample, max_tokens=1)
     slots.upload()
     model.expert_load.set_num_valid(rows)
     ops.find_shared(model, cache, slots, len(slots.token))
     hidden = model(slots.token, ops.decode(model, cache, slots, rows, len(slots.token), width))
-    tokens, *_ = ops.choose(model.logits(hidden)[:rows], slots, 0)
-    ops.advance(slots, 0, tokens, True)
+    tensors = slots.rows(0, rows)
+    tokens, *_ = ops.sample(model.logits(hidden)[:rows], tensors, slots.host_rows(0, rows))
+    ops.post_update(tokens, tensors)
 
 
 def _scratch(model: Mixtral, block_size: int, kv_dtype: torch.dtype) -> KVCache:

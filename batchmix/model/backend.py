@@ -14,9 +14,10 @@ from torch import Tensor
 
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import KVCache
-from batchmix.engine.sampling import Logprobs
 from batchmix.engine.slots import InputBatch
+from batchmix.kernels.row_state import RowTensors
 from batchmix.model.expert_load import LayerLoad
+from batchmix.model.host_rows import HostRows, Logprobs
 from batchmix.model.quantized import Weight
 
 if TYPE_CHECKING:
@@ -79,14 +80,12 @@ class Operators(Protocol):
         The tokens behind those rows' are padding.
         """
 
-    def choose(self, logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
-        """The next tokens, int64 [R], of slots first..first+R-1. logits float32 [R, V] (spent).
+    def sample(self, logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+        """The next tokens, int64 [R], of rows 0..R-1. logits float32 [R, V] (spent).
 
         Last their log-probabilities among the tokens that were allowed, float32 [R], 0 where the row does not ask for
         it; None where no row has asked.
         """
 
-    def advance(
-        self, slots: InputBatch, first: int, tokens: Tensor, decoded: bool, processed_logprobs: Tensor | None = None
-    ) -> None:
-        """What these tokens do to their rows; `decoded`: each row's last token has gone into the cache before."""
+    def post_update(self, tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | None = None) -> None:
+        """Append these tokens to rows 0..R-1 and see which rows have ended; those that had ended stay as they are."""

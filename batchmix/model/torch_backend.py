@@ -1,4 +1,4 @@
-"""The torch backend: the operators of torch_ops and torch_attention and the engine's own sampling, on the CPU.
+"""The torch backend: the operators of torch_ops, torch_attention and torch_sampler, on the CPU.
 
 It is the oracle of other backends; that its bits do not depend on a row's company is the work of those modules.
 """
@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.advance import advance
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.sampling import choose
-from batchmix.engine.slots import RUNNING, InputBatch
+from batchmix.engine.slots import InputBatch
+from batchmix.kernels.row_state import Finish
 from batchmix.model.backend import Attend, Chunk
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
 from batchmix.model.torch_ops import add_rms_norm, moe, rms_norm, rotate
 from batchmix.model.torch_products import ROW_TILE
 from batchmix.model.torch_products import product as linear
+from batchmix.model.torch_sampler import post_update, sample
 
 __all__ = [
     "add_rms_norm",
-    "advance",
-    "choose",
     "decode",
     "find_shared",
     "linear",
     "moe",
+    "post_update",
     "prefill",
     "rms_norm",
     "row_tile",
+    "sample",
 ]
 row_tile = ROW_TILE
 
@@ -52,7 +52,7 @@ def find_shared(model: Mixtral, cache: KVCache, slots: InputBatch, num_tokens: i
 
 def decode(model: Mixtral, cache: KVCache, slots: InputBatch | Lanes, rows: int, num_tokens: int, width: int) -> Attend:
     """See `Operators`."""
-    running = slots.finish[:rows].numpy() == RUNNING
+    running = slots.finish[:rows].numpy() == Finish.RUNNING
     context = slots.context[:rows].numpy() * running + 1
     table = slots.block_table[:rows, :width].astype(np.int64)
     table[~running] = SCRATCH_BLOCK  # rows that have ended write there

@@ -14,10 +14,11 @@ from torch import Tensor
 from batchmix.engine.async_copy import async_copy_to_gpu
 from batchmix.engine.forced import Lanes
 from batchmix.engine.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.engine.slots import RUNNING, InputBatch
+from batchmix.engine.slots import InputBatch
 from batchmix.kernels.attention_decode import SharedSplits, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
 from batchmix.kernels.rotary import rotate_and_cache
+from batchmix.kernels.row_state import Finish
 from batchmix.model.backend import Chunk
 from batchmix.model.mixtral import Mixtral
 
@@ -81,7 +82,7 @@ class DecodeAttention(_Paged):
         width: int,
         shared: SharedSplits | None,
     ) -> None:
-        running = slots.finish[:num_slots] == RUNNING
+        running = slots.finish[:num_slots] == Finish.RUNNING
         position = slots.context[:num_slots] * running
         table = slots.device_blocks[:num_slots, :width]
         block = table.gather(1, (position // cache.block_size)[:, None])[:, 0].long()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.kv_cache import SCRATCH_BLOCK
-from batchmix.engine.slots import RUNNING
+from batchmix.kernels.row_state import Finish
 from batchmix.model import torch_backend
 from batchmix.model.mixtral import Mixtral
 from batchmix.plan.planner import Limits, plan
@@ -78,7 +78,7 @@ class Device:
 
     def check_blocks(self, cache, slots, rows):
         with self.work():
-            running = torch.nonzero(slots.finish[:rows] == RUNNING)[:, 0]
+            running = torch.nonzero(slots.finish[:rows] == Finish.RUNNING)[:, 0]
             blocks = slots.device_blocks[running, slots.context[running] // cache.block_size]
             assert (blocks != SCRATCH_BLOCK).all()
 
@@ -211,4 +211,6 @@ def test_what_has_ended_comes_out_when_the_run_is_stopped(model, rows, expected)
         assert not state.slots.looks
         with torch.inference_mode():
             state.slots.upload()  # rows have moved to the slots of those that were handed out
-        assert (state.slots.finish[: len(state.rows)] == RUNNING).all(), "a row that has ended was not handed out"
+        assert (state.slots.finish[: len(state.rows)] == Finish.RUNNING).all(), (
+            "a row that has ended was not handed out"
+        )
