@@ -87,13 +87,13 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
     def timed(*arguments: Any) -> Any:
         nonlocal choosing
         started = time.thread_time()
-        chosen = torch_backend.choose(*arguments)
+        chosen = torch_backend.sample(*arguments)
         choosing = time.thread_time() - started
         return chosen
 
     cache = KVCache(CONFIG, rows * 40, 64, torch.float32, torch.device("cpu"))
     model = NoModel(1 << 20)
-    model.ops.choose = timed
+    model.ops.sample = timed
     engine = Engine(
         model, cache, max_num_seqs=rows, max_num_batched_tokens=8192, max_model_len=2048, eos_token_ids=(2,),
         stop_table=None,

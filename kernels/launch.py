@@ -14,6 +14,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -90,6 +91,11 @@ class Operator(Generic[P, T]):
 def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[P, T]], Operator[P, T]]:
     """Make a launcher an `Operator`. An argument that it changes has no default: torch 2.11 would not pass it on."""
     return lambda launcher: Operator(name, launcher, mutates_args)
+
+
+def constexprs(*values: int) -> tuple[tl.constexpr, ...]:
+    """Numbers as kernels may read them from their module: fields of a packed block, say."""
+    return tuple(tl.constexpr(int(value)) for value in values)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.kernels.row_state import Finish, Flag, Number, Real, State
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, D], weight [D] -> [T, D]; Zhang and Sennrich 2019, the mean of squares in float32."""
@@ -289,134 +291,106 @@ def uniform(seed: int, row_key: int, sample: int, position: int) -> float:
 
 def sample(
     logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    row_key: Tensor,
-    sample: Tensor,
-    generated: Tensor,
-    min_tokens: Tensor,
+    state: Tensor,
+    numbers: Tensor,
+    reals: Tensor,
+    flags: Tensor,
     eos_token_ids: Tensor,
     stop_token_ids: Tensor,
-    bias_row: Tensor,
     biases: Tensor,
-    penalised: Tensor,
-    repetition_penalty: Tensor,
-    presence_penalty: Tensor,
-    frequency_penalty: Tensor,
     output_counts: Tensor | None,
     in_prompt: Tensor | None,
-    wants_logprob: Tensor,
-    processed_logprobs: Tensor,
-    grammar_base: Tensor | None = None,
-    grammar_state: Tensor | None = None,
-    grammar_class: Tensor | None = None,
-    max_tokens: Tensor | None = None,
-    grammar_tables: Tensor | None = None,
-    grammar_classes: Tensor | None = None,
+    grammar_states: Tensor | None,
+    grammar_classes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and meaning as the kernel's: -> tokens int64 [R], log-probabilities float32 [R]."""
     tokens, logprobs = [], []
     for r, raw in enumerate(logits):
+        generated = int(state[State.GENERATED, r])
+        number = {field: int(numbers[field, r]) for field in Number}
+        real, flag = reals[:, r], flags[:, r]
         x = raw.clone()  # [V]
-        if bias_row[r] >= 0:
-            x += biases[bias_row[r]]
-        if generated[r] < min_tokens[r]:
+        if number[Number.BIAS_ROW] >= 0:
+            x += biases[number[Number.BIAS_ROW]]
+        if generated < number[Number.MIN_TOKENS]:
             x[eos_token_ids] = float("-inf")
             x[stop_token_ids[r][stop_token_ids[r] >= 0]] = float("-inf")
-        if penalised[r] and output_counts is not None and in_prompt is not None:
+        if flag[Flag.PENALISED] and output_counts is not None and in_prompt is not None:
+            repetition = real[Real.REPETITION_PENALTY]
             for token, count in enumerate(output_counts[r].tolist()):
                 if in_prompt[r, token] or count:
-                    x[token] = x[token] / repetition_penalty[r] if x[token] > 0 else x[token] * repetition_penalty[r]
-                x[token] -= frequency_penalty[r] * count
-                x[token] -= presence_penalty[r] * (count > 0)
-        if grammar_base is not None and grammar_base[r] >= 0:
-            assert grammar_state is not None
-            assert grammar_class is not None
-            assert max_tokens is not None
-            assert grammar_tables is not None
-            assert grammar_classes is not None
-            first = int(grammar_base[r] + grammar_state[r])
-            for token, kind in enumerate(grammar_classes[grammar_class[r]].tolist()):
-                if grammar_tables[first + kind, 1] > max_tokens[r] - generated[r] - 1:
+                    x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
+                x[token] -= real[Real.FREQUENCY_PENALTY] * count
+                x[token] -= real[Real.PRESENCE_PENALTY] * (count > 0)
+        if grammar_states is not None and grammar_classes is not None and number[Number.GRAMMAR_BASE] >= 0:
+            first = number[Number.GRAMMAR_BASE] + int(state[State.GRAMMAR_STATE, r])
+            for token, kind in enumerate(grammar_classes[number[Number.GRAMMAR_CLASS]].tolist()):
+                if grammar_states[first + kind, 1] > number[Number.MAX_TOKENS] - generated - 1:
                     x[token] = float("-inf")
         allowed = raw.double().masked_fill(x == float("-inf"), float("-inf"))
         token = x.tolist().index(max(x.tolist()))
-        if temperature[r] > 0 and x[token] > float("-inf"):
-            weights = ((x - x[token]) / temperature[r]).exp()
-            weights[~kept(weights, int(top_k[r]), float(top_p[r]), float(min_p[r]))] = 0
-            token = draw(weights, uniform(int(seed[r]), int(row_key[r]), int(sample[r]), int(generated[r])))
+        if real[Real.TEMPERATURE] > 0 and x[token] > float("-inf"):
+            weights = ((x - x[token]) / real[Real.TEMPERATURE]).exp()
+            weights[~kept(weights, number[Number.TOP_K], float(real[Real.TOP_P]), float(real[Real.MIN_P]))] = 0
+            key = number[Number.SEED], number[Number.ROW_KEY], number[Number.SAMPLE], generated
+            token = draw(weights, uniform(*key))
         tokens.append(token)
-        wanted = raw.double() if wants_logprob[r] else allowed
-        logprobs.append(float(wanted.log_softmax(0)[token]) if wants_logprob[r] or processed_logprobs[r] else 0.0)
+        wanted = raw.double() if flag[Flag.WANTS_LOGPROB] else allowed
+        asked = flag[Flag.WANTS_LOGPROB] or flag[Flag.PROCESSED_LOGPROBS]
+        logprobs.append(float(wanted.log_softmax(0)[token]) if asked else 0.0)
     return torch.tensor(tokens, device=logits.device), torch.tensor(logprobs, device=logits.device)
 
 
-# ---- slots.py ----
+# ---- post_update.py ----
 
 
-def advance(
+def post_update(
     tokens: Tensor,
     logprobs: Tensor | None,
-    token: Tensor,
-    context: Tensor | None,
-    generated: Tensor,
-    finish: Tensor,
-    stop_reason: Tensor,
-    stop_state: Tensor,
+    state: Tensor,
+    numbers: Tensor,
+    flags: Tensor,
     history: Tensor,
     logprob_history: Tensor | None,
     output_counts: Tensor | None,
-    penalised: Tensor,
-    max_tokens: Tensor,
-    min_tokens: Tensor,
-    ignore_eos: Tensor,
     eos_token_ids: Tensor,
     stop_token_ids: Tensor,
-    stop_base: Tensor,
     automata: Tensor,
-    grammar_state: Tensor | None = None,
-    grammar_base: Tensor | None = None,
-    grammar_class: Tensor | None = None,
-    grammar_tables: Tensor | None = None,
-    grammar_classes: Tensor | None = None,
+    grammar_states: Tensor | None,
+    grammar_classes: Tensor | None,
 ) -> None:
     """Shapes and meaning as the kernel's."""
-    running, eos, stop_token, stop_string, length = range(5)
-    for r, new in enumerate(tokens.tolist()):
-        if finish[r] != running:
+    for r, token in enumerate(tokens.tolist()):
+        row = state[:, r]
+        if row[State.FINISH] != Finish.RUNNING:
             continue
-        place = int(generated[r]) % history.shape[1]
-        token[r] = history[r, place] = new
+        number = {field: int(numbers[field, r]) for field in Number}
+        place = int(row[State.GENERATED]) % history.shape[1]
+        row[State.TOKEN] = history[r, place] = token
         if logprobs is not None and logprob_history is not None:
             logprob_history[r, place] = logprobs[r]
-        if context is not None:
-            context[r] += 1
-        if output_counts is not None and penalised[r]:
-            output_counts[r, new] += 1
-        generated[r] += 1
-        why, reason = running, 0
-        if generated[r] >= max_tokens[r]:
-            why = length
-        if stop_base[r] >= 0 and generated[r] > min_tokens[r]:
-            stop_state[r] = automata[stop_base[r] + stop_state[r], new]
-            if automata[stop_base[r] + stop_state[r], -1] >= 0:
-                why, reason = stop_string, int(automata[stop_base[r] + stop_state[r], -1])
-        if grammar_base is not None and grammar_base[r] >= 0:
-            assert grammar_state is not None
-            assert grammar_class is not None
-            assert grammar_tables is not None
-            assert grammar_classes is not None
-            kind = grammar_classes[grammar_class[r], new]
-            grammar_state[r] = grammar_tables[grammar_base[r] + grammar_state[r] + kind, 0]
-            over, longer = grammar_tables[grammar_base[r] + grammar_state[r]].tolist()
-            if longer > max_tokens[r] - generated[r]:
-                why = 6 if over else length
-        if generated[r] >= min_tokens[r]:
-            if new in stop_token_ids[r].tolist():
-                why, reason = stop_token, new
-            if new in eos_token_ids.tolist() and not ignore_eos[r]:
-                why = eos
-        finish[r], stop_reason[r] = why, reason
+        if output_counts is not None and flags[Flag.PENALISED, r]:
+            output_counts[r, token] += 1
+        row[State.CONTEXT] += 1
+        row[State.GENERATED] += 1
+        generated = int(row[State.GENERATED])
+        why, reason = Finish.RUNNING, 0
+        if generated >= number[Number.MAX_TOKENS]:
+            why = Finish.LENGTH
+        if (base := number[Number.STOP_BASE]) >= 0 and generated > number[Number.MIN_TOKENS]:
+            row[State.STOP_STATE] = automata[base + row[State.STOP_STATE], token]
+            if (matched := int(automata[base + row[State.STOP_STATE], -1])) >= 0:
+                why, reason = Finish.STOP_STRING, matched
+        if grammar_states is not None and grammar_classes is not None and number[Number.GRAMMAR_BASE] >= 0:
+            grammar = grammar_states[number[Number.GRAMMAR_BASE] :]
+            kind = grammar_classes[number[Number.GRAMMAR_CLASS], token]
+            row[State.GRAMMAR_STATE] = grammar[row[State.GRAMMAR_STATE] + kind, 0]
+            over, longer = grammar[row[State.GRAMMAR_STATE]].tolist()
+            if longer > number[Number.MAX_TOKENS] - generated:
+                why = Finish.WHOLE if over else Finish.LENGTH
+        if generated >= number[Number.MIN_TOKENS]:
+            if token in stop_token_ids[r].tolist():
+                why, reason = Finish.STOP_TOKEN, token
+            if token in eos_token_ids.tolist() and not flags[Flag.IGNORE_EOS, r]:
+                why = Finish.EOS
+        row[State.FINISH], row[State.STOP_REASON] = why, reason

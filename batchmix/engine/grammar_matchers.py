@@ -65,7 +65,7 @@ class GrammarMatchers:
         # In the step that was on its way when the host saw the text's end: what it chooses is dropped.
         return text.following if text.following.goes_on else text.grammar.vocabulary.anything
 
-    def hear(
+    def accept_tokens(
         self, outputs: OutputBuffers, is_running: np.ndarray, is_cut: np.ndarray
     ) -> Iterator[tuple[int, GrammarMatcher]]:
         """Take what rows have answered, and find what may follow; the slots whose text cannot go on, or may not.
@@ -88,7 +88,7 @@ class GrammarMatchers:
             if is_cut[slot] or not text.following.goes_on:
                 yield slot, text
 
-    def tell(self, span: slice, classes: Tensor) -> None:
+    def fill_bitmask(self, span: slice, classes: Tensor) -> None:
         """Write what may come next in these slots into `classes` int32 [grammars, V], in the order of the device's work."""
         slots = [slot for slot in range(span.start, span.stop) if self._texts[slot] is not None] if self._count else []
         if not slots:

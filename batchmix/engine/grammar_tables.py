@@ -9,7 +9,7 @@ from batchmix.config import SamplingConfig
 from batchmix.engine.device_tables import DeviceTableCache
 from batchmix.engine.grammar_matchers import ALLOWED, ONE_STATE, GrammarMatchers
 from batchmix.guided.compile import GrammarCompiler, grammar_key
-from batchmix.guided.grammar import CompiledGrammar
+from batchmix.guided.grammar import CompiledGrammar, TokenSet
 from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar
 
 
@@ -57,6 +57,11 @@ class GrammarTables:
             state = grammar.after(state, tokens[known:count].tolist())
             self._followed[slot] = count, state
         return state
+
+    def allowed_tokens(self, slot: int, state: int, left: int) -> TokenSet:
+        """What the slot's row may choose from in a state of its grammar, with `left` tokens after this one."""
+        grammar = self.of_slot[slot]
+        return self.texts.allowed(slot) if grammar is None else grammar.allowed_tokens(state, left)
 
     def move(self, target: int, source: int) -> None:
         """The row of slot `source` is now in slot `target`."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,28 +25,22 @@ from batchmix.data.stop_strings import INSIDE, START, StopTable
 from batchmix.engine.device_tables import DeviceTableCache, automaton, bias_key, bias_table, stop_key
 from batchmix.engine.grammar_tables import GrammarTables
 from batchmix.engine.output_buffers import OutputBuffers
-from batchmix.engine.philox import row_key
 from batchmix.guided.compile import GrammarCompiler
+from batchmix.kernels.row_state import Finish, Flag, Number, Real, RowTensors, State
 from batchmix.model.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
 from batchmix.model.backend import DecodeTokens
+from batchmix.model.host_rows import HostRows
 from batchmix.model.kv_cache import SCRATCH_BLOCK
+from batchmix.model.philox import row_key
 from batchmix.records import Prompt
 
-RUNNING, EOS, STOP_TOKEN, STOP_STRING, LENGTH = range(5)  # why a row ended
-FREE = 5  # `finish` of a slot without a row: steps leave it alone, as they do rows that have ended
-WHOLE = 6  # why a row ended: its grammar allows no longer text
-FAILED = 7  # why a row ended: its text is not one that its grammar allows, and cannot become one
-
-_STATE = ("token", "context", "generated", "finish", "stop_reason", "stop_state", "grammar_state")  # changed by steps
-_READ = slice(2, 5)  # of _STATE: what the host wants to know
-_NUMBERS = (
-    "max_tokens", "min_tokens", "top_k", "seed", "row_key", "sample", "bias_row", "stop_base", "grammar_base",
-    "grammar_class",
+_READ = slice(State.GENERATED, State.STOP_REASON + 1)  # of the state: what the host wants to know
+_BLOCKS: tuple[tuple[type[IntEnum], torch.dtype], ...] = (
+    (State, torch.int64), (Number, torch.int64), (Real, torch.float32), (Flag, torch.bool),
 )  # fmt: skip
 _NONE = ("bias_row", "stop_base", "grammar_base", "grammar_class")  # -1 where a row has no such table
-_REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_FLAGS = ("penalised", "ignore_eos", "wants_logprob", "processed_logprobs")
-_AS_ASKED = ("min_tokens", "top_k", "seed", *_REALS, "ignore_eos")  # fields that are the prompt's sampling key
+# Fields that are the prompt's sampling key.
+_AS_ASKED = ("min_tokens", "top_k", "seed", *(real.name.lower() for real in Real), "ignore_eos")
 
 
 class CpuGpuBuffer:
@@ -95,38 +91,6 @@ class InputBatch:
     `steps_per_read` is how many steps may run before a `record_step`.
     """
 
-    # Where the row is, int64.
-    token: Tensor  # the last one sampled, whose keys and values are not in the cache yet
-    context: Tensor  # tokens before it; each step adds one, so a row begins with one less than its prompt has
-    generated: Tensor
-    finish: Tensor
-    stop_reason: Tensor  # stop token id, or ordinal of the stop string
-    stop_state: Tensor
-    grammar_state: Tensor  # row of `grammars.states`, counted from grammar_base
-    # What the row asked for: int64, float32, bool.
-    max_tokens: Tensor
-    min_tokens: Tensor
-    top_k: Tensor
-    seed: Tensor
-    row_key: Tensor
-    sample: Tensor
-    bias_row: Tensor  # row of `biases`, -1: none
-    stop_base: Tensor  # first row of the automaton in `automata`, -1: none
-    grammar_base: Tensor  # first row of the grammar in `grammars.states`, -1: none
-    grammar_class: Tensor  # row of `grammars.classes`, -1: none
-    temperature: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    repetition_penalty: Tensor
-    presence_penalty: Tensor
-    frequency_penalty: Tensor
-    penalised: Tensor
-    ignore_eos: Tensor
-    wants_logprob: Tensor
-    processed_logprobs: (
-        Tensor  # the log-probability among the tokens that the grammar leaves, which `logprob_history` keeps
-    )
-
     def __init__(
         self,
         capacity: int,
@@ -149,21 +113,17 @@ class InputBatch:
         self.num_active = 0
         self.version = 0  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
-        # The host's side of each field above; of a row's state, what it began with.
+        # The host's side of each field of the blocks; of a row's state, what it began with.
         self.host: dict[str, np.ndarray] = {}
         self._columns: list[CpuGpuBuffer] = []  # [fields, slots]
-        for names, dtype in (
-            (_STATE, torch.int64),
-            (_NUMBERS, torch.int64),
-            (_REALS, torch.float32),
-            (_FLAGS, torch.bool),
-        ):
-            mirror = CpuGpuBuffer((len(names), size), dtype, device, axis=1)
+        for fields, dtype in _BLOCKS:
+            mirror = CpuGpuBuffer((len(fields), size), dtype, device, axis=1)
             self._columns.append(mirror)
-            for name, array, tensor in zip(names, mirror.array, mirror.tensor, strict=True):
-                self.host[name] = array
-                setattr(self, name, tensor)
-        self.state = self._columns[0].tensor  # int64 [7, capacity]: what steps change
+            self.host |= {field.name.lower(): mirror.array[field] for field in fields}
+        self.state, self.numbers, self.reals, self.flags = (mirror.tensor for mirror in self._columns)
+        self.token, self.context = self.state[State.TOKEN], self.state[State.CONTEXT]
+        self.generated, self.finish = self.state[State.GENERATED], self.state[State.FINISH]
+        self.grammar_state = self.state[State.GRAMMAR_STATE]
         self._blocks = CpuGpuBuffer((size, blocks_per_row), torch.int32, device, SCRATCH_BLOCK)
         self.block_table, self.device_blocks = self._blocks.array, self._blocks.tensor
         self.num_blocks = np.zeros(size, np.int64)  # of the row's in block_table
@@ -199,6 +159,34 @@ class InputBatch:
             self.grammars.states.data, self.grammars.classes.data, self.logprob_history,
         )  # fmt: skip
         return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
+
+    def rows(self, first: int, end: int) -> RowTensors:
+        """What operators read and change of slots first..end-1."""
+        grammars = self.grammars if self.grammars.used else None
+        return RowTensors(
+            self.state,
+            self.numbers,
+            self.reals,
+            self.flags,
+            self.stop_token_ids,
+            self.eos_token_ids,
+            self.biases.data,
+            self.automata.data,
+            self.output_counts,
+            self.in_prompt,
+            None if grammars is None else grammars.states.data,
+            None if grammars is None else grammars.classes.data,
+            self.history,
+            self.logprob_history,
+        ).narrow(end, first)
+
+    def host_rows(self, first: int, end: int) -> HostRows:
+        """What only the host knows of slots first..end-1."""
+        return HostRows(
+            self.num_logprobs[first:end],
+            lambda row, state, left: self.grammars.allowed_tokens(first + row, state, left),
+            partial(self.grammars.texts.fill_bitmask, slice(first, end)),
+        )
 
     def upload(self) -> None:
         """Tell the device what the host has changed, in the order of its work."""
@@ -249,15 +237,17 @@ class InputBatch:
             step.scored()
         new = self.outputs.append(step.slots[there], generated, finish, stop_reason, *rings)
         ended = self.outputs.finish
-        for slot, text in self.grammars.texts.hear(self.outputs, ended == RUNNING, ended == LENGTH):
+        for slot, text in self.grammars.texts.accept_tokens(
+            self.outputs, ended == Finish.RUNNING, ended == Finish.LENGTH
+        ):
             if not text.following.goes_on or not text.may_end:
-                ended[slot] = WHOLE if text.may_end else FAILED
+                ended[slot] = Finish.WHOLE if text.may_end else Finish.FAILED
         return new
 
     def decode_tokens(self, rows: int, size: int, width: int) -> DecodeTokens:
         """The last tokens of slots 0..rows-1, and with those of free slots `size` tokens. `width`: blocks of a row."""
         return DecodeTokens(
-            self.context[:size], self.finish[:size] == RUNNING, self.device_blocks[:size, :width],
+            self.context[:size], self.finish[:size] == Finish.RUNNING, self.device_blocks[:size, :width],
             self.prompt_tokens[:rows] + self.planned[:rows] - 1, self.block_table[:rows, :width],
         )  # fmt: skip
 
@@ -270,7 +260,7 @@ class InputBatch:
         host = self.host
         self.prompt_tokens[slot] = len(prompt.token_ids)
         host["context"][slot] = len(prompt.token_ids) - 1
-        host["finish"][slot] = RUNNING
+        host["finish"][slot] = Finish.RUNNING
         host["max_tokens"][slot] = max_tokens
         host["sample"][slot] = sample
         host["row_key"][slot] = row_key(prompt.id)
@@ -338,7 +328,7 @@ class InputBatch:
         """Make a free slot one that a step may run over: a token in the scratch block, and no wishes."""
         for mirror in self._columns:
             mirror.array[:, slot] = 0
-        self.host["finish"][slot] = FREE
+        self.host["finish"][slot] = Finish.FREE
         for name in _NONE:
             self.host[name][slot] = -1
         self.grammars.clear(slot)

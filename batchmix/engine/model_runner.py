@@ -30,12 +30,15 @@ def pad(tokens: int, tile: int) -> int:
 
 def sample(model: Mixtral, batch: InputBatch, hidden: Tensor, rows: int) -> None:
     """Append a token to slots 0..rows-1. hidden [rows and padding, D] of the tokens before."""
-    tokens, logprobs, processed_logprobs = model.ops.choose(model.logits(hidden)[:rows], batch, 0)
+    state = batch.rows(0, rows)
+    tokens, logprobs, processed_logprobs = model.ops.sample(
+        model.logits(hidden)[:rows], state, batch.host_rows(0, rows)
+    )
     model.tp.broadcast(tokens)
     if logprobs is not None:  # read back in every step, so what is planned is what there is
         places = batch.planned[logprobs.rows]
         batch.outputs.append_logprobs(logprobs.rows, places, logprobs.chosen, logprobs.top_ids, logprobs.top)
-    model.ops.advance(batch, 0, tokens, True, processed_logprobs)
+    model.ops.post_update(tokens, state, processed_logprobs)
 
 
 class ModelRunner:

@@ -7,13 +7,15 @@ import time
 import numpy as np
 import torch
 
-from batchmix.engine.input_batch import EOS, FAILED, LENGTH, STOP_STRING, STOP_TOKEN, WHOLE, InputBatch
-from batchmix.engine.philox import row_key, uniform
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.scheduler import RunningSequence, Scheduler, ScoringRequest
+from batchmix.kernels.row_state import Finish
+from batchmix.model.philox import row_key, uniform
 from batchmix.records import Completion, FinishReason
 
 _FINISH_REASON: dict[int, FinishReason] = {
-    EOS: "stop", STOP_TOKEN: "stop", STOP_STRING: "stop", WHOLE: "stop", LENGTH: "length",
+    Finish.EOS: "stop", Finish.STOP_TOKEN: "stop", Finish.STOP_STRING: "stop", Finish.WHOLE: "stop",
+    Finish.LENGTH: "length",
 }  # fmt: skip
 
 
@@ -49,19 +51,19 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
     """The token that ended the row is counted and left out."""
     prompt, sampling, outputs = sequence.prompt, sequence.prompt.sampling, batch.outputs
     finish, count = int(outputs.finish[slot]), int(outputs.count[slot])
-    if finish == FAILED:
+    if finish == Finish.FAILED:
         return Completion.failed(prompt, _why_it_failed(batch, slot), sequence.sample, count)
     stop_reason: str | int | None = None
-    if finish == STOP_TOKEN:
+    if finish == Finish.STOP_TOKEN:
         stop_reason = int(outputs.stop_reason[slot])
-    elif finish == STOP_STRING:
+    elif finish == Finish.STOP_STRING:
         stop_reason = (sampling.stop or [])[int(outputs.stop_reason[slot])]
     logprobs = outputs.row_logprobs(slot, sampling.logprobs) if sampling.logprobs is not None else None
     structured = sampling.structured_outputs
     return Completion(
         prompt,
         sequence.sample,
-        outputs.tokens[slot, : count - (finish in (EOS, STOP_TOKEN))].tolist(),
+        outputs.tokens[slot, : count - (finish in (Finish.EOS, Finish.STOP_TOKEN))].tolist(),
         _FINISH_REASON[finish],
         stop_reason,
         num_tokens=count,

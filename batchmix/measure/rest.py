@@ -15,6 +15,7 @@ from batchmix.kernels.linear import linear
 from batchmix.kernels.norm import add_rms_norm, rms_norm
 from batchmix.kernels.quantize import quantize_rows
 from batchmix.kernels.rotary import rotate_and_cache
+from batchmix.kernels.row_state import Flag, Number, Real, State
 from batchmix.kernels.sampling import sample
 from batchmix.measure.attention import BLOCK
 from batchmix.measure.case import Case, Run, Shape, random, relative_error
@@ -126,23 +127,20 @@ def linear_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.dt
 def sampling_case(shape: Shape, rows: int, device: torch.device) -> Case:
     """Top-p 0.9 at temperature 1 for every row, with the chosen token's log-probability. Bytes: the logits, once."""
     logits = random(rows, shape.vocab, device=device, dtype=torch.float32, scale=3.0)
-    whole = {"top_k": 0, "seed": 1, "sample": 0, "generated": 0, "min_tokens": 0, "bias_row": -1}
-    real = {"temperature": 1.0, "top_p": _TOP_P, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-            "frequency_penalty": 0.0}  # fmt: skip
-    wishes = {key: torch.full((rows,), value, dtype=torch.int64, device=device) for key, value in whole.items()}
-    wishes |= {key: torch.full((rows,), value, device=device) for key, value in real.items()}
-    wishes |= {
-        "row_key": torch.arange(rows, device=device),
-        "eos_token_ids": torch.tensor([2], device=device),
-        "stop_token_ids": torch.full((rows, 1), -1, device=device),
-        "biases": torch.zeros(0, shape.vocab, device=device),
-        "penalised": torch.zeros(rows, dtype=torch.bool, device=device),
-        "wants_logprob": torch.ones(rows, dtype=torch.bool, device=device),
-        "processed_logprobs": torch.zeros(rows, dtype=torch.bool, device=device),
-    }
+    state = torch.zeros(len(State), rows, dtype=torch.int64, device=device)
+    numbers = torch.zeros(len(Number), rows, dtype=torch.int64, device=device)
+    numbers[Number.SEED], numbers[Number.ROW_KEY], numbers[Number.BIAS_ROW] = 1, torch.arange(rows, device=device), -1
+    reals = torch.zeros(len(Real), rows, device=device)
+    reals[Real.TEMPERATURE], reals[Real.TOP_P], reals[Real.REPETITION_PENALTY] = 1.0, _TOP_P, 1.0
+    flags = torch.zeros(len(Flag), rows, dtype=torch.bool, device=device)
+    flags[Flag.WANTS_LOGPROB] = True
+    eos_token_ids, biases = torch.tensor([2], device=device), torch.zeros(0, shape.vocab, device=device)
+    stop_token_ids = torch.full((rows, 1), -1, device=device)
 
     def run() -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = sample(logits, **wishes, output_counts=None, in_prompt=None)
+        found: tuple[Tensor, Tensor] = sample(
+            logits, state, numbers, reals, flags, eos_token_ids, stop_token_ids, biases, None, None, None, None
+        )
         return found
 
     def check() -> float:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch import Tensor
 
+from batchmix.kernels.row_state import RowTensors
 from batchmix.model.expert_load import LayerLoad
+from batchmix.model.host_rows import HostRows, Logprobs
 from batchmix.model.kv_cache import KVCache
 from batchmix.model.quantized import Weight
 
 if TYPE_CHECKING:
-    from batchmix.engine.input_batch import InputBatch
-    from batchmix.engine.sampling import Logprobs
+
     from batchmix.model.mixtral import Mixtral
 
 
@@ -113,14 +114,12 @@ class Operators(Protocol):
         these change. `keep`: in memory that stays where it is for all steps of L tokens, for a captured one.
         """
 
-    def choose(self, logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
-        """The next tokens, int64 [R], of slots first..first+R-1. logits float32 [R, V] (spent).
+    def sample(self, logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+        """The next tokens, int64 [R], of rows 0..R-1. logits float32 [R, V] (spent).
 
         Last their log-probabilities among the tokens that were allowed, float32 [R], 0 where the row does not ask for
         it; None where no row has asked.
         """
 
-    def advance(
-        self, slots: InputBatch, first: int, tokens: Tensor, decoded: bool, processed_logprobs: Tensor | None = None
-    ) -> None:
-        """What these tokens do to their rows; `decoded`: each row's last token has gone into the cache before."""
+    def post_update(self, tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | None = None) -> None:
+        """Append these tokens to rows 0..R-1 and see which rows have ended; those that had ended stay as they are."""

@@ -1,4 +1,4 @@
-"""The torch backend: the operators of torch_ops and torch_attention and the engine's own sampling, on the CPU.
+"""The torch backend: the operators of torch_ops, torch_attention and torch_sampler, on the CPU.
 
 It is the oracle of other backends; that its bits do not depend on a row's company is the work of those modules.
 """
@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.advance import advance
-from batchmix.engine.sampling import choose
 from batchmix.model.backend import Attend, DecodeTokens, PrefillChunk
 from batchmix.model.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.model.mixtral import Mixtral
@@ -20,18 +18,19 @@ from batchmix.model.torch_attention import DecodeAttention, PrefillAttention
 from batchmix.model.torch_ops import add_rms_norm, moe, rms_norm, rotate
 from batchmix.model.torch_products import ROW_TILE
 from batchmix.model.torch_products import product as linear
+from batchmix.model.torch_sampler import post_update, sample
 
 __all__ = [
     "add_rms_norm",
-    "advance",
     "attend",
-    "choose",
     "cuts_prompts",
     "find_shared",
     "linear",
     "moe",
+    "post_update",
     "rms_norm",
     "row_tile",
+    "sample",
 ]
 row_tile = ROW_TILE
 cuts_prompts = False  # a later chunk is rounded otherwise than a first one

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.sampling import Logprobs, largest
-from batchmix.kernels import linear, moe, norm, sampling
-from batchmix.kernels import slots as slot_kernels
+from batchmix.kernels import linear, moe, norm, post_update, sampling
 from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
+from batchmix.kernels.row_state import RowTensors
 from batchmix.model.async_copy import async_copy_to_gpu
 from batchmix.model.backend import Attend, DecodeTokens, PrefillChunk
 from batchmix.model.expert_load import LayerLoad
+from batchmix.model.host_rows import HostRows, Logprobs
 from batchmix.model.kv_cache import KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.quantized import Quantized, Weight
+from batchmix.model.torch_sampler import largest
 from batchmix.model.triton_attention import StepAttention
 
 _SHARED_SPLITS = 1  # items of shared splits for each row of a step; what does not fit is left to the rows
@@ -103,40 +103,25 @@ class TritonOperators:
         self._shared[num_tokens] = version, splits
         return splits
 
-    def choose(self, logits: Tensor, slots: InputBatch, first: int) -> tuple[Tensor, Logprobs | None, Tensor | None]:
-        span = slice(first, first + len(logits))
-        slots.grammars.texts.tell(span, slots.grammars.classes.data)
-        counts, marks = slots.output_counts, slots.in_prompt
+    def sample(self, logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+        if rows.grammar_classes is not None:
+            host.fill_bitmask(rows.grammar_classes)
         tokens, chosen = sampling.sample(
-            logits, slots.temperature[span], slots.top_k[span], slots.top_p[span], slots.min_p[span], slots.seed[span],
-            slots.row_key[span], slots.sample[span], slots.generated[span], slots.min_tokens[span],
-            slots.eos_token_ids, slots.stop_token_ids[span], slots.bias_row[span], slots.biases.data,
-            slots.penalised[span], slots.repetition_penalty[span], slots.presence_penalty[span],
-            slots.frequency_penalty[span], None if counts is None else counts[span],
-            None if marks is None else marks[span], slots.wants_logprob[span], slots.processed_logprobs[span],
-            *((slots.grammar_base[span], slots.grammar_state[span], slots.grammar_class[span], slots.max_tokens[span],
-               slots.grammars.states.data, slots.grammars.classes.data) if slots.grammars.used else ()),
+            logits, rows.state, rows.numbers, rows.reals, rows.flags, rows.eos_token_ids, rows.stop_token_ids, rows.biases,
+            rows.output_counts, rows.in_prompt, rows.grammar_states, rows.grammar_classes,
         )  # fmt: skip
-        processed_logprobs = None if slots.logprob_history is None else chosen
-        wanted = np.flatnonzero(slots.num_logprobs[span] >= 0)
+        processed_logprobs = None if rows.logprob_history is None else chosen
+        wanted = np.flatnonzero(host.num_logprobs >= 0)
         if not len(wanted):
             return tokens, None, processed_logprobs
-        rows = torch.from_numpy(wanted).to(logits.device)
-        top_ids, top = largest(logits[rows].log_softmax(-1), slots.num_logprobs[span][wanted])
-        return tokens, Logprobs(wanted, chosen[rows], top_ids, top), processed_logprobs
+        which = torch.from_numpy(wanted).to(logits.device)
+        top_ids, top = largest(logits[which].log_softmax(-1), host.num_logprobs[wanted])
+        return tokens, Logprobs(wanted, chosen[which], top_ids, top), processed_logprobs
 
-    def advance(
-        self, slots: InputBatch, first: int, tokens: Tensor, decoded: bool, processed_logprobs: Tensor | None = None
-    ) -> None:
-        span = slice(first, first + len(tokens))
-        counts = slots.output_counts
-        ring = None if processed_logprobs is None or slots.logprob_history is None else slots.logprob_history[span]
-        slot_kernels.advance(
-            tokens, processed_logprobs, slots.token[span], slots.context[span] if decoded else None, slots.generated[span],
-            slots.finish[span], slots.stop_reason[span], slots.stop_state[span], slots.history[span], ring,
-            None if counts is None else counts[span], slots.penalised[span], slots.max_tokens[span],
-            slots.min_tokens[span], slots.ignore_eos[span], slots.eos_token_ids, slots.stop_token_ids[span],
-            slots.stop_base[span], slots.automata.data,
-            *((slots.grammar_state[span], slots.grammar_base[span], slots.grammar_class[span], slots.grammars.states.data,
-               slots.grammars.classes.data) if slots.grammars.used else (None,) * 5),
+    def post_update(self, tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | None = None) -> None:
+        kept = processed_logprobs is not None and rows.logprob_history is not None
+        post_update.post_update(
+            tokens, processed_logprobs if kept else None, rows.state, rows.numbers, rows.flags, rows.history,
+            rows.logprob_history if kept else None, rows.output_counts, rows.eos_token_ids, rows.stop_token_ids,
+            rows.automata, rows.grammar_states, rows.grammar_classes,
         )  # fmt: skip

@@ -156,18 +156,18 @@ def test_masks_are_found_while_the_model_runs(model, grammars, mixed, monkeypatc
     """The model's part of a step is queued before the host waits for the tokens of the step before it."""
     rows = [row for row in mixed if row.row % 5 == 0 and row.sampling.logprobs is None]
     tried, order = engine(model, grammars, async_copy=LateAsyncCopy()), []
-    original, heard = model.logits, GrammarMatchers.hear
+    original, accepted = model.logits, GrammarMatchers.accept_tokens
 
     def logits(hidden):
         order.append("model")
         return original(hidden)
 
-    def hear(self, answers, is_running, is_cut):
+    def accept_tokens(self, answers, is_running, is_cut):
         order.append("masks")
-        return heard(self, answers, is_running, is_cut)
+        return accepted(self, answers, is_running, is_cut)
 
     monkeypatch.setattr(model, "logits", logits)
-    monkeypatch.setattr(GrammarMatchers, "hear", hear)
+    monkeypatch.setattr(GrammarMatchers, "accept_tokens", accept_tokens)
     run(tried, rows)
     steps = "".join(name[1] for name in order)
     assert re.fullmatch("oo(ao){8,}a+", steps), "the prefill, then each decode step's model before the masks for it"

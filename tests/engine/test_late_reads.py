@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine.input_batch import RUNNING
+from batchmix.kernels.row_state import Finish
 from batchmix.model import torch_backend
 from batchmix.model.kv_cache import SCRATCH_BLOCK
 from batchmix.model.mixtral import Mixtral
@@ -211,4 +211,4 @@ def test_what_has_ended_comes_out_when_the_run_is_stopped(model, rows, expected)
         assert not batch.pending
         with torch.inference_mode():
             batch.upload()  # rows have moved to the slots of those that were handed out
-        assert (batch.finish[: batch.num_active] == RUNNING).all(), "a row that has ended was not handed out"
+        assert (batch.finish[: batch.num_active] == Finish.RUNNING).all(), "a row that has ended was not handed out"

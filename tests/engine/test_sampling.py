@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine.advance import advance
-from batchmix.engine.input_batch import EOS, LENGTH, RUNNING, STOP_STRING, STOP_TOKEN, InputBatch
-from batchmix.engine.philox import row_key
-from batchmix.engine.sampling import _draw, _filter, choose
+from batchmix.engine.input_batch import InputBatch
+from batchmix.kernels.row_state import Finish, Number, State
 from batchmix.model.async_copy import AsyncCopy
+from batchmix.model.host_rows import Logprobs
+from batchmix.model.philox import row_key
+from batchmix.model.torch_sampler import _draw, _filter, post_update, sample
 from batchmix.records import Prompt
 
 V = 300
@@ -34,6 +35,16 @@ def slots_for(*samplings: SamplingConfig, vocab: int = V) -> InputBatch:
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
     slots.upload()
     return slots
+
+
+def choose(logits: torch.Tensor, slots: InputBatch) -> tuple[torch.Tensor, Logprobs | None, torch.Tensor | None]:
+    """The next token of the first slots; logits are changed in place."""
+    return sample(logits, slots.rows(0, len(logits)), slots.host_rows(0, len(logits)))
+
+
+def append(slots: InputBatch, *tokens: int) -> None:
+    """One token to each of the first slots."""
+    post_update(torch.tensor(tokens), slots.rows(0, len(tokens)))
 
 
 def kept_tokens(logits: list[float], top_p: float, top_k: int, min_p: float) -> set[int]:
@@ -67,7 +78,7 @@ def kept_tokens(logits: list[float], top_p: float, top_k: int, min_p: float) -> 
 def test_top_p_top_k_min_p_keep_what_the_definition_keeps(seed, top_p, top_k, min_p, spread):
     logits = (torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) * spread).double().float()
     sampling = SamplingConfig(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)
-    weights = _filter(logits - logits.amax(-1, keepdim=True), slots_for(sampling), slice(0, 1), torch.tensor([0]))
+    weights = _filter(logits - logits.amax(-1, keepdim=True), slots_for(sampling).rows(0, 1), torch.tensor([0]))
     kept = set(torch.nonzero(weights[0])[:, 0].tolist())
     expected = kept_tokens(logits[0].tolist(), top_p, top_k, min_p)
     ranked = logits[0].sort(descending=True).values
@@ -79,7 +90,7 @@ def test_a_flat_distribution_over_a_large_vocabulary_is_cut_right():
     vocab = 5000
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 0.01
     slots = slots_for(SamplingConfig(top_p=0.9), vocab=vocab)
-    weights = _filter(logits - logits.amax(-1, keepdim=True), slots, slice(0, 1), torch.tensor([0]))
+    weights = _filter(logits - logits.amax(-1, keepdim=True), slots.rows(0, 1), torch.tensor([0]))
     probabilities = logits[0].double().softmax(0)
     kept = probabilities[weights[0] > 0]
     assert 0.9 <= kept.sum() < 0.9 + 2 * probabilities.max()
@@ -89,7 +100,7 @@ def test_draws_follow_the_softmax():
     rows = 4000
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]).repeat(1, 1)
     slots = slots_for(*[SamplingConfig(temperature=0.7, seed=9)] * rows, vocab=5)
-    tokens, *_ = choose(logits.expand(rows, 5).clone(), slots, 0)
+    tokens, *_ = choose(logits.expand(rows, 5).clone(), slots)
     expected = (logits[0] / 0.7).softmax(0) * rows
     counts = torch.bincount(tokens, minlength=5)
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # 99.9th percentile for 4 degrees of freedom
@@ -101,7 +112,7 @@ def test_greedy_is_the_first_largest(seed, vocab):
     logits = torch.randint(0, 5, (3, vocab), generator=torch.Generator().manual_seed(seed)).float()
     slots = slots_for(*[SamplingConfig(temperature=0.0)] * 3, vocab=vocab)
     slots.eos_token_ids = slots.eos_token_ids[:0]
-    tokens, *_ = choose(logits.clone(), slots, 0)
+    tokens, *_ = choose(logits.clone(), slots)
     assert tokens.tolist() == [int(np.argmax(row.numpy())) for row in logits]
 
 
@@ -109,10 +120,10 @@ def test_penalties():
     sampling = SamplingConfig(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=0.5)
     slots = slots_for(sampling, SamplingConfig(temperature=0.0))
     for token in (10, 10, 11):
-        advance(slots, 0, torch.tensor([token, token]))
+        append(slots, token, token)
     before = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
     after = before.clone()
-    choose(after, slots, 0)
+    choose(after, slots)
     expected = before[0].clone()
     for token in (5, 6, 7, 10, 11):  # the prompt's and the output's
         expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
@@ -132,7 +143,7 @@ def test_bias_allowed_tokens_and_min_tokens():
         SamplingConfig(temperature=0.0, min_tokens=1, stop_token_ids=[50]),
         SamplingConfig(temperature=0.0),
     )
-    tokens, *_ = choose(logits, slots, 0)
+    tokens, *_ = choose(logits, slots)
     assert tokens[0] == 7
     assert tokens[1] in (30, 31)
     assert tokens[2] not in (2, 50)
@@ -146,7 +157,7 @@ def test_logprobs_are_the_models_own():
         SamplingConfig(temperature=0.0),
         SamplingConfig(temperature=0.0, logprobs=0),
     )
-    tokens, found, _ = choose(logits.clone(), slots, 0)
+    tokens, found, _ = choose(logits.clone(), slots)
     expected = logits.log_softmax(-1)
     assert found is not None
     assert found.rows.tolist() == [0, 2]
@@ -158,8 +169,8 @@ def test_logprobs_are_the_models_own():
 def test_tied_logprobs_do_not_depend_on_company():
     logits = torch.randint(0, 8, (1, V), generator=torch.Generator().manual_seed(0)).float()
     few, many = SamplingConfig(temperature=0.0, logprobs=3), SamplingConfig(temperature=0.0, logprobs=60)
-    _, alone, _ = choose(logits.clone(), slots_for(few), 0)
-    _, together, _ = choose(logits.repeat(3, 1), slots_for(few, many, SamplingConfig(temperature=0.0)), 0)
+    _, alone, _ = choose(logits.clone(), slots_for(few))
+    _, together, _ = choose(logits.repeat(3, 1), slots_for(few, many, SamplingConfig(temperature=0.0)))
     assert alone is not None
     assert together is not None
     assert torch.equal(alone.top_ids[0], together.top_ids[0, :3])
@@ -177,9 +188,9 @@ def test_a_top_p_on_the_edge_of_a_token_does_not_depend_on_company():
         row = SamplingConfig(
             min_p=float(best[kept].float()), top_p=float(best[: edge + 1].sum() / best[: kept + 1].sum())
         )
-        alone = _filter(logits.clone(), slots_for(row, vocab=vocab), slice(0, 1), torch.tensor([0]))
+        alone = _filter(logits.clone(), slots_for(row, vocab=vocab).rows(0, 1), torch.tensor([0]))
         slots = slots_for(row, SamplingConfig(top_k=2999), vocab=vocab)
-        together = _filter(logits.repeat(2, 1), slots, slice(0, 2), torch.tensor([0, 1]))
+        together = _filter(logits.repeat(2, 1), slots.rows(0, 2), torch.tensor([0, 1]))
         assert torch.equal(alone[0], together[0])
         assert abs(int((alone > 0).sum()) - edge - 1) <= 1
 
@@ -191,7 +202,7 @@ def test_a_top_k_beyond_the_first_candidates(top_k):
     logits -= logits.amax()
     for top_p in (1.0, 0.95):
         slots = slots_for(SamplingConfig(top_k=top_k, top_p=top_p), vocab=vocab)
-        weights = _filter(logits.clone(), slots, slice(0, 1), torch.tensor([0]))
+        weights = _filter(logits.clone(), slots.rows(0, 1), torch.tensor([0]))
         expected = kept_tokens(logits[0].tolist(), top_p, top_k, 0.0)
         assert set(torch.nonzero(weights[0])[:, 0].tolist()) == expected
 
@@ -218,12 +229,12 @@ def test_what_others_ask_for_never_changes_a_row(samplings, seed, ties):
     logits = torch.randn(len(samplings), V, generator=torch.Generator().manual_seed(seed)) * 2
     if ties:
         logits = logits.round()
-    tokens, found, _ = choose(logits.clone(), slots_for(*samplings), 0)
+    tokens, found, _ = choose(logits.clone(), slots_for(*samplings))
     places = [] if found is None else found.rows.tolist()
     for row, sampling in enumerate(samplings):
         slots = slots_for(sampling)
-        slots.row_key[0] = row_key(str(row))
-        token, alone, _ = choose(logits[row : row + 1].clone(), slots, 0)
+        slots.numbers[Number.ROW_KEY, 0] = row_key(str(row))
+        token, alone, _ = choose(logits[row : row + 1].clone(), slots)
         assert token[0] == tokens[row]
         assert (alone is not None) == (row in places)
         if alone is not None and found is not None:
@@ -236,7 +247,7 @@ def test_what_others_ask_for_never_changes_a_row(samplings, seed, ties):
 def test_a_tiny_temperature_is_greedy():
     logits = torch.randn(4, V, generator=torch.Generator().manual_seed(0)) * 10
     samplings = [SamplingConfig(temperature=t) for t in (1e-45, 1e-38, 1e-20, 1e-4)]
-    tokens, *_ = choose(logits.clone(), slots_for(*samplings), 0)
+    tokens, *_ = choose(logits.clone(), slots_for(*samplings))
     assert torch.equal(tokens, logits.argmax(-1))
 
 
@@ -262,19 +273,19 @@ def run_tokens(sampling: SamplingConfig, tokens: list[int]) -> tuple[int, int, i
     """(why, reason, number of tokens) when these tokens are chosen one after the other."""
     slots = slots_for(sampling)
     for count, token in enumerate(tokens, 1):
-        advance(slots, 0, torch.tensor([token]))
-        if slots.finish[0] != RUNNING:
-            return int(slots.finish[0]), int(slots.stop_reason[0]), count
-    return RUNNING, 0, len(tokens)
+        append(slots, token)
+        if slots.finish[0] != Finish.RUNNING:
+            return int(slots.finish[0]), int(slots.state[State.STOP_REASON, 0]), count
+    return Finish.RUNNING, 0, len(tokens)
 
 
 def test_why_rows_end():
     base = SamplingConfig(max_tokens=4)
-    assert run_tokens(base, [9, 9, 2]) == (EOS, 0, 3)
-    assert run_tokens(replace(base, ignore_eos=True), [2, 2, 2, 2])[::2] == (LENGTH, 4)
-    assert run_tokens(replace(base, stop_token_ids=[8, 9]), [7, 9]) == (STOP_TOKEN, 9, 2)
-    assert run_tokens(base, [7, 7, 7, 7])[::2] == (LENGTH, 4)
-    assert run_tokens(base, [7, 7, 7, 2])[0] == EOS  # both at once: it ended of itself
+    assert run_tokens(base, [9, 9, 2]) == (Finish.EOS, 0, 3)
+    assert run_tokens(replace(base, ignore_eos=True), [2, 2, 2, 2])[::2] == (Finish.LENGTH, 4)
+    assert run_tokens(replace(base, stop_token_ids=[8, 9]), [7, 9]) == (Finish.STOP_TOKEN, 9, 2)
+    assert run_tokens(base, [7, 7, 7, 7])[::2] == (Finish.LENGTH, 4)
+    assert run_tokens(base, [7, 7, 7, 2])[0] == Finish.EOS  # both at once: it ended of itself
 
 
 @settings(max_examples=100, deadline=None)
@@ -285,12 +296,12 @@ def test_why_rows_end():
 )
 def test_stop_strings_end_a_row_where_its_text_contains_one(tokens, stop, min_tokens):
     sampling = SamplingConfig(max_tokens=100, stop=stop, min_tokens=min_tokens)
-    text, expected = b"", (RUNNING, len(tokens))
+    text, expected = b"", (Finish.RUNNING, len(tokens))
     for count, token in enumerate(tokens, 1):
         if count > min_tokens:
             text += PIECES[token]
         if any(string.encode() in text for string in stop):
-            expected = (STOP_STRING, count)
+            expected = (Finish.STOP_STRING, count)
             break
     assert run_tokens(sampling, tokens)[::2] == expected
 
@@ -299,16 +310,20 @@ def test_a_freed_slot_takes_everything_of_the_last_row():
     samplings = [SamplingConfig(temperature=0.1 * i, stop=["a" * (i + 1)], stop_token_ids=list(range(60, 61 + i)),
                                 logit_bias={i: 1.0}, presence_penalty=0.1, logprobs=i) for i in range(3)]  # fmt: skip
     slots = slots_for(*samplings)
-    advance(slots, 0, torch.tensor([10, 11, 12]))
+    append(slots, 10, 11, 12)
     last = {name: field[2].clone() if isinstance(field, torch.Tensor) else field[2].copy()
             for name, field in vars(slots).items() if isinstance(field, torch.Tensor | np.ndarray)
             and len(field) == 3 and name[0] != "_" and name != "history"}  # fmt: skip
-    assert len(last) > 20
+    blocks = {name: getattr(slots, name)[:, 2].clone() for name in ("state", "numbers", "reals", "flags")}
+    assert len(last) > 10
+    assert sum(map(len, blocks.values())) > 20
     slots.remove(0, samplings[0])
     slots.upload()
     assert slots.num_active == 2
     for name, value in last.items():
         assert np.array_equal(getattr(slots, name)[0], value), name
+    for name, value in blocks.items():
+        assert torch.equal(getattr(slots, name)[:, 0], value), name
 
 
 def test_stop_strings_need_a_tokenizer():

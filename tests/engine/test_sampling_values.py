@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from batchmix.config import Config, SamplingConfig
 from batchmix.config_checks import check, check_sampling, override_sampling
 from batchmix.data.stop_strings import build_stop_table
-from batchmix.engine.advance import advance
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.sampling import choose
 from batchmix.errors import BatchmixError
 from batchmix.model.async_copy import AsyncCopy
+from batchmix.model.torch_sampler import post_update, sample
 from batchmix.records import Prompt
 
 V = 300
@@ -45,15 +44,16 @@ def chosen(sampling: SamplingConfig, logits: torch.Tensor, steps: int) -> list[l
     for row in range(len(logits)):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
     slots.upload()
+    rows, host = slots.rows(0, len(logits)), slots.host_rows(0, len(logits))
     found = []
     for _ in range(steps):
         changed = logits.clone()
-        tokens, *_ = choose(changed, slots, 0)
+        tokens, *_ = sample(changed, rows, host)
         assert not changed.isnan().any(), sampling
         assert (changed < math.inf).all(), sampling
         assert (changed.gather(1, tokens[:, None]) > -math.inf).all(), "a token that was not to be chosen"
         found.append(tokens.tolist())
-        advance(slots, 0, tokens)
+        post_update(tokens, rows)
     return found
 
 

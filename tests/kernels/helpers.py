@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from batchmix.kernels.row_state import RowTensors
 
 ON_GPU = torch.cuda.is_available()
 
@@ -70,3 +74,19 @@ def poisoned_allocations() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def tensors_of(rows: RowTensors) -> dict[str, Tensor]:
+    """By the name of the field, those that there are."""
+    found = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def copied(rows: RowTensors, device: torch.device) -> RowTensors:
+    return replace(rows, **{name: tensor.to(device, copy=True) for name, tensor in tensors_of(rows).items()})
+
+
+def row_arguments(operator: Any, rows: RowTensors) -> dict[str, Tensor | None]:
+    """What an operator takes of the rows, in its order."""
+    names = [argument.name for argument in operator.op._opoverload._schema.arguments]
+    return {name: getattr(rows, name) for name in names if hasattr(rows, name)}

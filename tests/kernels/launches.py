@@ -10,18 +10,22 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from ahead_of_time import ARCHES
+from helpers import row_arguments
 from torch import Tensor
+
+from batchmix.kernels.row_state import Flag, Number, Real, RowTensors, State
 
 D, F, E, H, G, C, V = 4096, 14336, 8, 32, 8, 128, 32000  # Mixtral-8x7B
 FP8 = torch.float8_e4m3fn
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BLOCKS = {State: torch.int64, Number: torch.int64, Real: torch.float32, Flag: torch.bool}
 FP8_ARCHES = ["sm_89", "sm_90", "sm_100", "gfx942"]  # triton has no e4m3 below sm_89
 
 
@@ -172,12 +176,12 @@ def single() -> None:
     from batchmix.kernels.linear import linear
     from batchmix.kernels.moe import moe
     from batchmix.kernels.norm import add_rms_norm, rms_norm
+    from batchmix.kernels.post_update import post_update
     from batchmix.kernels.quantize import quantize_groups, quantize_rows
     from batchmix.kernels.rotary import rotate_and_cache
     from batchmix.kernels.sampling import sample
-    from batchmix.kernels.slots import advance
 
-    bf16, fp32, int64, flag = torch.bfloat16, torch.float32, empty(1, dtype=torch.int64), empty(1, dtype=torch.bool)
+    bf16, fp32, int64 = torch.bfloat16, torch.float32, empty(1, dtype=torch.int64)
     x, square = empty(1, 64, dtype=bf16), empty(64, 64, dtype=bf16)
     for experts, top_k in ((1, 1), (8, 2)):
         moe(
@@ -199,31 +203,10 @@ def single() -> None:
     q = empty(1, 1, 64, dtype=bf16)
     prefill_attention(q, cache, cache, *plan_prefill([(0, 0, 1)], table, 1, 1, bf16))
     decode_attention(q, cache, cache, *plan_decode(table, torch.ones(1, dtype=torch.int32), 64, 1))
-    number, ids = empty(1, dtype=fp32), empty(1, 1, dtype=torch.int64)
-    tables = empty(1, 9, dtype=torch.int32), empty(1, 9, dtype=torch.bool)
-    sample(
-        empty(1, 9, dtype=fp32), number, int64, number, number, int64, int64, int64, int64, int64, int64, ids, int64,
-        empty(1, 9, dtype=fp32), flag, number, number, number, *tables, flag, flag,
-    )  # fmt: skip
-    state = [empty(1, dtype=torch.int64) for _ in range(6)]
-    history, automata = empty(1, 1, dtype=torch.int32), empty(1, 10, dtype=torch.int32)
-    advance(
-        int64,
-        number,
-        *state,
-        history,
-        history.float(),
-        tables[0],
-        flag,
-        int64,
-        int64,
-        flag,
-        int64,
-        ids,
-        int64,
-        automata,
-        *[None] * 5,
-    )
+    rows = row_tensors(1, 9, history=1, penalties=True, logprobs=True)
+    rows = replace(rows, stop_token_ids=int64[None], automata=empty(1, 10, dtype=torch.int32))
+    sample(empty(1, 9, dtype=fp32), **row_arguments(sample, rows))
+    post_update(int64, empty(1, dtype=fp32), **row_arguments(post_update, rows))
 
 
 @launch(
@@ -305,39 +288,45 @@ def rotary_fp8_cache(dtype: torch.dtype) -> None:
     _rotate_and_cache(dtype, FP8)
 
 
+def row_tensors(
+    rows: int, vocab: int, history: int = 1000, penalties: bool = False, guided: bool = False, logprobs: bool = False
+) -> RowTensors:
+    """As the engine has them, of a step of all its slots."""
+    blocks = [empty(len(fields), rows, dtype=dtype) for fields, dtype in BLOCKS.items()]
+    return RowTensors(
+        *blocks,
+        stop_token_ids=empty(rows, 4, dtype=torch.int64),
+        eos_token_ids=empty(1, dtype=torch.int64),
+        biases=empty(3, vocab, dtype=torch.float32),
+        automata=empty(9, vocab + 1, dtype=torch.int64),
+        output_counts=empty(rows, vocab, dtype=torch.int32) if penalties else None,
+        in_prompt=empty(rows, vocab, dtype=torch.bool) if penalties else None,
+        grammar_states=empty(1000, 2, dtype=torch.int32) if guided else None,
+        grammar_classes=empty(3, vocab, dtype=torch.int32) if guided else None,
+        history=empty(rows, history, dtype=torch.int32),
+        logprob_history=empty(rows, history, dtype=torch.float32) if logprobs else None,
+    )
+
+
 @launch(quick="sampling")
 def sampling() -> None:
     from batchmix.kernels.sampling import sample
 
     rows = 512
-    integers = [empty(rows, dtype=torch.int64) for _ in range(5)]
     sizes = (V, True, False), (V, False, False), (V, True, True), (32002, True, False), (32768, False, False)
     for vocab, penalties, guided in (*sizes, (300, False, False)):
-        numbers = [empty(rows, dtype=torch.float32) for _ in range(6)]
-        counts = empty(rows, vocab, dtype=torch.int32) if penalties else None
-        in_prompt = empty(rows, vocab, dtype=torch.bool) if penalties else None
-        sample(
-            empty(rows, vocab, dtype=torch.float32), numbers[0], integers[0], numbers[1], numbers[2], *integers,
-            empty(1, dtype=torch.int64), empty(rows, 4, dtype=torch.int64), integers[0],
-            empty(3, vocab, dtype=torch.float32), empty(rows, dtype=torch.bool), *numbers[3:], counts, in_prompt,
-            empty(rows, dtype=torch.bool), empty(rows, dtype=torch.bool),
-            *((*integers[1:4], integers[4], empty(1000, 2, dtype=torch.int32), empty(3, vocab, dtype=torch.int32))
-              if guided else ()),
-        )  # fmt: skip
+        tensors = row_tensors(rows, vocab, penalties=penalties, guided=guided)
+        sample(empty(rows, vocab, dtype=torch.float32), **row_arguments(sample, tensors))
+        narrowed = tensors.narrow(rows - 1, 1)  # of a prefill: rows that start behind others
+        sample(empty(len(narrowed.history), vocab, dtype=torch.float32), **row_arguments(sample, narrowed))
 
 
-@launch(quick="slots")
-def slots() -> None:
-    from batchmix.kernels.slots import advance
+@launch(quick="post_update")
+def post_update() -> None:
+    from batchmix.kernels.post_update import post_update
 
-    rows, history = 512, empty(512, 1000, dtype=torch.int32)
-    integers = [empty(rows, dtype=torch.int64) for _ in range(7)]
-    flags, logprobs = empty(rows, dtype=torch.bool), empty(rows, dtype=torch.float32)
-    eos, stop, automata = (empty(*shape, dtype=torch.int64) for shape in ((1,), (rows, 4), (9, V + 1)))
-    limits = flags, *integers[:2], flags, eos, stop, integers[2], automata
-    tokens, token, context, *state = integers
-    advance(tokens, None, token, None, *state, history, None, None, *limits, *[None] * 5)
-    counts = empty(rows, V, dtype=torch.int32)
-    advance(tokens, logprobs, token, context, *state, history, history.float(), counts, *limits, *[None] * 5)
-    grammars = empty(1000, 2, dtype=torch.int32), empty(3, V, dtype=torch.int32)
-    advance(tokens, None, token, context, *state, history, None, counts, *limits, *integers[4:7], *grammars)
+    rows = 512
+    tokens, logprobs = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
+    for penalties, guided, logged in ((False, False, False), (True, False, True), (True, True, False)):
+        tensors = row_tensors(rows, V, penalties=penalties, guided=guided, logprobs=logged)
+        post_update(tokens, logprobs if logged else None, **row_arguments(post_update, tensors))

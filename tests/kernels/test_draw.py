@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batchmix.engine import philox
 from batchmix.kernels import reference
 from batchmix.kernels.draw import draw, threshold_of, uniform_bits
+from batchmix.model import philox
 
 
 @triton.jit

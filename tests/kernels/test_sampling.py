@@ -1,36 +1,30 @@
-"""Tokens and log-probabilities, against the oracle and the torch backend's engine/sampling.py."""
+"""Tokens and log-probabilities, against the oracle and the torch backend's model/torch_sampler.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_bitwise_equal, assert_close, poisoned_allocations
+from helpers import assert_bitwise_equal, assert_close, copied, poisoned_allocations, row_arguments
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
-from batchmix.engine.advance import advance
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.philox import uniform
-from batchmix.engine.sampling import choose
 from batchmix.kernels import reference
+from batchmix.kernels.row_state import Flag, Number, Real, RowTensors, State
 from batchmix.kernels.sampling import sample
+from batchmix.model import torch_backend
 from batchmix.model.async_copy import AsyncCopy
+from batchmix.model.host_rows import Logprobs
+from batchmix.model.philox import uniform
 from batchmix.records import Prompt
 
 # numpy's, under the interpreter: a difference over a tiny temperature is meant to overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in divide")
-
-PER_ROW = [
-    "temperature", "top_k", "top_p", "min_p", "seed", "row_key", "sample", "generated", "min_tokens",
-    "stop_token_ids", "bias_row", "penalised", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "processed_logprobs",
-]  # fmt: skip
 
 
 def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[int]] | None = None) -> InputBatch:
@@ -40,29 +34,28 @@ def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[in
         slots.add(Prompt(row, str(row), {}, [5 % vocab, 6 % vocab, 7 % vocab], sampling), 0, 1000)
     slots.upload()
     for tokens in outputs or []:
-        advance(slots, 0, torch.tensor(tokens) % vocab)
+        torch_backend.post_update(torch.tensor(tokens) % vocab, slots.rows(0, len(tokens)))
     return slots
 
 
-def wishes(slots: InputBatch, device: torch.device, first: int = 0, rows: int | None = None) -> dict[str, Any]:
-    """What `sample` takes beside the logits, from slots first..first+rows-1."""
-    span = slice(first, slots.capacity if rows is None else first + rows)
-    found = {name: getattr(slots, name)[span] for name in PER_ROW}
-    for name in ("output_counts", "in_prompt"):
-        table = getattr(slots, name)
-        found[name] = None if table is None else table[span]
-    found |= {"eos_token_ids": slots.eos_token_ids, "biases": slots.biases.data}
-    found["wants_logprob"] = torch.from_numpy(slots.num_logprobs[span] >= 0)
-    return {name: None if tensor is None else tensor.to(device) for name, tensor in found.items()}
+def wishes(slots: InputBatch, device: torch.device, first: int = 0, end: int | None = None) -> dict[str, Tensor | None]:
+    """What `sample` takes beside the logits, of slots first..end-1."""
+    rows = slots.rows(first, slots.capacity if end is None else end)
+    return row_arguments(sample, rows if device.type == "cpu" else copied(rows, device))
 
 
 def run(logits: Tensor, slots: InputBatch, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
     logits = logits.to(device)
     before = logits.clone()
     with poisoned_allocations():
-        tokens, logprobs = sample(logits, **wishes(slots, device, first, len(logits)))
+        tokens, logprobs = sample(logits, **wishes(slots, device, first, first + len(logits)))
     assert_bitwise_equal(logits, before)
     return tokens.cpu(), logprobs.cpu()
+
+
+def choose(logits: Tensor, slots: InputBatch) -> tuple[Tensor, Logprobs | None, Tensor | None]:
+    """The torch backend's; logits are changed in place."""
+    return torch_backend.sample(logits, slots.rows(0, len(logits)), slots.host_rows(0, len(logits)))
 
 
 def random_logits(seed: int, rows: int, vocab: int, spread: float = 3.0, ties: bool = False) -> Tensor:
@@ -101,7 +94,7 @@ def test_tokens_are_the_torch_backends(device, samplings, vocab, seed, ties, ste
     slots = slots_for(samplings, vocab, [[3 + step + row for row in range(len(samplings))] for step in range(steps)])
     logits = random_logits(seed, len(samplings), vocab, ties=ties)
     tokens, logprobs = run(logits, slots, device)
-    expected, wanted, _ = choose(logits.clone(), slots, 0)
+    expected, wanted, _ = choose(logits.clone(), slots)
     assert tokens.tolist() == expected.tolist()
     asked = slots.num_logprobs >= 0
     assert (logprobs[~asked] == 0).all()
@@ -133,7 +126,7 @@ def test_values_at_the_edges_of_float32_choose_the_torch_backends_tokens(device,
     slots = slots_for([SamplingConfig(**values)] * 2, 300, [[9, 5]])
     logits = random_logits(1, 2, 300)
     changed = logits.clone()
-    expected, *_ = choose(changed, slots, 0)
+    expected, *_ = choose(changed, slots)
     assert changed.isfinite().all()
     assert run(logits, slots, device)[0].tolist() == expected.tolist()
 
@@ -145,21 +138,22 @@ def assert_logprobs_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double().cpu(), expected.double().cpu(), rtol=2e-5, atol=roundings)
 
 
-def random_grammars(slots: InputBatch, seed: int, states: int = 4, classes: int = 3) -> dict[str, Tensor]:
+def with_random_grammars(slots: InputBatch, seed: int, states: int = 4, classes: int = 3) -> RowTensors:
     """Two grammars of any needs, for two rows of three; in each state one class of tokens is allowed throughout."""
-    source, vocab, rows = torch.Generator().manual_seed(seed), slots.vocab_size, slots.capacity
+    source, vocab, count = torch.Generator().manual_seed(seed), slots.vocab_size, slots.capacity
     tables = torch.randint(0, 7, (2 * states * (1 + classes), 2), generator=source, dtype=torch.int32)
     tables[1 :: 1 + classes, 1] = 0
     token_class = torch.randint(1, 1 + classes, (2, vocab), generator=source, dtype=torch.int32)
     token_class[:, 0] = 1
-    grammar = torch.arange(rows) % 3 - 1
-    state = torch.randint(0, states, (rows,), generator=source) * (1 + classes)
-    base = torch.where(grammar < 0, -1, grammar * states * (1 + classes))
-    room = torch.randint(1, 5, (rows,), generator=source)
-    return {
-        "grammar_base": base, "grammar_state": state, "grammar_class": grammar, "max_tokens": slots.generated + room,
-        "grammar_tables": tables, "grammar_classes": token_class,
-    }  # fmt: skip
+    grammar = torch.arange(count) % 3 - 1
+    rows = replace(
+        copied(slots.rows(0, count), torch.device("cpu")), grammar_states=tables, grammar_classes=token_class
+    )
+    rows.state[State.GRAMMAR_STATE] = torch.randint(0, states, (count,), generator=source) * (1 + classes)
+    rows.numbers[Number.GRAMMAR_BASE] = torch.where(grammar < 0, -1, grammar * states * (1 + classes))
+    rows.numbers[Number.GRAMMAR_CLASS] = grammar
+    rows.numbers[Number.MAX_TOKENS] = slots.generated + torch.randint(1, 5, (count,), generator=source)
+    return rows
 
 
 @settings(max_examples=10, deadline=None)
@@ -167,18 +161,19 @@ def random_grammars(slots: InputBatch, seed: int, states: int = 4, classes: int 
 def test_grammars_are_the_oracles(device, samplings, seed):
     samplings = [replace(sampling, allowed_token_ids=None) for sampling in samplings]
     slots = slots_for(samplings, 300, [[9] * len(samplings)])
-    slots.processed_logprobs[:] = torch.from_numpy(slots.num_logprobs < 0)
-    logits, grammars = random_logits(seed, len(samplings), 300), random_grammars(slots, seed)
-    on_device = {name: tensor.to(device) for name, tensor in grammars.items()}
-    tokens, logprobs = sample(logits.to(device), **wishes(slots, device), **on_device)
-    expected, expected_logprobs = reference.sample(logits, **wishes(slots, torch.device("cpu")), **grammars)
+    slots.flags[Flag.PROCESSED_LOGPROBS] = torch.from_numpy(slots.num_logprobs < 0)
+    logits, rows = random_logits(seed, len(samplings), 300), with_random_grammars(slots, seed)
+    tokens, logprobs = sample(logits.to(device), **row_arguments(sample, copied(rows, device)))
+    expected, expected_logprobs = reference.sample(logits, **row_arguments(sample, rows))
     assert tokens.tolist() == expected.tolist()
     assert_logprobs_close(logprobs, expected_logprobs)
+    state, numbers = rows.state, rows.numbers
     for row, token in enumerate(tokens.tolist()):
-        if grammars["grammar_base"][row] >= 0:
-            kind = grammars["grammar_classes"][grammars["grammar_class"][row], token]
-            need = grammars["grammar_tables"][grammars["grammar_base"][row] + grammars["grammar_state"][row] + kind, 1]
-            assert need < grammars["max_tokens"][row] - slots.generated[row]
+        if numbers[Number.GRAMMAR_BASE, row] >= 0:
+            kind = rows.grammar_classes[numbers[Number.GRAMMAR_CLASS, row], token]
+            entry = numbers[Number.GRAMMAR_BASE, row] + state[State.GRAMMAR_STATE, row] + kind
+            left = numbers[Number.MAX_TOKENS, row] - state[State.GENERATED, row]
+            assert rows.grammar_states[entry, 1] < left
 
 
 @settings(max_examples=8, deadline=None)
@@ -190,12 +185,12 @@ def test_grammars_are_the_oracles(device, samplings, seed):
 def test_log_probabilities_among_what_is_allowed(device, samplings, seed):
     """By kernel, torch backend and oracle; bias, penalties and min_tokens say what is allowed, not how likely it is."""
     slots = slots_for([replace(sampling, logprobs=None) for sampling in samplings], 300, [[9] * len(samplings)])
-    slots.processed_logprobs[1:] = True
+    slots.flags[Flag.PROCESSED_LOGPROBS, 1:] = True
     slots.logprob_history = torch.zeros(len(samplings), 1)
     logits = random_logits(seed, len(samplings), 300)
     tokens, logprobs = run(logits, slots, device)
     expected, oracles = reference.sample(logits, **wishes(slots, torch.device("cpu")))
-    chosen, none, found = choose(logits.clone(), slots, 0)
+    chosen, none, found = choose(logits.clone(), slots)
     assert none is None
     assert tokens.tolist() == expected.tolist() == chosen.tolist()
     assert logprobs[0] == 0
@@ -209,7 +204,7 @@ def test_log_probabilities_among_what_is_allowed(device, samplings, seed):
 @given(st.lists(SAMPLINGS, min_size=2, max_size=6), st.integers(0, 2**31))
 def test_a_row_does_not_depend_on_company(device, samplings, seed):
     slots = slots_for(samplings, 300)
-    slots.processed_logprobs[:] = torch.from_numpy(slots.num_logprobs < 0)
+    slots.flags[Flag.PROCESSED_LOGPROBS] = torch.from_numpy(slots.num_logprobs < 0)
     logits = random_logits(seed, len(samplings), 300, ties=True)
     tokens, logprobs = run(logits, slots, device)
     again = run(logits, slots, device)
@@ -266,7 +261,7 @@ def test_a_top_k_of_nearly_all(device, top_k):
     for seed in range(4):
         slots = slots_for([SamplingConfig(top_k=top_k, top_p=1.0, seed=seed)], 300)
         tokens, _ = run(logits, slots, device)
-        assert tokens.tolist() == choose(logits.clone(), slots, 0)[0].tolist()
+        assert tokens.tolist() == choose(logits.clone(), slots)[0].tolist()
         counted.add(int(tokens))
     assert len(counted) > 1
 
@@ -282,8 +277,7 @@ def test_what_a_row_does_not_use_is_not_read(device):
     slots.biases.data.fill_(float("nan"))
     slots.output_counts.fill_(1000)
     slots.in_prompt.fill_(True)
-    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-        getattr(slots, name)[:2] = float("nan")
+    slots.reals[[Real.REPETITION_PENALTY, Real.PRESENCE_PENALTY, Real.FREQUENCY_PENALTY], :2] = float("nan")
     assert torch.equal(run(logits, slots, device)[0], expected)
 
 
@@ -300,7 +294,7 @@ def test_a_real_vocabulary_and_a_row_stride(device):
     slots = slots_for(samplings, vocab, [[31999, 5]])
     with poisoned_allocations():
         tokens, logprobs = sample(logits.to(device), **wishes(slots, device))
-    expected, wanted, _ = choose(logits.clone(), slots, 0)
+    expected, wanted, _ = choose(logits.clone(), slots)
     assert tokens.tolist() == expected.tolist()
     assert wanted is not None
     assert_close(logprobs[:1].cpu(), wanted.chosen)
@@ -316,7 +310,8 @@ def test_draws_follow_the_softmax(device):
     probabilities = (logits.double() / 0.7).softmax(0)
     counts, expected = torch.bincount(tokens, minlength=5), probabilities * rows
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # 99.9th percentile for 4 degrees of freedom
-    u = uniform(slots.seed, slots.row_key, slots.sample, slots.generated)
+    seeds, row_keys, samples = slots.numbers[[Number.SEED, Number.ROW_KEY, Number.SAMPLE]]
+    u = uniform(seeds, row_keys, samples, slots.generated)
     assert torch.equal(tokens, (u[:, None] >= probabilities.cumsum(0)).sum(1))
 
 
@@ -324,10 +319,10 @@ def test_positions_seeds_and_samples_change_the_draw(device):
     base = SamplingConfig(seed=1)
     logits = random_logits(4, 1, 1000, spread=0.1)
     found = set()
-    for change in ("none", "seed", "generated", "sample", "row_key"):
-        slots = slots_for([replace(base, seed=2) if change == "seed" else base], 1000)
-        if change not in ("none", "seed"):
-            getattr(slots, change)[0] += 1
+    for change in (None, Number.SEED, State.GENERATED, Number.SAMPLE, Number.ROW_KEY):
+        slots = slots_for([replace(base, seed=2) if change is Number.SEED else base], 1000)
+        if change is not None and change is not Number.SEED:
+            (slots.state if isinstance(change, State) else slots.numbers)[change, 0] += 1
         found.add(int(run(logits, slots, device)[0]))
     assert len(found) == 5
 
@@ -339,7 +334,5 @@ def test_no_rows(device):
 
 def test_custom_op_is_well_formed(device):
     slots = slots_for([SamplingConfig(temperature=0.0, presence_penalty=1.0)] * 2, 9)
-    rest = wishes(slots, device)
-    names = sample.op._opoverload._schema.arguments[1:]
-    rest |= {name: tensor.to(device) for name, tensor in random_grammars(slots, 1).items()}
-    torch.library.opcheck(sample.op, (random_logits(0, 2, 9).to(device), *(rest[name.name] for name in names)))
+    rest = row_arguments(sample, copied(with_random_grammars(slots, 1), device))
+    torch.library.opcheck(sample.op, (random_logits(0, 2, 9).to(device), *rest.values()))

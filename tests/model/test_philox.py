@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchmix.engine.philox import philox4x32, row_key, uniform
+from batchmix.model.philox import philox4x32, row_key, uniform
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN = [

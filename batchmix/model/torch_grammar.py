@@ -7,13 +7,15 @@ row's usual sampling. Most others forbid few (inside a string): only those are s
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.input_batch import RUNNING, InputBatch
+from batchmix.guided.grammar import TokenSet
+from batchmix.kernels.row_state import Finish, Number, RowTensors, State
 
 _NARROWEST = 128  # columns; widths are powers of two, so that a row's own set alone decides how its sums are rounded
 
@@ -22,30 +24,27 @@ _NARROWEST = 128  # columns; widths are powers of two, so that a row's own set a
 class FewTokens:
     """Rows that may choose from few tokens, all of one width."""
 
-    rows: Tensor  # int64 [N], ordinals within the span
+    rows: Tensor  # int64 [N], ordinals within the step
     token_ids: Tensor  # int64 [N, width], ascending; 0 beyond a row's own
     logits: Tensor  # float32 [N, width]; -inf beyond
 
 
-def apply_grammars(logits: Tensor, slots: InputBatch, span: slice) -> tuple[Tensor, list[FewTokens]]:
+def apply_grammars(
+    logits: Tensor, rows: RowTensors, allowed_tokens: Callable[[int, int, int], TokenSet]
+) -> tuple[Tensor, list[FewTokens]]:
     """Split the rows of a step: those that choose from all of `logits` [R, V], and those that choose from few of them.
 
-    Of the first, int64 [N], the logits that a grammar forbids become -inf, in place.
+    Of the first, int64 [N], the logits that a grammar forbids become -inf, in place. allowed_tokens: see `HostRows`.
     """
-    rows = np.flatnonzero((slots.grammar_base[span].numpy() >= 0) & (slots.finish[span].numpy() == RUNNING))
-    if not len(rows):
+    state, numbers = rows.state.numpy(), rows.numbers.numpy()
+    guided = np.flatnonzero((numbers[Number.GRAMMAR_BASE] >= 0) & (state[State.FINISH] == Finish.RUNNING))
+    if not len(guided):
         return torch.arange(len(logits)), []
-    states = slots.grammar_state[span].numpy()
-    left = slots.max_tokens[span].numpy() - slots.generated[span].numpy() - 1
+    left = numbers[Number.MAX_TOKENS] - state[State.GENERATED] - 1
     dropped: dict[int, tuple[np.ndarray, list[int]]] = {}  # by set of tokens, which many rows share
     narrow: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
-    for row in rows.tolist():
-        slot = span.start + row
-        grammar = slots.grammars.of_slot[slot]
-        if grammar is None:
-            tokens = slots.grammars.texts.allowed(slot)
-        else:
-            tokens = grammar.allowed_tokens(int(states[row]), int(left[row]))
+    for row in guided.tolist():
+        tokens = allowed_tokens(row, int(state[State.GRAMMAR_STATE, row]), int(left[row]))
         if tokens.few_allowed is not None:
             width = max(_NARROWEST, 1 << (len(tokens.few_allowed) - 1).bit_length())
             narrow[width].append((row, tokens.few_allowed))
