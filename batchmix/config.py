@@ -44,7 +44,7 @@ class KVCacheDtype(Enum):
     fp8 = "fp8"
 
 
-class Offload(Enum):
+class OffloadMode(Enum):
     auto = "auto"
     never = "never"
 
@@ -112,7 +112,7 @@ class ModelConfig:
     max_model_len: int | None = None  # prompt + completion tokens; null: what the checkpoint allows
     tensor_parallel_size: int = 1  # processes, each on a GPU of its own, that share one model
     # Where the experts are that do not fit the GPU. auto: in host memory, whence they are streamed; never: out of memory
-    offload: Offload = Offload.auto
+    offload: OffloadMode = OffloadMode.auto
     offload_dir: str | None = None  # for experts that do not fit host memory either: a folder on a fast disk
     revision: str | None = None  # of a hub id
 

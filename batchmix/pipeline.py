@@ -38,7 +38,7 @@ from batchmix.parallel.ray_pool import run_on_ray
 from batchmix.parallel.tensor import TPWorkers, tensor_parallel
 from batchmix.parallel.workers import Parent
 from batchmix.plan.in_flight import InFlight
-from batchmix.records import Completion, Row
+from batchmix.records import Completion, InputRow
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
@@ -128,7 +128,7 @@ def _run(
     output: OutputFolder,
     engine: Engine,
     tp_workers: TPWorkers,
-    rows: Iterator[Row],
+    rows: Iterator[InputRow],
 ) -> RunStatistics:
     """The run in this process, as its user sees it."""
     clock, stats, started = engine.clock, engine.stats, time.monotonic()
@@ -153,7 +153,7 @@ def _completions(
     tokenizer: Tokenizer | None,
     engine: Engine,
     tp_workers: TPWorkers,
-    rows: Iterator[Row],
+    rows: Iterator[InputRow],
 ) -> Generator[Completion, None, None]:
     """The chain of stages up to the engine; every stage but that works in a thread of its own."""
     in_flight = InFlight(buffers_of(config).in_flight)

@@ -1,6 +1,6 @@
-"""The one record type that crosses each boundary: Row -> Prompt -> Batch -> Completion.
+"""The one record type that crosses each boundary: InputRow -> Prompt -> Batch -> Completion.
 
-    source --Row--> prompt --Prompt--> plan --Batch--> engine --Completion--> sink
+    source --InputRow--> prompt --Prompt--> plan --Batch--> engine --Completion--> sink
 
 A record that cannot be run carries its reason in `error` and travels the same way as the others, so that
 every input row reaches the output exactly once.
@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(slots=True)
-class Row:
+class InputRow:
     """One input row as it was read."""
 
     row: int  # ordinal in the data set, stable over resume and sharding

@@ -17,7 +17,7 @@ from batchmix.engine.engine import Engine
 from batchmix.errors import BatchmixError
 from batchmix.plan.in_flight import InFlight
 from batchmix.plan.planner import Limits, plan
-from batchmix.records import Batch, Completion, Row
+from batchmix.records import Batch, Completion, InputRow
 from batchmix.report.clock import StageClock
 from batchmix.report.totals import Totals
 
@@ -27,7 +27,7 @@ def planned_batches(
     keep: Sequence[str],
     tokenizer: Tokenizer | None,
     engine: Engine,
-    rows: Iterable[Row],
+    rows: Iterable[InputRow],
     in_flight: InFlight,
 ) -> Generator[Batch, None, None]:
     """Rows as batches that fit `engine`, with the columns `keep`; read and tokenised in a thread of their own.

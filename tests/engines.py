@@ -19,10 +19,10 @@ from batchmix.model.async_copy import AsyncCopy, CopyEvent
 from batchmix.model.backend import Operators, PrefillChunk
 from batchmix.model.checkpoint import open_checkpoint
 from batchmix.model.kv_cache import KVCache
-from batchmix.model.link import TransferStream
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import Offload
 from batchmix.model.staged_cache import StagedKVCache
+from batchmix.model.transfer_stream import TransferStream
 from batchmix.model.weights import load_weights
 from batchmix.plan.planner import Limits, plan
 from batchmix.records import Completion, Prompt

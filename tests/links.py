@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchmix.model.link import Pairs, mapped
+from batchmix.model.transfer_stream import Pairs, mapped
 
 
 class FakeLink:

@@ -16,7 +16,7 @@ from batchmix.config import Config, DataConfig, EngineConfig, Order, OutputConfi
 from batchmix.data.source import Source
 from batchmix.errors import BatchmixError
 from batchmix.pipeline import generate
-from batchmix.records import Row
+from batchmix.records import InputRow
 
 PAD = "p" * 30_000
 
@@ -38,7 +38,7 @@ def edit(path: Path, row: int) -> None:
     """The same number of bytes, and the same times."""
     stat = path.stat()
     found = path.read_text().splitlines()
-    found[row] = found[row].replace('"row', '"Row')
+    found[row] = found[row].replace('"row', '"InputRow')
     path.write_text("\n".join(found) + "\n")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
@@ -77,7 +77,7 @@ def test_input_that_changes_while_it_is_read_is_noticed(
     path.write_text("\n".join(lines()) + "\n")
     read = Source.rows
 
-    def rows(self: Source, done: Any) -> Iterator[Row]:
+    def rows(self: Source, done: Any) -> Iterator[InputRow]:
         for row in read(self, done):
             if row.row == 18:
                 if how == "grows":

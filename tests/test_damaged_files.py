@@ -21,7 +21,7 @@ from batchmix.errors import BatchmixError
 from batchmix.jobs.annotate import main as annotate_job
 from batchmix.jobs.generate import main as generate_job
 from batchmix.pipeline import generate
-from batchmix.records import Row
+from batchmix.records import InputRow
 from batchmix.report.panels import _metrics
 from batchmix.run_info import read_run
 from batchmix.stored_run import open_stored
@@ -45,7 +45,7 @@ def test_an_output_folder_that_is_deleted_under_a_run_is_named(tmp_path: Path, m
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(8)))
     read = Source.rows
 
-    def rows(self: Source, done: Any) -> Iterator[Row]:
+    def rows(self: Source, done: Any) -> Iterator[InputRow]:
         for row in read(self, done):
             if row.row == 5:
                 shutil.rmtree(tmp_path / "out")

@@ -16,7 +16,7 @@ from queue import Empty
 from typing import Any, Generic, TypeVar
 
 from batchmix.memory import free_bytes
-from batchmix.records import Row
+from batchmix.records import InputRow
 
 T = TypeVar("T")
 _FREE_SHARE = 0.02
@@ -66,9 +66,9 @@ def num_bytes(value: Any) -> int:
     return _ITEM_BYTES
 
 
-def take(rows: Iterator[Row], max_rows: int, max_bytes: int) -> list[Row]:
+def take(rows: Iterator[InputRow], max_rows: int, max_bytes: int) -> list[InputRow]:
     """The next `max_rows` rows, or fewer: the last one is that with which they have `max_bytes`."""
-    taken: list[Row] = []
+    taken: list[InputRow] = []
     size = 0
     while len(taken) < max_rows and size < max_bytes and (row := next(rows, None)) is not None:
         taken.append(row)

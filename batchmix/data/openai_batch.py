@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchmix.data.schema import LOOSE, is_unicode, short
-from batchmix.records import Row
+from batchmix.records import InputRow
 
 OPENAI_SCHEMA = pa.schema(
     [
@@ -39,14 +39,14 @@ def is_request(record: Mapping[str, Any]) -> bool:
     return "custom_id" in record and "body" in record
 
 
-def read_request(number: int, record: Mapping[str, Any]) -> Row:
+def read_request(number: int, record: Mapping[str, Any]) -> InputRow:
     """One request as a row: columns custom_id, model, messages or prompt, and its sampling overrides under our names."""
-    row = Row(number, str(number), dict.fromkeys(OPENAI_SCHEMA.names))
+    row = InputRow(number, str(number), dict.fromkeys(OPENAI_SCHEMA.names))
     row.error = _read(row, record)
     return row
 
 
-def _read(row: Row, record: Mapping[str, Any]) -> str | None:
+def _read(row: InputRow, record: Mapping[str, Any]) -> str | None:
     """Fill the row; what is wrong with the request, or None."""
     custom_id, body = record.get("custom_id"), record.get("body")
     if not isinstance(custom_id, str) or not custom_id:

@@ -24,7 +24,7 @@ from batchmix.data.vocabulary import TokenIds
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import GrammarCompiler
 from batchmix.guided.pattern import Unsupported
-from batchmix.records import Prompt, Row
+from batchmix.records import InputRow, Prompt
 from batchmix.report.clock import StageClock
 
 _BATCH_ROWS = 512  # encoded in one call
@@ -41,7 +41,7 @@ _SHOWN_CHARS = 240  # of the first prompt, in the log
 _log = logging.getLogger(__name__)
 
 
-def build_prompts(rows: Iterable[Row], **how: Any) -> Generator[Prompt, None, None]:
+def build_prompts(rows: Iterable[InputRow], **how: Any) -> Generator[Prompt, None, None]:
     """`build_prompts_with_pauses` without the pauses."""
     return _without_pauses(build_prompts_with_pauses(rows, **how))
 
@@ -54,7 +54,7 @@ def _without_pauses(prompts: Generator[Prompt | None, None, None]) -> Generator[
 
 
 def build_prompts_with_pauses(
-    rows: Iterable[Row],
+    rows: Iterable[InputRow],
     *,
     data: DataConfig,
     sampling: SamplingConfig,
@@ -102,7 +102,7 @@ def check_prompts(
 
 
 def show_first(
-    rows: Iterable[Row],
+    rows: Iterable[InputRow],
     *,
     data: DataConfig,
     sampling: SamplingConfig,
@@ -111,14 +111,14 @@ def show_first(
     vocab_size: int,
     grammars: GrammarCompiler | None,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Row]:
+) -> Iterator[InputRow]:
     """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
 
     BatchmixError, before a model is loaded, where the first rows need a chat template and there is none.
     """
     builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, (), grammars, eos_token_ids)
     rows = iter(rows)
-    read: list[Row] = []
+    read: list[InputRow] = []
     for row in islice(rows, _BATCH_ROWS):
         read.append(row)
         if (shown := builder.show(row)) is not None:
@@ -131,7 +131,7 @@ def show_first(
 
 
 def _unbatch(
-    builder: _PromptBuilder, rows: Iterable[Row], clock: StageClock, buffers: Buffers, stopping: Callable[[], bool]
+    builder: _PromptBuilder, rows: Iterable[InputRow], clock: StageClock, buffers: Buffers, stopping: Callable[[], bool]
 ) -> Generator[Prompt | None, None, None]:
     batches = read_ahead(
         builder.batches(rows, clock, buffers.raw, stopping), _BATCHES_AHEAD, buffers.read_ahead, _size, stopping
@@ -185,7 +185,7 @@ class _PromptBuilder:
         self._texts = None if tokenizer is None else RowTexts(data, tokenizer)
         self._swap = None if data.swap_columns is None else _check_swap(data, sampling)
 
-    def show(self, row: Row) -> str | None:
+    def show(self, row: InputRow) -> str | None:
         """The prompt of a row for people, shortened, on one line; None where the row cannot be run."""
         if self._texts is not None:
             self._texts.warns = False  # the run itself will
@@ -206,7 +206,7 @@ class _PromptBuilder:
         return f"row {row.row}, {len(ids)} tokens: {text!r}"
 
     def batches(
-        self, rows: Iterable[Row], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
+        self, rows: Iterable[InputRow], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
     ) -> Generator[deque[Prompt], None, None]:
         """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
         rows, aside = iter(rows), Aside(self._prepare, _MOST_ASIDE)
@@ -214,7 +214,12 @@ class _PromptBuilder:
             yield from self._batches(rows, aside, clock, max_bytes, stopping)
 
     def _batches(
-        self, rows: Iterator[Row], aside: Aside[Row], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
+        self,
+        rows: Iterator[InputRow],
+        aside: Aside[InputRow],
+        clock: StageClock,
+        max_bytes: int,
+        stopping: Callable[[], bool],
     ) -> Generator[deque[Prompt], None, None]:
         more = True
         while not stopping() and (more or aside):
@@ -233,12 +238,12 @@ class _PromptBuilder:
             yield ready
 
     def _take(
-        self, rows: Iterator[Row], aside: Aside[Row], max_bytes: int, stopping: Callable[[], bool]
-    ) -> tuple[list[Row], bool]:
+        self, rows: Iterator[InputRow], aside: Aside[InputRow], max_bytes: int, stopping: Callable[[], bool]
+    ) -> tuple[list[InputRow], bool]:
         """The next rows that are encoded together, and whether there are more. Those whose grammar has to be compiled first
         are put aside, and hold up no others unless there are very many of them.
         """
-        batch: list[Row] = []
+        batch: list[InputRow] = []
         size = 0
         while not (len(batch) == _BATCH_ROWS or size >= max_bytes or aside.full or stopping()):
             row = next(rows, None)
@@ -251,20 +256,20 @@ class _PromptBuilder:
             size += num_bytes(row.columns)
         return batch, True
 
-    def _needs_grammar(self, row: Row) -> bool:
+    def _needs_grammar(self, row: InputRow) -> bool:
         """Whether the row has a grammar of its own that is not compiled."""
         if row.error is not None or not row.sampling or row.sampling.get("structured_outputs") is None:
             return False
         return repr(row.sampling) not in self._samplings
 
-    def _prepare(self, row: Row) -> None:
+    def _prepare(self, row: InputRow) -> None:
         """Compile the row's own grammar."""
         try:
             self._prepared[id(row)] = self._sampling_of(row.sampling)
         except (PromptError, RecursionError) as error:
             self._prepared[id(row)] = error
 
-    def _build(self, rows: list[Row]) -> list[Prompt]:
+    def _build(self, rows: list[InputRow]) -> list[Prompt]:
         prompts: list[Prompt] = []
         chats: list[tuple[Prompt, list[Message]]] = []
         texts: list[tuple[Prompt, str]] = []
@@ -338,7 +343,7 @@ class _PromptBuilder:
             )
         prompt.token_ids = ids
 
-    def _content(self, row: Row) -> TokenIds | list[Message] | str:
+    def _content(self, row: InputRow) -> TokenIds | list[Message] | str:
         named = self._columns
         by_template = self._texts is not None and self._texts.template is not None and not named.named
         if named.token_ids is not None and not by_template and (ids := row.columns.get(named.token_ids)) is not None:
@@ -362,7 +367,7 @@ class _PromptBuilder:
             raise PromptError(f"{name}[{index}]={ids[index]} is outside the model's vocabulary of {self._vocab_size}")
         return array("i", ids)
 
-    def _prepared_sampling(self, row: Row) -> SamplingConfig:
+    def _prepared_sampling(self, row: InputRow) -> SamplingConfig:
         if id(row) not in self._prepared:
             return self._sampling_of(row.sampling)
         found = self._prepared.pop(id(row))
@@ -442,9 +447,9 @@ def _check_swap(data: DataConfig, sampling: SamplingConfig) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def _swapped(row: Row, first: str, second: str) -> Row:
+def _swapped(row: InputRow, first: str, second: str) -> InputRow:
     columns = row.columns | {first: row.columns.get(second), second: row.columns.get(first)}
-    return Row(row.row, row.id, columns, row.sampling, row.error, row.text)
+    return InputRow(row.row, row.id, columns, row.sampling, row.error, row.text)
 
 
 def _pair_up(plain: list[Prompt], swapped: list[Prompt]) -> list[Prompt]:

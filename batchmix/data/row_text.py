@@ -12,7 +12,7 @@ from batchmix.data.prompt_columns import PromptColumns
 from batchmix.data.template import RowTemplate
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.errors import BatchmixError
-from batchmix.records import Row
+from batchmix.records import InputRow
 
 # Of Mistral's, ChatML's, Llama's, Zephyr's, Gemma's and Alpaca's templates.
 MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>",
@@ -45,14 +45,14 @@ class RowTexts:
                     " into data.template, or set data.chat_template"
                 )
 
-    def of(self, row: Row) -> list[Message] | str:
+    def of(self, row: InputRow) -> list[Message] | str:
         """PromptError where the row has neither a conversation nor a text that can be sent."""
         content = self._content(row)
         if self.warns:
             self._warn_of_marks(row, content)
         return content
 
-    def _content(self, row: Row) -> list[Message] | str:
+    def _content(self, row: InputRow) -> list[Message] | str:
         named, columns = self._columns, row.columns
         if self.template is not None:
             text = self.template.render(columns)
@@ -94,7 +94,7 @@ class RowTexts:
             return messages
         return [Message("system", (text,), where=where), *messages] if text else messages
 
-    def _warn_of_marks(self, row: Row, content: list[Message] | str) -> None:
+    def _warn_of_marks(self, row: InputRow, content: list[Message] | str) -> None:
         """Text that was rendered before gets its marks twice, or has control tokens in it that are encoded as text."""
         raw = isinstance(content, str)
         texts = [content] if isinstance(content, str) else [message.text for message in content]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchmix.data import strict_json
-from batchmix.records import Row
+from batchmix.records import InputRow
 
 _log = logging.getLogger(__name__)
 # What pyarrow raises for a value that is not of the type asked for; lone surrogates cannot be encoded.
@@ -92,7 +92,7 @@ class Conformer:
         self._strict = [field for field in schema if field.metadata != LOOSE]
         self._loose = [field.name for field in schema if field.metadata == LOOSE]
 
-    def check(self, rows: list[Row]) -> None:
+    def check(self, rows: list[InputRow]) -> None:
         """Rows with a value that does not fit its column become error rows, and the value becomes None."""
         for field in self._strict:
             if not self._all_fit([row.columns.get(field.name) for row in rows], field):
@@ -126,7 +126,7 @@ class Conformer:
             return False
         return True
 
-    def _check_value(self, row: Row, field: pa.Field) -> None:
+    def _check_value(self, row: InputRow, field: pa.Field) -> None:
         value = row.columns.get(field.name)
         if not self._all_fit([value], field):
             row.columns[field.name] = None
@@ -134,7 +134,7 @@ class Conformer:
             row.error = row.error or f"column {field.name!a} holds {short(value)}, which is no {_clip(kind)}"
 
     @staticmethod
-    def _check_text(row: Row, name: str, value: Any) -> None:
+    def _check_text(row: InputRow, name: str, value: Any) -> None:
         try:
             if isinstance(value, list | dict) and _is_deep(value):
                 raise ValueError

@@ -31,7 +31,7 @@ from batchmix.data.rowset import Skip
 from batchmix.data.schema import Conformer, is_unicode, short
 from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
-from batchmix.records import Row
+from batchmix.records import InputRow
 from batchmix.redact import remember_url
 
 _LISTED = 30  # columns that an error message names
@@ -132,7 +132,7 @@ class Source:
         """The file whose bytes are not those of these extents, and where; files in a store of the version `before` pass."""
         return self._input.find_change(extents, before)
 
-    def rows(self, done: Skip) -> Iterator[Row]:
+    def rows(self, done: Skip) -> Iterator[InputRow]:
         """This shard's rows that are not done, in order.
 
         A row's ordinal counts all rows of all files in order; blank lines of JSONL and CSV files are not rows. Rows of
@@ -158,17 +158,17 @@ class Source:
             yield from rows
         self.num_rows = min(end, limit)
 
-    def _rows(self, chunk: InputChunk) -> list[Row]:
+    def _rows(self, chunk: InputChunk) -> list[InputRow]:
         id_column = self._data.id_column
         rows = []
         for place, record in zip(chunk.chunk.numbers, chunk.chunk.records, strict=True):
             number = chunk.offset + place
             if isinstance(record, BadRecord):
-                row = Row(number, str(number), {}, None, f"{chunk.name}, row {place + 1}: {record.reason}")
+                row = InputRow(number, str(number), {}, None, f"{chunk.name}, row {place + 1}: {record.reason}")
             elif self.openai_batch:
                 row = read_request(number, record)
             else:
-                row = Row(number, str(number), record)
+                row = InputRow(number, str(number), record)
                 if id_column is not None:
                     _set_id(row, id_column)
                 if record.get("sampling") is not None:
@@ -238,7 +238,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _set_id(row: Row, column: str) -> None:
+def _set_id(row: InputRow, column: str) -> None:
     value = row.columns.get(column)
     name = str(value)
     if value is None:
@@ -249,7 +249,7 @@ def _set_id(row: Row, column: str) -> None:
         row.error = f"column {column!r} (data.id_column) holds {short(value)}, which is no text"
 
 
-def _set_sampling(row: Row, value: Any) -> None:
+def _set_sampling(row: InputRow, value: Any) -> None:
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):  # refused below as what it is, a string
             value = json.loads(value)

@@ -14,9 +14,9 @@ from batchmix.config import Backend, EngineConfig, KVCacheDtype, SamplingConfig
 from batchmix.data.stop_strings import StopTable, build_stop_table
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.cuda_graphs import cuda_capture
-from batchmix.engine.device import Place, check_model, compute_dtype, select_device
+from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
-from batchmix.engine.offloading import open_link, plan_offload
+from batchmix.engine.offloading import open_transfer_stream, plan_offload
 from batchmix.engine.workspace import measure_workspace
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import GrammarCompiler, open_grammars
@@ -25,12 +25,12 @@ from batchmix.model import torch_backend, torch_ops, torch_products
 from batchmix.model.backend import Operators
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.kv_cache import BLOCK_SIZE, KVCache
-from batchmix.model.link import TransferStream
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.offload import BUFFERS, Offload, spread
 from batchmix.model.quantized import FP8, Weight
 from batchmix.model.staged_cache import StagedKVCache
 from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
+from batchmix.model.transfer_stream import TransferStream
 from batchmix.model.weights import Weights, load_weights
 from batchmix.plan.cost import footprint
 from batchmix.plan.placement import RESIDENT_ROWS, Placement
@@ -83,7 +83,7 @@ def start_engine(
     else:
         torch.cuda.set_device(device)  # kernels are launched on the current one
     kv_dtype, prefill_tokens = cache_dtype(checkpoint, dtype), max(PREFILL_CHUNK, config.max_num_batched_tokens)
-    link = open_link(device, processes, checkpoint.offload_dir)
+    link = open_transfer_stream(device, processes, checkpoint.offload_dir)
     plan, offload = None, None
     if link is not None:
         plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), tp)
@@ -139,7 +139,7 @@ def start_engine(
 
 
 def _start_line(
-    checkpoint: Checkpoint, place: Place, processes: int, model: Mixtral, cache: KVCache, sizes: Sizes,
+    checkpoint: Checkpoint, place: DevicePlan, processes: int, model: Mixtral, cache: KVCache, sizes: Sizes,
     plan: Placement | None, seconds: float,
 ) -> str:  # fmt: skip
     """What runs where, and what it takes."""

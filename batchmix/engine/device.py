@@ -16,7 +16,7 @@ _TRITON_VOCABULARY = 2**19 - 1  # kernels/draw.py: sums of weights stay exact
 
 
 @dataclass(frozen=True)
-class Place:
+class DevicePlan:
     """A device, and the backend that runs there."""
 
     device: torch.device
@@ -27,7 +27,7 @@ class Place:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
-def select_device(engine: EngineConfig) -> Place:
+def select_device(engine: EngineConfig) -> DevicePlan:
     """BatchmixError where the device or backend asked for cannot be had."""
     device = _device(engine)
     backend = engine.backend
@@ -42,7 +42,7 @@ def select_device(engine: EngineConfig) -> Place:
             "engine.backend=triton: needs a GPU; use engine.backend=torch"
             " (or set TRITON_INTERPRET=1 to try the kernels on the CPU, very slowly)"
         )
-    return Place(device, backend)
+    return DevicePlan(device, backend)
 
 
 def nth_device(first: torch.device, place: int) -> torch.device:
@@ -61,7 +61,7 @@ def check_places(engine: EngineConfig, tensor_parallel_size: int) -> None:
         )
 
 
-def compute_dtype(dtype: torch.dtype, place: Place) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype, place: DevicePlan) -> torch.dtype:
     """In which dtype weights of `dtype` are kept and multiplied. BatchmixError where the place cannot.
 
     A CPU without bfloat16 or float16 matrix instructions multiplies those seven times slower than float32 (measured
@@ -79,7 +79,7 @@ def compute_dtype(dtype: torch.dtype, place: Place) -> torch.dtype:
     return dtype if needed is None or any(there.get(name) for name in needed) else torch.float32
 
 
-def check_model(config: MixtralConfig, place: Place, quantization: Quantization | None = None) -> None:
+def check_model(config: MixtralConfig, place: DevicePlan, quantization: Quantization | None = None) -> None:
     """BatchmixError for a model whose shape or format the backend's kernels do not take."""
     if place.backend is not Backend.triton:
         return

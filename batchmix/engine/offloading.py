@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import torch
 
-from batchmix.config import EngineConfig, Offload
+from batchmix.config import EngineConfig, OffloadMode
 from batchmix.errors import BatchmixError
 from batchmix.memory import HOST_SHARE, free_bytes, gpu_cache_bytes, gpu_workspace_bytes
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.model.kv_cache import BLOCK_SIZE
-from batchmix.model.link import CudaTransferStream, TransferStream
 from batchmix.model.staged_cache import StagedKVCache
 from batchmix.model.tensor_parallel import TensorParallel
+from batchmix.model.transfer_stream import CudaTransferStream, TransferStream
 from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import known_gpu
 from batchmix.plan.placement import MAX_NUM_SEQS, Machine, Placement, assumed, select_placement
@@ -24,7 +24,7 @@ from batchmix.plan.step_cost import EFFICIENCY
 _MEASURED_BYTES = 256 << 20  # 5 ms over PCIe 5
 
 
-def open_link(device: torch.device, processes: int, folder: str | None) -> TransferStream | None:
+def open_transfer_stream(device: torch.device, processes: int, folder: str | None) -> TransferStream | None:
     """None on a CPU, which has all of its memory at hand. The host's memory is shared by `processes`."""
     if device.type == "cpu":
         return None
@@ -64,7 +64,7 @@ def plan_offload(
     if best(machine, stream=False) is not None:
         return None
     sizes = f"the weights take {model.weight_bytes / 2**30:.1f} GiB, of the GPU {device_bytes / 2**30:.1f} GiB are free"
-    if checkpoint.offload is Offload.never:
+    if checkpoint.offload is OffloadMode.never:
         if model.weight_bytes < device_bytes:  # the estimate of the workspace may be too large
             return None
         raise BatchmixError(

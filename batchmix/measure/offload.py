@@ -106,7 +106,7 @@ def _small_card(config: Config, device: torch.device) -> Iterator[Config]:
 
 def _link_rate(device: torch.device) -> float | None:
     """Bytes a second to the device; None where there is no link."""
-    link = offloading.open_link(device, 1, None)
+    link = offloading.open_transfer_stream(device, 1, None)
     return None if link is None else offloading.measure_link(link)
 
 

@@ -20,7 +20,6 @@ from batchmix.model.kv_cache import KVCache
 from batchmix.model.quantized import Weight
 
 if TYPE_CHECKING:
-
     from batchmix.model.mixtral import Mixtral
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, Offload, Quantization
+from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, OffloadMode, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.json_file import read_object, shown
 from batchmix.model.config import MixtralConfig, token_ids, window_of
@@ -45,7 +45,7 @@ class Checkpoint:
     quantization: Quantization | None = None  # in which the experts are kept in memory; None: dtype
     packing: Packing | None = None  # how weights are kept in the files, where they are quantised there
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.auto
-    offload: Offload = Offload.auto
+    offload: OffloadMode = OffloadMode.auto
     offload_dir: str | None = None
     notes: tuple[str, ...] = ()  # what the folder says that has no effect: a line each, for the log
 

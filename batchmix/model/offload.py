@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchmix.model.link import TransferStream
 from batchmix.model.quantized import Empty, Quantized, Weight, allocated, tensors_of
+from batchmix.model.transfer_stream import TransferStream
 
 if TYPE_CHECKING:
     from batchmix.model.weights import LayerWeights

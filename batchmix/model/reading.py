@@ -11,14 +11,16 @@ from contextlib import contextmanager
 import torch
 
 from batchmix.errors import BatchmixError
-from batchmix.model.places import Place, TensorSource
+from batchmix.model.targets import TensorSource, TensorTarget
 from batchmix.report.loading import LoadProgress
 
 # More threads than cores do not help: benchmarks/bench_load.py --readers 1 2 4 8. A disk is busy with one or two.
 READERS = min(8, len(os.sched_getaffinity(0)))
 
 
-def fill(source: TensorSource, places: Mapping[str, Place], progress: LoadProgress, readers: int = READERS) -> None:
+def fill(
+    source: TensorSource, places: Mapping[str, TensorTarget], progress: LoadProgress, readers: int = READERS
+) -> None:
     """Read every place's tensor and write it there; in the order of the files, each tensor by one thread.
 
     BatchmixError where a place's tensor is not of its shape. The first error, or an interruption, ends it.

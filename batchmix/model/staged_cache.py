@@ -17,8 +17,8 @@ from torch import Tensor
 from batchmix.model.backend import Attend, DecodeTokens, PrefillChunk
 from batchmix.model.config import MixtralConfig
 from batchmix.model.kv_cache import KVCache, words
-from batchmix.model.link import TransferStream
 from batchmix.model.offload import BUFFERS
+from batchmix.model.transfer_stream import TransferStream
 
 _LANDINGS = 3  # layers whose tokens may be on their way back at once
 _GAP = 2  # unused blocks that cost less to copy than another copy to begin

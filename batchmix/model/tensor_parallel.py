@@ -98,9 +98,9 @@ class TensorParallel:
         """The smallest of what the processes give."""
         if self.size == 1:
             return number
-        smallest = torch.tensor(number)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        return int(smallest)
+        least = torch.tensor(number)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
 
 
 SINGLE_RANK = TensorParallel()

@@ -28,13 +28,13 @@ from batchmix.model.layouts import (
     stacked,
 )
 from batchmix.model.offload import Offload
-from batchmix.model.places import DensePlace, Place
 from batchmix.model.prequantized import PackedTensors, Packing
 from batchmix.model.quantized import Empty, Quantized, Weight, allocated, quantize, tensors_of
-from batchmix.model.quantized_place import QuantizedPlace
+from batchmix.model.quantized_target import QuantizedTarget
 from batchmix.model.reading import fill
 from batchmix.model.sources import TensorFiles
 from batchmix.model.staging import Direct, Staging, open_staging
+from batchmix.model.targets import DenseTarget, TensorTarget
 from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.report.loading import LoadProgress
 
@@ -175,14 +175,14 @@ def _open_packed(files: TensorFiles, checkpoint: Checkpoint, packing: Packing) -
 
 def _places(
     checkpoint: Checkpoint, weights: Weights, tp: TensorParallel, staging: Staging, device: torch.device
-) -> dict[str, Place]:
+) -> dict[str, TensorTarget]:
     shapes = hub_shapes(checkpoint.config)
     targets = _hub_targets(tp.slice_config(checkpoint.config), weights)
     dtype = checkpoint.dtype
     return {
-        name: QuantizedPlace(shapes[name], target, dtype, tp, device)
+        name: QuantizedTarget(shapes[name], target, dtype, tp, device)
         if isinstance(target, Quantized)
-        else DensePlace(shapes[name], target, dtype, tp, staging if target.device.type == device.type else Direct())
+        else DenseTarget(shapes[name], target, dtype, tp, staging if target.device.type == device.type else Direct())
         for name, target in targets.items()
     }
 

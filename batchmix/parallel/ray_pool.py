@@ -27,7 +27,7 @@ from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import Checkpoint
 from batchmix.parallel.data import Report
 from batchmix.parallel.ray_worker import RayWorker
-from batchmix.records import Completion, Row
+from batchmix.records import Completion, InputRow
 from batchmix.report.clock import StageClock
 from batchmix.report.metrics import Metrics
 from batchmix.report.progress import Progress
@@ -53,7 +53,7 @@ def run_on_ray(
     tokenizer: Tokenizer | None,
     output: OutputFolder,
     signals: StopSignals,
-    rows: Iterator[Row],
+    rows: Iterator[InputRow],
 ) -> RunStatistics:
     """The run in a Ray cluster, as its user sees it; this process reads the rows and writes the answers."""
     clock, started = StageClock(), time.monotonic()
@@ -79,7 +79,7 @@ class _Worker:
     actor: Any
     loading: Any  # what to wait for until the model is loaded; None afterwards
     answers: Any = None  # the stream of a `run` at work
-    rows: dict[int, Row] = field(default_factory=dict)  # given and not answered
+    rows: dict[int, InputRow] = field(default_factory=dict)  # given and not answered
     unit_rows: int = 0  # of the unit that was given last
     samples: dict[int, list[Completion]] = field(default_factory=dict)  # of rows that miss some
     report: Report = field(default_factory=Report)
@@ -94,8 +94,8 @@ class RayPool:
         self._max_bytes = buffers_of(config).in_flight
         self._workers: list[_Worker] = []
         self._all: list[_Worker] = []  # those that are gone, too
-        self._unit: list[Row] = []  # the next to be given; empty: none is left
-        self._back: list[Row] = []  # of lost workers
+        self._unit: list[InputRow] = []  # the next to be given; empty: none is left
+        self._back: list[InputRow] = []  # of lost workers
         self._losses, self._answered = 0, time.monotonic()
         self._looked = float("-inf")
         self._said = time.monotonic()
@@ -131,7 +131,7 @@ class RayPool:
         return sum(busy) / max(1, len(busy))
 
     def answer(
-        self, rows: Iterator[Row], keep: Sequence[str], stopping: Callable[[], bool], clock: StageClock
+        self, rows: Iterator[InputRow], keep: Sequence[str], stopping: Callable[[], bool], clock: StageClock
     ) -> Iterator[Completion]:
         """Every sample of every row, with the columns `keep` and a row's samples together. Ends early when `stopping()`.
 
@@ -163,7 +163,7 @@ class RayPool:
             for stage, seconds in worker.report.seconds.items():
                 clock.add(stage, seconds)
 
-    def _next_unit(self) -> list[Row]:
+    def _next_unit(self) -> list[InputRow]:
         size = self._config.cluster.rows_per_unit
         with self._clock.stage("read"):
             unit, self._back = self._back[:size], self._back[size:]

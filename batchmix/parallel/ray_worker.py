@@ -19,7 +19,7 @@ from batchmix.model.checkpoint import open_checkpoint
 from batchmix.parallel.data import Report
 from batchmix.parallel.tensor import tensor_parallel
 from batchmix.plan.in_flight import InFlight
-from batchmix.records import Batch, Completion, Row
+from batchmix.records import Batch, Completion, InputRow
 from batchmix.stages import buffers_of, planned_batches
 
 _REPORT_EVERY = 0.5  # seconds
@@ -31,7 +31,7 @@ class RayWorker:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._units: SimpleQueue[list[Row]] = SimpleQueue()
+        self._units: SimpleQueue[list[InputRow]] = SimpleQueue()
         self._open = ExitStack()
 
     def load(self, version: str, model: str) -> str | None:
@@ -51,7 +51,7 @@ class RayWorker:
         self._engine = start_engine(checkpoint, self._tokenizer, config.engine, lambda: False, tp)
         return self._engine.model.weights.fingerprint
 
-    def feed(self, rows: list[Row]) -> None:
+    def feed(self, rows: list[InputRow]) -> None:
         """Rows to answer: by the `run` that is at work, or by the next."""
         self._units.put(rows)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batchmix.config import Config, Offload, Quantization
+from batchmix.config import Config, OffloadMode, Quantization
 from batchmix.data.chat_template import read_chat_template
 from batchmix.data.prompt import build_prompts, show_first
 from batchmix.data.rowset import RowSet
@@ -87,7 +87,7 @@ def _setting(config: Config, checkpoint: Checkpoint, gpu: GPU) -> Setting:
         share=config.engine.gpu_memory_utilization,
         host_bytes=host_bytes() if host is None else HOST_SHARE * host * 1e9,
         has_disk=config.model.offload_dir is not None,
-        stream=config.model.offload is Offload.auto,
+        stream=config.model.offload is OffloadMode.auto,
         max_model_len=checkpoint.max_model_len,
         max_num_seqs=config.engine.max_num_seqs,
         prefill_tokens=prefill,

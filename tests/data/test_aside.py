@@ -13,7 +13,7 @@ from batchmix.data import prompt as prompt_module
 from batchmix.data.aside import Aside
 from batchmix.data.prompt import build_prompts, build_prompts_with_pauses
 from batchmix.plan.planner import Limits, plan
-from batchmix.records import Row
+from batchmix.records import InputRow
 from batchmix.report.clock import StageClock
 
 
@@ -39,12 +39,12 @@ def void(_: object) -> None:
     return None
 
 
-def rows(count: int, costly: int) -> list[Row]:
+def rows(count: int, costly: int) -> list[InputRow]:
     """`costly` rows with a grammar of their own before the others."""
     found = []
     for number in range(count):
         sampling = {"structured_outputs": {"regex": f"a{{{number + 1}}}"}} if number < costly else None
-        found.append(Row(number, str(number), {"prompt_token_ids": [5]}, sampling=sampling))
+        found.append(InputRow(number, str(number), {"prompt_token_ids": [5]}, sampling=sampling))
     return found
 
 

@@ -32,7 +32,7 @@ from batchmix.data.tokenizer import load_tokenizer
 from batchmix.model.checkpoint import TINY
 from batchmix.plan.in_flight import InFlight
 from batchmix.plan.planner import Limits, plan
-from batchmix.records import Completion, Prompt, Row
+from batchmix.records import Completion, InputRow, Prompt
 from batchmix.report.clock import StageClock
 
 MB = 1 << 20
@@ -140,7 +140,7 @@ def test_windows_batches_and_prompts_in_flight_keep_to_their_bytes(
 
 
 def test_take_ends_with_the_row_that_fills_it() -> None:
-    rows = (Row(number, "", {"a": "x" * 1000}) for number in range(10))
+    rows = (InputRow(number, "", {"a": "x" * 1000}) for number in range(10))
     assert len(take(rows, 100, 2500)) == 3
     assert len(take(rows, 2, 10**9)) == 2
     assert len(take(rows, 100, 1)) == 1
@@ -167,7 +167,7 @@ def test_prompts_of_large_rows_are_read_a_few_at_a_time(tmp_path: Path, keep: bo
             nonlocal alive
             alive -= 1
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[InputRow]:
         for row in source.rows(RowSet()):
             row.columns = Counted(row.columns)
             yield row

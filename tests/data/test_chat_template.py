@@ -33,7 +33,7 @@ from batchmix.data.prompt import build_prompts, show_first
 from batchmix.data.tokenizer import Tokenizer, load_tokenizer
 from batchmix.errors import BatchmixError
 from batchmix.model.checkpoint import TINY
-from batchmix.records import Prompt, Row
+from batchmix.records import InputRow, Prompt
 from batchmix.report.clock import StageClock
 
 
@@ -342,15 +342,15 @@ def test_a_file_is_read_once_and_other_values_stay(tmp_path: Path, monkeypatch: 
 # ---- Rows
 
 
-def prompts(rows: list[Row], folder: Path, chat_template: str = "auto", **options: Any) -> list[Prompt]:
+def prompts(rows: list[InputRow], folder: Path, chat_template: str = "auto", **options: Any) -> list[Prompt]:
     data = DataConfig("x", chat_template=chat_template, **options)
     arguments: Any = {"data": data, "sampling": SamplingConfig(), "tokenizer": load_tokenizer(folder, chat_template),
                       "max_model_len": 4096, "vocab_size": 32000, "grammars": None}  # fmt: skip
     return list(build_prompts(show_first(rows, **arguments), keep=[], clock=StageClock(), **arguments))
 
 
-def row(number: int = 0, text: str | None = None, **columns: Any) -> Row:
-    return Row(number, str(number), columns, text=text)
+def row(number: int = 0, text: str | None = None, **columns: Any) -> InputRow:
+    return InputRow(number, str(number), columns, text=text)
 
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -407,7 +407,7 @@ def test_plain_prompts_on_mistrals_layout_are_refused(tmp_path: Path) -> None:
 
 
 def test_system_prompts_are_templates_or_columns() -> None:
-    def shown(*rows: Row, **options: Any) -> list[str | None]:
+    def shown(*rows: InputRow, **options: Any) -> list[str | None]:
         tokenizer = loaded(TINY)
         return [
             prompt.error or tokenizer.decode([prompt.token_ids])[0] for prompt in prompts(list(rows), TINY, **options)

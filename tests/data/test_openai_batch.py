@@ -14,7 +14,7 @@ from batchmix.data.part_formats import OpenAIParts
 from batchmix.data.rowset import RowSet
 from batchmix.data.source import open_source
 from batchmix.errors import BatchmixError
-from batchmix.records import Completion, Prompt, Row
+from batchmix.records import Completion, InputRow, Prompt
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -23,13 +23,13 @@ def request(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
     return {"custom_id": "r-1", "method": "POST", "url": url, "body": {"model": "m", "messages": MESSAGES, **body}}
 
 
-def read(**body: Any) -> Row:
+def read(**body: Any) -> InputRow:
     return read_request(7, request(**body))
 
 
 def test_a_request_becomes_a_row() -> None:
     row = read(max_tokens=5, temperature=0, stop=["x"], logit_bias={"5": -1}, top_p=None, user="u", stream=False)
-    assert row == Row(
+    assert row == InputRow(
         7,
         "r-1",
         {"custom_id": "r-1", "model": "m", "messages": MESSAGES, "prompt": None},

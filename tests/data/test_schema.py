@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batchmix.data.csv_types import infer_csv_schema, parse_field
 from batchmix.data.schema import LOOSE, Conformer, as_json_text, infer_schema, loose, settle, short
-from batchmix.records import Row
+from batchmix.records import InputRow
 
 LONE = "\ud800"
 
@@ -20,9 +20,9 @@ def infer(*values: Any) -> pa.Field:
     return settle(infer_schema([{"x": value} for value in values])).field("x")
 
 
-def conform(kind: pa.DataType | pa.Field, *values: Any) -> list[Row]:
+def conform(kind: pa.DataType | pa.Field, *values: Any) -> list[InputRow]:
     field = kind if isinstance(kind, pa.Field) else pa.field("x", kind)
-    rows = [Row(number, str(number), {"x": value}) for number, value in enumerate(values)]
+    rows = [InputRow(number, str(number), {"x": value}) for number, value in enumerate(values)]
     Conformer(pa.schema([field]), ["x"]).check(rows)
     return rows
 
@@ -136,7 +136,7 @@ def test_a_value_that_fits_is_left_alone(kind: Any, value: Any) -> None:
 
 def test_an_earlier_error_is_kept_and_a_missing_column_fits() -> None:
     schema = pa.schema([("x", pa.int64())])
-    rows = [Row(0, "0", {"x": "a"}, error="first"), Row(1, "1", {}, error="bad line"), Row(2, "2", {})]
+    rows = [InputRow(0, "0", {"x": "a"}, error="first"), InputRow(1, "1", {}, error="bad line"), InputRow(2, "2", {})]
     Conformer(schema, ["x"]).check(rows)
     assert [row.error for row in rows] == ["first", "bad line", None]
 
@@ -144,12 +144,12 @@ def test_an_earlier_error_is_kept_and_a_missing_column_fits() -> None:
 def test_new_columns_and_keys_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     kind = pa.list_(pa.struct([("role", pa.string())]))
     conformer = Conformer(pa.schema([("messages", kind)]), ["messages"])
-    rows = [Row(0, "0", {"messages": [{"role": "user", "name": "x"}], "late": 1, LONE: 2})]
+    rows = [InputRow(0, "0", {"messages": [{"role": "user", "name": "x"}], "late": 1, LONE: 2})]
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             conformer.check(rows)
         for number in range(5000):
-            conformer.check([Row(0, "0", {f"new{number}": 1})])
+            conformer.check([InputRow(0, "0", {f"new{number}": 1})])
     assert "'late', 'messages.name'" in caplog.messages[0]
     assert len(caplog.messages) < 30
     assert rows[0].error is None
@@ -168,7 +168,7 @@ json_values = st.recursive(
 def test_whatever_comes_the_columns_can_be_written(sample: list[Any], later: list[Any]) -> None:
     schema = settle(infer_schema([{"x": value} for value in sample] or [{"x": None}]))
     field = schema.field("x")
-    rows = [Row(number, str(number), {"x": value}) for number, value in enumerate([*sample, *later])]
+    rows = [InputRow(number, str(number), {"x": value}) for number, value in enumerate([*sample, *later])]
     Conformer(schema, ["x"]).check(rows)
     values = [row.columns["x"] for row in rows]
     array = pa.array([as_json_text(value) for value in values] if field.metadata == LOOSE else values, field.type)

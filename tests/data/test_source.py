@@ -26,7 +26,7 @@ from batchmix.data.hub import HubInput
 from batchmix.data.rowset import AllBut, RowSet
 from batchmix.data.source import Source, check_apart, open_source
 from batchmix.errors import BatchmixError, Interrupted
-from batchmix.records import Row
+from batchmix.records import InputRow
 from batchmix.signals import StopSignals
 
 ROWS = [
@@ -70,7 +70,7 @@ def source(path: object, index: int = 0, count: int = 1, **data: Any) -> Source:
     return open_source(DataConfig(path if isinstance(path, list) else str(path), **data), ShardConfig(index, count))
 
 
-def rows_of(path: object, *args: int, done: Sequence[int] = (), **data: Any) -> list[Row]:
+def rows_of(path: object, *args: int, done: Sequence[int] = (), **data: Any) -> list[InputRow]:
     return list(source(path, *args, **data).rows(RowSet(done)))
 
 
@@ -96,7 +96,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     opened = source(path)
     assert opened.schema == SCHEMA
     assert opened.num_rows == (10 if name == "a.parquet" else None)
-    assert list(opened.rows(RowSet())) == [Row(number, str(number), row) for number, row in enumerate(ROWS)]
+    assert list(opened.rows(RowSet())) == [InputRow(number, str(number), row) for number, row in enumerate(ROWS)]
     assert opened.num_rows == 10, "known once all have been read"
 
 
@@ -122,7 +122,7 @@ def test_formats_agree_shards_partition_and_done_rows_are_left_out(
 ) -> None:
     first = {"prompt": "p", "number": 1, "score": 1.5, "good": True}  # each column has a type
     rows = [first, *rows]
-    expected = [Row(number, str(number), row) for number, row in enumerate(rows)][:limit]
+    expected = [InputRow(number, str(number), row) for number, row in enumerate(rows)][:limit]
     with tempfile.TemporaryDirectory() as folder:
         for name in NAMES:
             path = write(Path(folder, name), rows)
@@ -147,7 +147,7 @@ def test_ordinals_run_over_a_mixed_list_of_files_folders_and_globs(tmp_path: Pat
     write(tmp_path / "three/x2.jsonl", ROWS[7:])
     paths = [f"{tmp_path}/one", tmp_path / "two", f"{tmp_path}/three/x*"]
     expected = [ROWS[3], *ROWS[:3], *ROWS[4:]]
-    assert rows_of(paths) == [Row(number, str(number), row) for number, row in enumerate(expected)]
+    assert rows_of(paths) == [InputRow(number, str(number), row) for number, row in enumerate(expected)]
     assert [row.row for row in rows_of(paths, 1, 3, done=[4])] == [1, 7]
     assert [row.row for row in rows_of(paths, limit=5)] == [0, 1, 2, 3, 4]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from batchmix.config import Backend, EngineConfig, Quantization
-from batchmix.engine.device import Place, check_model, compute_dtype, select_device
+from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.errors import BatchmixError
 from batchmix.memory import gpu_cache_bytes, kv_blocks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ON_CPU, ON_GPU = Place(CPU, Backend.triton), Place(GPU, Backend.triton)
+ON_CPU, ON_GPU = DevicePlan(CPU, Backend.triton), DevicePlan(GPU, Backend.triton)
 
 
 @pytest.fixture
@@ -30,18 +30,18 @@ def gpus(monkeypatch):
     return see
 
 
-def place(device: str = "auto", backend: str = "auto") -> Place:
+def place(device: str = "auto", backend: str = "auto") -> DevicePlan:
     return select_device(EngineConfig(device=device, backend=Backend[backend]))
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(gpus, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     gpus(0)
-    assert place() == place("cpu") == place(backend="torch") == Place(CPU, Backend.torch)
+    assert place() == place("cpu") == place(backend="torch") == DevicePlan(CPU, Backend.torch)
     gpus(2)
     assert place() == place("cuda") == place("cuda:0", "triton") == ON_GPU
     assert place("cuda:1").device.index == 1
-    assert place("cpu") == place(backend="torch") == Place(CPU, Backend.torch)
+    assert place("cpu") == place(backend="torch") == DevicePlan(CPU, Backend.torch)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_models_that_the_kernels_do_not_take(gpus):
         return SimpleNamespace(**{"head_dim": 128, "vocab_size": 32000, **changes})
 
     check_model(model(), ON_GPU)
-    check_model(model(head_dim=80, vocab_size=2**20), Place(CPU, Backend.torch))
+    check_model(model(head_dim=80, vocab_size=2**20), DevicePlan(CPU, Backend.torch))
     with pytest.raises(BatchmixError, match="32, 64, 128 values, this model's have 80"):
         check_model(model(head_dim=80), ON_GPU)
     with pytest.raises(BatchmixError, match="524,287 tokens at most"):

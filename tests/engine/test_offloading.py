@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
 
-from batchmix.config import Backend, Dtype, EngineConfig, ModelConfig, Offload, Quantization
+from batchmix.config import Backend, Dtype, EngineConfig, ModelConfig, OffloadMode, Quantization
 from batchmix.engine import build, offloading
 from batchmix.engine.build import start_engine
 from batchmix.errors import BatchmixError
@@ -47,7 +47,7 @@ def started(link, model, **engine):
         return gpu_workspace_bytes(model.config, rows, prefill_tokens, 4)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(build, "open_link", lambda *_: link)
+        patched.setattr(build, "open_transfer_stream", lambda *_: link)
         patched.setattr(build, "measure_workspace", measured)
         patched.setattr(offloading, "_MEASURED_BYTES", 1000)
         return start_engine(checkpoint, None, EngineConfig(**options), lambda: False)
@@ -109,7 +109,7 @@ def test_what_is_streamed_is_said(folder, caplog):
     with pytest.raises(
         BatchmixError, match=r"^model\.offload=never: the weights take .* GiB are free; use model\.quantization"
     ):
-        started(FakeLink(model.weight_bytes), config(folder, offload=Offload.never), max_num_seqs=4)
+        started(FakeLink(model.weight_bytes), config(folder, offload=OffloadMode.never), max_num_seqs=4)
     with pytest.raises(BatchmixError, match=r"^model\.offload=auto: .* use model\.quantization, model\.offload_dir"):
         started(FakeLink(capacity, host_room=1_000_000), config(folder), max_num_seqs=4)
 

@@ -110,11 +110,11 @@ def test_steps_equal_the_torch_backend(device, samplings, steps):
         chosen = torch.tensor(tokens[: len(samplings)])
         post_update(chosen.to(device), None, **row_arguments(post_update, ours))
         torch_backend.post_update(chosen, slots.rows(0, len(samplings)))
-        slots.look()
-        slots.hear()
+        slots.record_step()
+        slots.wait_for_step()
     assert_bitwise_equal(ours.state.cpu(), slots.state)
     for row, (count, finish, reason) in enumerate(ours.state[State.GENERATED : State.STOP_REASON + 1].T.tolist()):
-        answers = slots.answers
+        answers = slots.outputs
         text = answers.tokens[row, : answers.count[row]].tolist()
         assert (finish, reason) == (answers.finish[row], answers.stop_reason[row])
         assert ours.history[row, :count].tolist() == text

@@ -35,7 +35,7 @@ def test_what_was_streamed_beside_the_link(tmp_path, monkeypatch, capsys):
         return links[-1]
 
     for module in (build, offloading):
-        monkeypatch.setattr(module, "open_link", small_card)
+        monkeypatch.setattr(module, "open_transfer_stream", small_card)
     monkeypatch.setattr(offloading, "_MEASURED_BYTES", 1 << 20)
     monkeypatch.setattr(
         build, "measure_workspace", lambda model, rows, tokens, *_: gpu_workspace_bytes(model.config, rows, tokens, 4)

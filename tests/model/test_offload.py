@@ -15,8 +15,8 @@ from links import FakeLink
 
 from batchmix.errors import BatchmixError
 from batchmix.model import link as link_module
-from batchmix.model.link import CudaTransferStream, mapped
 from batchmix.model.offload import ExpertStream, Offload, spread
+from batchmix.model.transfer_stream import CudaTransferStream, mapped
 from batchmix.model.triton_ops import TritonOperators
 
 LAYERS = 4

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from batchmix.errors import BatchmixError, Interrupted
-from batchmix.model.places import DensePlace
 from batchmix.model.reading import fill
 from batchmix.model.staging import Direct
+from batchmix.model.targets import DenseTarget
 from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.report.loading import LoadProgress
 
@@ -47,8 +47,8 @@ class Counted:
         self.released.append(name)
 
 
-def places(source: Counted, tp: TensorParallel = SINGLE_RANK, columns: int = 6) -> dict[str, DensePlace]:
-    return {name: DensePlace((4, 6), torch.zeros(4, columns), torch.float32, tp, Direct()) for name in source.tensors}
+def places(source: Counted, tp: TensorParallel = SINGLE_RANK, columns: int = 6) -> dict[str, DenseTarget]:
+    return {name: DenseTarget((4, 6), torch.zeros(4, columns), torch.float32, tp, Direct()) for name in source.tensors}
 
 
 def progress() -> LoadProgress:

@@ -14,7 +14,7 @@ from batchmix.errors import BatchmixError
 from batchmix.parallel import ray_pool
 from batchmix.parallel.data import Report
 from batchmix.parallel.ray_pool import RayPool
-from batchmix.records import Completion, Prompt, Row
+from batchmix.records import Completion, InputRow, Prompt
 from batchmix.report.clock import StageClock
 
 SAMPLES = 2
@@ -64,7 +64,7 @@ class Actor:
         return some, Report()
 
 
-def answer(row: Row, sample: int) -> Completion:
+def answer(row: InputRow, sample: int) -> Completion:
     prompt = Prompt(row.row, row.id, {}, [1], SamplingConfig(n=SAMPLES))
     if row.row % 7 == 3:  # a grammar that the host follows may leave each sample without an answer
         return Completion.failed(prompt, "cut off", sample)
@@ -106,7 +106,7 @@ def answers(ray: Ray, monkeypatch: pytest.MonkeyPatch, num_rows: int, stop_after
     monkeypatch.setattr(ray_pool, "_PAUSE", 0.01)
     monkeypatch.setattr(ray_pool, "_PATIENCE", 0.0)
     config = Config(cluster=ClusterConfig(ClusterKind.ray, rows_per_unit=4), engine=EngineConfig(device="cpu"))
-    rows = (Row(number, str(number), {"text": f"t{number}", "not kept": 0}) for number in range(num_rows))
+    rows = (InputRow(number, str(number), {"text": f"t{number}", "not kept": 0}) for number in range(num_rows))
     found: list[Completion] = []
     with RayPool(config, "model", lambda _: None) as pool:
         found += pool.answer(rows, ["text"], lambda: len(found) >= stop_after, StageClock())

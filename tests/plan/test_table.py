@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchmix.config import Config, DataConfig, ModelConfig, ModelFormat, Offload, PlanConfig, Quantization
+from batchmix.config import Config, DataConfig, ModelConfig, ModelFormat, OffloadMode, PlanConfig, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.jobs.plan import main
 from batchmix.measure.workloads import save_model
@@ -57,7 +57,7 @@ def test_a_plan_for_a_card_whose_kernels_were_measured(config, capsys):
 
 
 def test_a_plan_of_weights_that_are_not_to_be_streamed(config, capsys):
-    config.model.offload = Offload.never
+    config.model.offload = OffloadMode.never
     text = printed(config, capsys)
     assert "on 8 x NVIDIA GeForce RTX 4090" in text
     assert "streamed" not in text

@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to where they lie in memory: the two sides of loading, and the plain place.
 
 A `TensorSource` gives a checkpoint's tensors under the hub's names and in the hub's shapes, whatever its files are (one
-w1, w2, w3 per expert, rotary halves: see `layouts.py`). A `Place` takes one of them.
+w1, w2, w3 per expert, rotary halves: see `layouts.py`). A `TensorTarget` takes one of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TensorSource(Protocol):
         """This tensor has been used, so its mapped pages need not stay in this process."""
 
 
-class Place(Protocol):
+class TensorTarget(Protocol):
     """Where one tensor of a checkpoint goes. Tensors of different places may be written at the same time."""
 
     @property
@@ -45,7 +45,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class DensePlace:
+class DenseTarget:
     """A tensor stored as it is: `target` is its place in this process's weights, on any device."""
 
     shape: tuple[int, ...]

@@ -11,8 +11,8 @@ from batchmix.model.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
-class QuantizedPlace:
-    """A `Place` in this process's quantised weights, [N, K].
+class QuantizedTarget:
+    """A `TensorTarget` in this process's quantised weights, [N, K].
 
     Scales come from the whole tensor, before tensor parallelism cuts it, so that codes do not depend on the number of
     slices. A tensor that comes quantised in the place's format is stored as it is.
