@@ -20,7 +20,7 @@ _KEPT_BYTES = 1 << 30
 HOST_SHARE = 0.9  # of host memory, for weights and KV cache; the rest is for rows on their way and the page cache
 LOGITS_COPIES = 4  # float32 copies of a step's logits that sampling works on
 WIDENED_COPIES = 2  # float32 copies of one expert that is widened to run
-PREFILL_COPIES = 8  # activations of a prefill step, in units of tokens x hidden size x 4 bytes, beside the expert rows
+PREFILL_COPIES = 8  # activations of a step, in units of tokens x hidden size x 4 bytes, beside the expert rows
 
 
 def free_bytes() -> int:
@@ -45,11 +45,10 @@ def resident_bytes() -> int:
 
 
 def workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batched_tokens: int, quantized: bool) -> int:
-    """An estimate of what the largest prefill step and a decode step take beside weights and KV cache, on a CPU."""
-    activations = max_num_batched_tokens * 4 * config.hidden_size * PREFILL_COPIES
-    experts = (
-        max_num_batched_tokens * config.num_experts_per_tok * 4 * (3 * config.intermediate_size + config.hidden_size)
-    )
+    """An estimate of what the largest step takes beside weights and KV cache, on a CPU: a token for each row, and chunks."""
+    tokens = max_num_seqs + max_num_batched_tokens
+    activations = tokens * 4 * config.hidden_size * PREFILL_COPIES
+    experts = tokens * config.num_experts_per_tok * 4 * (3 * config.intermediate_size + config.hidden_size)
     if quantized:
         experts += 3 * config.hidden_size * config.intermediate_size * 4 * WIDENED_COPIES
     return activations + experts + max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
@@ -63,7 +62,7 @@ def gpu_workspace_bytes(config: MixtralConfig, max_num_seqs: int, max_num_batche
     hidden = config.hidden_size
     experts = config.num_experts_per_tok * (2 * hidden + config.intermediate_size)
     logits = max_num_seqs * config.vocab_size * 4 * LOGITS_COPIES
-    return max_num_batched_tokens * itemsize * (8 * hidden + experts) + logits
+    return (max_num_seqs + max_num_batched_tokens) * itemsize * (8 * hidden + experts) + logits
 
 
 def gpu_cache_bytes(free: int, total: int, workspace: int, utilization: float) -> int:

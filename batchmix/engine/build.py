@@ -113,7 +113,7 @@ def start_engine(
         _check_products(weights, config, prefill_tokens)
     sizes = select_sizes(model, checkpoint, config, link, plan)
     if link is not None and plan is not None and plan.kv_on_host:
-        step = max(prefill_tokens, sizes.max_num_seqs)
+        step = prefill_tokens + sizes.max_num_seqs
         cache: KVCache = StagedKVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, link, step)
     else:
         cache = KVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, device)
@@ -180,7 +180,7 @@ def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int)
     layer = weights.layers[0]
     dtype = layer.wo.dtype
     decoded = config.max_num_seqs or MAX_NUM_SEQS_CPU
-    tokens = max(prefill_tokens, decoded + config.max_num_batched_tokens)  # of a step in which rows have forced tokens
+    tokens = decoded + prefill_tokens  # of a step
 
     def shape(weight: Weight, dtype: torch.dtype = dtype) -> torch_products.Shape:
         out, width = weight.shape[-2:]
@@ -224,7 +224,7 @@ def select_sizes(
         )
         free = gpu_cache_bytes(*link.memory(), workspace, config.gpu_memory_utilization)
         if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device; the scratch block is on the host too
-            landings = StagedKVCache.landing_bytes(model.config, kv_dtype, max(prefill_tokens, rows))
+            landings = StagedKVCache.landing_bytes(model.config, kv_dtype, prefill_tokens + rows)
             host = link.host_room - landings - block_bytes
             free = min(free * model.config.num_hidden_layers // BUFFERS, host)
     blocks = model.tp.all_reduce_min(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))

@@ -80,7 +80,7 @@ def record_steps(steps: Steps) -> None:
         decode = batch.decode_tokens(0, size, 1)
         hidden = model(batch.token[:size], operators.attend(model, cache, decode, (), size, shared))
         sample(model, batch, hidden, size)
-    for tokens in _prefill_sizes(steps.prefill_tokens):
+    for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
         blocks = [SCRATCH_BLOCK] * -(-tokens // BLOCK_SIZE)
         attend = operators.attend(model, cache, None, [PrefillChunk(0, 0, tokens, blocks)], tokens)
         hidden = model(torch.empty(tokens, dtype=torch.int64, device=_META), attend)

@@ -10,6 +10,7 @@ host counts on: a row has the tokens that were queued for it (`planned`), or has
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ _BLOCKS: tuple[tuple[type[IntEnum], torch.dtype], ...] = (
 _NONE = ("bias_row", "stop_base", "grammar_base", "grammar_class")  # -1 where a row has no such table
 # Fields that are the prompt's sampling key.
 _AS_ASKED = ("min_tokens", "top_k", "seed", *(real.name.lower() for real in Real), "ignore_eos")
+_versions = itertools.count()  # of all batches of a process
 
 
 class CpuGpuBuffer:
@@ -111,7 +113,7 @@ class InputBatch:
         self.build_stop_table = stop_table
         self.async_copy = async_copy
         self.num_active = 0
-        self.version = 0  # another one when rows have come, gone or moved
+        self.version = next(_versions)  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         # The host's side of each field of the blocks; of a row's state, what it began with.
         self.host: dict[str, np.ndarray] = {}
@@ -255,7 +257,7 @@ class InputBatch:
         """Give the next free slot to one sample of a prompt whose tokens are in the cache."""
         slot = self.num_active
         self.num_active += 1
-        self.version += 1
+        self.version = next(_versions)
         sampling = prompt.sampling
         host = self.host
         self.prompt_tokens[slot] = len(prompt.token_ids)
@@ -304,7 +306,7 @@ class InputBatch:
             self.automata.release(key)
         self.grammars.release(slot, sampling)
         self.num_active -= 1
-        self.version += 1
+        self.version = next(_versions)
         last = self.num_active
         for mirror in self._columns:
             mirror.array[:, slot] = mirror.array[:, last]

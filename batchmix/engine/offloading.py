@@ -74,7 +74,7 @@ def plan_offload(
     if gpu is not None:
         machine = replace(machine, hbm=gpu.bandwidth_gbs * 1e9 * EFFICIENCY, flops=gpu.tflops * 1e12 * EFFICIENCY)
     bandwidth = tp.all_reduce_min(int(measure_link(link)))
-    most = max(prefill_tokens, config.max_num_seqs or MAX_NUM_SEQS)  # tokens of a step
+    most = prefill_tokens + (config.max_num_seqs or MAX_NUM_SEQS)  # tokens of a step
     host_bytes = tp.all_reduce_min(link.host_room) - StagedKVCache.landing_bytes(sliced, dtypes[1], most)
     host_bytes -= BLOCK_SIZE * model.kv_bytes  # the scratch block
     placement = best(replace(machine, host_bytes=host_bytes, link=bandwidth), stream=True)
