@@ -79,12 +79,12 @@ def record_steps(steps: Steps) -> None:
         shared = operators.find_shared(model, cache, batch.block_table[:size], batch.prompt_tokens[:size], 0, keep=True)
         decode = batch.decode_tokens(0, size, 1)
         hidden = model(batch.token[:size], operators.attend(model, cache, decode, (), size, shared))
-        sample(model, batch, hidden, size)
+        sample(model, batch, model.logits(hidden))
     for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
         blocks = [SCRATCH_BLOCK] * -(-tokens // BLOCK_SIZE)
         attend = operators.attend(model, cache, None, [PrefillChunk(0, 0, tokens, blocks)], tokens)
         hidden = model(torch.empty(tokens, dtype=torch.int64, device=_META), attend)
-        sample(model, batch, hidden[:1], 1)
+        sample(model, batch, model.logits(hidden[:1]))
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:

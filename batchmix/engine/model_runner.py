@@ -28,12 +28,11 @@ def pad(tokens: int, tile: int) -> int:
     return -(-tokens // tile) * tile
 
 
-def sample(model: Mixtral, batch: InputBatch, hidden: Tensor, rows: int) -> None:
-    """Append a token to slots 0..rows-1. hidden [rows and padding, D] of the tokens before."""
+def sample(model: Mixtral, batch: InputBatch, logits: Tensor) -> None:
+    """Append a token to slots 0..R-1. logits float32 [R, V], modified in place."""
+    rows = len(logits)
     state = batch.rows(0, rows)
-    tokens, logprobs, processed_logprobs = model.ops.sample(
-        model.logits(hidden)[:rows], state, batch.host_rows(0, rows)
-    )
+    tokens, logprobs, processed_logprobs = model.ops.sample(logits, state, batch.host_rows(0, rows))
     model.tp.broadcast(tokens)
     if logprobs is not None:  # read back in every step, so what is planned is what there is
         places = batch.planned[logprobs.rows]
@@ -100,10 +99,10 @@ class ModelRunner:
         model, batch, cache = self.model, self.scheduler.batch, self.cache
         decode = batch.decode_tokens(min(rows, batch.num_active), size, width)
         attend = cache.around_step(model.ops.attend(model, cache, decode, (), size, shared), decode, ())
-        hidden = model(batch.token[:size], attend)
+        logits = model.logits(model(batch.token[:size], attend))[:rows]
         if batch.grammars.texts:  # while the model runs
             self.wait_for_outputs()
-        sample(model, batch, hidden, rows)
+        sample(model, batch, logits)
 
     def _width(self, rows: int) -> int:
         """Blocks of a row in the step's table: a power of two, so that a graph serves for a while."""
@@ -146,15 +145,16 @@ class ModelRunner:
             hidden = model(token_ids, cache.around_step(attend, decode, chunks))
             if copies:
                 cache.copy_blocks(*zip(*copies, strict=True))
-            if batch.grammars.texts:  # while the model runs
-                self.wait_for_outputs()
             # The rows that decode, then one for each sample that starts, in the order of their slots.
             wanted = [*range(rows), *(
                 end - 1 for chunk, end in zip(step.chunks, ends, strict=True) if chunk.is_last
                 for _ in chunk.request.samples
             )]  # fmt: skip
             if wanted:
-                sample(model, batch, self._select(hidden, wanted), len(wanted))
+                logits = model.logits(self._select(hidden, wanted))[: len(wanted)]
+                if batch.grammars.texts:  # while the model runs
+                    self.wait_for_outputs()
+                sample(model, batch, logits)
             scored = self._score(hidden, step.chunks, ends)
         for chunk in step.chunks:
             scheduler.pool.release(chunk.own_blocks)

@@ -46,7 +46,7 @@ class WaitingRequest:
     end_tokens: list[int] = field(default_factory=list)  # any of which ends a choice
 
 
-@dataclass
+@dataclass(eq=False)
 class PrefillRequest:
     """A prompt on its way through prefill, and the samples that start from it."""
 
@@ -57,7 +57,7 @@ class PrefillRequest:
     computed: int  # tokens whose keys and values are in the cache, or will be once what is queued is done
 
 
-@dataclass
+@dataclass(eq=False)
 class ScoringRequest(PrefillRequest):
     """A prompt whose choices are scored: its whole blocks are computed once, the rest of it with each choice."""
 
@@ -177,6 +177,8 @@ class Scheduler:
         if self.waiting or self.prefilling:
             free = self._free_tokens()
             self._add_chunks(step, self._budget(free) - step.num_decode - step.num_jump_forward, free)
+        if step.chunks:  # of sequences that were preempted just now, where nothing waited before
+            step.num_steps = 1
         self.stats.waiting = len(self.waiting)
         return step if step.chunks or step.num_decode else None
 

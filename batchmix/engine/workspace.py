@@ -68,4 +68,4 @@ def run_step(
     model.expert_load.set_num_valid(rows + prefill_tokens)
     token_ids = torch.zeros(size, dtype=torch.int64, device=device)
     hidden = model(token_ids, cache.around_step(ops.attend(model, cache, decode, chunks, size, shared), decode, chunks))
-    sample(model, batch, hidden[: pad(rows, ops.row_tile)], rows)
+    sample(model, batch, model.logits(hidden[: pad(rows, ops.row_tile)])[:rows])

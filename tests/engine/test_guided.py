@@ -212,23 +212,6 @@ def see_each_step(tried) -> list[list[int]]:
     return lengths
 
 
-def test_a_row_gets_the_forced_tokens_that_blocks_were_taken_for_where_another_gives_way(model, grammars):
-    """Forced tokens are shared out before rows are put back: what the youngest leaves must not go to the others.
-
-    The youngest row is given its 8 first, as it has moved into the slot of one that ended, and 4 are left for the other.
-    When blocks run out, the other has room for these 4, and not for 12.
-    """
-    rows = [replace(row, token_ids=[*range(100, 106)]) for row in prompts(3, V, temperature=1.0, max_tokens=48)]
-    short = replace(rows[0], sampling=replace(rows[0].sampling, max_tokens=1))
-    rows = [short, *guided(rows[1:2], regex="z{36}[ab]{8}"), *guided(rows[2:], regex="([ab]z{8}){5}")]
-    tried = engine(model, grammars, kv_blocks=8, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=12)
-    run(tried, [short])  # answers are now expected to be short, so that the three rows start together
-    lengths = see_each_step(tried)
-    assert answers(run(tried, rows, sort_window=1)) == answers(run(engine(model, grammars), rows))
-    assert lengths[:4] == [[10, 6], [19, 11], [28, 16], [21]], "the youngest row in slot 0, until it gives way"
-
-
-@pytest.mark.slow  # the test above is the case where it was wrong
 def test_what_is_planned_of_a_row_is_what_it_gets(model, grammars, mixed):
     tried = engine(model, grammars, kv_blocks=18, max_num_seqs=16, max_num_batched_tokens=12)
     see_each_step(tried)

@@ -29,9 +29,9 @@ def tokens(completions):
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "n": 2}], ids=["greedy", "sampled"])
 def test_answers_stay_the_same_and_the_prefix_is_computed_once(model, sampling):
     rows = with_headers(prompts(40, 512, seed=1, longest=30, **sampling), [100])
-    plain = make_engine(model)
+    plain = make_engine(model, max_num_seqs=80)  # so that samples of a prompt start together
     expected = tokens(run(plain, rows))
-    sharing = make_engine(model, share_prefix=True)
+    sharing = make_engine(model, max_num_seqs=80, share_prefix=True)
     assert tokens(run(sharing, [replace(row) for row in rows])) == expected
     assert plain.stats.shared_tokens == 0
     assert sharing.stats.shared_tokens >= 39 * 96, "6 blocks of 16 for every row but the first"

@@ -174,8 +174,10 @@ def test_what_is_shared_is_found():
     assert sorted(zip(more.split.tolist(), more.rows.tolist(), strict=True)) == sorted([*found, *[(0, [-1, -1])] * 2])
     fewer = find_shared_splits(table, context, SPLIT, 16, capacity=4)
     found = sorted(zip(fewer.split.tolist(), fewer.rows.tolist(), strict=True))
-    assert found == [(0, [0, 2]), (0, [1, 3]), (0, [4, -1]), (1, [1, 3])]
-    assert fewer.first_own.tolist() == [1, 2, 1, 2, 1, 0]
+    assert found == [(0, [-1, -1]), (0, [0, 2]), (0, [1, 3]), (0, [4, -1])], (
+        "no room for a whole group of the next split"
+    )
+    assert fewer.first_own.tolist() == [1, 1, 1, 1, 1, 0]
 
 
 @settings(deadline=None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from links import FakeLink
 
 from batchmix.errors import BatchmixError
-from batchmix.model import link as link_module
+from batchmix.model import transfer_stream as link_module
 from batchmix.model.offload import ExpertStream, Offload, spread
 from batchmix.model.transfer_stream import CudaTransferStream, mapped
 from batchmix.model.triton_ops import TritonOperators
