@@ -55,7 +55,7 @@ import torch
 how, *arguments = sys.argv[1:]
 if how == "preempted":
     import batchmix.memory
-    batchmix.memory.kv_blocks = lambda free, block_bytes, blocks_per_row, max_num_seqs: blocks_per_row + 24
+    batchmix.memory.kv_blocks = lambda free, block_bytes, blocks_per_row, max_num_seqs: blocks_per_row + 100
 if how == "out_of_memory":
     from batchmix.model.mixtral import Mixtral
     run, calls = Mixtral.__call__, []
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rev")
     parser.add_argument("overrides", nargs="*", help="of the configuration, such as model.dtype=bfloat16")
-    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--rows", type=int, default=120)
     given = parser.parse_args()
     sys.exit(not compare(given.rev, given.rows, given.overrides))
 
