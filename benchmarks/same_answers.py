@@ -78,8 +78,8 @@ def write_rows(path: Path, count: int, longest: int) -> None:
         for row in range(count):
             prompt = prompts[row % len(prompts)]
             if row % 10 == 3:
-                words = " ".join(prompts[row : row + 40]).split()
-                prompt = " ".join(words[: longest * (row % 7 + 1) // 16])
+                words = " ".join(prompts[row : row + 150]).split()
+                prompt = " ".join(words[: longest * (row % 7 + 1) // 12])
             wishes = {"seed": row % 5, "max_tokens": 8 + row % 30, **_WISHES[row % len(_WISHES)]}
             file.write(json.dumps({"id": f"row {row}", "prompt": prompt, "sampling": wishes}) + "\n")
 
@@ -112,7 +112,7 @@ def compare(rev: str, count: int, overrides: list[str]) -> bool:
                 else ["engine.backend=triton", "engine.device=cpu", "model.dtype=float32"]
             )
             runs = [(how, count, 3400, [], {}) for how in ("plain", "preempted", "out_of_memory")]
-            runs += [("plain", 24, 200, small, {"TRITON_INTERPRET": "1"})] * bool(small)
+            runs += [("plain", 12, 12, small, {"TRITON_INTERPRET": "1"})] * bool(small)
             for number, (how, rows, longest, more, environment) in enumerate(runs):
                 file = Path(folder, f"rows{number}.jsonl")
                 write_rows(file, rows, longest)
@@ -122,8 +122,10 @@ def compare(rev: str, count: int, overrides: list[str]) -> bool:
                 ]
                 columns = [name for name in tables[0].column_names if name in tables[1].column_names]
                 differing = [name for name in columns if tables[0][name] != tables[1][name]]
+                summary = json.loads(Path(folder, f"new{number}", "_summary.json").read_text())["runs"][-1]
                 print(f"{how} {' '.join(more)}: {tables[0].num_rows} answers,"
-                      f" {f'other values in {differing}' if differing else 'all equal'}")  # fmt: skip
+                      f" {f'other values in {differing}' if differing else 'all equal'};"
+                      f" {summary['prompt_tokens']:,} prompt tokens, {summary['preempted']:,} preempted")  # fmt: skip
                 same = same and not differing
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", old], cwd=_ROOT, check=True)
