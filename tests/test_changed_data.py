@@ -38,7 +38,7 @@ def edit(path: Path, row: int) -> None:
     """The same number of bytes, and the same times."""
     stat = path.stat()
     found = path.read_text().splitlines()
-    found[row] = found[row].replace('"row', '"InputRow')
+    found[row] = found[row].replace('"row', '"Row')
     path.write_text("\n".join(found) + "\n")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 

@@ -224,6 +224,7 @@ def test_a_bug_keeps_its_traceback(job_file: Path) -> None:
     assert done.stderr.endswith("ValueError: a bug\n")
 
 
+@pytest.mark.slow  # 5 s and more
 def test_multirun_runs_every_job(job_file: Path) -> None:
     done = run_job(job_file, *GIVEN, "--multirun", "shard.index=range(0,3)", "shard.count=3")
     assert (done.returncode, done.stdout) == (0, "".join(f"ran {index} 3 prompts.jsonl\n" for index in range(3)))
@@ -237,6 +238,7 @@ def test_multirun_over_folders_leaves_nothing_elsewhere(job_file: Path) -> None:
     assert {path.name for path in job_file.parent.iterdir()} == {"work.py", "a", "b"}
 
 
+@pytest.mark.slow  # 5 s and more
 def test_multirun_goes_on_after_a_users_error(job_file: Path) -> None:
     done = run_job(job_file, "output.dir=out", "--multirun", "data.path=one,user_error,two")
     assert (done.returncode, done.stdout) == (1, "ran 0 1 one\nran 0 1 two\n")

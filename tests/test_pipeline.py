@@ -77,7 +77,7 @@ def part_files(folder: Path) -> list[Path]:
     [
         pytest.param(GREEDY, 40, marks=pytest.mark.slow, id="greedy"),
         pytest.param(SAMPLED, 40, marks=pytest.mark.slow, id="sampled"),
-        pytest.param(SAMPLED | {"max_tokens": 12}, 18, id="a few, sampled"),
+        pytest.param(SAMPLED | {"max_tokens": 12}, 18, id="a few, sampled", marks=pytest.mark.slow),
     ],
 )
 def test_answers_do_not_depend_on_how_the_job_is_run(tmp_path, rows, sampling, count):
@@ -184,6 +184,7 @@ def test_rows_that_cannot_run_are_error_rows(tmp_path, rows):
         generate(config)
 
 
+@pytest.mark.slow  # 5 s and more
 def test_order_input(tmp_path, rows):
     rows = rows[:15]
     data = write(tmp_path / "rows.jsonl", rows)

@@ -66,6 +66,7 @@ def test_the_built_in_model_annotates_tickets(tmp_path):
     assert [text for _, text, _ in found] == [row["gold"] for row in rows]
 
 
+@pytest.mark.slow  # 5 s and more
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
 def test_bfloat16_under_the_interpreter_is_refused_before_anything_is_written(batchmix, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n')

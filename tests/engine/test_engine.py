@@ -55,7 +55,9 @@ def test_greedy_tokens_equal_transformers_on_200_ragged_prompts(reference, ragge
     assert [list(found[row.id, 0].token_ids) for row in rows] == expected
 
 
-@pytest.mark.parametrize("sampling", [{"logprobs": 0}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param({"logprobs": 0}, marks=pytest.mark.slow), SAMPLED], ids=["greedy", "sampled"]
+)
 def test_answers_do_not_depend_on_company(model, sampling):
     rows = prompts(40, 512, seed=2, **sampling)
     expected = answers(run(make_engine(model, prefill_chunk=64), rows))
@@ -225,6 +227,7 @@ def test_answers_on_several_threads_do_not_depend_on_company(model, count):
         assert answers(run(make_engine(model, max_num_seqs=6), rows[::-1])) == expected
 
 
+@pytest.mark.slow  # 5 s and more
 def test_too_few_blocks_put_rows_back(model):
     rows = prompts(20, 512, seed=4, longest=20, max_tokens=120, ignore_eos=True)
     engine = make_engine(model, kv_blocks=40)

@@ -212,6 +212,7 @@ def see_each_step(tried) -> list[list[int]]:
     return lengths
 
 
+@pytest.mark.slow  # 5 s and more
 def test_what_is_planned_of_a_row_is_what_it_gets(model, grammars, mixed):
     tried = engine(model, grammars, kv_blocks=18, max_num_seqs=16, max_num_batched_tokens=12)
     see_each_step(tried)

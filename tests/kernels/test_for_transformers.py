@@ -63,7 +63,9 @@ def test_logits(eager: MixtralForCausalLM, implementations: dict[str, str], devi
 
 
 @pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("length", [13, 64])  # 64: whole blocks, but for the row that begins at 3
+@pytest.mark.parametrize(
+    "length", [13, pytest.param(64, marks=pytest.mark.slow)]
+)  # 64: whole blocks, but for the row that begins at 3
 def test_padded_rows(eager: MixtralForCausalLM, side: str, length: int, device: torch.device) -> None:
     ids = random_ids(3, length, device)
     mask = torch.ones_like(ids)

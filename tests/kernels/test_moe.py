@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchmix.kernels import moe, reference
 from batchmix.kernels.gpu import current_gpu
-from batchmix.kernels.tiles import Tile, choose, format_of, heuristic
+from batchmix.kernels.tiles import Tile, format_of, heuristic, select_tile
 from batchmix.model import torch_ops
 
 few = settings(max_examples=8, deadline=None)
@@ -244,12 +244,12 @@ def test_every_code_of_the_integer_formats_is_exact(dtype: torch.dtype, device: 
     weights, out = torch.ones(16, device=device), torch.empty(16, 256, dtype=dtype, device=device)
     codes = torch.zeros(1, 256, 256, dtype=torch.int8, device=device)
     codes[0, :, 0] = torch.arange(-128, 128)
-    tile = choose("down", "int8", 256, 256, 16, current_gpu(device))
+    tile = select_tile("down", "int8", 256, 256, 16, current_gpu(device))
     moe.launch_experts(h, None, codes, torch.ones(1, 256, device=device), order, offsets, weights, out, 1, tile)
     assert torch.equal(out[0].cpu().float(), torch.arange(-128.0, 128.0))
     packed = torch.full((1, 256, 128), 0x88, dtype=torch.uint8, device=device)
     packed[0, :, 0] = torch.arange(256)
-    tile = choose("down", "int4", 256, 256, 16, current_gpu(device))
+    tile = select_tile("down", "int4", 256, 256, 16, current_gpu(device))
     moe.launch_experts(h, None, packed, torch.ones(1, 256, 2, device=device), order, offsets, weights, out, 1, tile)
     row_of_pair = order.tolist()
     low, high = out[row_of_pair[0]].cpu().float(), out[row_of_pair[1]].cpu().float()

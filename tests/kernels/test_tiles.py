@@ -15,10 +15,10 @@ from batchmix.kernels.tiles import (
     FORMATS,
     KINDS,
     Tile,
-    choose,
     heuristic,
     nearest,
     read_table,
+    select_tile,
     table_key,
     table_path,
     write_table,
@@ -57,24 +57,24 @@ def test_a_table_has_the_architecture_the_gpus_name_and_the_format() -> None:
 def test_the_nearest_measured_tile_is_chosen() -> None:
     write(H200, {16: SMALL, 32: LARGE, 64: None})
     expected = {12: SMALL, 16: SMALL, 22: SMALL, 23: LARGE, 32: LARGE, 45: LARGE, 46: by_rule(46), 64: by_rule(64)}
-    assert {rows: choose(*UP, rows, H200) for rows in expected} == expected
+    assert {rows: select_tile(*UP, rows, H200) for rows in expected} == expected
 
 
 def test_a_tile_is_not_used_far_from_where_it_was_measured() -> None:
     write(H200, {16: SMALL, 512: LARGE})
     for rows in (1, 11, 23, 128, 362, 725, 4096, tiles.MANY_ROWS):
-        assert choose(*UP, rows, H200) == by_rule(rows), rows
-    assert choose(*UP, 363, H200) == choose(*UP, 724, H200) == LARGE
-    assert choose(*UP, 512, H200, batch_invariant=True) == heuristic(*UP[:2], 512, H200, batch_invariant=True)
+        assert select_tile(*UP, rows, H200) == by_rule(rows), rows
+    assert select_tile(*UP, 363, H200) == select_tile(*UP, 724, H200) == LARGE
+    assert select_tile(*UP, 512, H200, batch_invariant=True) == heuristic(*UP[:2], 512, H200, batch_invariant=True)
 
 
 def test_tiles_for_prefill_are_used_for_any_number_of_rows_beyond() -> None:
     slow = replace(LARGE, num_stages=3)
     write(H200, {16: SMALL, 1024: slow, 4096: LARGE})
-    assert choose(*UP, 723, H200) == by_rule(723)
-    assert choose(*UP, 725, H200) == choose(*UP, 2000, H200) == slow
-    assert choose(*UP, 3000, H200) == choose(*UP, 65536, H200) == LARGE
-    assert choose(*UP, 1, H200, batch_invariant=True) == LARGE
+    assert select_tile(*UP, 723, H200) == by_rule(723)
+    assert select_tile(*UP, 725, H200) == select_tile(*UP, 2000, H200) == slow
+    assert select_tile(*UP, 3000, H200) == select_tile(*UP, 65536, H200) == LARGE
+    assert select_tile(*UP, 1, H200, batch_invariant=True) == LARGE
 
 
 @given(st.dictionaries(st.integers(1, 10000), st.sampled_from([None, SMALL, LARGE])), st.integers(1, 1 << 20))
@@ -94,33 +94,33 @@ def test_an_entry_answers_near_its_own_number_of_rows(table: dict[int, Tile | No
 
 def test_the_very_gpus_table_comes_first_then_one_of_its_architecture() -> None:
     write(H200, {16: SMALL})
-    assert choose(*UP, 16, GH200) == choose(*UP, 16, H100) == SMALL
+    assert select_tile(*UP, 16, GH200) == select_tile(*UP, 16, H100) == SMALL
     write(H100, {16: LARGE})
     write(GH200, {16: None})
-    assert choose(*UP, 16, H200) == SMALL
-    assert choose(*UP, 16, H100) == LARGE
-    assert choose(*UP, 16, GH200) == by_rule(16), "measured on this GPU: the rule is as good"
+    assert select_tile(*UP, 16, H200) == SMALL
+    assert select_tile(*UP, 16, H100) == LARGE
+    assert select_tile(*UP, 16, GH200) == by_rule(16), "measured on this GPU: the rule is as good"
 
 
 def test_a_product_that_the_gpus_own_table_lacks_is_looked_up_in_others() -> None:
     write(H100, {16: LARGE}, kind="linear")
     write(H200, {16: SMALL})
-    assert choose(*UP, 16, H100) == SMALL
+    assert select_tile(*UP, 16, H100) == SMALL
 
 
 def test_what_is_not_in_a_table_goes_by_rule() -> None:
     write(H200, {16: SMALL})
-    assert choose("down", "bfloat16", 4096, 14336, 16, H200) == heuristic("down", "bfloat16", 16, H200)
-    assert choose("up", "fp8", 14336, 4096, 16, H200) == heuristic("up", "fp8", 16, H200)
+    assert select_tile("down", "bfloat16", 4096, 14336, 16, H200) == heuristic("down", "bfloat16", 16, H200)
+    assert select_tile("up", "fp8", 14336, 4096, 16, H200) == heuristic("up", "fp8", 16, H200)
     for gpu in (A100, B200, MI300X):
-        assert choose(*UP, 16, gpu) == by_rule(16, gpu)
+        assert select_tile(*UP, 16, gpu) == by_rule(16, gpu)
 
 
 def test_a_table_keeps_what_it_has_of_other_rows_and_products() -> None:
     path = write(H200, {64: LARGE, 16: None})
-    assert choose(*UP, 16, H200) == by_rule(16)
+    assert select_tile(*UP, 16, H200) == by_rule(16)
     write(H200, {16: SMALL, 4: None})
-    assert choose(*UP, 16, H200) == SMALL, "what was read before is read again"
+    assert select_tile(*UP, 16, H200) == SMALL, "what was read before is read again"
     write(H200, {8: SMALL}, kind="linear")
     assert {key: list(by_rows.items()) for key, by_rows in read_table(path).items()} == {
         table_key("up", 14336, 4096): [(4, None), (16, SMALL), (64, LARGE)],
@@ -131,7 +131,7 @@ def test_a_table_keeps_what_it_has_of_other_rows_and_products() -> None:
 def test_a_table_that_would_change_the_order_of_sums_is_refused() -> None:
     write(H200, {16: SMALL, 1024: replace(LARGE, block_k=128)})
     with pytest.raises(ValueError, match="block_k 128, where bfloat16 on sm_90 sums in steps of 64"):
-        choose(*UP, 1024, H200)
+        select_tile(*UP, 1024, H200)
 
 
 def test_rows_are_permuted_where_that_was_measured_to_pay() -> None:
@@ -152,7 +152,7 @@ def test_rules_keep_to_their_promises(kind: str, format: str, gpu: Gpu) -> None:
             assert size & (size - 1) == 0
         assert tile.block_m >= min(rows, 16)
         assert 2 <= tile.num_stages <= 6
-    assert len({choose(kind, format, 14336, 4096, rows, gpu, batch_invariant=True) for rows in ROWS}) == 1
+    assert len({select_tile(kind, format, 14336, 4096, rows, gpu, batch_invariant=True) for rows in ROWS}) == 1
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
@@ -184,6 +184,6 @@ def test_shipped_tables_are_those_of_their_name(path: Path) -> None:
 def test_the_h200s_tiles_are_those_of_every_gpu_of_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "CONFIGS", CONFIGS)
     for gpu in (H100, H200, GH200):
-        assert choose(*UP, 144, gpu) == Tile(64, 128, 64, 64, 4, 4, False, 1, True, True)
-        assert choose("down", "bfloat16", 4096, 14336, 144, gpu) == Tile(64, 256, 64, 64, 4, 4, False, 1, True)
-        assert choose(*UP, 2048, gpu) == by_rule(2048)
+        assert select_tile(*UP, 144, gpu) == Tile(64, 128, 64, 64, 4, 4, False, 1, True, True)
+        assert select_tile("down", "bfloat16", 4096, 14336, 144, gpu) == Tile(64, 256, 64, 64, 4, 4, False, 1, True)
+        assert select_tile(*UP, 2048, gpu) == by_rule(2048)

@@ -85,6 +85,7 @@ def job(tmp_path: Path, limit: int | None, **output: Any) -> Config:
     )
 
 
+@pytest.mark.slow  # 5 s and more
 def test_a_resume_with_other_weights_commits_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     shutil.copytree(TINY, tmp_path / "m")

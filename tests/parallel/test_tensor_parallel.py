@@ -90,6 +90,7 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], steps: 
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.slow  # 5 s and more
 def test_two_ranks_give_the_logits_and_tokens_of_one(tmp_path, monkeypatch):
     model = save_hub(random_mixtral(), tmp_path / "model")
     data = token_rows(tmp_path / "rows.jsonl", 30, 512)
