@@ -4,7 +4,8 @@
 
 The stand-in gives the same hidden states and logits at every call, over a vocabulary of 64 tokens, so that what is left
 is the engine's own work in decode steps: it does not grow with the model. Sampling is told apart, since it is arithmetic over
-[rows, vocabulary] that a GPU does in a kernel; and so are torch's operators, which a GPU's driver takes as launches. Seconds are of one thread, on its CPU.
+[rows, vocabulary] that a GPU does in a kernel; and so are all of the backend's and torch's operators, which a GPU takes as
+launches: what is left is the host's own. One thread, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ SAMPLINGS = {
 }
 
 
+BACKEND = ("attend", "sample", "post_update")  # operators that are a GPU's kernels
+
+
 class NoModel:
     """As Mixtral, at no cost."""
 
@@ -64,36 +68,42 @@ class NoModel:
 
 
 class OperatorSeconds(TorchFunctionMode):
-    """Adds up the time inside torch's operators."""
+    """Adds up the time inside torch's operators, but for that in the backend's own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds = 0.0
+        self.seconds, self.backend = 0.0, dict.fromkeys(BACKEND, 0.0)
+        self._inside = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        started = time.thread_time()
+        started = time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        self.seconds += time.thread_time() - started
+        self.seconds += 0.0 if self._inside else time.perf_counter() - started
         return result
+
+    def timed(self, name: str) -> Any:
+        """One of the backend's operators."""
+
+        def operator(*arguments: Any) -> Any:
+            self._inside, started = True, time.perf_counter()
+            result = getattr(torch_backend, name)(*arguments)
+            self.backend[name] += time.perf_counter() - started
+            self._inside = False
+            return result
+
+        return operator
 
 
 def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
-    """Of `steps` decode steps of `rows` rows of 100 to 1,100 tokens: seconds, those of sampling, those of torch's operators.
+    """Of `steps` decode steps of `rows` rows of 100 to 1,100 tokens: seconds, those of the operators BACKEND and of others.
 
-    float64 [steps, 3]; the last are those of as many steps more, which measuring makes slower as a whole.
+    float64 [steps, 1 + len(BACKEND) + 1]; the last are those of as many steps more, which measuring makes slower as a whole.
     """
-    choosing = 0.0
-
-    def timed(*arguments: Any) -> Any:
-        nonlocal choosing
-        started = time.thread_time()
-        chosen = torch_backend.sample(*arguments)
-        choosing = time.thread_time() - started
-        return chosen
-
+    operators = OperatorSeconds()
     cache = KVCache(CONFIG, rows * 40, 64, torch.float32, torch.device("cpu"))
     model = NoModel(1 << 20)
-    model.ops.sample = timed
+    for name in BACKEND:
+        setattr(model.ops, name, operators.timed(name))
     engine = Engine(
         model, cache, max_num_seqs=rows, max_num_batched_tokens=8192, max_model_len=2048, eos_token_ids=(2,),
         stop_table=None,
@@ -107,16 +117,17 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
         while engine.scheduler.waiting or engine.scheduler.prefilling:
             engine.step()
         assert len(engine.scheduler.running) == rows
-        seconds = np.empty((steps, 3))
+        seconds = np.empty((steps, 2 + len(BACKEND)))
         for step in range(steps):
-            started = time.thread_time()
+            operators.backend = dict.fromkeys(BACKEND, 0.0)
+            started = time.perf_counter()
             engine.step()
-            seconds[step, :2] = time.thread_time() - started, choosing
-        with OperatorSeconds() as operators:
+            seconds[step, :-1] = time.perf_counter() - started, *operators.backend.values()
+        with operators:
             for step in range(steps):
                 before = operators.seconds
                 engine.step()
-                seconds[step, 2] = operators.seconds - before
+                seconds[step, -1] = operators.seconds - before
     return seconds
 
 
@@ -130,11 +141,11 @@ def main() -> None:
     found = {}
     for name, sampling in SAMPLINGS.items():
         seconds = step_seconds(args.rows, args.steps, sampling)[5:] * 1e3
-        (whole, choosing, operators), slow = np.median(seconds, 0), np.quantile(seconds[:, 0], 0.99)
-        host = whole - operators
-        print(f"{name}: {whole:.2f} ms a step beside the model at {args.rows:,} rows, {choosing:.2f} of them to sample the"
-              f" tokens (99 of 100 steps within {slow:.2f} ms); without torch's operators {host:.2f} ms")  # fmt: skip
-        found[name] = {"median_ms": round(whole, 3), "choosing_ms": round(choosing, 3), "99_percent_ms": round(slow, 3),
+        whole, *parts = np.median(seconds, 0)
+        slow, host = np.quantile(seconds[:, 0], 0.99), whole - sum(parts)
+        print(f"{name}: {whole:.2f} ms a step beside the model at {args.rows:,} rows (99 of 100 steps within {slow:.2f} ms),"
+              f" {parts[1]:.2f} of them to sample the tokens; without the operators of backend and torch {host:.2f} ms")  # fmt: skip
+        found[name] = {"median_ms": round(whole, 3), "sample_ms": round(parts[1], 3), "99_percent_ms": round(slow, 3),
                        "host_ms": round(host, 3)}  # fmt: skip
     if args.save:
         save("step", {"rows": args.rows, "steps": args.steps, "beside_the_model": found})

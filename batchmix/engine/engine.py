@@ -145,7 +145,8 @@ class Engine:
         jump_forward: list[list[int]] = []
         if batch.wants_logprobs() or may_jump_forward(batch):
             process_outputs(scheduler, wait_for_all=True)
-            jump_forward = find_jump_forward(batch, scheduler.max_num_batched_tokens) if may_jump_forward(batch) else []
+            if may_jump_forward(batch):
+                jump_forward = find_jump_forward(batch, scheduler.max_num_batched_tokens)
         one_by_one = jump_forward or batch.wants_logprobs() or batch.grammars.texts
         step = scheduler.schedule(jump_forward, 1 if one_by_one else self.steps_per_read)
         if step is None:

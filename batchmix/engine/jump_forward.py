@@ -20,7 +20,9 @@ from batchmix.model.backend import DecodeTokens
 
 def may_jump_forward(batch: InputBatch) -> bool:
     """Whether a row is there whose grammar may leave no choice."""
-    return any(grammar is not None and grammar.forced for grammar in batch.grammars.of_slot[: batch.num_active])
+    return batch.grammars.used and any(
+        grammar is not None and grammar.forced for grammar in batch.grammars.of_slot[: batch.num_active]
+    )
 
 
 def find_jump_forward(batch: InputBatch, most: int) -> list[list[int]]:
