@@ -205,7 +205,7 @@ class EngineConfig:
     sort_window: int = 16384  # rows held at once and sorted by length
     share_prefix: bool = True  # triton backend only: what prompts begin with in common is computed once
     cuda_graphs: bool = True  # triton backend only
-    # triton backend: the same tiles for any number of rows. torch's products give a row the same bits in any company as
+    # triton backend: the same tiles for any number of rows. torch's products give a row the same bits whatever other rows are in the batch as
     # it is; with true, a machine whose matrix library cannot is refused where it is warned of otherwise.
     batch_invariant: bool = False
     trace: bool = False  # write _trace.json, a Chrome trace of all threads and the device, into output.dir

@@ -173,7 +173,7 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 
 
 def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int) -> None:
-    """Let this machine's matrix library give a row the same bits in any company, or say for which products it does not.
+    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or say for which products it does not.
 
     BatchmixError there where engine.batch_invariant=true.
     """
@@ -196,7 +196,7 @@ def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int)
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"
                   " %d rows, slower and exact", ", ".join(fixed), torch_products.FIXED_ROWS)  # fmt: skip
     if unsteady:
-        found = (f"this machine's matrix products with {', '.join(unsteady)} round a row differently in other company, also"
+        found = (f"this machine's matrix products with {', '.join(unsteady)} round a row differently among other rows, also"
                  f" in calls of {torch_products.FIXED_ROWS} rows")  # fmt: skip
         remedy = "with model.dtype=float32 or fewer threads (OMP_NUM_THREADS) they may not"
         if config.batch_invariant:

@@ -1,7 +1,7 @@
 """Rows whose grammar has no table: the host follows their texts and tells the device which tokens may come next.
 
 To a step such a row has a grammar like the others, of a single state and two classes of tokens; which token is of which class
-the host writes anew before each choice. A step queues the model first, then hears of the tokens before it and finds the
+the host writes anew before each choice. A step queues the model first, then reads back the tokens before it and finds the
 masks while the device computes, so that both work at the same time.
 """
 

@@ -121,7 +121,7 @@ class HostGrammar:
 
 
 class GrammarMatcher:
-    """One row's text under a HostGrammar, as far as the host has heard of it."""
+    """One row's text under a HostGrammar, as far as the host has read it back."""
 
     following: Following
 

@@ -121,7 +121,7 @@ def _lognormal(source: random.Random, mean: float, most: int) -> int:
 
 
 def _words(tokenizer: Tokenizer) -> list[str]:
-    """Words that are one token after a space, and so one token each in any company."""
+    """Words that are one token after a space, and so one token each whatever other rows there are."""
     pieces = tokenizer.token_bytes()
     return [piece[1:].decode() for piece in pieces if re.fullmatch(rb" [a-z]{3,9}", piece)]
 

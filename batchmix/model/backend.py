@@ -56,7 +56,7 @@ class Attend(Protocol):
 
 
 class Operators(Protocol):
-    """A backend. Results may overwrite what a docstring calls spent."""
+    """A backend. Results may overwrite what a docstring says is modified in place."""
 
     @property
     def row_tile(self) -> int:
@@ -70,7 +70,7 @@ class Operators(Protocol):
         """x [T, D], weight [D] -> [T, D]."""
 
     def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """residual (spent) and x [T, D] -> their sum, and its norm, [T, D] each."""
+        """residual (modified in place) and x [T, D] -> their sum, and its norm, [T, D] each."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, in], weight [out, in] -> [T, out]."""
@@ -114,7 +114,7 @@ class Operators(Protocol):
         """
 
     def sample(self, logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:
-        """The next tokens, int64 [R], of rows 0..R-1. logits float32 [R, V] (spent).
+        """The next tokens, int64 [R], of rows 0..R-1. logits float32 [R, V], modified in place.
 
         Last their log-probabilities among the tokens that were allowed, float32 [R], 0 where the row does not ask for
         it; None where no row has asked.

@@ -64,7 +64,7 @@ class TensorParallel:
         return tensor
 
     def all_reduce(self, part: Tensor) -> Tensor:
-        """The sum of all processes' parts [T, D] (spent), in the order of their ranks, rounded as `part` is.
+        """The sum of all processes' parts [T, D], modified in place, in the order of their ranks, rounded as `part` is.
 
         T * D must be a multiple of `size`. A ring's own order would depend on where in the step a token stands, and
         its bits with that; so of more than two parts each process adds up a piece and then all gather the pieces, which

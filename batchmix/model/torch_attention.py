@@ -1,7 +1,7 @@
 """Attention over the paged cache in plain torch.
 
 Each class lays its share of a step out once, and runs in every layer on the step's queries, keys and values. As in
-`torch_ops`, a row's result does not depend on its neighbours: a prompt is padded to a length that depends on itself
+`torch_ops`, a row has the same result whatever other rows are in the batch: a prompt is padded to a length that depends on itself
 alone, a decoding row is split at block boundaries, and the splits are summed as a fixed binary tree.
 
 Legend: T packed tokens, B rows, H heads, G kv heads, R = H / G heads per kv head, C head dim, S block size.

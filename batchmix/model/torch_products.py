@@ -1,4 +1,4 @@
-"""Matrix products on the CPU whose rows keep their bits in any company.
+"""Matrix products on the CPU whose rows keep their bits whatever other rows there are.
 
 They are oneDNN's (MKL's, which torch takes for float32, cut a sum over threads when those outnumber the rows) and see
 their rows in multiples of `ROW_TILE`. oneDNN still chooses by the number of rows how it cuts a sum: with AMX it does so
@@ -56,7 +56,7 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def _onednn_keeps_bits() -> bool:
-    """Whether torch has oneDNN, and one whose float32 products give a row the same bits in any company.
+    """Whether torch has oneDNN, and one whose float32 products give a row the same bits whatever other rows are in the batch.
 
     That of torch 2.11 (3.10.2) does not where the CPU has AVX2 at most; that of 2.13 and 2.14 (3.12.0) does.
     """

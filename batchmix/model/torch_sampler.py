@@ -21,7 +21,7 @@ from batchmix.model.torch_grammar import FewTokens, apply_grammars
 
 _BUCKET = 128  # tokens whose probabilities are summed together before the running sum
 _CACHED_ROWS = 8  # of a vocabulary of 32,000, 1 MB
-_CANDIDATES = 256  # most likely tokens looked at first; a row that needs more looks at 8 times as many
+_CANDIDATES = 256  # most likely tokens that are sorted first; a row that needs more sorts 8 times as many
 
 
 def sample(logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:

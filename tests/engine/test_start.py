@@ -83,7 +83,7 @@ def test_what_cannot_be_held_is_told_and_refused_where_exactness_is_asked_for(ca
     engine_of(None, max_num_seqs=4)
     (line,) = [line for level, line in lines(caplog) if level == logging.WARNING]
     assert line == (
-        "this machine's matrix products with router round a row differently in other company, also in calls of 64 rows:"
+        "this machine's matrix products with router round a row differently among other rows, also in calls of 64 rows:"
         " answers may depend on the batch size; with model.dtype=float32 or fewer threads (OMP_NUM_THREADS) they may not"
     )
     with pytest.raises(
