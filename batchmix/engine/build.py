@@ -173,7 +173,7 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 
 
 def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int) -> None:
-    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or say for which products it does not.
+    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where not.
 
     BatchmixError there where engine.batch_invariant=true.
     """
