@@ -201,7 +201,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9  # share of the device's memory; on CPU, of the memory now free
     # Rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU.
     max_num_seqs: int | None = None
-    max_num_batched_tokens: int = 8192  # of a step: rows that decode and prompt chunks, which may have 2,048 tokens each
+    max_num_batched_tokens: int = (
+        8192  # of a step: rows that decode and prompt chunks, which may have 2,048 tokens each
+    )
     sort_window: int = 16384  # rows held at once and sorted by length
     share_prefix: bool = True  # triton backend only: what prompts begin with in common is computed once
     cuda_graphs: bool = True  # triton backend only

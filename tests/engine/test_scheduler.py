@@ -6,11 +6,13 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 from checkpoints import random_mixtral, save_hub
 from engines import answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.scheduler import MIN_BUDGET, Scheduler
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Batch
@@ -200,5 +202,22 @@ def test_any_schedule_gives_the_same_bits_on_the_triton_backend(folder, seed):
     model = load(folder, operators=TritonOperators(batch_invariant=True))
     expected = answers(run(make_engine(model), rows))
     engine = make_engine(model, max_num_seqs=4)
+    RandomSchedule(engine.scheduler, seed)
+    assert answers(run(engine, rows)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+def test_any_schedule_gives_the_same_bits_on_a_gpu(tmp_path, seed):
+    """bfloat16 at head dimension 128, prompts cut anywhere, prefixes shared, captured steps between ragged ones."""
+    shape = {**SHAPE, "hidden_size": 256, "head_dim": 128, "intermediate_size": 256}
+    operators = TritonOperators(batch_invariant=True, share_prefix=True)
+    model = load(save_hub(random_mixtral(**shape), tmp_path), torch.bfloat16, max_model_len=1200, operators=operators)
+    rows = mixed_rows(40, 1000, seed=3)
+    options = {"max_model_len": 1200, "block_size": 64, "kv_blocks": 800, "max_num_batched_tokens": 2048}
+    expected = answers(run(make_engine(model, **options), rows))
+    engine = make_engine(
+        model, max_num_seqs=16, steps_per_read=2, capture=cuda_capture(), share_prefix=True, **options
+    )  # fmt: skip
     RandomSchedule(engine.scheduler, seed)
     assert answers(run(engine, rows)) == expected
