@@ -106,7 +106,7 @@ def test_several_steps_between_looks_and_capture_sizes(folder, model):
     """The engine as on a GPU, but for what a graph is: steps run over free slots and rows that have ended, and what they
     did is looked at one window late."""
     rows = prompts(7, V, seed=5, longest=8, temperature=1.0, max_tokens=8, presence_penalty=0.3, stop=["abc", "dd"])
-    rows = [replace(row, sampling=replace(row.sampling, max_tokens=3 + row.row)) for row in rows]
+    rows = [replace(row, sampling=replace(row.sampling, max_tokens=6 + 3 * row.row)) for row in rows]
     captured = []
 
     def capture(step):
