@@ -79,7 +79,7 @@ def test_whatever_fits_the_answers_are_the_same_and_the_cap_holds(
     host_room = (
         LAYERS * model.layer_bytes + (BLOCK_SIZE + host_tokens) * model.kv_bytes + 1000
     )  # which the link is measured with
-    host_room += StagedKVCache.landing_bytes(checkpoint.config, torch.float32, PREFILL)
+    host_room += StagedKVCache.landing_bytes(checkpoint.config, torch.float32, PREFILL + 4)
     link = FakeLink(workspace + room + 10_000, host_room=host_room)
     engine = started(link, config(folder, quantization=quantization), max_num_seqs=4)
     assert answers(run(engine, ROWS)) == expected[quantization]
