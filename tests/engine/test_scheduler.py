@@ -192,14 +192,14 @@ def test_any_schedule_gives_the_same_bits(model, seed, seqs, blocks):
     assert answers(run(engine, rows)) == expected
 
 
-@pytest.mark.slow  # 10 s under the interpreter
-@settings(max_examples=3, deadline=None)
-@given(seed=st.integers(0, 999))
-def test_any_schedule_gives_the_same_bits_on_the_triton_backend(folder, seed):
-    """Prompts cut anywhere, decoding rows beside them; `batch_invariant` also makes it so on a GPU."""
+@pytest.mark.slow  # 30 s under the interpreter
+@pytest.mark.parametrize("seed", range(2))
+def test_any_schedule_gives_the_same_bits_on_the_triton_backend(tmp_path, seed):
+    """Prompts cut anywhere, decoding rows beside them. float16, since numpy's sums of float32 depend on a row's place."""
     rows = mixed_rows(5, 40, seed=2)
     rows = [replace(row, sampling=replace(row.sampling, max_tokens=4)) for row in rows]
-    model = load(folder, operators=TritonOperators(batch_invariant=True))
+    folder = save_hub(random_mixtral(**SHAPE | {"head_dim": 32}), tmp_path)
+    model = load(folder, torch.float16, operators=TritonOperators(batch_invariant=True))
     expected = answers(run(make_engine(model), rows))
     engine = make_engine(model, max_num_seqs=4)
     RandomSchedule(engine.scheduler, seed)
