@@ -8,7 +8,7 @@ LOWEST := build/venv-lowest
 NEWEST := build/venv-newest
 CHROMIUM ?= chromium
 # A process for each CPU; tests of one file share its fixtures.
-EVERY_CPU := -n auto --dist loadfile
+EVERY_CPU := -n logical --dist loadfile
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchmix needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 
 .DEFAULT_GOAL := help
