@@ -33,7 +33,7 @@ from batchmix.measure.result import save_result
 from batchmix.measure.workloads import INSTRUCTION, draw_sizes
 from batchmix.model.async_copy import AsyncCopy
 from batchmix.model.kv_cache import BLOCK_SIZE
-from batchmix.plan.cost import footprint, full_step
+from batchmix.plan.cost import footprint
 from batchmix.plan.gpus import get_gpu
 from batchmix.plan.step_cost import Step, StepCost, measured_cost
 from batchmix.plan.table import MIXTRAL_8X7B
@@ -43,6 +43,8 @@ MAX_NUM_SEQS = 1024
 MAX_NUM_BATCHED_TOKENS = 8192
 KV_TOKENS = 302_464  # that a run in bf16 had on an H200 (2026-11-28)
 STEPS_PER_READ = 2
+# Of the old schedule, tokens from which a prompt step takes longer to compute than its weights to read: 256 for each expert.
+FULL_STEP = 256 * MIXTRAL_8X7B.num_local_experts // MIXTRAL_8X7B.num_experts_per_tok
 SHARED_SPLIT = 256  # keys; decode attention reads whole ones of them once for all rows that share them
 CHAT_TOKENS = 4  # of the chat format, before a prompt and again behind it
 COLUMNS = [(name, np.int64) for name in ("prompt", "answer", "computed", "planned", "blocks", "ended")]  # of a sequence
@@ -130,16 +132,19 @@ def simulate(schedule: Schedule, workload: Workload, cost: StepCost, floor: floa
     return Run(seconds, prefill, steps, mixed, rows / max(1, decode), tokens, preempted)
 
 
-class Batch:
-    """What the host of an engine knows: waiting requests, running sequences, and how many KV blocks are free.
+def own_keys(shared: int, contexts: np.ndarray) -> int:
+    """Keys that rows with these contexts, which begin with `shared` tokens of all, attend to: whole splits of those once."""
+    return int(contexts.sum()) - shared // SHARED_SPLIT * SHARED_SPLIT * max(0, len(contexts) - 1)
+
+
+class OldBatch:
+    """What the host of an engine with the old schedule knows: waiting requests, running sequences, free KV blocks.
 
     `rows` are the running sequences in the order of admission. `planned` counts the tokens of their answers that are
     queued; a row whose answer is whole stays until it is observed.
     """
 
-    def __init__(self, workload: Workload, reserve: float) -> None:
-        """`reserve`: share of the expected growth of running sequences that is kept free when others start."""
-        self.reserve = reserve
+    def __init__(self, workload: Workload) -> None:
         self.waiting = deque(workload.requests)
         self.rows = np.zeros(0, COLUMNS)
         self.shared, self.shared_blocks = workload.shared, workload.shared // BLOCK_SIZE
@@ -160,12 +165,12 @@ class Batch:
         """Free KV-cache tokens, net of the expected growth of running sequences: whether a request finds its share there."""
         planned, expected = self.rows["planned"], self.mean_answer or 64.0
         limit = np.minimum(np.maximum(expected, 2 * planned), self.rows["answer"])
-        growth = self.reserve * float(np.maximum(limit - planned, 0).sum())
+        growth = float(np.maximum(limit - planned, 0).sum())
         tokens = self.free * BLOCK_SIZE - growth - BLOCK_SIZE * len(self.rows)
 
         def take(request: Request) -> bool:
             nonlocal tokens
-            needed = self.own_tokens(request) + self.reserve * min(expected, request.answer) + BLOCK_SIZE
+            needed = self.own_tokens(request) + min(expected, request.answer) + BLOCK_SIZE
             if needed > tokens:
                 return False
             tokens -= needed
@@ -206,7 +211,7 @@ class Batch:
         """
         while True:
             rows = self.rows
-            left = np.where(rows["planned"] > 0, rows["answer"] - rows["planned"], 0)
+            left = rows["answer"] - rows["planned"]
             steps = min(most, int(left.max(initial=0)))
             last = rows["prompt"] + rows["planned"] - 2 + np.minimum(steps, left)
             missing = np.where(left > 0, np.maximum(last // BLOCK_SIZE + 1 - rows["blocks"], 0), 0)
@@ -223,19 +228,15 @@ class Batch:
             self.rows = rows[:-1]
             self.preempted += 1
 
-    def step(self, chunks: tuple[tuple[int, int], ...] = (), captured: bool = True) -> ScheduledStep:
-        """Queue a token for every decoding row, and chunks that are marked as computed already."""
+    def step(self) -> ScheduledStep:
+        """Queue a token for every row."""
         rows = self.rows
-        decoding = (rows["planned"] > 0) & (rows["computed"] == rows["prompt"])
-        alive = decoding & (rows["planned"] < rows["answer"])
-        first = (rows["planned"] == 0) & (rows["computed"] == rows["prompt"])
-        active, living, starting = int(decoding.sum()), int(alive.sum()), int(first.sum())
-        context = int((rows["prompt"] + rows["planned"])[alive].sum())
-        context -= self.shared // SHARED_SPLIT * SHARED_SPLIT * max(0, living - 1)
-        rows["planned"] += alive | first
-        padding = pad_to_capture_size(self.sizes, active) - active if captured and not chunks else 0
+        alive = rows["planned"] < rows["answer"]
+        context = own_keys(self.shared, (rows["prompt"] + rows["planned"])[alive])
+        rows["planned"] += alive
+        padding = pad_to_capture_size(self.sizes, len(rows)) - len(rows)
         preempted, self.preempted = self.preempted, 0
-        return ScheduledStep(active, context, chunks, starting, padding, living + starting, preempted)
+        return ScheduledStep(len(rows), context, (), 0, padding, int(alive.sum()), preempted)
 
     def observe(self, all_of_it: bool = False) -> None:
         """Take out the rows that had ended before the last window, and with `all_of_it` those that ended in it."""
@@ -256,10 +257,10 @@ class Batch:
 
 def old_schedule(workload: Workload) -> Iterator[ScheduledStep]:
     """Prefill what fits once waiting has lost as much as a prefill step would, else decode a window of steps."""
-    batch, full, idle_reads = Batch(workload, reserve=1.0), full_step(MIXTRAL_8X7B), 0.0
+    batch, idle_reads = OldBatch(workload), 0.0
     while batch.busy:
-        count, tokens = batch.startable(full)
-        if batch.waiting and (not len(batch.rows) or (count and tokens / full + idle_reads >= 1)):
+        count, tokens = batch.startable(FULL_STEP)
+        if batch.waiting and (not len(batch.rows) or (count and tokens / FULL_STEP + idle_reads >= 1)):
             running, take = len(batch.rows), batch.room()
             while batch.admit(take):
                 pass
@@ -275,7 +276,7 @@ def old_schedule(workload: Workload) -> Iterator[ScheduledStep]:
         batch.observe(all_of_it=not steps)
 
 
-def _prefill(batch: Batch, first: int) -> Iterator[ScheduledStep]:
+def _prefill(batch: OldBatch, first: int) -> Iterator[ScheduledStep]:
     """The prompts of rows `first`, ..., packed; their logits with the last step."""
     packs: list[list[tuple[int, int]]] = [[]]
     room = MAX_NUM_BATCHED_TOKENS
@@ -315,15 +316,12 @@ def new_schedule(workload: Workload) -> Iterator[ScheduledStep]:
     while not scheduler.is_idle:
         step, batch = scheduler.schedule([], STEPS_PER_READ), scheduler.batch
         for _ in range(step.num_steps if step is not None else 0):
-            left = batch.left()
-            living = int((left[: step.num_decode] > 0).sum())
-            seen = batch.prompt_tokens[: step.num_decode] + batch.planned[: step.num_decode]
-            context = int(seen[left[: step.num_decode] > 0].sum())
-            context -= workload.shared // SHARED_SPLIT * SHARED_SPLIT * max(0, living - 1)
+            alive = batch.left() > 0
+            context = own_keys(workload.shared, (batch.prompt_tokens + batch.planned)[: len(alive)][alive])
             padding = 0 if step.chunks else pad_to_capture_size(sizes, step.num_decode) - step.num_decode
             yield ScheduledStep(
                 step.num_decode, context, tuple((chunk.start, len(chunk.token_ids)) for chunk in step.chunks),
-                step.num_starting, padding, living + step.num_starting, scheduler.stats.preempted - preempted,
+                step.num_starting, padding, int(alive.sum()) + step.num_starting, scheduler.stats.preempted - preempted,
             )  # fmt: skip
             preempted = scheduler.stats.preempted
             for chunk in step.chunks:

@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from batchmix.config import Quantization
 from batchmix.model.config import MixtralConfig
 
-# Tokens from which a matrix product takes longer to compute than its weights take to read: b bytes a weight are read in
-# b / BW and used in 2 / P for each token, P b / (2 BW) = 184 on an H200 in bfloat16 (790 TFLOP/s and 4.3 TB/s, measured
-# once); rounded up to tiles of 128 tokens.
-FULL_PRODUCT = 256
 # Bytes of an expert's weight, of its codes and of the float32 scales: one for an output channel, or for 128 of its inputs.
 _CODES = {Quantization.fp8: 1.0, Quantization.int8: 1.0, Quantization.int4: 0.5}
 _INT4_GROUP = 128
@@ -73,11 +69,6 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 def weight_bytes(config: MixtralConfig, itemsize: int, quantization: Quantization | None = None) -> int:
     """Bytes of all weights; tied embeddings count once."""
     return footprint(config, itemsize, quantization).weight_bytes
-
-
-def full_step(config: MixtralConfig) -> int:
-    """Tokens of a step from which reading the weights is no loss: FULL_PRODUCT for each expert, K of E a token."""
-    return FULL_PRODUCT * config.num_local_experts // config.num_experts_per_tok
 
 
 def kv_bytes_per_token(config: MixtralConfig, bytes_per_value: int) -> int:
