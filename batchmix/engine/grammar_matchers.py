@@ -19,9 +19,8 @@ from batchmix.guided.host_grammar import Following, GrammarMatcher, follow
 from batchmix.model.async_copy import async_copy_to_gpu
 
 FORBIDDEN, ALLOWED = 1, 2  # classes of tokens
-ONE_STATE = torch.tensor(
-    [[0, 0], [0, NEVER_ENDS], [0, 0]]
-)  # [1 + classes, 2], see CompiledGrammar; the host sees a text's end
+# [1 + classes, 2], see CompiledGrammar; the host sees a text's end.
+ONE_STATE = torch.tensor([[0, 0], [0, NEVER_ENDS], [0, 0]])
 
 
 class GrammarMatchers:
@@ -74,17 +73,17 @@ class GrammarMatchers:
         """
         if not self._count:
             return
-        heard: list[tuple[int, GrammarMatcher]] = []
+        followed: list[tuple[int, GrammarMatcher]] = []
         longer: list[GrammarMatcher] = []
         for slot, text in enumerate(self._texts):
             if text is not None and (is_running[slot] or is_cut[slot]):
-                heard.append((slot, text))
+                followed.append((slot, text))
                 count = int(outputs.count[slot])
                 if count > text.count:
                     text.take(outputs.tokens[slot, text.count : count].tolist())
                     longer.append(text)
         follow(longer)
-        for slot, text in heard:
+        for slot, text in followed:
             if is_cut[slot] or not text.following.goes_on:
                 yield slot, text
 

@@ -14,7 +14,10 @@ from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar
 
 
 class GrammarTables:
-    """`states` [rows, 2] are the tables of all grammars in use, `classes` [grammars, V] their tokens' classes: see CompiledGrammar."""
+    """Of all grammars in use: `states` [rows, 2], their tables, `classes` [grammars, V], their tokens' classes.
+
+    See CompiledGrammar.
+    """
 
     def __init__(self, grammars: GrammarCompiler | None, vocab_size: int, device: torch.device, size: int) -> None:
         self._grammars = grammars
@@ -22,9 +25,8 @@ class GrammarTables:
         self.classes = DeviceTableCache(vocab_size, torch.int32, device)
         self.of_slot: list[CompiledGrammar | None] = [None] * size
         self.texts = GrammarMatchers(size)  # of rows whose grammar has no table
-        self._followed = [
-            (0, 0)
-        ] * size  # tokens of the row, and the grammar's state after them, as far as it was asked
+        # Tokens of the row, and the grammar's state after them, as far as it was asked.
+        self._followed = [(0, 0)] * size
 
     @property
     def used(self) -> bool:

@@ -119,10 +119,10 @@ class InputBatch:
         self.host: dict[str, np.ndarray] = {}
         self._columns: list[CpuGpuBuffer] = []  # [fields, slots]
         for fields, dtype in _BLOCKS:
-            mirror = CpuGpuBuffer((len(fields), size), dtype, device, axis=1)
-            self._columns.append(mirror)
-            self.host |= {field.name.lower(): mirror.array[field] for field in fields}
-        self.state, self.numbers, self.reals, self.flags = (mirror.tensor for mirror in self._columns)
+            buffer = CpuGpuBuffer((len(fields), size), dtype, device, axis=1)
+            self._columns.append(buffer)
+            self.host |= {field.name.lower(): buffer.array[field] for field in fields}
+        self.state, self.numbers, self.reals, self.flags = (buffer.tensor for buffer in self._columns)
         self.token, self.context = self.state[State.TOKEN], self.state[State.CONTEXT]
         self.generated, self.finish = self.state[State.GENERATED], self.state[State.FINISH]
         self.grammar_state = self.state[State.GRAMMAR_STATE]
@@ -197,15 +197,15 @@ class InputBatch:
         if len(moved):
             state.move(moved, self._source[moved])
             self._source[moved] = moved
-        for changed, mirrors in (
+        for changed, buffers in (
             (self._fresh, [state]),
             (self._changed, [*asked, self._stops]),
             (self._moved_blocks, [self._blocks]),
         ):
             slots = np.flatnonzero(changed)
             if len(slots):
-                for mirror in mirrors:
-                    mirror.upload(slots)
+                for buffer in buffers:
+                    buffer.upload(slots)
                 changed[:] = False
 
     def record_planned(self, rows: int, steps: int) -> None:
@@ -278,11 +278,8 @@ class InputBatch:
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
         if sampling.structured_outputs is not None:
             base, token_class, start = self.grammars.acquire(slot, sampling, max_tokens)
-            host["grammar_base"][slot], host["grammar_class"][slot], host["grammar_state"][slot] = (
-                base,
-                token_class,
-                start,
-            )
+            host["grammar_base"][slot], host["grammar_class"][slot] = base, token_class
+            host["grammar_state"][slot] = start
             host["processed_logprobs"][slot] = sampling.structured_outputs.token_probabilities
             if sampling.structured_outputs.token_probabilities and self.logprob_history is None:
                 self.logprob_history = torch.zeros_like(self.history, dtype=torch.float32)
@@ -308,8 +305,8 @@ class InputBatch:
         self.num_active -= 1
         self.version = next(_versions)
         last = self.num_active
-        for mirror in self._columns:
-            mirror.array[:, slot] = mirror.array[:, last]
+        for buffer in self._columns:
+            buffer.array[:, slot] = buffer.array[:, last]
         for array in (self.block_table, self._stops.array, self.num_blocks, self.num_logprobs, self.prompt_tokens,
                       self.planned, self._fresh, self._source):  # fmt: skip
             array[slot] = array[last]
@@ -328,8 +325,8 @@ class InputBatch:
 
     def _clear(self, slot: int) -> None:
         """Make a free slot one that a step may run over: a token in the scratch block, and no wishes."""
-        for mirror in self._columns:
-            mirror.array[:, slot] = 0
+        for buffer in self._columns:
+            buffer.array[:, slot] = 0
         self.host["finish"][slot] = Finish.FREE
         for name in _NONE:
             self.host[name][slot] = -1

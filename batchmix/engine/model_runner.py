@@ -129,17 +129,18 @@ class ModelRunner:
             stats.jump_forward_tokens += step.num_jump_forward
             stats.completion_tokens += step.num_jump_forward
         num_decode = rows + step.num_jump_forward
-        ids, chunks, ends = self._pack(step.chunks, num_decode)
+        ids, chunks = self._pack(step.chunks, num_decode)
+        num_prompt = len(ids)
         copies = [copy for chunk in step.chunks if chunk.is_last for copy in scheduler.start_samples(chunk)]
         batch.upload()
         if rows and decode is None:
             decode = batch.decode_tokens(rows, rows, self._width(rows))
             shared = self._find_shared(batch.block_table[:rows], batch.prompt_tokens[:rows], keep=False)
             generated.append(batch.token[:rows])
-        size = pad(num_decode + len(ids), model.ops.row_tile)
-        ids = np.concatenate((ids, np.zeros(size - num_decode - len(ids), np.int64)))
-        token_ids = torch.cat([*generated, async_copy_to_gpu(ids, device)])
-        model.expert_load.set_num_valid(num_decode + sum(chunk.length for chunk in chunks))
+        size = pad(num_decode + num_prompt, model.ops.row_tile)
+        padded = np.pad(ids, (0, size - num_decode - num_prompt))
+        token_ids = torch.cat([*generated, async_copy_to_gpu(padded, device)])
+        model.expert_load.set_num_valid(num_decode + num_prompt)
         attend = model.ops.attend(model, cache, decode, chunks, size, shared)
         with self.device_clock.work("prefill" if chunks else "decode"):
             hidden = model(token_ids, cache.around_step(attend, decode, chunks))
@@ -147,7 +148,7 @@ class ModelRunner:
                 cache.copy_blocks(*zip(*copies, strict=True))
             # The rows that decode, then one for each sample that starts, in the order of their slots.
             wanted = [*range(rows), *(
-                end - 1 for chunk, end in zip(step.chunks, ends, strict=True) if chunk.is_last
+                packed.end - 1 for chunk, packed in zip(step.chunks, chunks, strict=True) if chunk.is_last
                 for _ in chunk.request.samples
             )]  # fmt: skip
             if wanted:
@@ -155,40 +156,44 @@ class ModelRunner:
                 if batch.grammars.texts:  # while the model runs
                     self.wait_for_outputs()
                 sample(model, batch, logits)
-            scored = self._score(hidden, step.chunks, ends)
+            scored = self._score(hidden, step.chunks, chunks)
         for chunk in step.chunks:
             scheduler.pool.release(chunk.own_blocks)
         if chunks:
             stats.first_prefill_time = stats.first_prefill_time or time.time()
             stats.refills += bool(rows)
-            stats.prompt_tokens += sum(chunk.length for chunk in chunks)
+            stats.prompt_tokens += num_prompt
         return scored
 
-    def _pack(self, scheduled: list[ScheduledChunk], first: int) -> tuple[np.ndarray, list[PrefillChunk], list[int]]:
-        """Chunks without padding behind the step's first tokens: their ids, int64, and where in the step each ends."""
-        ids, chunks, ends = [np.zeros(0, np.int64)], [], []
+    def _pack(self, scheduled: list[ScheduledChunk], first: int) -> tuple[np.ndarray, list[PrefillChunk]]:
+        """Chunks without padding behind the step's first tokens, and their ids, int64."""
+        ids, chunks = [np.zeros(0, np.int64)], list[PrefillChunk]()
         for chunk in scheduled:
             ids.append(np.asarray(chunk.token_ids, np.int64))
             chunks.append(PrefillChunk(first, chunk.start, len(chunk.token_ids), chunk.blocks))
             first += len(chunk.token_ids)
-            ends.append(first)
-        return np.concatenate(ids), chunks, ends
+        return np.concatenate(ids), chunks
 
     def _select(self, hidden: Tensor, places: list[int]) -> Tensor:
         """Rows of hidden [T, D], padded to what a product may have."""
         padded = np.resize(np.array(places), pad(len(places), self.model.ops.row_tile))
         return hidden[async_copy_to_gpu(padded, hidden.device)]
 
-    def _score(self, hidden: Tensor, scheduled: list[ScheduledChunk], ends: list[int]) -> Callable[[], None] | None:
-        """What adds the log-probabilities of the step's choices, and of the end after them, to their requests; waits for them."""
+    def _score(
+        self, hidden: Tensor, scheduled: list[ScheduledChunk], chunks: list[PrefillChunk]
+    ) -> Callable[[], None] | None:
+        """A function that waits for the log-probabilities of the step's choices and adds them to their requests.
+
+        Those of each token of a choice and of the end after it. None where there are no choices.
+        """
         places: list[int] = []  # in the step, of the token before
         wanted: list[list[int]] = []  # any of these tokens may follow
         owners: list[tuple[ScoringRequest, int]] = []
-        for chunk, end in zip(scheduled, ends, strict=True):
+        for chunk, packed in zip(scheduled, chunks, strict=True):
             if chunk.choice is None or not isinstance(chunk.request, ScoringRequest):
                 continue
             following = [[token_id] for token_id in chunk.request.choices[chunk.choice]]
-            first = end - len(following) - 1
+            first = packed.end - len(following) - 1
             following += [chunk.request.end_tokens] if chunk.request.end_tokens else []
             places += range(first, first + len(following))
             wanted += following

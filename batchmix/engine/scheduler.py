@@ -146,10 +146,9 @@ class Scheduler:
 
     def add(self, request: WaitingRequest) -> None:
         """Let a request wait."""
-        prompt = request.prompt
         self.waiting.append(request)
         self._prompts += 1
-        self._prompt_tokens += self._uncached_tokens(prompt)
+        self._prompt_tokens += self._uncached_tokens(request.prompt)
 
     @property
     def is_idle(self) -> bool:
@@ -333,7 +332,7 @@ class Scheduler:
             return None
         return ScheduledChunk(request, ids, whole, request.blocks + own, request.next_choice, own)
 
-    def _whole(self, request: PrefillRequest) -> int:
+    def _whole(self, request: ScoringRequest) -> int:
         """Tokens of a scoring request's prompt in whole blocks; its last token is computed with each choice."""
         return len(request.blocks) * self.block_size
 

@@ -52,10 +52,9 @@ def run_step(
     cache = KVCache(model.config, 1, block_size, kv_dtype, device)
     width = -(-max_model_len // block_size)
     batch = InputBatch(rows, model.config.vocab_size, width, (), None, async_copy_from(device), ops.row_tile)
-    prompt = Prompt(0, "", {}, range(max_model_len - 1), SamplingConfig(temperature=1.0, top_p=0.9))
+    prompt = Prompt(0, "", {}, range(max_model_len), SamplingConfig(temperature=1.0, top_p=0.9))
     for number in range(rows):
         batch.add(prompt, number, max_tokens=1)
-    batch.record_planned(rows, 1)
     batch.upload()
     scratch = [SCRATCH_BLOCK] * width
     chunks = [

@@ -32,6 +32,11 @@ class PrefillChunk:
     length: int
     blocks: Sequence[int]  # the prompt's blocks, in order
 
+    @property
+    def end(self) -> int:
+        """Of the step's tokens, the first behind it."""
+        return self.offset + self.length
+
 
 @dataclass(frozen=True)
 class DecodeTokens:

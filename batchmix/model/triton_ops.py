@@ -26,7 +26,7 @@ _SHARED_SPLITS = 1  # items of shared splits for each row of a step; what does n
 
 
 class TritonOperators:
-    """See `Operators`. With `batch_invariant` a row's products have the same bits whatever other rows are in the batch, by construction.
+    """See `Operators`. With `batch_invariant` other rows in the batch change no bit of a row's products, by construction.
 
     With `share_prefix` KV blocks that rows have in common are attended to once for all of them.
     """

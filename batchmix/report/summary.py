@@ -72,14 +72,14 @@ class Summary:
             "generate_seconds": max((run["generate_seconds"] for run in self.runs), default=0.0),
             "device_busy": round(self._device_busy(), 4),
             "out_of_memory": sum(run["out_of_memory"] for run in self.runs),
-            "jump_forward_tokens": self._forced_tokens(),
+            "jump_forward_tokens": self._jump_forward_tokens(),
             "streamed_bytes": sum(run["streamed_bytes"] for run in self.runs),
             "decode_streamed_bytes": sum(run["decode_streamed_bytes"] for run in self.runs),
             "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
             "runs": list(self.runs),
         }
 
-    def _forced_tokens(self) -> int:
+    def _jump_forward_tokens(self) -> int:
         """Of guided rows, appended without a decode step of their own."""
         return sum(run.get("jump_forward_tokens", 0) for run in self.runs)  # runs before there were any lack the key
 
@@ -99,7 +99,7 @@ class Summary:
         now = sum(run["rows"] for run in self.runs)
         earlier = f", {output.rows - now:,} of them from earlier runs" if now < output.rows else ""
         samples = f", {output.samples:,} samples" if output.samples != output.rows else ""
-        forced = self._forced_tokens()
+        forced = self._jump_forward_tokens()
         skipped = f" ({forced:,} of them forced, without a decode step)" if forced else ""
         stages = ", ".join(f"{stage} {whole['seconds'][stage]:.1f} s" for stage in _STAGES)
         decode = max(whole["seconds"]["decode"], 1e-3)
