@@ -66,7 +66,7 @@ $(LOWEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -e '.[dev]'
-	$(LOWEST)/bin/python tests/lowest.py
+	$(LOWEST)/bin/python tests/helpers/lowest.py
 	@touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt

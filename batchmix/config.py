@@ -302,7 +302,7 @@ class ReviewConfig:
 class PlanConfig:
     """What `batchmix plan` estimates for."""
 
-    gpu: str = "h200"  # a name in batchmix/plan/gpus.py
+    gpu: str = "h200"  # a name in batchmix/planning/gpus.py
     histogram: str | None = None  # PNG file; null: lengths.png in output.dir where that is set, else none
     expected_tokens: int | None = None  # answer length to assume; null: sampling.max_tokens
     host_memory_gb: float | None = None  # of the machine that the GPU is in; null: as this one has

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 
 from batchmix.config import Config
-from batchmix.data.finalize import SUCCESS
-from batchmix.data.parts import Parts
-from batchmix.data.storage import write_json
 from batchmix.errors import BatchmixError
-from batchmix.stored_run import open_stored
+from batchmix.output.finalize import SUCCESS
+from batchmix.output.parts import Parts
+from batchmix.output.stored_run import open_stored
+from batchmix.storage import write_json
 
 EVALUATION = "_evaluation.json"
 _Z = 1.959964  # of a normal distribution's middle 95 %

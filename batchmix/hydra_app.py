@@ -30,9 +30,10 @@ from batchmix.config import Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
 from batchmix.config_errors import explain, explain_missing
 from batchmix.config_files import check_config_files
-from batchmix.data import aside, in_parallel, read_ahead
+from batchmix.distributed import slurm
 from batchmix.errors import BatchmixError, Interrupted
-from batchmix.parallel import slurm
+from batchmix.input import in_parallel
+from batchmix.prompts import aside, read_ahead
 from batchmix.redact import forget, redact, redact_tracebacks
 from batchmix.written_config import (
     hidden_texts,
@@ -44,7 +45,7 @@ from batchmix.written_config import (
 )
 
 if TYPE_CHECKING:
-    from batchmix.data.storage import Storage
+    from batchmix.storage import Storage
 
 EXIT_ERROR, EXIT_USAGE, EXIT_REQUEUE, EXIT_KEYBOARD = 1, 2, 75, 130
 
@@ -112,7 +113,7 @@ def save_hydra_files(config: Config, storage: Storage) -> None:
     folder = ".hydra"
     if config.shard.count > 1:
         folder += f"/shard-{config.shard.index}-of-{config.shard.count}"
-    from batchmix.data.storage import write_text  # imports pyarrow
+    from batchmix.storage import write_text  # imports pyarrow
 
     storage.make_folder(folder)
     plain, hidden = to_plain(config), hidden_texts(config)

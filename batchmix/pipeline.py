@@ -13,41 +13,41 @@ from itertools import chain
 from typing import Any
 
 from batchmix.annotate.columns import annotation_columns
+from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from batchmix.config import ClusterKind, Config
-from batchmix.data.chat_template import read_chat_template
-from batchmix.data.columns import OutputColumns
-from batchmix.data.output_folder import OutputFolder, trace_name
-from batchmix.data.part_formats import part_format
-from batchmix.data.parts import PartLog, Parts
-from batchmix.data.prompt import check_prompts, show_first
-from batchmix.data.sink import NO_SPACE
-from batchmix.data.source import Source, check_apart, open_source
-from batchmix.data.storage import Storage, open_storage, reason_of
-from batchmix.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from batchmix.distributed.data_parallel import Replicas, Reports, Share, begin_share
+from batchmix.distributed.ray_pool import run_on_ray
+from batchmix.distributed.tensor_parallel import TPWorkers, tensor_parallel
+from batchmix.distributed.workers import Parent
 from batchmix.engine.build import check_engine, start_engine
 from batchmix.engine.device import check_places
 from batchmix.engine.engine import Engine
 from batchmix.errors import BatchmixError
-from batchmix.escapes import warn_of_escapes
-from batchmix.guided.compile import open_grammars
 from batchmix.hydra_app import save_hydra_files
-from batchmix.model.checkpoint import Checkpoint, open_checkpoint
-from batchmix.model.tensor_parallel import TensorParallel
-from batchmix.parallel.data import Replicas, Reports, Share, begin_share
-from batchmix.parallel.ray_pool import run_on_ray
-from batchmix.parallel.tensor import TPWorkers, tensor_parallel
-from batchmix.parallel.workers import Parent
-from batchmix.plan.in_flight import InFlight
+from batchmix.input.source import Source, check_apart, open_source
+from batchmix.models.tensor_parallel import TensorParallel
+from batchmix.observability.clock import StageClock
+from batchmix.observability.metrics import Metrics
+from batchmix.observability.progress import Progress
+from batchmix.observability.summary import RunStatistics
+from batchmix.observability.totals import Totals
+from batchmix.observability.trace import Trace
+from batchmix.output.columns import OutputColumns
+from batchmix.output.output_folder import OutputFolder, trace_name
+from batchmix.output.part_formats import part_format
+from batchmix.output.parts import PartLog, Parts
+from batchmix.output.run_info import accept_weights, describe_run, differences, provenance, read_run
+from batchmix.output.sink import NO_SPACE
+from batchmix.planning.in_flight import InFlight
+from batchmix.prompts.escapes import warn_of_escapes
+from batchmix.prompts.prompt import check_prompts, show_first
+from batchmix.prompts.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from batchmix.records import Completion, InputRow
-from batchmix.report.clock import StageClock
-from batchmix.report.metrics import Metrics
-from batchmix.report.progress import Progress
-from batchmix.report.summary import RunStatistics
-from batchmix.report.totals import Totals
-from batchmix.report.trace import Trace
-from batchmix.run_info import accept_weights, describe_run, differences, provenance, read_run
 from batchmix.signals import StopSignals
 from batchmix.stages import buffers_of, check_error, make_sink, planned_batches, progress_of
+from batchmix.storage import Storage, open_storage, reason_of
+from batchmix.structured_output.compile import open_grammars
+from batchmix.templates.chat_template import read_chat_template
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def generate(config: Config) -> None:
             check_engine(checkpoint, config.engine)
         TensorParallel(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
         tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
-        grammars = open_grammars(checkpoint, tokenizer)
         end_tokens = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
+        grammars = open_grammars(tokenizer, checkpoint.config.vocab_size, end_tokens)
         check_prompts(config.data, config.sampling, tokenizer, checkpoint.config.vocab_size, grammars, end_tokens)
         warn_of_escapes(config)
         run = _describe(config, source, checkpoint)
@@ -301,7 +301,7 @@ def _output_errors_in_one_line(folder: str) -> Iterator[None]:
                 raise  # not of the output
             gone = not os.path.isdir(local)
             reason = "was deleted while the run wrote to it" if gone else f"{error.filename}: {error.strerror}"
-        else:  # input has errors of its own, see `batchmix.data.data_file.reading`
+        else:  # input has errors of its own, see `batchmix.input.data_file.reading`
             reason = f"the store fails ({reason_of(error)})"
         raise BatchmixError(f"output.dir={folder}: {reason}; what is committed there is whole, run the command again for the "
                             "rest") from None  # fmt: skip

@@ -7,19 +7,19 @@ from contextlib import closing
 from typing import Any
 
 from batchmix.config import Config, OnError
-from batchmix.data.buffers import Buffers, buffered_bytes
-from batchmix.data.parts import PartLog
-from batchmix.data.prompt import build_prompts_with_pauses
-from batchmix.data.sink import Sink
-from batchmix.data.source import Source
-from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.engine import Engine
 from batchmix.errors import BatchmixError
-from batchmix.plan.in_flight import InFlight
-from batchmix.plan.planner import Limits, plan
+from batchmix.input.source import Source
+from batchmix.observability.clock import StageClock
+from batchmix.observability.totals import Totals
+from batchmix.output.parts import PartLog
+from batchmix.output.sink import Sink
+from batchmix.planning.in_flight import InFlight
+from batchmix.planning.planner import Limits, plan
+from batchmix.prompts.buffers import Buffers, buffered_bytes
+from batchmix.prompts.prompt import build_prompts_with_pauses
+from batchmix.prompts.tokenizer import Tokenizer
 from batchmix.records import Batch, Completion, InputRow
-from batchmix.report.clock import StageClock
-from batchmix.report.totals import Totals
 
 
 def planned_batches(

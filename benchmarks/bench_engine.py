@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from common import random_prompts, save, save_tiny_random
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig
 from batchmix.engine.build import start_engine
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.plan.planner import Limits, plan
+from batchmix.planning.planner import Limits, plan
 from batchmix.records import Prompt
 
 NEW_TOKENS = 64

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from common import RESULTS, machine, random_prompts, save_tiny_random
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig, StructuredOutputs
-from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.build import start_engine
 from batchmix.engine.engine import Engine
 from batchmix.engine.scheduler import Step
-from batchmix.guided.host_grammar import HostGrammar
 from batchmix.measure.result import save_result
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.plan.planner import Limits, plan
+from batchmix.planning.planner import Limits, plan
+from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Prompt
+from batchmix.structured_output.host_grammar import HostGrammar
 
 RECORD = {
     "type": "object",

@@ -29,12 +29,12 @@ from triton.runtime.driver import driver
 
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.gpu import H200, assume_gpu
-from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.config import MixtralConfig
-from batchmix.model.kv_cache import KVCache
-from batchmix.model.mixtral import Mixtral
-from batchmix.model.triton_ops import TritonOperators
-from batchmix.model.weights import empty_weights
+from batchmix.models.async_copy import AsyncCopy
+from batchmix.models.config import MixtralConfig
+from batchmix.models.kv_cache import KVCache
+from batchmix.models.mixtral import Mixtral
+from batchmix.models.triton_ops import TritonOperators
+from batchmix.models.weights import empty_weights
 
 LAYERS = 8  # enough that what a step does once does not count
 CONFIG = MixtralConfig(

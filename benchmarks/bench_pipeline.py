@@ -20,20 +20,20 @@ from pathlib import Path
 
 from common import save
 
+from batchmix.checkpoints.checkpoint import TINY
 from batchmix.config import DataConfig, OutputConfig, OutputFormat, SamplingConfig, ShardConfig
-from batchmix.data.columns import OutputColumns
-from batchmix.data.part_formats import part_format
-from batchmix.data.parts import PartLog, Parts
-from batchmix.data.prompt import build_prompts
-from batchmix.data.rowset import RowSet
-from batchmix.data.sink import Sink
-from batchmix.data.source import open_source
-from batchmix.data.storage import LocalFolder
-from batchmix.data.tokenizer import load_tokenizer
-from batchmix.model.checkpoint import TINY
-from batchmix.plan.planner import Limits, plan
+from batchmix.input.rowset import RowSet
+from batchmix.input.source import open_source
+from batchmix.observability.clock import StageClock
+from batchmix.output.columns import OutputColumns
+from batchmix.output.part_formats import part_format
+from batchmix.output.parts import PartLog, Parts
+from batchmix.output.sink import Sink
+from batchmix.planning.planner import Limits, plan
+from batchmix.prompts.prompt import build_prompts
+from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Batch, Completion
-from batchmix.report.clock import StageClock
+from batchmix.storage import LocalFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 ANSWER_TOKENS = 16

@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from common import save
 
 from batchmix.config import DataConfig, ShardConfig
-from batchmix.data.rowset import RowSet
-from batchmix.data.source import open_source
+from batchmix.input.rowset import RowSet
+from batchmix.input.source import open_source
 
 FILES, GROUP_ROWS = 1000, 1000
 

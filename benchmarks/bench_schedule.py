@@ -2,7 +2,7 @@
 
     python benchmarks/bench_schedule.py [--floor MS] [--save]
 
-Rows are drawn as `benchmark throughput` draws them, a step takes what batchmix/plan/step_cost.py says, and the host does
+Rows are drawn as `benchmark throughput` draws them, a step takes what batchmix/planning/step_cost.py says, and the host does
 what batchmix/engine does: blocks of 64 tokens, captured sizes, rows that end are observed one window later. Captures and
 compilation are free. `--floor`: the least that a step with prompt chunks takes, as its launches are not captured.
 Exit code 1 where a workload gains less than its bar.
@@ -28,15 +28,15 @@ from batchmix.engine.cuda_graphs import capture_sizes, pad_to_capture_size
 from batchmix.engine.engine import PREFILL_CHUNK
 from batchmix.engine.input_batch import InputBatch, PendingStep
 from batchmix.engine.scheduler import RunningSequence, Scheduler, WaitingRequest
-from batchmix.engine.stats import EngineStats
 from batchmix.measure.result import save_result
 from batchmix.measure.workloads import INSTRUCTION, draw_sizes
-from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.kv_cache import BLOCK_SIZE
-from batchmix.plan.cost import footprint
-from batchmix.plan.gpus import get_gpu
-from batchmix.plan.step_cost import Step, StepCost, measured_cost
-from batchmix.plan.table import MIXTRAL_8X7B
+from batchmix.models.async_copy import AsyncCopy
+from batchmix.models.kv_cache import BLOCK_SIZE
+from batchmix.observability.engine_stats import EngineStats
+from batchmix.planning.cost import footprint
+from batchmix.planning.gpus import get_gpu
+from batchmix.planning.step_cost import Step, StepCost, measured_cost
+from batchmix.planning.table import MIXTRAL_8X7B
 from batchmix.records import Prompt
 
 MAX_NUM_SEQS = 1024

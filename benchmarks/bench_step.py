@@ -23,12 +23,12 @@ from torch.overrides import TorchFunctionMode
 
 from batchmix.config import SamplingConfig
 from batchmix.engine.engine import Engine
-from batchmix.model import torch_backend
-from batchmix.model.config import MixtralConfig
-from batchmix.model.expert_load import ExpertLoad
-from batchmix.model.kv_cache import KVCache
-from batchmix.model.tensor_parallel import SINGLE_RANK
-from batchmix.plan.planner import Limits, plan
+from batchmix.models import torch_backend
+from batchmix.models.config import MixtralConfig
+from batchmix.models.expert_load import ExpertLoad
+from batchmix.models.kv_cache import KVCache
+from batchmix.models.tensor_parallel import SINGLE_RANK
+from batchmix.planning.planner import Limits, plan
 from batchmix.records import Prompt
 
 CONFIG = MixtralConfig(

@@ -29,9 +29,9 @@ from common import save
 
 from batchmix import pipeline
 from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig, ShardConfig
-from batchmix.engine.stats import EngineStats
+from batchmix.observability.clock import StageClock
+from batchmix.observability.engine_stats import EngineStats
 from batchmix.records import Batch, Completion
-from batchmix.report.clock import StageClock
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 ANSWER_TOKENS = 16

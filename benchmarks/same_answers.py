@@ -57,7 +57,7 @@ if how == "preempted":
     import batchmix.memory
     batchmix.memory.kv_blocks = lambda free, block_bytes, blocks_per_row, max_num_seqs: blocks_per_row + 100
 if how == "out_of_memory":
-    from batchmix.model.mixtral import Mixtral
+    from batchmix.models.mixtral import Mixtral
     run, calls = Mixtral.__call__, []
     def failing(self, *arguments):
         calls.append(None)

@@ -10,7 +10,7 @@ import sys
 import pyarrow.dataset as ds
 
 from batchmix.evaluate import score
-from batchmix.stored_run import open_stored
+from batchmix.output.stored_run import open_stored
 
 NEEDED = 0.95
 

@@ -2,7 +2,7 @@
 
     python examples/train_tiny.py            # about a quarter of an hour on two cores
 
-Writes batchmix/model/tiny/ (config.json, model.safetensors) and examples/support_tickets.jsonl, and prints the share
+Writes batchmix/models/tiny/ (config.json, model.safetensors) and examples/support_tickets.jsonl, and prints the share
 of the file's answers that the saved weights get exactly right, in float32 and in bfloat16.
 """
 

@@ -15,7 +15,7 @@ from batchmix.hydra_app import job
 
 @job("annotate")
 def _run(config: Config) -> None:
-    from batchmix.annotate.run import annotate  # imports torch: only once the configuration is known to be right
+    from batchmix.annotation import annotate  # imports torch: only once the configuration is known to be right
 
     annotate(config)
 

@@ -8,7 +8,7 @@ from batchmix.hydra_app import job
 
 @job("convert")
 def main(config: Config) -> None:
-    from batchmix.model.convert import convert  # imports torch: only once the configuration is known to be right
+    from batchmix.checkpoints.convert import convert  # imports torch: only once the configuration is known to be right
 
     convert(config)
 

@@ -8,7 +8,7 @@ from batchmix.hydra_app import job
 
 @job("finalize")
 def main(config: Config) -> None:
-    from batchmix.stored_run import finalize_folder  # imports pyarrow
+    from batchmix.output.stored_run import finalize_folder  # imports pyarrow
 
     print(finalize_folder(config))
 

@@ -9,7 +9,7 @@ from batchmix.hydra_app import job
 
 @job("plan")
 def _run(config: Config) -> None:
-    from batchmix.plan.job import plan_report  # imports pyarrow and the tokenizer: only once the configuration is right
+    from batchmix.plan import plan_report  # imports pyarrow and the tokenizer: only once the configuration is right
 
     plan_report(config)
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """As any job, but `batchmix plan table` prints what runs on which card."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["table"]:
-        from batchmix.plan.table import table_text
+        from batchmix.planning.table import table_text
 
         print(table_text())
         return 0

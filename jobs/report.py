@@ -8,7 +8,7 @@ from batchmix.hydra_app import job
 
 @job("report")
 def main(config: Config) -> None:
-    from batchmix.report.page import report  # imports pyarrow: only once the configuration is known to be right
+    from batchmix.annotate.page import report  # imports pyarrow: only once the configuration is known to be right
 
     print(report(config))
 

@@ -11,7 +11,7 @@ from batchmix.hydra_app import job
 
 @job("status")
 def main(config: Config) -> None:
-    from batchmix.stored_run import read_status  # imports pyarrow
+    from batchmix.output.stored_run import read_status  # imports pyarrow
 
     status = read_status(config)
     print(status.text(), flush=True)

@@ -88,7 +88,7 @@ def threshold_of(weights_ptr, V, top_k, top_p, min_p, BLOCK: tl.constexpr):
 @triton.jit
 def uniform_bits(seed, row_key, sample, position):
     """64 random bits: a uniform number in (0, 1) times 2^64, of which 52 bits are random and one makes it the middle
-    of its interval. Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of batchmix/model/philox.py.
+    of its interval. Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of batchmix/models/philox.py.
     """
     low, high = (row_key & 0xFFFFFFFF).to(tl.uint32), ((row_key >> 32) & 0xFFFFFFFF).to(tl.uint32)
     third, fourth = (sample & 0xFFFFFFFF).to(tl.uint32), (position & 0xFFFFFFFF).to(tl.uint32)

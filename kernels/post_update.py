@@ -1,4 +1,4 @@
-"""What a new token does to its row: post_update of batchmix/model/torch_sampler.py, for all rows in one kernel.
+"""What a new token does to its row: post_update of batchmix/models/torch_sampler.py, for all rows in one kernel.
 
 The engine reads the result every few steps, not after each, so a row that has ended may still be in the batch: it is
 left alone, and what it ended with stays.

@@ -1,4 +1,4 @@
-"""From logits to tokens, one program a row: what batchmix/model/torch_sampler.py does, in the same order.
+"""From logits to tokens, one program a row: what batchmix/models/torch_sampler.py does, in the same order.
 
 Logit bias and allowed tokens, minimum length, penalties, a grammar's tokens, temperature, min-p, top-k, top-p, then the
 draw. Steps that a row does not use are skipped for it, so what one row asks for never changes another's answer.

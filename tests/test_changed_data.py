@@ -13,8 +13,8 @@ import pyarrow.dataset as ds
 import pytest
 
 from batchmix.config import Config, DataConfig, EngineConfig, Order, OutputConfig, SamplingConfig
-from batchmix.data.source import Source
 from batchmix.errors import BatchmixError
+from batchmix.input.source import Source
 from batchmix.pipeline import generate
 from batchmix.records import InputRow
 

@@ -97,7 +97,7 @@ WRONG_LINES = {
 JOB = """
 import sys
 from pathlib import Path
-from batchmix.data.storage import LocalFolder
+from batchmix.storage import LocalFolder
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.hydra_app import job, save_hydra_files
 

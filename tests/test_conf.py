@@ -18,7 +18,7 @@ from batchmix.config import Config, SamplingConfig
 from batchmix.config_errors import explain, known_keys
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import first_is, register, to_config
-from batchmix.run_info import differences
+from batchmix.output.run_info import differences
 
 CONF = Path(__file__).parents[1] / "conf"
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -22,12 +22,12 @@ from batchmix.config import (
     Quantization,
     SamplingConfig,
 )
-from batchmix.data.columns import OutputColumns
-from batchmix.data.part_formats import part_format
-from batchmix.data.parts import Parts
-from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError
 from batchmix.evaluate import Accuracy, evaluate, score, wilson
+from batchmix.output.columns import OutputColumns
+from batchmix.output.part_formats import part_format
+from batchmix.output.parts import Parts
+from batchmix.storage import LocalFolder
 
 TICKETS = Path(__file__).parents[1] / "examples" / "support_tickets.jsonl"
 

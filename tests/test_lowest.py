@@ -38,7 +38,9 @@ def test_constraints_are_within_the_bounds() -> None:
 
 def test_another_release_than_the_lowest_is_named() -> None:
     """This environment has newer ones, unless `make test-lowest` made it."""
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("lowest.py"))], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("helpers") / "lowest.py")], capture_output=True, text=True
+    )
     newer = [one.name for one in requirements("dev") if f"{one.name}: pyproject.toml allows" in done.stderr]
     assert done.returncode == bool(newer)
     assert len(newer) == len(done.stderr.splitlines())

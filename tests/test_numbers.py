@@ -12,8 +12,8 @@ import pytest
 from batchmix.config import Quantization
 from batchmix.measure.roofline import Device, roofline
 from batchmix.measure.workloads import INSTRUCTION, draw_sizes
-from batchmix.plan.cost import footprint
-from batchmix.plan.table import MIXTRAL_8X7B
+from batchmix.planning.cost import footprint
+from batchmix.planning.table import MIXTRAL_8X7B
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -25,11 +25,11 @@ from batchmix.config import (
     SamplingConfig,
     ShardConfig,
 )
-from batchmix.data.lease import Lease, shard_name
-from batchmix.data.storage import LocalFolder
 from batchmix.errors import BatchmixError, Interrupted
+from batchmix.output.lease import Lease, shard_name
 from batchmix.pipeline import generate
-from batchmix.plan.job import plan_report
+from batchmix.plan import plan_report
+from batchmix.storage import LocalFolder
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}

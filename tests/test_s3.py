@@ -25,9 +25,9 @@ from processes import TICKETS, finish, read, start, wait_for
 
 from batchmix.annotate.results import Results
 from batchmix.config import ShardConfig
-from batchmix.data.lease import Lease, shard_name
-from batchmix.data.object_store import ObjectStore
-from batchmix.data.storage import write_json
+from batchmix.output.lease import Lease, shard_name
+from batchmix.storage import write_json
+from batchmix.storage.object_store import ObjectStore
 
 boto3, s3fs = pytest.importorskip("boto3"), pytest.importorskip("s3fs")  # all of the `dev` extra
 for module in ("moto", "flask", "flask_cors"):  # the server, in a process of its own

@@ -16,15 +16,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from batchmix.annotate.task import prepare
+from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.loading import load_weights
 from batchmix.config import AnnotateConfig, Config, DataConfig, ModelConfig
-from batchmix.data.messages import PromptError
-from batchmix.data.source import open_source
-from batchmix.data.template import RowTemplate
-from batchmix.data.tokenizer import load_tokenizer
 from batchmix.errors import BatchmixError
+from batchmix.input.source import open_source
 from batchmix.jobs.annotate import main as annotate
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.weights import Weights, load_weights
+from batchmix.models.weights import Weights
+from batchmix.prompts.tokenizer import load_tokenizer
+from batchmix.templates.messages import PromptError
+from batchmix.templates.template import RowTemplate
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
 

@@ -19,7 +19,7 @@ Process = subprocess.Popen[str]
 
 def killed_runs(*which: str) -> Process:
     """The command that repeats it, begun."""
-    command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), *which]
+    command = [sys.executable, str(Path(__file__).with_name("helpers") / "killed_runs.py"), *which]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

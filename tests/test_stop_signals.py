@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from processes import TICKETS, finish, start, wait_for
 
-from batchmix.data.read_ahead import read_ahead
+from batchmix.prompts.read_ahead import read_ahead
 
 BLOCKED = """
 import ctypes

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import to_config
+from batchmix.output.run_info import differences
 from batchmix.redact import FromEnvironment, fingerprint, forget
-from batchmix.run_info import differences
 from batchmix.written_config import hidden_texts, identifying, to_plain, value_of, written_override
 
 

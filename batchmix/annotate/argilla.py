@@ -15,8 +15,8 @@ from typing import Any
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.corrections import Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
-from batchmix.data.storage import last_component, open_file, open_storage, write_json, written
 from batchmix.errors import BatchmixError
+from batchmix.storage import last_component, open_file, open_storage, write_json, written
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RECORDS = "records.json"

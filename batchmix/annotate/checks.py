@@ -12,8 +12,8 @@ from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, INVALID
 from batchmix.annotate.metrics import agreement_report, calibration_bin, calibration_report, share_report
 from batchmix.annotate.results import Results
-from batchmix.data.storage import Storage, find_json, write_json, written
 from batchmix.errors import BatchmixError
+from batchmix.storage import Storage, find_json, write_json, written
 
 NAME = "_checks.json"
 NO_ANSWER = "(no answer)"

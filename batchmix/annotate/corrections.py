@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.columns import INVALID
-from batchmix.data.storage import open_file, written
 from batchmix.errors import BatchmixError
+from batchmix.storage import open_file, written
 
 REVIEWED = "reviewed"  # column: a person's answer stands here
 

@@ -21,9 +21,9 @@ from batchmix.annotate.columns import INVALID, MAJORITY
 from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
 from batchmix.annotate.results import Results
 from batchmix.config import Config, ExportConfig, ExportFormat
-from batchmix.data import strict_json
-from batchmix.data.storage import LocalFolder, Storage, open_storage, write_text, written
 from batchmix.errors import BatchmixError
+from batchmix.input import strict_json
+from batchmix.storage import LocalFolder, Storage, open_storage, write_text, written
 
 _LEFT_OUT = ("logprobs", "generated_token_ids")  # of use to the engine's users rather than the data's
 _FORMULA = re.compile(r"^[=+\-@\t\r\n]")  # what a spreadsheet runs, or takes for the beginning of what it does

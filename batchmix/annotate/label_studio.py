@@ -17,8 +17,8 @@ import pyarrow as pa
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.corrections import Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
-from batchmix.data.storage import open_file, write_json, write_text, written
 from batchmix.errors import BatchmixError
+from batchmix.storage import open_file, write_json, write_text, written
 
 _MOST_BUTTONS = 20  # labels; more of them are a menu
 _SHOWN = "prompt_text"  # name of the object that the controls belong to

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from batchmix.annotate.results import Results
-from batchmix.data.messages import PromptError
-from batchmix.data.prompt_columns import PromptColumns
-from batchmix.data.template import RowTemplate
+from batchmix.input.prompt_columns import PromptColumns
+from batchmix.templates.messages import PromptError
+from batchmix.templates.template import RowTemplate
 from batchmix.written_config import value_of
 
 

@@ -14,13 +14,13 @@ from batchmix.annotate.answer import Answer
 from batchmix.annotate.columns import MAJORITY, annotation_columns
 from batchmix.annotate.task import answer_of
 from batchmix.config import AnnotateConfig
-from batchmix.data.columns import FIRST, LAST
-from batchmix.data.finalize import SUCCESS
-from batchmix.data.part_formats import LineParts
-from batchmix.data.schema import LOOSE, as_json_text, infer_schema, settle
-from batchmix.data.storage import last_component
 from batchmix.errors import BatchmixError
-from batchmix.stored_run import open_stored
+from batchmix.input.schema import LOOSE, as_json_text, infer_schema, settle
+from batchmix.output.columns import FIRST, LAST
+from batchmix.output.finalize import SUCCESS
+from batchmix.output.part_formats import LineParts
+from batchmix.output.stored_run import open_stored
+from batchmix.storage import last_component
 
 _SAMPLE_ROWS = 10_000  # lines of JSON whose values say what types the columns have
 

@@ -19,9 +19,9 @@ from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Tex
 from batchmix.config import MAX_SCORED_CHOICES, AnnotateConfig, Config, SamplingConfig, StructuredOutputs
 from batchmix.config_checks import check
 from batchmix.config_files import load_yaml
-from batchmix.data.messages import PromptError
-from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
+from batchmix.templates.messages import PromptError
+from batchmix.templates.template import RowTemplate
 
 _SCHEMAS = ("choice", "regex", "json_schema", "pydantic")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from batchmix.model.kv_cache import SCRATCH_BLOCK
+from batchmix.models.kv_cache import SCRATCH_BLOCK
 
 
 class OutOfBlocks(Exception):

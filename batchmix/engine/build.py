@@ -10,30 +10,32 @@ from dataclasses import dataclass
 
 import torch
 
+from batchmix.checkpoints.checkpoint import Checkpoint
+from batchmix.checkpoints.loading import load_weights
 from batchmix.config import Backend, EngineConfig, KVCacheDtype, SamplingConfig
-from batchmix.data.stop_strings import StopTable, build_stop_table
-from batchmix.data.tokenizer import Tokenizer
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
-from batchmix.engine.offloading import open_transfer_stream, plan_offload
 from batchmix.engine.workspace import measure_workspace
 from batchmix.errors import BatchmixError
-from batchmix.guided.compile import GrammarCompiler, open_grammars
-from batchmix.memory import free_bytes, gpu_cache_bytes, keep_freed_memory, kv_blocks, workspace_bytes
-from batchmix.model import torch_backend, torch_ops, torch_products
-from batchmix.model.backend import Operators
-from batchmix.model.checkpoint import Checkpoint
-from batchmix.model.kv_cache import BLOCK_SIZE, KVCache
-from batchmix.model.mixtral import Mixtral
-from batchmix.model.offload import BUFFERS, Offload, spread
-from batchmix.model.quantized import FP8, Weight
-from batchmix.model.staged_cache import StagedKVCache
-from batchmix.model.tensor_parallel import SINGLE_RANK, TensorParallel
-from batchmix.model.transfer_stream import TransferStream
-from batchmix.model.weights import Weights, load_weights
-from batchmix.plan.cost import footprint
-from batchmix.plan.placement import RESIDENT_ROWS, Placement
+from batchmix.memory import free_bytes, keep_freed_memory
+from batchmix.models import torch_backend, torch_ops, torch_products
+from batchmix.models.backend import Operators
+from batchmix.models.kv_cache import BLOCK_SIZE, KVCache
+from batchmix.models.mixtral import Mixtral
+from batchmix.models.quantized import FP8, Weight
+from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
+from batchmix.models.weights import Weights
+from batchmix.offload.expert_stream import ExpertStream, Offload, spread
+from batchmix.offload.setup import open_transfer_stream, plan_offload
+from batchmix.offload.staged_cache import StagedKVCache
+from batchmix.offload.transfer_stream import TransferStream
+from batchmix.planning.cost import footprint
+from batchmix.planning.memory import gpu_cache_bytes, kv_blocks, workspace_bytes
+from batchmix.planning.placement import BUFFERS, RESIDENT_ROWS, Placement
+from batchmix.prompts.stop_strings import StopTable, build_stop_table
+from batchmix.prompts.tokenizer import Tokenizer
+from batchmix.structured_output.compile import GrammarCompiler, open_grammars
 
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
 # A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the host
@@ -103,7 +105,8 @@ def start_engine(
             compile_ahead = CompileAhead(steps, current_gpu(device), cpus)
     weights = load_weights(checkpoint, dtype, device, tp, offload)
     operators = open_backend(place.backend, config)
-    model = Mixtral(sliced, weights, operators, checkpoint.max_model_len, tp, offload)
+    stream = ExpertStream(weights.layers, offload) if offload is not None and offload.streamed else None
+    model = Mixtral(sliced, weights, operators, checkpoint.max_model_len, tp, stream)
     loaded = time.perf_counter()
     if compile_ahead is not None:
         compile_ahead.finish()
@@ -118,13 +121,14 @@ def start_engine(
     else:
         cache = KVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, device)
     _log.info(_start_line(checkpoint, place, processes, model, cache, sizes, plan, loaded - started))
+    eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
     return Engine(
         model,
         cache,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=checkpoint.max_model_len,
-        eos_token_ids=checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id),
+        eos_token_ids=eos_token_ids,
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
         # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
@@ -133,7 +137,7 @@ def start_engine(
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
         # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
-        grammars=grammars or open_grammars(checkpoint, tokenizer),
+        grammars=grammars or open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
         compile_clock=compile_clock,
     )
 
@@ -167,7 +171,7 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
     if backend is Backend.torch:
         return torch_backend
     # Not at the top: triton takes a second to import, and a CPU-only machine may lack it.
-    from batchmix.model.triton_ops import TritonOperators
+    from batchmix.models.triton_ops import TritonOperators
 
     return TritonOperators(config.batch_invariant, config.share_prefix)
 

@@ -31,13 +31,13 @@ from batchmix.engine.model_runner import sample
 from batchmix.kernels import tiles
 from batchmix.kernels.compile import compile_in_processes, recorded
 from batchmix.kernels.gpu import Gpu
-from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.backend import PrefillChunk
-from batchmix.model.config import MixtralConfig
-from batchmix.model.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
-from batchmix.model.mixtral import Mixtral
-from batchmix.model.triton_ops import TritonOperators
-from batchmix.model.weights import empty_weights
+from batchmix.models.async_copy import AsyncCopy
+from batchmix.models.backend import PrefillChunk
+from batchmix.models.config import MixtralConfig
+from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
+from batchmix.models.mixtral import Mixtral
+from batchmix.models.triton_ops import TritonOperators
+from batchmix.models.weights import empty_weights
 
 _DONE = "compiled_ahead"
 _META = torch.device("meta")

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import torch
 
-from batchmix.engine.stats import EngineStats
+from batchmix.observability.engine_stats import EngineStats
 
 Queue = Callable[[], None]  # queues the launches of a step
 Capture = Callable[[Queue], Queue]

@@ -9,7 +9,7 @@ import torch
 
 from batchmix.config import Backend, EngineConfig, Quantization
 from batchmix.errors import BatchmixError
-from batchmix.model.config import MixtralConfig
+from batchmix.models.config import MixtralConfig
 
 _TRITON_HEAD_DIMS = (32, 64, 128)  # a head is a tile's width, a power of two
 _TRITON_VOCABULARY = 2**19 - 1  # kernels/draw.py: sums of weights stay exact

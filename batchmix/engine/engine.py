@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from batchmix.config import SamplingConfig
-from batchmix.data.stop_strings import StopTable
 from batchmix.engine.cuda_graphs import Capture, StepGraphs
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
 from batchmix.engine.model_runner import ModelRunner
 from batchmix.engine.output_processor import process_outputs, wait_for_steps
 from batchmix.engine.scheduler import Scheduler, Step, WaitingRequest
-from batchmix.engine.stats import EngineStats
 from batchmix.errors import BatchmixError
-from batchmix.guided.compile import GrammarCompiler
-from batchmix.model.async_copy import AsyncCopy, async_copy_from
-from batchmix.model.kv_cache import KVCache
-from batchmix.model.mixtral import Mixtral
+from batchmix.models.async_copy import AsyncCopy, async_copy_from
+from batchmix.models.kv_cache import KVCache
+from batchmix.models.mixtral import Mixtral
+from batchmix.observability.clock import StageClock
+from batchmix.observability.device_clock import DeviceClock
+from batchmix.observability.engine_stats import EngineStats
+from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
-from batchmix.report.clock import StageClock
-from batchmix.report.device_clock import DeviceClock
+from batchmix.structured_output.compile import GrammarCompiler
 
 if TYPE_CHECKING:
     from batchmix.engine.compile_ahead import CompileClock

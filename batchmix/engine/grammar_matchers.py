@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.output_buffers import OutputBuffers
-from batchmix.guided.grammar import NEVER_ENDS, TokenSet
-from batchmix.guided.host_grammar import Following, GrammarMatcher, follow
-from batchmix.model.async_copy import async_copy_to_gpu
+from batchmix.models.async_copy import async_copy_to_gpu
+from batchmix.structured_output.grammar import NEVER_ENDS, TokenSet
+from batchmix.structured_output.host_grammar import Following, GrammarMatcher, follow
 
 FORBIDDEN, ALLOWED = 1, 2  # classes of tokens
 # [1 + classes, 2], see CompiledGrammar; the host sees a text's end.

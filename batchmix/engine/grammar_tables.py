@@ -8,9 +8,9 @@ import torch
 from batchmix.config import SamplingConfig
 from batchmix.engine.device_tables import DeviceTableCache
 from batchmix.engine.grammar_matchers import ALLOWED, ONE_STATE, GrammarMatchers
-from batchmix.guided.compile import GrammarCompiler, grammar_key
-from batchmix.guided.grammar import CompiledGrammar, TokenSet
-from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar
+from batchmix.structured_output.compile import GrammarCompiler, grammar_key
+from batchmix.structured_output.grammar import CompiledGrammar, TokenSet
+from batchmix.structured_output.host_grammar import GrammarMatcher, HostGrammar
 
 
 class GrammarTables:

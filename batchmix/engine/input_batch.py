@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
-from batchmix.data.stop_strings import INSIDE, START, StopTable
 from batchmix.engine.device_tables import DeviceTableCache, automaton, bias_key, bias_table, stop_key
 from batchmix.engine.grammar_tables import GrammarTables
 from batchmix.engine.output_buffers import OutputBuffers
-from batchmix.guided.compile import GrammarCompiler
 from batchmix.kernels.row_state import Finish, Flag, Number, Real, RowTensors, State
-from batchmix.model.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
-from batchmix.model.backend import DecodeTokens
-from batchmix.model.host_rows import HostRows
-from batchmix.model.kv_cache import SCRATCH_BLOCK
-from batchmix.model.philox import row_key
+from batchmix.models.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
+from batchmix.models.backend import DecodeTokens
+from batchmix.models.host_rows import HostRows
+from batchmix.models.kv_cache import SCRATCH_BLOCK
+from batchmix.models.philox import row_key
+from batchmix.prompts.stop_strings import INSIDE, START, StopTable
 from batchmix.records import Prompt
+from batchmix.structured_output.compile import GrammarCompiler
 
 _READ = slice(State.GENERATED, State.STOP_REASON + 1)  # of the state: what the host wants to know
 _BLOCKS: tuple[tuple[type[IntEnum], torch.dtype], ...] = (

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.input_batch import InputBatch
-from batchmix.model.async_copy import async_copy_to_gpu
-from batchmix.model.backend import DecodeTokens
+from batchmix.models.async_copy import async_copy_to_gpu
+from batchmix.models.backend import DecodeTokens
 
 
 def may_jump_forward(batch: InputBatch) -> bool:

@@ -14,11 +14,11 @@ from batchmix.engine.cuda_graphs import StepGraphs, capture_sizes, pad_to_captur
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import append_jump_forward
 from batchmix.engine.scheduler import ScheduledChunk, Scheduler, ScoringRequest, Step
-from batchmix.model.async_copy import async_copy_to_gpu
-from batchmix.model.backend import DecodeTokens, PrefillChunk
-from batchmix.model.kv_cache import KVCache
-from batchmix.model.mixtral import Mixtral
-from batchmix.report.device_clock import DeviceClock
+from batchmix.models.async_copy import async_copy_to_gpu
+from batchmix.models.backend import DecodeTokens, PrefillChunk
+from batchmix.models.kv_cache import KVCache
+from batchmix.models.mixtral import Mixtral
+from batchmix.observability.device_clock import DeviceClock
 
 _LOGIT_ROWS = 256  # scored tokens whose logits exist at once
 

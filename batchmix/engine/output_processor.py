@@ -10,7 +10,7 @@ import torch
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.scheduler import RunningSequence, Scheduler, ScoringRequest
 from batchmix.kernels.row_state import Finish
-from batchmix.model.philox import row_key, uniform
+from batchmix.models.philox import row_key, uniform
 from batchmix.records import Completion, FinishReason
 
 _FINISH_REASON: dict[int, FinishReason] = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from batchmix.engine.block_manager import BlockPool, OutOfBlocks, PrefixCache
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.stats import EngineStats
+from batchmix.observability.engine_stats import EngineStats
 from batchmix.records import Completion, Prompt
 
 MIN_BUDGET = 1024  # tokens of a step with chunks: with fewer, reading the weights takes longer than arithmetic

@@ -9,10 +9,10 @@ import torch
 from batchmix.config import SamplingConfig
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.model_runner import pad, sample
-from batchmix.model.async_copy import async_copy_from
-from batchmix.model.backend import PrefillChunk
-from batchmix.model.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.model.mixtral import Mixtral
+from batchmix.models.async_copy import async_copy_from
+from batchmix.models.backend import PrefillChunk
+from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
+from batchmix.models.mixtral import Mixtral
 from batchmix.records import Prompt
 
 

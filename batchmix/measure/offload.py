@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import Config, ModelConfig, ModelFormat
-from batchmix.data.tokenizer import load_tokenizer
-from batchmix.engine import offloading
 from batchmix.engine.device import select_device
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
@@ -25,7 +24,8 @@ from batchmix.measure.peers import run_peer
 from batchmix.measure.result import save_result
 from batchmix.measure.throughput import run_work
 from batchmix.measure.workloads import draw_work, full_layers, save_model
-from batchmix.model.checkpoint import open_checkpoint
+from batchmix.offload import setup as offloading
+from batchmix.prompts.tokenizer import load_tokenizer
 
 CARD_BYTES = 24e9  # of the card, whatever it has
 PEER = "accelerate"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from batchmix import pipeline
+from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import (
     Config,
     DataConfig,
@@ -29,7 +30,6 @@ from batchmix.config import (
     Quantization,
     SamplingConfig,
 )
-from batchmix.data.tokenizer import load_tokenizer
 from batchmix.engine.device import select_device
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
@@ -39,10 +39,10 @@ from batchmix.measure.result import save_result
 from batchmix.measure.roofline import Device, Roofline, roofline
 from batchmix.measure.timing import Ceilings, measure_ceilings
 from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.config import MixtralConfig
-from batchmix.model.kv_cache import BLOCK_SIZE
-from batchmix.plan.cost import Footprint, footprint
+from batchmix.models.config import MixtralConfig
+from batchmix.models.kv_cache import BLOCK_SIZE
+from batchmix.planning.cost import Footprint, footprint
+from batchmix.prompts.tokenizer import load_tokenizer
 
 _RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations
 _CACHE_SHARE = 0.15  # of a GPU's memory, left for the cache where benchmark.layers is null

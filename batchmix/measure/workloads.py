@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchmix.data.messages import Message, PromptError
-from batchmix.data.tokenizer import Tokenizer
 from batchmix.measure.case import SHAPES
-from batchmix.model.config import MixtralConfig
+from batchmix.models.config import MixtralConfig
+from batchmix.prompts.tokenizer import Tokenizer
+from batchmix.templates.messages import Message, PromptError
 
 WORKLOADS = ("annotate", "synthesise", "long")
 ROWS = {"annotate": 4000, "synthesise": 4000, "long": 400, "offload": 400}

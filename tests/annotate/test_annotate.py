@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from batchmix.annotate.run import annotate
+from batchmix.annotation import annotate
 from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig
 from batchmix.errors import BatchmixError
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from batchmix.annotate.answer import Choice, Json
 from batchmix.annotate.columns import AnnotationColumns
 from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig, StructuredOutputs
-from batchmix.data.columns import OutputColumns
 from batchmix.errors import BatchmixError
+from batchmix.output.columns import OutputColumns
 from batchmix.records import Completion, Prompt
 
 pytest.importorskip("jsonschema")  # of the `annotate` extra
@@ -175,7 +175,7 @@ def test_a_field_that_is_called_as_a_column_of_ours_is_refused(name: str) -> Non
 def run(
     folder: Path, rows: list[dict[str, Any]], task: AnnotateConfig, data: dict[str, Any], **sampling: Any
 ) -> ds.Dataset:
-    from batchmix.annotate.run import annotate
+    from batchmix.annotation import annotate
 
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -224,7 +224,7 @@ def test_both_orders_of_a_row_are_prompted_and_come_out_once(logprobs: int | Non
     ],
 )
 def test_swapping_that_cannot_work_is_refused(names: list[str], n: int, template: str | None, message: str) -> None:
-    from batchmix.data.prompt import check_prompts
+    from batchmix.prompts.prompt import check_prompts
 
     data = DataConfig(path="x", template=template, swap_columns=names)
     with pytest.raises(BatchmixError, match=message):

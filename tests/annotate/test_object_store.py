@@ -14,13 +14,13 @@ from finished_runs import finished
 from batchmix.annotate import argilla, label_studio
 from batchmix.annotate.corrections import read_corrections, write_corrections
 from batchmix.annotate.export import export
+from batchmix.annotate.page import report
 from batchmix.annotate.review import review
 from batchmix.config import AnnotateConfig, Config, ExportConfig, OutputConfig, OutputFormat, ReviewConfig, ReviewTool
-from batchmix.data.object_store import ObjectStore
-from batchmix.data.storage import open_file, open_storage
 from batchmix.errors import BatchmixError
-from batchmix.report.page import report
-from batchmix.stored_run import open_stored
+from batchmix.output.stored_run import open_stored
+from batchmix.storage import open_file, open_storage
+from batchmix.storage.object_store import ObjectStore
 
 TASK = AnnotateConfig(input="{{ text }}", choice=["good", "bad"], field="mood", gold="people")
 LINE = {"shard": 0, "prompt_tokens_per_second": 5.0, "running": 8, "kv_blocks_used": 1, "kv_blocks_total": 10}

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from batchmix.annotate.answer import Json
 from batchmix.annotate.task import answer_of, prepare
 from batchmix.config import AnnotateConfig, Config, DataConfig, SamplingConfig
-from batchmix.data.template import RowTemplate
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
 from batchmix.jobs.annotate import main
+from batchmix.templates.template import RowTemplate
 
 pydantic = pytest.importorskip("pydantic")  # of the `annotate` extra
 

@@ -7,7 +7,7 @@ from checkpoints import random_mixtral, save_hub
 from engines import load
 from guided_vocabulary import PIECES, SHAPE, encode
 
-from batchmix.guided.compile import GrammarCompiler
+from batchmix.structured_output.compile import GrammarCompiler
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import torch
 from checkpoints import random_mixtral, save_hub
 from engines import LateAsyncCopy, load, make_engine, packed_logits, prompts, run
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import EngineConfig, ModelConfig
-from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.build import start_engine
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.workspace import run_step
-from batchmix.model import triton_ops
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.triton_ops import TritonOperators
+from batchmix.models import triton_ops
+from batchmix.models.triton_ops import TritonOperators
+from batchmix.prompts.stop_strings import build_stop_table
 
 V = 128
 # Small, because the interpreter takes about a millisecond for each program of a kernel.

@@ -15,7 +15,7 @@ import pytest
 @pytest.mark.slow  # compiles some 20 kernels for sm_90, in processes that take seconds to start
 def test_steps_of_any_size_find_their_kernels_compiled(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("run_compile_ahead.py")
+    script = Path(__file__).parents[1] / "helpers" / "run_compile_ahead.py"
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

@@ -12,7 +12,7 @@ import torch
 from batchmix.config import Backend, EngineConfig, Quantization
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.errors import BatchmixError
-from batchmix.memory import gpu_cache_bytes, kv_blocks
+from batchmix.planning.memory import gpu_cache_bytes, kv_blocks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ON_CPU, ON_GPU = DevicePlan(CPU, Backend.triton), DevicePlan(GPU, Backend.triton)

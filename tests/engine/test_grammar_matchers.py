@@ -18,10 +18,10 @@ from links import FakeLink
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine.engine import Engine
 from batchmix.engine.grammar_matchers import GrammarMatchers
-from batchmix.guided.host_grammar import HostGrammar
-from batchmix.guided.pattern import Unsupported
-from batchmix.model.triton_ops import TritonOperators
+from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+from batchmix.structured_output.host_grammar import HostGrammar
+from batchmix.structured_output.pattern import Unsupported
 
 jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
 pytest.importorskip("llguidance")  # of the `guided` extra

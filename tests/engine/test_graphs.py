@@ -6,7 +6,7 @@ import pytest
 
 from batchmix.engine import cuda_graphs as graphs_module
 from batchmix.engine.cuda_graphs import SPACING, StepGraphs, capture_sizes, pad_to_capture_size
-from batchmix.engine.stats import EngineStats
+from batchmix.observability.engine_stats import EngineStats
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 8, 9, 16, 17, 24, 100, 128, 129, 256, 1000, 1024, 4096])

@@ -19,9 +19,9 @@ from links import FakeLink
 from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine import engine as engine_module
 from batchmix.engine.output_processor import process_outputs
-from batchmix.guided.pattern import Unsupported
-from batchmix.model.triton_ops import TritonOperators
+from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+from batchmix.structured_output.pattern import Unsupported
 
 jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
 

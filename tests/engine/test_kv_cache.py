@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.engine.block_manager import BlockPool, OutOfBlocks
-from batchmix.model.kv_cache import SCRATCH_BLOCK
+from batchmix.models.kv_cache import SCRATCH_BLOCK
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,12 +13,12 @@ from engines import LateAsyncCopy, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.data.stop_strings import build_stop_table
 from batchmix.kernels.row_state import Finish
-from batchmix.model import torch_backend
-from batchmix.model.kv_cache import SCRATCH_BLOCK
-from batchmix.model.mixtral import Mixtral
-from batchmix.plan.planner import Limits, plan
+from batchmix.models import torch_backend
+from batchmix.models.kv_cache import SCRATCH_BLOCK
+from batchmix.models.mixtral import Mixtral
+from batchmix.planning.planner import Limits, plan
+from batchmix.prompts.stop_strings import build_stop_table
 
 V = 64
 SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_attention_heads": 2,

@@ -9,17 +9,17 @@ import torch
 from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 from engines import answers, load, make_engine, packed_logits, prompts, run
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.loading import load_weights
 from batchmix.config import Dtype, ModelConfig, ModelFormat, Quantization
 from batchmix.errors import BatchmixError
-from batchmix.model import torch_backend, torch_ops
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.expert_load import ExpertLoad
-from batchmix.model.kv_cache import KVCache
-from batchmix.model.mixtral import Mixtral
-from batchmix.model.quantized import FP8, Quantized, dense, quantize, through_fp8
-from batchmix.model.tensor_parallel import TensorParallel
-from batchmix.model.triton_ops import TritonOperators
-from batchmix.model.weights import load_weights
+from batchmix.models import torch_backend, torch_ops
+from batchmix.models.expert_load import ExpertLoad
+from batchmix.models.kv_cache import KVCache
+from batchmix.models.mixtral import Mixtral
+from batchmix.models.quantized import FP8, Quantized, dense, quantize, through_fp8
+from batchmix.models.tensor_parallel import TensorParallel
+from batchmix.models.triton_ops import TritonOperators
 
 V = 128
 # Whole groups of int4; the rest small, because the interpreter takes about a millisecond for each program of a kernel.

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.config import SamplingConfig
-from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.row_state import Finish, Number, State
-from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.host_rows import Logprobs
-from batchmix.model.philox import row_key
-from batchmix.model.torch_sampler import _draw, _filter, post_update, sample
+from batchmix.models.async_copy import AsyncCopy
+from batchmix.models.host_rows import Logprobs
+from batchmix.models.philox import row_key
+from batchmix.models.torch_sampler import _draw, _filter, post_update, sample
+from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
 
 V = 300

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from batchmix.config import Config, SamplingConfig
 from batchmix.config_checks import check, check_sampling, override_sampling
-from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.input_batch import InputBatch
 from batchmix.errors import BatchmixError
-from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.torch_sampler import post_update, sample
+from batchmix.models.async_copy import AsyncCopy
+from batchmix.models.torch_sampler import post_update, sample
+from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
 
 V = 300

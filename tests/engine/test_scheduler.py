@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.scheduler import MIN_BUDGET, Scheduler
-from batchmix.model.triton_ops import TritonOperators
+from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Batch
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_attention_heads": 2,

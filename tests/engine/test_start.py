@@ -9,11 +9,11 @@ import torch
 from checkpoints import random_mixtral, save_hub
 from engines import answers, prompts, run
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import EngineConfig, ModelConfig
 from batchmix.engine import build
 from batchmix.errors import BatchmixError
-from batchmix.model import torch_products
-from batchmix.model.checkpoint import open_checkpoint
+from batchmix.models import torch_products
 
 
 def engine_of(folder, **config):

@@ -11,11 +11,11 @@ from engines import LateAsyncCopy, load, make_engine, prompts, run
 from guided_vocabulary import V
 
 from batchmix.config import StructuredOutputs
-from batchmix.guided.compile import GrammarCompiler
-from batchmix.guided.grammar import CompiledGrammar
-from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar, follow
-from batchmix.model.triton_ops import TritonOperators
+from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+from batchmix.structured_output.compile import GrammarCompiler
+from batchmix.structured_output.grammar import CompiledGrammar
+from batchmix.structured_output.host_grammar import GrammarMatcher, HostGrammar, follow
 
 pytest.importorskip("llguidance")  # of the `guided` extra
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bitwise_equal, assert_close, poisoned_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, assert_bitwise_equal, assert_close, poisoned_allocations
 from ordered_products import ordered_products  # noqa: F401
 from paged import FP8_PAIR, HALF_PAIR, Paged, random_cache
 from torch import Tensor

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import DTYPES, assert_bitwise_equal, assert_close, poisoned_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, assert_bitwise_equal, assert_close, poisoned_allocations
 from ordered_products import ordered_products  # noqa: F401
 from paged import FP8_PAIR, HALF_PAIR, Paged, random_cache
 from torch import Tensor

@@ -16,7 +16,7 @@ from batchmix.kernels.gpu import A100, H200, MI300X
 
 
 def compile_twice(cache: Path, *arguments: str) -> dict[str, Any]:
-    script = Path(__file__).parent / "compile_twice.py"
+    script = Path(__file__).parents[1] / "helpers" / "compile_twice.py"
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

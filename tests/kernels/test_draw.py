@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchmix.kernels import reference
 from batchmix.kernels.draw import draw, threshold_of, uniform_bits
-from batchmix.model import philox
+from batchmix.models import philox
 
 
 @triton.jit

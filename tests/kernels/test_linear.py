@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bitwise_equal, assert_close, poison, poisoned_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, assert_bitwise_equal, assert_close, poison, poisoned_allocations
 from ordered_products import ordered_products  # noqa: F401
 from torch import Tensor
 

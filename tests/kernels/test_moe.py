@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, FP8, HALF_DTYPES, assert_bitwise_equal, assert_close, poison, poisoned_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, FP8, HALF_DTYPES, assert_bitwise_equal, assert_close, poison, poisoned_allocations
 from ordered_products import ordered_products  # noqa: F401
 from torch import Tensor
 
 from batchmix.kernels import moe, reference
 from batchmix.kernels.gpu import current_gpu
 from batchmix.kernels.tiles import Tile, format_of, heuristic, select_tile
-from batchmix.model import torch_ops
+from batchmix.models import torch_ops
 
 few = settings(max_examples=8, deadline=None)
 FORMATS = ["fp8", "fp8_block", "int8", "int4"]

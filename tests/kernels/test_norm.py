@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bitwise_equal, assert_close, poisoned_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, assert_bitwise_equal, assert_close, poisoned_allocations
 from torch import Tensor
 
 from batchmix.kernels import reference
 from batchmix.kernels.norm import add_rms_norm, rms_norm
-from batchmix.model import torch_ops
+from batchmix.models import torch_ops
 
 EPS = 1e-5
 

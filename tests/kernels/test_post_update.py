@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_bitwise_equal, copied, poison, row_arguments, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import assert_bitwise_equal, copied, poison, row_arguments, tensors_of
 
 from batchmix.config import SamplingConfig
-from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels.post_update import post_update
 from batchmix.kernels.row_state import Finish, Flag, Number, RowTensors, State
 from batchmix.kernels.sampling import sample
-from batchmix.model import torch_backend
-from batchmix.model.async_copy import AsyncCopy
+from batchmix.models import torch_backend
+from batchmix.models.async_copy import AsyncCopy
+from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
 
 V = 40

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import DTYPES, FP8, assert_bitwise_equal, poisoned_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, FP8, assert_bitwise_equal, poisoned_allocations
 from torch import Tensor
 
 from batchmix.kernels import quantize, reference

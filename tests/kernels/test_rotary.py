@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, FP8, ON_GPU, assert_bitwise_equal, poison, poisoned_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, FP8, ON_GPU, assert_bitwise_equal, poison, poisoned_allocations
 from torch import Tensor
 
 from batchmix.kernels import reference
 from batchmix.kernels.rotary import rotate_and_cache
-from batchmix.model import torch_ops
+from batchmix.models import torch_ops
 
 MAX_POSITION = 50
 BLOCKS, S = 6, 16

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_bitwise_equal, assert_close, copied, poisoned_allocations, row_arguments
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_checks import assert_bitwise_equal, assert_close, copied, poisoned_allocations, row_arguments
 from torch import Tensor
 
 from batchmix.config import SamplingConfig
@@ -17,10 +17,10 @@ from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels.row_state import Flag, Number, Real, RowTensors, State
 from batchmix.kernels.sampling import sample
-from batchmix.model import torch_backend
-from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.host_rows import Logprobs
-from batchmix.model.philox import uniform
+from batchmix.models import torch_backend
+from batchmix.models.async_copy import AsyncCopy
+from batchmix.models.host_rows import Logprobs
+from batchmix.models.philox import uniform
 from batchmix.records import Prompt
 
 # numpy's, under the interpreter: a difference over a tiny temperature is meant to overflow.

@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 from links import FakeLink
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import BenchmarkConfig, Config, EngineConfig, ModelConfig, ModelFormat
-from batchmix.engine import build, offloading
+from batchmix.engine import build
 from batchmix.errors import BatchmixError
 from batchmix.measure.offload import benchmark_offload
 from batchmix.measure.workloads import save_model
-from batchmix.memory import gpu_workspace_bytes
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.plan.cost import footprint
+from batchmix.offload import setup as offloading
+from batchmix.planning.cost import footprint
+from batchmix.planning.memory import gpu_workspace_bytes
 
 TINY = Config(benchmark=BenchmarkConfig(name="offload", shape="tiny", rows=3, layers=5, peers=[]),
               engine=EngineConfig(device="cpu", max_num_seqs=3))  # fmt: skip

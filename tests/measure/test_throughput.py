@@ -13,16 +13,16 @@ import sys
 import pytest
 import torch
 
+from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.loading import load_weights
 from batchmix.config import BenchmarkConfig, Config, Dtype, EngineConfig, ModelConfig, ModelFormat
-from batchmix.data.tokenizer import load_tokenizer
 from batchmix.errors import BatchmixError
 from batchmix.measure import peers
 from batchmix.measure.peers import _static_batches, available_peers
 from batchmix.measure.roofline import Device, roofline
 from batchmix.measure.throughput import benchmark_throughput
 from batchmix.measure.workloads import ROWS, WORKLOADS, draw_work, save_model
-from batchmix.model.checkpoint import open_checkpoint
-from batchmix.model.weights import load_weights
+from batchmix.prompts.tokenizer import load_tokenizer
 
 H200 = Device(bandwidth=4.3e12, flops=790e12, kv_tokens=10**9, most_rows=256)
 

@@ -1,0 +1,83 @@
+"""`report.html`: one file that shows a run to a person. It loads nothing, and nothing from data can become markup in it.
+
+Texts from data go into the page as JSON whose `<`, `>` and `&` are escaped, and from there by `textContent`; labels of plots
+go through markupsafe. Should a hole be found all the same, the page's content security policy runs no script but ours.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from batchmix.annotate.checks import checks_text, write_checks
+from batchmix.annotate.panels import label_plots, run_plots, score_panel, tiles
+from batchmix.annotate.results import Results
+from batchmix.annotate.sample import read_sample
+from batchmix.config import AnnotateConfig, Config
+from batchmix.storage import find_json, write_text, written
+
+FOLDER, NAME = "_report", "report.html"  # in a folder of its own, since what does not begin with _ is read as data
+_HERE = Path(__file__).parent
+
+
+def report(config: Config) -> str:
+    """Write the report and, of a task's run, its checks; returns what to print."""
+    results = Results(config.output.dir)
+    if results.answer is None or not results.names:
+        return f"the report is {write_report(results, config.annotate, None)}"
+    checks = write_checks(results, _gold(config.annotate, results), config.annotate.bootstrap)
+    return f"{checks_text(checks)}\nthe report is {write_report(results, config.annotate, checks)}"
+
+
+def write_report(results: Results, settings: AnnotateConfig, checks: dict[str, Any] | None) -> str:
+    """Write the report of a run and return where it is. `checks`: those of its labels, if it has any."""
+    page = render(results, checks, _gold(settings, results), settings.report_rows)
+    with written(results.url, "output.dir"):
+        results.storage.make_folder(FOLDER)
+        write_text(results.storage, f"{FOLDER}/{NAME}", page)
+    return f"{results.url}/{FOLDER}/{NAME}"
+
+
+def _gold(settings: AnnotateConfig, results: Results) -> Any:
+    """Where people's answers are: as asked for now, or else as the run's task says."""
+    return results.task.gold if settings.gold is None else settings.gold
+
+
+def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows: int) -> str:
+    """The page."""
+    sample = read_sample(results, gold, num_rows)
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    summary = find_json(results.storage, "_summary.json")
+    run = results.run
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string((_HERE / "page.html").read_text(encoding="utf-8")).render(
+        title=results.title,
+        subtitle=f"{run['config']['model']['path']} on {run['config']['data']['path']}, batchmix {run['versions']['batchmix']}",
+        warning="" if results.complete else "The run is not finished: this is what is there so far.",
+        tiles=tiles(summary, checks, sample),
+        labels=label_plots(checks),
+        scores=score_panel(checks),
+        plots=run_plots(results.storage, summary, sample),
+        sampling=sample.description,
+        shared_prompt=sample.shared_prompt,
+        settings=json.dumps(run["config"], indent=2, ensure_ascii=False),
+        rows=Markup(_in_script(sample.rows)),
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _in_script(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text

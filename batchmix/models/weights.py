@@ -1,0 +1,104 @@
+"""Mixtral's weights: how they lie in memory.
+
+Shapes: V vocabulary, D hidden, F expert hidden, E experts, H heads, G kv heads, C head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from batchmix.config import Quantization
+from batchmix.models.config import MixtralConfig
+from batchmix.models.quantized import Empty, Weight, allocated, tensors_of
+
+
+@dataclass
+class LayerWeights:
+    attention_norm: Tensor  # [D]
+    wqkv: Tensor  # [(H + 2G) C, D]: queries, then keys, then values
+    wo: Tensor  # [D, H C]
+    ffn_norm: Tensor  # [D]
+    router: Tensor  # float32 [E, D], whatever the others are: a near-tie rounded away sends a token elsewhere
+    w13: Weight  # [E, 2F, D]: gate (w1), then up (w3)
+    w2: Weight  # [E, D, F]
+
+
+@dataclass
+class Weights:
+    embedding: Tensor  # [V, D]
+    layers: list[LayerWeights]
+    norm: Tensor  # [D]
+    lm_head: Tensor  # [V, D]; the embedding itself where the checkpoint ties them
+    fingerprint: str | None = (
+        None  # of the tensors that were read, every byte; None on ranks above 0 and for random ones
+    )
+
+    def num_bytes(self) -> int:
+        """Bytes that the weights take, tied tensors counted once."""
+        weights = [self.embedding, self.norm, self.lm_head, *(w for layer in self.layers for w in vars(layer).values())]
+        tensors = [tensor for weight in weights for tensor in tensors_of(weight)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+class Allocation(Protocol):
+    """Where weights lie that do not all lie on one device."""
+
+    def dense(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor for all but experts."""
+
+    def experts(self, layer: int) -> Empty:
+        """What allocates the experts of a layer."""
+
+
+def empty_weights(
+    config: MixtralConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    allocation: Allocation | None = None,
+) -> Weights:
+    """Weights of the right shapes, not initialised: on the device, but for what `allocation` puts elsewhere.
+
+    `quantization` is the experts'.
+    """
+
+    def on_device(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    allocate = on_device if allocation is None else allocation.dense
+    places = [
+        on_device if allocation is None else allocation.experts(layer) for layer in range(config.num_hidden_layers)
+    ]
+
+    def empty(*shape: int) -> Tensor:
+        return allocate(shape, dtype)
+
+    def stack(place: Empty, *shape: int) -> Weight:
+        return place(shape, dtype) if quantization is None else allocated(shape, quantization, place)
+
+    hidden, experts, width = config.hidden_size, config.num_local_experts, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    embedding = empty(config.vocab_size, hidden)
+    return Weights(
+        embedding=embedding,
+        layers=[
+            LayerWeights(
+                attention_norm=empty(hidden),
+                wqkv=empty(queries + 2 * keys, hidden),
+                wo=empty(hidden, queries),
+                ffn_norm=empty(hidden),
+                router=allocate((experts, hidden), torch.float32),
+                w13=stack(place, experts, 2 * width, hidden),
+                w2=stack(place, experts, hidden, width),
+            )
+            for place in places
+        ],
+        norm=empty(hidden),
+        lm_head=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
+    )

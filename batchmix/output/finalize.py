@@ -1,0 +1,159 @@
+"""The end of a run: who may put the whole in order, and what that is."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from batchmix.config import Order, ShardConfig
+from batchmix.observability.summary import Summary
+from batchmix.observability.totals import Totals
+from batchmix.output.exchange import finish_exchange, unfinished_exchange
+from batchmix.output.lease import CLOSED, CLOSING, FINALIZE, Busy, Lease, Record, read_leases, wait_until_lost
+from batchmix.output.merge import STAGING, check_once, merge_in_order
+from batchmix.output.parts import Parts
+from batchmix.output.redo import STAGING as REDO_STAGING
+from batchmix.storage import Storage, read_json, write_json
+
+SUCCESS = "_SUCCESS"
+_MARKER = re.compile(r"_done-(\d+)-of-(\d+)$")
+_PATIENCE = 0.5  # seconds between two tries to be the one who finalizes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """`_done-<index>-of-<count>`: what a shard said when all its rows were committed."""
+
+    limit: int | None
+    order: Order
+    rows: int  # of the shard, that were there
+    end: int  # rows of the whole data set, up to the limit
+
+    def write(self, storage: Storage, index: int, count: int) -> None:
+        value = {"limit": self.limit, "order": self.order.value, "rows": self.rows, "end": self.end}
+        write_json(storage, marker_name(index, count), value)
+
+
+def marker_name(index: int, count: int) -> str:
+    return f"_done-{index:05}-of-{count:05}"
+
+
+def statistics_name(index: int, count: int) -> str:
+    """Of what the last run of a shard did, for the summary."""
+    return f"_summary-{index:05}-of-{count:05}.json"
+
+
+def read_marker(storage: Storage, index: int, count: int) -> Marker | None:
+    try:
+        said = read_json(storage, marker_name(index, count))
+        return Marker(said["limit"], Order(said["order"]), int(said["rows"]), int(said["end"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_markers(storage: Storage) -> dict[tuple[int, int], Marker]:
+    """By (index, count), also of runs with another shard.count."""
+    found = {}
+    for name in storage.names("_done-*"):
+        if match := _MARKER.match(name):
+            place = int(match[1]), int(match[2])
+            if (marker := read_marker(storage, *place)) is not None:
+                found[place] = marker
+    return found
+
+
+@contextmanager
+def finalizing(storage: Storage, shard: ShardConfig) -> Iterator[Lease]:
+    """What only one process may do at a time, whatever its shard; waits for its turn. Unfinished exchanges are finished."""
+    waiting = False
+    while True:
+        try:
+            lease = Lease(storage, FINALIZE, shard, "the whole")
+            break
+        except Busy as error:
+            if not waiting:
+                _log.info("waiting: %s", error)
+            waiting = True
+            time.sleep(_PATIENCE)
+    try:
+        finish_exchange(storage, lease)
+        for name in storage.names(f"{STAGING}-*"):
+            storage.delete_folder(name)
+        yield lease
+    finally:
+        lease.close()
+
+
+def settle(storage: Storage, shard: ShardConfig) -> None:
+    """Wait for whoever finalizes now, or finish what one has left undone."""
+    records = read_leases(storage).get(FINALIZE)
+    if (records and records[-1].state != CLOSED) or unfinished_exchange(storage):
+        with finalizing(storage, shard):
+            pass
+
+
+def close_lost(parts: Parts, shard: ShardConfig, record: Record) -> None:
+    """Take over a lease only to end it: its holder will commit nothing from here on. Busy where it is alive."""
+    storage, what = parts.storage, describe(record)
+    wait_until_lost(storage, record, what)
+    lease = Lease(storage, record.name, shard, what, state=CLOSING)
+    try:
+        for predecessor in lease.predecessors:
+            parts.seal(predecessor)
+        lease.forget_predecessors()
+    finally:
+        lease.close()
+
+
+def open_leases(storage: Storage) -> list[Record]:
+    """The newest of each shard's leases, where its holder has not said goodbye."""
+    newest = [records[-1] for name, records in read_leases(storage).items() if name != FINALIZE]
+    return [record for record in newest if record.state != CLOSED]
+
+
+def describe(record: Record) -> str:
+    """`shard 3 of 8`"""
+    index, _, count = record.name.partition("-of-")
+    return f"shard {int(index)} of {int(count)}" if count else "the whole"
+
+
+def finalize(
+    parts: Parts, lease: Lease, *, order: Order, limit: int | None, end: int, rows_per_shard: int, runs: list[Any]
+) -> Summary:
+    """Check, order, sum up and say that it is complete. The caller holds `lease`, FINALIZE, and no worker is left."""
+    check_once(parts, end)
+    if order is Order.input:
+        merge_in_order(parts, rows_per_shard, lease.generation)
+    summary = Summary(parts.totals(), runs)
+    lease.check(look=True)
+    parts.checksums.sweep(parts.names() + parts.names(f"{REDO_STAGING}/"))
+    summary.write(parts.storage, "_summary.json")
+    write_json(parts.storage, SUCCESS, success(limit, order, parts))
+    return summary
+
+
+def success(limit: int | None, order: Order, parts: Parts) -> dict[str, Any]:
+    """What `_SUCCESS` says."""
+    return {"limit": limit, "order": order.value, "parts": len(parts.names())}
+
+
+def read_runs(storage: Storage, count: int) -> list[Any]:
+    """What the last runs of the shards did. A damaged file is left out with a line: no row depends on it."""
+    found = []
+    for name in (statistics_name(index, count) for index in range(count)):
+        try:
+            run = read_json(storage, name)
+            Summary(Totals(), [run]).as_json()
+            found.append(run)
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _log.warning("%s/%s is damaged (%s): the summary lacks that shard's times", storage.url, name, error)
+    return found

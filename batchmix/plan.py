@@ -1,0 +1,97 @@
+"""`batchmix plan`: what a run would find and cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from batchmix.config import Config, OffloadMode, Quantization
+from batchmix.engine.build import cache_dtype
+from batchmix.engine.engine import PREFILL_CHUNK
+from batchmix.errors import BatchmixError
+from batchmix.input.rowset import RowSet
+from batchmix.input.source import open_source
+from batchmix.memory import HOST_SHARE, host_bytes
+from batchmix.models.kv_cache import BLOCK_SIZE
+from batchmix.observability.clock import StageClock
+from batchmix.planning.cost import footprint
+from batchmix.planning.estimate import Setting, Workload, estimate, place
+from batchmix.planning.gpus import GPU, get_gpu
+from batchmix.planning.memory import gpu_workspace_bytes
+from batchmix.planning.placement import assumed
+from batchmix.planning.planner import Limits, plan
+from batchmix.planning.report import plan_text
+from batchmix.planning.survey import Survey
+from batchmix.prompts.prompt import build_prompts, show_first
+from batchmix.prompts.tokenizer import load_tokenizer
+from batchmix.structured_output.compile import open_grammars
+from batchmix.templates.chat_template import read_chat_template
+
+
+def plan_report(config: Config) -> None:
+    """Print what a run would find and cost. Reads and tokenises every row; loads no weights."""
+    config = read_chat_template(config)
+    gpu = get_gpu(config.plan.gpu)
+    source = open_source(config.data, config.shard)
+    checkpoint = open_checkpoint(config.model, weights=False)
+    if checkpoint.quantization is Quantization.fp8 and not gpu.fp8:
+        raise BatchmixError(
+            f"model.quantization=fp8: plan.gpu={config.plan.gpu} does not multiply e4m3; use int8 or int4"
+        )
+    kv_itemsize = cache_dtype(checkpoint, checkpoint.dtype).itemsize
+    model = footprint(checkpoint.config, checkpoint.dtype.itemsize, checkpoint.quantization, kv_itemsize)
+    setting = _setting(config, checkpoint, gpu)
+    _, placement = place(model, setting, assumed(checkpoint.max_model_len))  # before lengths are known
+    limits = Limits(placement.max_num_seqs, placement.kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
+    survey = Survey(naive_batch=placement.max_num_seqs)
+    tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
+    eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
+    how: dict[str, Any] = {
+        "data": config.data,
+        "sampling": config.sampling,
+        "tokenizer": tokenizer,
+        "max_model_len": checkpoint.max_model_len,
+        "vocab_size": checkpoint.config.vocab_size,
+        "grammars": open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
+        "eos_token_ids": eos_token_ids,
+    }
+    rows = show_first(source.rows(RowSet()), **how)
+    prompts = build_prompts(rows, keep=[], clock=StageClock(), **how)
+    batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
+    answer = config.plan.expected_tokens or config.sampling.max_tokens
+    where = (
+        "plan.expected_tokens" if config.plan.expected_tokens else "sampling.max_tokens; plan.expected_tokens sets it"
+    )
+    work = Workload(survey.runnable, survey.prompt_tokens, survey.squared_tokens, survey.samples, answer)
+    cost = estimate(model, setting, work)
+    whole = estimate(model, replace(setting, stream=False), work) if cost.placement.streamed else None
+    print(plan_text(survey, batches, gpu, work, model, cost, whole, where))
+    folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
+    picture = config.plan.histogram or (str(Path(folder, "_lengths.png")) if folder else None)
+    if picture is not None and survey.runnable:
+        try:
+            Path(picture).parent.mkdir(parents=True, exist_ok=True)
+            survey.save_histogram(Path(picture))
+        except OSError as error:
+            raise BatchmixError(f"plan.histogram={picture}: cannot be written ({error.strerror})") from None
+        print(f"histogram: {picture}")
+
+
+def _setting(config: Config, checkpoint: Checkpoint, gpu: GPU) -> Setting:
+    """What `batchmix plan` assumes: this run on `gpu`."""
+    host = config.plan.host_memory_gb
+    prefill = max(PREFILL_CHUNK, config.engine.max_num_batched_tokens)
+    return Setting(
+        gpu=gpu,
+        cards=config.model.tensor_parallel_size,
+        share=config.engine.gpu_memory_utilization,
+        host_bytes=host_bytes() if host is None else HOST_SHARE * host * 1e9,
+        has_disk=config.model.offload_dir is not None,
+        stream=config.model.offload is OffloadMode.auto,
+        max_model_len=checkpoint.max_model_len,
+        max_num_seqs=config.engine.max_num_seqs,
+        prefill_tokens=prefill,
+        workspace=lambda rows: gpu_workspace_bytes(checkpoint.config, rows, prefill, checkpoint.dtype.itemsize),
+    )

@@ -1,0 +1,482 @@
+"""Rows to prompts: messages, a plain text, a template over the columns, or token ids as they are."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain, islice
+from typing import Any, Protocol
+
+from batchmix.config import DataConfig, SamplingConfig
+from batchmix.config_checks import override_sampling
+from batchmix.errors import BatchmixError
+from batchmix.input.prompt_columns import PromptColumns
+from batchmix.observability.clock import StageClock
+from batchmix.prompts.aside import Aside
+from batchmix.prompts.buffers import Buffers, buffered_bytes, num_bytes
+from batchmix.prompts.read_ahead import read_ahead
+from batchmix.prompts.row_text import NoChatFormat, RowTexts
+from batchmix.prompts.tokenizer import Tokenizer
+from batchmix.prompts.vocabulary import TokenIds
+from batchmix.records import InputRow, Prompt
+from batchmix.templates.messages import Message, PromptError, check_text
+from batchmix.templates.template import RowTemplate
+
+_BATCH_ROWS = 512  # encoded in one call
+_BATCHES_AHEAD = 4
+_MOST_ASIDE = 64  # rows that wait for grammars of their own; as many are kept compiled
+_PATIENCE = 0.5  # seconds between two looks at whether to stop
+_MOST_CHARS = 128  # of a token: the longest of vocabularies are runs of spaces of about that length
+_PROMPT_BYTES = 500  # of a prompt without columns and token ids
+_REASON_CHARS = 300
+_CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
+_CACHED_CHARS = 2**24  # of their text: a row may bring thousands of choices
+_SHOWN_CHARS = 240  # of the first prompt, in the log
+
+_log = logging.getLogger(__name__)
+
+
+class Grammars(Protocol):
+    """What can be known of the grammars of rows with `sampling.structured_outputs`."""
+
+    def tokens_needed(self, sampling: SamplingConfig) -> int:
+        """The fewest tokens of an answer; PromptError where there is no such grammar. May take seconds: it compiles."""
+
+
+def build_prompts(rows: Iterable[InputRow], **how: Any) -> Generator[Prompt, None, None]:
+    """`build_prompts_with_pauses` without the pauses."""
+    return _without_pauses(build_prompts_with_pauses(rows, **how))
+
+
+def _without_pauses(prompts: Generator[Prompt | None, None, None]) -> Generator[Prompt, None, None]:
+    with closing(prompts):
+        for prompt in prompts:
+            if prompt is not None:
+                yield prompt
+
+
+def build_prompts_with_pauses(
+    rows: Iterable[InputRow],
+    *,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    max_model_len: int,
+    vocab_size: int,
+    keep: Sequence[str],
+    clock: StageClock,
+    grammars: Grammars | None = None,
+    eos_token_ids: Sequence[int] = (),
+    stopping: Callable[[], bool] = lambda: False,
+    buffers: Buffers | None = None,
+) -> Generator[Prompt | None, None, None]:
+    """One prompt for each row, in order but for rows whose grammar has to be compiled first, and None
+    where nothing but those is left for now; a row that cannot be run comes out with `error` set and no token ids.
+    With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
+
+    A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
+    its `data.messages_column`, its `data.prompt_column` (of those three, the ones that `PromptColumns` names). Texts of
+    the template and the prompt column are sent as one user message through the chat template; without one (a base model, a
+    request to /v1/completions) the text itself is sent after the beginning-of-sequence token.
+
+    `vocab_size`, `max_model_len`, `grammars` and `eos_token_ids` are the model's. `keep` names the columns that the output
+    keeps. Rows are read and encoded by a thread, ahead of the consumer and within `buffers` (None: as the configuration has
+    it); closing the iterator ends it, and once `stopping()` it ends by itself. `clock` counts its stages read and
+    tokenise.
+
+    BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
+    """
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, grammars, eos_token_ids)
+    buffers = buffers or Buffers.of(buffered_bytes(data.max_buffered_bytes))
+    return _unbatch(builder, rows, clock, buffers, stopping)
+
+
+def check_prompts(
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    grammars: Grammars | None,
+    eos_token_ids: Sequence[int] = (),
+) -> None:
+    """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
+    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), grammars, eos_token_ids)
+
+
+def show_first(
+    rows: Iterable[InputRow],
+    *,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    max_model_len: int,
+    vocab_size: int,
+    grammars: Grammars | None,
+    eos_token_ids: Sequence[int] = (),
+) -> Iterator[InputRow]:
+    """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
+
+    BatchmixError, before a model is loaded, where the first rows need a chat template and there is none.
+    """
+    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, (), grammars, eos_token_ids)
+    rows = iter(rows)
+    read: list[InputRow] = []
+    most_bytes = Buffers.of(buffered_bytes(data.max_buffered_bytes)).raw
+    for row in islice(rows, _BATCH_ROWS):
+        read.append(row)
+        most_bytes -= num_bytes(row.columns)  # rows that cannot be run are held too, until one is found that can
+        if (shown := builder.show(row)) is not None:
+            _log.info(
+                "chat template: %s", "none, there is no tokenizer" if tokenizer is None else tokenizer.chat_format.name
+            )
+            _log.info("first prompt, %s", shown)
+            break
+        if most_bytes <= 0:
+            break
+    return chain(read, rows)
+
+
+def _unbatch(
+    builder: _PromptBuilder, rows: Iterable[InputRow], clock: StageClock, buffers: Buffers, stopping: Callable[[], bool]
+) -> Generator[Prompt | None, None, None]:
+    batches = read_ahead(
+        builder.batches(rows, clock, buffers.raw, stopping), _BATCHES_AHEAD, buffers.read_ahead, _size, stopping
+    )
+    try:
+        for batch in batches:
+            if not batch:
+                yield None
+            while batch:  # what the consumer has is not held here
+                yield batch.popleft()
+    finally:
+        batches.close()
+
+
+def _size(prompts: Iterable[Prompt]) -> int:
+    return sum(prompt.num_bytes for prompt in prompts)
+
+
+class _PromptBuilder:
+    def __init__(
+        self,
+        data: DataConfig,
+        sampling: SamplingConfig,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        vocab_size: int,
+        keep: Sequence[str],
+        grammars: Grammars | None,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self._columns = PromptColumns.of(data)
+        self._grammars = grammars
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._sampling = sampling
+        self._samplings: dict[str, SamplingConfig | PromptError] = {}
+        self._samplings_chars = 0
+        # id of a row that was put aside: its sampling, or why it has none
+        self._prepared: dict[int, SamplingConfig | PromptError | RecursionError] = {}
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._max_chars = max_model_len * _MOST_CHARS
+        self._vocab_size = vocab_size
+        self._keep = tuple(keep)
+        self._more_tokens_than_model = tokenizer is not None and tokenizer.vocab_size > vocab_size
+        try:
+            self._check_sampling(sampling)
+            for key in ("template", "system_prompt"):
+                check_text(getattr(data, key) or "", f"data.{key}")
+        except PromptError as error:
+            raise BatchmixError(str(error)) from None
+        self._texts = None if tokenizer is None else RowTexts(data, tokenizer)
+        self._swap = None if data.swap_columns is None else _check_swap(data, sampling)
+
+    def show(self, row: InputRow) -> str | None:
+        """The prompt of a row for people, shortened, on one line; None where the row cannot be run."""
+        if self._texts is not None:
+            self._texts.warns = False  # the run itself will
+        try:
+            if row.error is None:
+                self._content(row)
+        except NoChatFormat as error:
+            raise BatchmixError(str(error)) from None
+        except (PromptError, RecursionError):
+            return None
+        [prompt] = self._build([row])
+        if prompt.error is not None:
+            return None
+        ids = list(prompt.token_ids)
+        text = repr(ids) if self._tokenizer is None else self._tokenizer.decode([ids], False)[0]
+        if len(text) > _SHOWN_CHARS:
+            text = f"{text[: _SHOWN_CHARS // 2]} ... {text[-_SHOWN_CHARS // 2 :]}"
+        return f"row {row.row}, {len(ids)} tokens: {text!r}"
+
+    def batches(
+        self, rows: Iterable[InputRow], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
+    ) -> Generator[deque[Prompt], None, None]:
+        """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
+        rows, aside = iter(rows), Aside(self._prepare, _MOST_ASIDE)
+        with closing(aside):
+            yield from self._batches(rows, aside, clock, max_bytes, stopping)
+
+    def _batches(
+        self,
+        rows: Iterator[InputRow],
+        aside: Aside[InputRow],
+        clock: StageClock,
+        max_bytes: int,
+        stopping: Callable[[], bool],
+    ) -> Generator[deque[Prompt], None, None]:
+        more = True
+        while not stopping() and (more or aside):
+            with clock.stage("read"):
+                batch, more = self._take(rows, aside, max_bytes, stopping)
+            batch += aside.take(_PATIENCE if not batch else 0.0)
+            with clock.stage("tokenise"):
+                prompts = self._build(batch)
+                if self._swap:
+                    prompts = _pair_up(prompts, self._build([_swapped(row, *self._swap) for row in batch]))
+            del batch
+            for prompt in prompts:
+                prompt.num_bytes = _PROMPT_BYTES + num_bytes(prompt.columns) + num_bytes(prompt.token_ids)
+            ready = deque(prompts)
+            del prompts
+            yield ready
+
+    def _take(
+        self, rows: Iterator[InputRow], aside: Aside[InputRow], max_bytes: int, stopping: Callable[[], bool]
+    ) -> tuple[list[InputRow], bool]:
+        """The next rows that are encoded together, and whether there are more. Those whose grammar has to be compiled first
+        are put aside, and hold up no others unless there are very many of them.
+        """
+        batch: list[InputRow] = []
+        size = 0
+        while not (len(batch) == _BATCH_ROWS or size >= max_bytes or aside.full or stopping()):
+            row = next(rows, None)
+            if row is None:
+                return batch, False
+            if self._needs_grammar(row):
+                aside.put(row)
+                continue
+            batch.append(row)
+            size += num_bytes(row.columns)
+        return batch, True
+
+    def _needs_grammar(self, row: InputRow) -> bool:
+        """Whether the row has a grammar of its own that is not compiled."""
+        if row.error is not None or not row.sampling or row.sampling.get("structured_outputs") is None:
+            return False
+        return repr(row.sampling) not in self._samplings
+
+    def _prepare(self, row: InputRow) -> None:
+        """Compile the row's own grammar."""
+        try:
+            self._prepared[id(row)] = self._sampling_of(row.sampling)
+        except (PromptError, RecursionError) as error:
+            self._prepared[id(row)] = error
+
+    def _build(self, rows: list[InputRow]) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        chats: list[tuple[Prompt, list[Message]]] = []
+        texts: list[tuple[Prompt, str]] = []
+        for row in rows:
+            columns = {name: row.columns[name] for name in self._keep if name in row.columns}
+            prompt = Prompt(row.row, row.id, columns, array("i"), self._sampling, row.error)
+            prompts.append(prompt)
+            if row.error is not None:
+                continue
+            try:
+                prompt.sampling = self._prepared_sampling(row)
+                content = self._content(row)
+                if isinstance(content, array):
+                    self._set_ids(prompt, content)
+                    continue
+                self._check_length(content)
+            except (PromptError, RecursionError) as error:
+                prompt.error = _reason(error)
+                continue
+            if isinstance(content, str):
+                texts.append((prompt, content))
+            else:
+                chats.append((prompt, content))
+        for prompt, ids in self._encode(chats, texts):
+            try:
+                self._set_ids(prompt, ids)
+            except PromptError as error:
+                prompt.error = _reason(error)
+        return prompts
+
+    def _check_length(self, content: list[Message] | str) -> None:
+        """PromptError for a text that is far too long, before it is encoded: that takes seconds for a megabyte."""
+        chars = len(content) if isinstance(content, str) else sum(len(message.text) for message in content)
+        if chars > self._max_chars:
+            raise PromptError(
+                f"prompt has {chars} characters; more than {self._max_chars} are not encoded, as they would hardly be the"
+                f" {self._max_model_len} tokens of model.max_model_len"
+            )
+
+    def _encode(
+        self, chats: list[tuple[Prompt, list[Message]]], texts: list[tuple[Prompt, str]]
+    ) -> Iterator[tuple[Prompt, TokenIds | PromptError]]:
+        tokenizer = self._tokenizer
+        if tokenizer is not None and chats:
+            yield from zip(
+                (prompt for prompt, _ in chats), tokenizer.encode_chats([chat for _, chat in chats]), strict=True
+            )
+        if tokenizer is not None and texts:
+            yield from zip(
+                (prompt for prompt, _ in texts), tokenizer.encode_texts([text for _, text in texts]), strict=True
+            )
+
+    def _set_ids(self, prompt: Prompt, ids: TokenIds | PromptError) -> None:
+        if isinstance(ids, PromptError):
+            raise ids
+        longest, size = self._max_model_len - 1, self._vocab_size
+        if not ids:
+            raise PromptError("the chat template gives no tokens for this row")
+        if len(ids) > longest:
+            raise PromptError(
+                f"prompt has {len(ids)} tokens; at most {longest} fit model.max_model_len={self._max_model_len}"
+            )
+        if self._more_tokens_than_model and max(ids) >= size:
+            raise PromptError(f"prompt has token {max(ids)}, which the model's vocabulary of {size} does not have")
+        room = self._max_model_len - len(ids)
+        needed = self._tokens_needed(prompt.sampling)
+        if room < min(needed, prompt.sampling.max_tokens):
+            raise PromptError(
+                f"prompt has {len(ids)} tokens, and the shortest text that sampling.structured_outputs allows {needed};"
+                f" together they do not fit model.max_model_len={self._max_model_len}"
+            )
+        prompt.token_ids = ids
+
+    def _content(self, row: InputRow) -> TokenIds | list[Message] | str:
+        named = self._columns
+        by_template = self._texts is not None and self._texts.template is not None and not named.named
+        if named.token_ids is not None and not by_template and (ids := row.columns.get(named.token_ids)) is not None:
+            return self._check_ids(ids, named.token_ids)
+        if self._texts is None:
+            raise PromptError(
+                f"the model folder has no tokenizer, so a row needs token ids in its column {named.token_ids!r}"
+            )
+        return self._texts.of(row)
+
+    def _check_ids(self, ids: object, name: str) -> TokenIds:
+        if not isinstance(ids, list | tuple):
+            raise PromptError(f"{name} must be a list of token ids, not {type(ids).__name__}")
+        if not ids:
+            raise PromptError(f"{name} is empty")
+        if set(map(type, ids)) != {int}:
+            index = next(index for index, token in enumerate(ids) if type(token) is not int)
+            raise PromptError(f"{name}[{index}]={ids[index]!r} is not an integer")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            index = next(index for index, token in enumerate(ids) if not 0 <= token < self._vocab_size)
+            raise PromptError(f"{name}[{index}]={ids[index]} is outside the model's vocabulary of {self._vocab_size}")
+        return array("i", ids)
+
+    def _prepared_sampling(self, row: InputRow) -> SamplingConfig:
+        if id(row) not in self._prepared:
+            return self._sampling_of(row.sampling)
+        found = self._prepared.pop(id(row))
+        if isinstance(found, PromptError | RecursionError):
+            raise found
+        return found
+
+    def _sampling_of(self, overrides: Mapping[str, Any] | None) -> SamplingConfig:
+        """The sampling of one row: the job's own instance, or one that all rows with these overrides share."""
+        if not overrides or all(value is None for value in overrides.values()):
+            return self._sampling
+        key = repr(overrides)
+        sampling = self._samplings.get(key)
+        if sampling is None:
+            try:
+                sampling = override_sampling(self._sampling, overrides)
+                self._check_sampling(sampling)
+            except (ValueError, PromptError) as error:
+                sampling = PromptError(str(error))
+            if len(self._samplings) >= _CACHED_SAMPLINGS or self._samplings_chars > _CACHED_CHARS:
+                self._samplings.clear()
+                self._samplings_chars = 0
+            self._samplings[key] = sampling
+            self._samplings_chars += len(key)
+        if isinstance(sampling, PromptError):
+            raise sampling
+        return sampling
+
+    def _check_sampling(self, sampling: SamplingConfig) -> None:
+        for key in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(sampling, key) or ():
+                if not 0 <= token < self._vocab_size:
+                    size = self._vocab_size
+                    raise PromptError(f"sampling.{key} has token {token}; the model's vocabulary has {size}")
+        if sampling.min_tokens:
+            ending = self._eos_token_ids | set(sampling.stop_token_ids or ())
+            choosable = range(self._vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
+            if len(ending) >= len(set(choosable)) and ending.issuperset(choosable):
+                raise PromptError(
+                    f"sampling.min_tokens={sampling.min_tokens}: every token that could be chosen ends the text"
+                )
+        if (sampling.logprobs or 0) > self._vocab_size:
+            raise PromptError(f"sampling.logprobs={sampling.logprobs}: the model's vocabulary has {self._vocab_size}")
+        if sampling.stop and self._tokenizer is None:
+            raise PromptError("sampling.stop needs a tokenizer, and the model folder has none; use stop_token_ids")
+        needed = self._tokens_needed(sampling)
+        if needed > sampling.max_tokens:
+            raise PromptError(
+                f"sampling.max_tokens={sampling.max_tokens}: the shortest text that sampling.structured_outputs allows"
+                f" has {needed} tokens"
+            )
+
+    def _tokens_needed(self, sampling: SamplingConfig) -> int:
+        """The tokens of the shortest text that a row's grammar allows, of the longest choice that is scored; else 0."""
+        if sampling.structured_outputs is None:
+            return 0
+        if self._grammars is None:
+            raise PromptError("sampling.structured_outputs needs a tokenizer, and the model folder has none")
+        return self._grammars.tokens_needed(sampling)
+
+
+def _check_swap(data: DataConfig, sampling: SamplingConfig) -> tuple[str, str]:
+    """The two columns of data.swap_columns."""
+    template = None if data.template is None else RowTemplate(data.template)
+    names = data.swap_columns or []
+    if len(names) != 2 or len(set(names)) != 2:
+        raise BatchmixError(f"data.swap_columns={names}: must be two columns")
+    if template is None or not template.variables.issuperset(names):
+        raise BatchmixError(f"data.swap_columns={names}: needs a data.template that names both columns")
+    if sampling.n < 2:
+        raise BatchmixError(f"data.swap_columns={names}: needs sampling.n of at least 2, a sample for each order")
+    return names[0], names[1]
+
+
+def _swapped(row: InputRow, first: str, second: str) -> InputRow:
+    columns = row.columns | {first: row.columns.get(second), second: row.columns.get(first)}
+    return InputRow(row.row, row.id, columns, row.sampling, row.error, row.text)
+
+
+def _pair_up(plain: list[Prompt], swapped: list[Prompt]) -> list[Prompt]:
+    """The prompts of each row's two orders; one of them, as an error, where either cannot be run."""
+    prompts = []
+    for one, other in zip(plain, swapped, strict=True):
+        if one.error is None and other.error is None and one.sampling.n < 2:
+            one.error = "the row's own sampling.n is 1, and data.swap_columns needs a sample for each order"
+        elif one.error is None:
+            one.error = other.error
+        if one.error is not None:
+            one.token_ids = array("i")
+            prompts.append(one)
+            continue
+        one.samples = range(0, one.sampling.n, 2)
+        other.samples, other.columns = range(1, one.sampling.n, 2), one.columns
+        prompts += [one, other]
+    return prompts
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a row, in one line of Unicode that is not as long as the value it may quote."""
+    if isinstance(error, RecursionError):
+        return "the row is nested too deeply"
+    text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+    return text if len(text) <= _REASON_CHARS else text[: _REASON_CHARS - 3] + "..."

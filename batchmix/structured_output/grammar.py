@@ -1,0 +1,264 @@
+"""What a row's text may be, as tables over tokens that a decode step reads on the device.
+
+A grammar is a deterministic automaton over tokens. Tokens that no state tells apart form a class, so that the table is
+states by classes, not states by vocabulary: a JSON Schema of 300 states has about 300 classes for 32,000 tokens.
+
+Each entry also says how many tokens the text needs after this one, at least. A step allows the tokens whose need fits
+into what is left of max_tokens; so a text is always led to a valid end in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from batchmix.structured_output.dfa import ByteAutomaton
+from batchmix.structured_output.pattern import TooLarge, Unsupported
+from batchmix.structured_output.trie import TokenTrie
+
+NEVER_ENDS = 2**30  # tokens needed where there is no way to an end
+_MAX_TABLE_BYTES = 64 * 2**20
+_BLOCK_STATES = 128  # walked together: a block is states by vocabulary
+_CACHED_SETS = 2048  # of allowed tokens, a byte for each token of the vocabulary
+_LONGEST_RUN = 256  # forced tokens appended at once
+_FEW = 2048  # tokens of a set that is kept as ids too
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Some tokens of a vocabulary, in the form that is cheapest to use where there are many rows."""
+
+    allowed: npt.NDArray[np.bool_]  # [V]
+    few_allowed: npt.NDArray[np.int64] | None  # ids of those allowed, where they are few
+    few_forbidden: npt.NDArray[np.int64] | None  # ids of the others, where those are few
+
+
+def token_set(allowed: npt.NDArray[np.bool_]) -> TokenSet:
+    """The tokens of allowed [V]."""
+    count = int(allowed.sum())
+    few, many = count <= _FEW, len(allowed) - count <= _FEW
+    return TokenSet(
+        allowed,
+        np.flatnonzero(allowed) if few else None,
+        np.flatnonzero(~allowed) if many and not few else None,
+    )
+
+
+@dataclass
+class CompiledGrammar:
+    """An automaton over tokens. A state is the number of its first row in `table`.
+
+    Row `state` holds (is no longer text possible, fewest tokens of a longer text) if the text may end here, else zeros.
+    Row `state + token_class[token]` holds (next state, fewest tokens after that one, NEVER_ENDS: not allowed).
+    """
+
+    table: npt.NDArray[np.int32]  # [num_states * (1 + classes), 2]
+    token_class: npt.NDArray[np.int32]  # [V], from 1 on
+    start: int
+    shortest: int  # tokens of the shortest text
+    shortest_longer: int  # of the shortest text that is not empty
+    has_end: bool  # whether a token can end a text that could go on
+    forced: dict[int, int]  # by state: the only token that may come next, where there is just one
+    _runs: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    _sets: dict[tuple[int, int], TokenSet] = field(default_factory=dict, repr=False)
+    _most: dict[int, int] = field(default_factory=dict, repr=False)  # by state: the largest need of a token
+
+    def tokens_needed(self, min_tokens: int) -> int:
+        """The fewest tokens of a row's text."""
+        return self.shortest if self.has_end and not min_tokens else self.shortest_longer
+
+    def next_state(self, state: int, token: int) -> int:
+        """The state after a token that is allowed."""
+        return int(self.table[state + self.token_class[token], 0])
+
+    def after(self, state: int, tokens: Iterable[int]) -> int:
+        """The state after tokens that are allowed one after the other."""
+        for token in tokens:
+            state = self.next_state(state, token)
+        return state
+
+    def jump_forward_tokens(self, state: int) -> list[int]:
+        """The tokens that must come next, up to a choice or to the last one before the text may end."""
+        run = self._runs.get(state)
+        if run is None:
+            run, place = [], state
+            while place in self.forced and len(run) < _LONGEST_RUN:
+                following = self.next_state(place, self.forced[place])
+                if self.may_end(following):
+                    break
+                run.append(self.forced[place])
+                place = following
+            self._runs[state] = run
+        return run
+
+    def is_allowed(self, state: int, token: int, left: int) -> bool:
+        """Whether the token may come next with `left` more tokens to come after it."""
+        return bool(self.table[state + self.token_class[token], 1] <= left)
+
+    def may_end(self, state: int) -> bool:
+        """Whether the text is whole."""
+        return bool(self.table[state, 1] > 0)
+
+    def is_over(self, state: int) -> bool:
+        """Whether the text is whole and no longer one is allowed."""
+        return bool(self.table[state, 0])
+
+    def allowed_tokens(self, state: int, left: int) -> TokenSet:
+        """The tokens that `is_allowed`."""
+        most = self._most.get(state)
+        if most is None:
+            need = self._need(state)
+            most = self._most[state] = int(need[need < NEVER_ENDS].max(initial=0))
+        left = min(left, most)  # with as much left or more all is alike
+        found = self._sets.get((state, left))
+        if found is None:
+            if len(self._sets) >= _CACHED_SETS:
+                self._sets.clear()
+            found = self._sets[state, left] = token_set((self._need(state) <= left)[self.token_class - 1])
+        return found
+
+    def _need(self, state: int) -> npt.NDArray[np.int32]:
+        """Of each class of tokens, [C]."""
+        return self.table[state + 1 : state + 1 + int(self.token_class.max()), 1]
+
+
+def compile_grammar(
+    automaton: ByteAutomaton,
+    trie: TokenTrie,
+    *,
+    end_tokens: Iterable[int],
+    drops_leading_space: bool,
+    only: Mapping[int, int] | None = None,
+    only_first: int | None = None,
+) -> CompiledGrammar:
+    """The automaton of texts over the tokens of a vocabulary.
+
+    `end_tokens` end a text where it may end and are nothing else; they must have no text in `trie`. With
+    `drops_leading_space` one space at the start of the first token is not part of the text. A state that `only` has, and the
+    text's start if `only_first` is given, allows that token alone (canonical.py). Unsupported where the
+    vocabulary cannot say any of the texts, or where the tables would be too large.
+    """
+    following, token_class = _classes(automaton, trie, drops_leading_space, only or {}, only_first)  # [S, C], [V]
+    accepts = np.append(automaton.accepts, automaton.accepts[0])
+    end_tokens = list(end_tokens)
+    distance = _distance(following, accepts)
+    start = len(accepts) - 1
+    if distance[start] >= NEVER_ENDS:
+        raise Unsupported("the model's vocabulary has no tokens for any text that fits")
+    need = np.where(following >= 0, distance[following], NEVER_ENDS)
+    longer = np.minimum(1 + need.min(1, initial=NEVER_ENDS), NEVER_ENDS)
+
+    num_states, num_classes = following.shape
+    sizes = np.bincount(token_class, minlength=num_classes)
+    if end_tokens:  # a class of their own
+        token_class[end_tokens] = num_classes
+        following = np.column_stack((following, np.where(accepts, np.arange(num_states), -1)))
+        need = np.column_stack((need, np.where(accepts, 0, NEVER_ENDS)))
+    width = 1 + following.shape[1]
+    if num_states * width * 8 > _MAX_TABLE_BYTES:
+        raise TooLarge("the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})")
+    table = np.zeros((num_states, width, 2), np.int32)
+    table[:, 0, 0] = accepts & (longer >= NEVER_ENDS)
+    table[:, 0, 1] = np.where(accepts, longer, 0)
+    table[:, 1:, 0] = np.where(following >= 0, following, 0) * width
+    table[:, 1:, 1] = need
+
+    possible = need[:, :num_classes] < NEVER_ENDS
+    alone = np.flatnonzero(((possible * sizes).sum(1) == 1) & ~(accepts & bool(end_tokens)))
+    first_of_class = np.zeros(num_classes, np.int64)
+    first_of_class[token_class[::-1][token_class[::-1] < num_classes]] = np.flatnonzero(token_class < num_classes)[::-1]
+    forced = {int(state) * width: int(first_of_class[possible[state].argmax()]) for state in alone}
+    return CompiledGrammar(
+        table.reshape(-1, 2), (token_class + 1).astype(np.int32), start * width, int(distance[start]),
+        int(longer[start]), bool(end_tokens), forced,
+    )  # fmt: skip
+
+
+def _classes(
+    automaton: ByteAutomaton,
+    trie: TokenTrie,
+    drops_leading_space: bool,
+    only: Mapping[int, int],
+    only_first: int | None,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The state after each class of tokens, [S + 1, C], -1: none, and the class of each token, [V].
+
+    The last state is that of a text without bytes, which differs from state 0 where a leading space is dropped.
+    """
+    goto = automaton.goto
+    blocks: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] = []  # a block's classes, and each token's
+    for low in range(0, len(goto), _BLOCK_STATES):
+        states = np.arange(low, min(low + _BLOCK_STATES, len(goto)))
+        following = np.full((len(states), trie.num_tokens), -1, np.int32)
+        for origin, token, after in trie.walk(goto, states):
+            following[origin, token] = after
+        if low == 0:
+            start = following[:1].copy()
+        for state in states.tolist():
+            if state in only:
+                _keep(following[state - low], only[state])
+        blocks.append(_classed(following))
+    space = trie.child(ord(" ")) if drops_leading_space else None
+    if space is not None:
+        spaced = np.full(trie.num_tokens, -1, np.int32)
+        for _, token, after in trie.walk(goto, np.zeros(1, np.int64), space):
+            spaced[token] = after
+        begins_so = _tokens_below(trie, space)
+        start[0, begins_so] = spaced[begins_so]
+        if trie.token[space] >= 0:
+            start[0, trie.token[space]] = 0
+    if only_first is not None:
+        _keep(start[0], only_first)
+    blocks.append(_classed(start))
+    # Tokens are of one class if they are in every block.
+    place = np.stack([columns for _, columns in blocks])
+    representative, token_class = _distinct(place.astype(np.int32))
+    table = np.concatenate([block[:, columns[representative]] for block, columns in blocks])
+    return table, token_class
+
+
+def _keep(row: npt.NDArray[np.int32], token: int) -> None:
+    """Forbid all other tokens, unless the vocabulary at hand lacks this one."""
+    if row[token] >= 0:
+        row[np.arange(len(row)) != token] = -1
+
+
+def _tokens_below(trie: TokenTrie, node: int) -> npt.NDArray[np.int64]:
+    """The tokens whose text begins with that of `node` and goes on."""
+    everything = np.zeros((1, 256), np.int32)
+    parts = [token for _, token, _ in trie.walk(everything, np.zeros(1, np.int64), node)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _classed(following: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The distinct columns of [S, V], and which one each column is, [V]."""
+    first, inverse = _distinct(following)
+    return following[:, first], inverse
+
+
+def _distinct(matrix: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each distinct column is found first, and the number of that place for every column."""
+    rows = np.ascontiguousarray(matrix.T)
+    keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first.astype(np.int64), inverse.reshape(-1).astype(np.int64)
+
+
+def _distance(following: npt.NDArray[np.int32], accepts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The fewest tokens from each state to an accepting one, NEVER_ENDS where there is none. [S]."""
+    source, column = np.nonzero(following >= 0)
+    edges = np.unique(np.stack((following[source, column], source)), axis=1)  # (to, from), by `to`
+    first = np.searchsorted(edges[0], np.arange(len(accepts) + 1))
+    distance = np.full(len(accepts), NEVER_ENDS, np.int64)
+    frontier = np.flatnonzero(accepts)
+    steps = 0
+    while len(frontier):
+        distance[frontier] = steps
+        steps += 1
+        spans = [edges[1, first[state] : first[state + 1]] for state in frontier]
+        before = np.unique(np.concatenate(spans))
+        frontier = before[distance[before] == NEVER_ENDS]
+    return distance

@@ -1,0 +1,165 @@
+"""Engines on small random checkpoints, and rows to run through them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.loading import load_weights
+from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
+from batchmix.engine.engine import Engine
+from batchmix.engine.model_runner import pad
+from batchmix.models import torch_backend
+from batchmix.models.async_copy import AsyncCopy, CopyEvent
+from batchmix.models.backend import Operators, PrefillChunk
+from batchmix.models.kv_cache import KVCache
+from batchmix.models.mixtral import Mixtral
+from batchmix.offload.expert_stream import ExpertStream, Offload
+from batchmix.offload.staged_cache import StagedKVCache
+from batchmix.offload.transfer_stream import TransferStream
+from batchmix.planning.planner import Limits, plan
+from batchmix.records import Completion, Prompt
+
+torch.set_num_threads(1)  # products this small are slower on two threads, many times so on a busy machine
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    max_model_len: int = 512,
+    operators: Operators = torch_backend,
+    quantization: Quantization | None = None,
+    offload: Offload | None = None,
+) -> Mixtral:
+    name = Dtype[str(dtype).removeprefix("torch.")]
+    checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=name, quantization=quantization))
+    on_gpu = operators is not torch_backend and torch.cuda.is_available()
+    weights = load_weights(checkpoint, dtype, torch.device("cuda" if on_gpu else "cpu"), allocation=offload)
+    stream = ExpertStream(weights.layers, offload) if offload is not None and offload.streamed else None
+    return Mixtral(checkpoint.config, weights, operators, max_model_len, stream=stream)
+
+
+def make_engine(model: Mixtral, host: TransferStream | None = None, **options: Any) -> Engine:
+    """An engine of 16-token blocks; `kv_blocks` of them, of `kv_dtype`, on the `host` where there is one."""
+    blocks = options.pop("kv_blocks", 2000)
+    block_size = options.pop("block_size", 16)
+    embedding = model.weights.embedding
+    kv_dtype = options.pop("kv_dtype", embedding.dtype)
+    cache = (
+        KVCache(model.config, blocks + 1, block_size, kv_dtype, embedding.device)
+        if host is None
+        else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, host, 1024)
+    )
+    defaults: dict[str, Any] = {
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 512,
+        "max_model_len": 512,
+        "eos_token_ids": (2,),
+        "stop_table": None,
+    }
+    return Engine(model, cache, **{**defaults, **options})
+
+
+class LateAsyncCopy(AsyncCopy):
+    """As from a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
+
+    late = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.num_queued = 0
+        self.queued_behind: list[int] = []  # at each wait: how many later windows the device had been given by then
+
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> CopyEvent:
+        number = self.num_queued
+        self.num_queued += 1
+        copies = [tensor.clone().numpy() for tensor in tensors]
+        seen = [np.full_like(copy, 99) for copy in copies]
+
+        def wait() -> list[np.ndarray]:
+            self.queued_behind.append(self.num_queued - 1 - number)
+            for array, copy in zip(seen, copies, strict=True):
+                array[:] = copy
+            return seen
+
+        return wait
+
+
+def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sampling: Any) -> list[Prompt]:
+    """Rows of random ids and ragged lengths."""
+    source = random.Random(seed)
+    settings = SamplingConfig(**{"max_tokens": 12, "temperature": 0.0, **sampling})
+    return [
+        Prompt(
+            row,
+            f"row-{row}",
+            {},
+            [source.randrange(3, vocab_size) for _ in range(source.randint(1, longest))],
+            settings,
+        )
+        for row in range(count)
+    ]
+
+
+def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict[tuple[str, int], Completion]:
+    """All completions by (row id, sample)."""
+    scheduler = engine.scheduler
+    limits = Limits(
+        scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, sort_window,
+        share_prefix=scheduler.prefixes is not None,
+    )  # fmt: skip
+    found = list(engine.generate(plan(rows, limits)))
+    by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
+    assert len(by_key) == len(found), "a sample came out twice"
+    kept = 0 if scheduler.prefixes is None else scheduler.prefixes.num_unused()
+    assert scheduler.pool.num_used == kept, "blocks were not returned"
+    assert scheduler.batch.num_active == 0
+    return by_key
+
+
+def answers(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """What must not depend on company: tokens, the reason they ended and their log-probabilities, bit by bit."""
+    return {
+        key: (list(c.token_ids), c.finish_reason, c.stop_reason, c.num_tokens, c.cumulative_logprob, c.logprobs)
+        for key, c in completions.items()
+    }
+
+
+def tokens_of(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """What must not depend on the backend: tokens, why they ended, and why there are none."""
+    return {key: (list(c.token_ids), c.finish_reason, c.error) for key, c in completions.items()}
+
+
+@torch.inference_mode()
+def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list[torch.Tensor]:
+    """Logits of every position of every row, all rows in one packed step."""
+    engine = make_engine(model, **options)
+    total = sum(map(len, rows))
+    tokens, chunks, start = np.zeros(pad(total, model.ops.row_tile), np.int64), [], 0
+    for row in rows:
+        tokens[start : start + len(row)] = row
+        blocks = engine.scheduler.pool.take(-(-len(row) // engine.cache.block_size))
+        chunks.append(PrefillChunk(start, 0, len(row), blocks))
+        start += len(row)
+    hidden = model(
+        torch.from_numpy(tokens).to(model.weights.embedding.device),
+        model.ops.attend(model, engine.cache, None, chunks, len(tokens)),
+    )
+    return list(model.logits(hidden)[:total].cpu().split([len(row) for row in rows]))
