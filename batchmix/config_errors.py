@@ -1,7 +1,7 @@
 """Turns what Hydra, OmegaConf and PyYAML say about a wrong configuration into one line with the remedy.
 
 Their exceptions know the full key and the offending value; the names and types that would have been right come
-from the dataclasses in `config.py`.
+from the dataclasses that `config.py` lists.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -25,14 +25,14 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from batchmix.config import Config
+from batchmix.config import JOBS, Config
 
 _EXAMPLES = {"data.path": "prompts.jsonl", "output.dir": "out"}
 _NEAR = 1.2  # of 2: likeness of the whole key plus likeness of its last name
 
 
-def explain(error: Exception) -> str:
-    """What is wrong with the configuration and how to mend it, in one line."""
+def explain(error: Exception, job: str) -> str:
+    """What is wrong with the configuration of a job and how to mend it, in one line."""
     if isinstance(error, OverrideParseException):
         return _explain_syntax(error.override)
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -42,8 +42,12 @@ def explain(error: Exception) -> str:
     if ambiguous := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
         key, _, value = ambiguous[1].partition("=")
         return f"{key}={value}: quote it if it is one text, \"{key}='{value}'\", write {key}=[{value}] if it is a list"
+    if match := re.match(
+        r"Could not override '(\w+)'", str(error)
+    ):  # a choice of a group that is not in the defaults list
+        return unread(match[1], job) if match[1] not in JOBS[job] else f"{match[1]}: has no choices"
     cause = next((link for link in _chain(error) if isinstance(link, OmegaConfBaseException) and link.full_key), None)
-    message = _explain_key(cause) if cause else _explain_shape(error) or _one_line(_without_footer(str(error)))
+    message = _explain_key(cause, job) if cause else _explain_shape(error) or _one_line(_without_footer(str(error)))
     source = re.match(r"In '([^']*)': ", str(error))
     return f"{message} (in {source[1]}.yaml)" if source and not message.startswith("In '") else message
 
@@ -55,9 +59,53 @@ def explain_missing(keys: Iterable[str]) -> str:
     return f"{' and '.join(keys)} must be given, for example {example}"
 
 
-def known_keys() -> dict[str, Any]:
-    """Every key, groups included, with its type: `data` DataConfig, `data.path` Any, `data.format` DataFormat ..."""
-    return dict(_flatten(Config, ""))
+def unread(key: str, job: str) -> str:
+    """Of a key or a group of other jobs."""
+    return f"{key}: batchmix {job} does not read it; its keys begin with {', '.join(JOBS[job])}"
+
+
+def known_keys(job: str | None = None) -> dict[str, Any]:
+    """Every key (of a job), groups included, with its type: `data` DataConfig, `data.path` Any ..."""
+    return {name: hint for name, hint in _flatten(Config, "") if job is None or name.partition(".")[0] in JOBS[job]}
+
+
+def job_help(text: str, job: str) -> str:
+    """Hydra's help of a job: with the choices that it reads alone, and each key's description as a comment."""
+    choices, heading, keys = text.partition("\nKeys, given as")
+    begin, title, choices = choices.partition("Choices, given as group=choice:\n\n")
+    groups = [line for line in choices.splitlines(keepends=True) if _reads(job, line.partition(":")[0])]
+    return begin + (title + "".join(groups) if groups else "") + heading + _described(keys)
+
+
+def _reads(job: str, choice: str) -> bool:
+    return choice in JOBS[job] or (choice == "experiment" and "data" in JOBS[job])
+
+
+def _described(text: str) -> str:
+    lines, path = [], [""]
+    for line in text.splitlines(keepends=True):
+        if found := re.match(r"( *)(\w+):(?: |$)", line):
+            path[len(found[1]) // 2 :] = [found[2]]
+            if described := _description(path):
+                line = f"{line.rstrip()}  # {described}\n"
+        lines.append(line)
+    return "".join(lines)
+
+
+def _description(path: Sequence[str]) -> str | None:
+    """Of the key `path`; None for a group, and for what is none of our keys."""
+    group: Any = Config
+    for step, name in enumerate(path):
+        fields = {field.name: field for field in dataclasses.fields(group)}
+        if name not in fields:
+            return None
+        if step == len(path) - 1:
+            return fields[name].metadata.get("help")
+        hint = typing.get_type_hints(group)[name]
+        group = next((hint for hint in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(hint)), None)
+        if group is None:
+            return None
+    return None
 
 
 def _flatten(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
@@ -68,10 +116,10 @@ def _flatten(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
                 yield from _flatten(typing.cast(type, group), f"{prefix}{name}.")
 
 
-def _explain_key(error: OmegaConfBaseException) -> str:
+def _explain_key(error: OmegaConfBaseException, job: str) -> str:
     key = str(error.full_key)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return _explain_unknown(key)
+        return _explain_unknown(key, job)
     if isinstance(error, InterpolationToMissingValueError):
         return f"{key}: refers to a key that has no value"
     owner = _owner(key)
@@ -91,18 +139,20 @@ def _explain_shape(error: Exception) -> str | None:
     return None
 
 
-def _explain_unknown(key: str) -> str:
-    known = known_keys()
+def _explain_unknown(key: str, job: str) -> str:
+    group = key.partition(".")[0]
+    if group in known_keys() and group not in JOBS[job]:
+        return unread(key, job)
+    known = known_keys(job)
     best = max(known, key=lambda candidate: _likeness(key, candidate))
     if _likeness(key, best) >= _NEAR:
         return f"{key}: no such key, did you mean {best}?"
-    group = key.partition(".")[0]
     if group == "hydra":
         return f"{key}: Hydra has no such key"
     if dataclasses.is_dataclass(known.get(group)):
         siblings = ", ".join(field.name for field in dataclasses.fields(known[group]))
         return f"{key}: no such key; {group} has {siblings}"
-    return f"{key}: no such key; keys begin with {', '.join(field.name for field in dataclasses.fields(Config))}"
+    return f"{key}: no such key; keys begin with {', '.join(JOBS[job])}"
 
 
 def _explain_choice(missing: str, options: Iterable[str]) -> str:

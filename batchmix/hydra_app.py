@@ -7,13 +7,14 @@ Exit codes: 0 done, 1 error, 2 usage, 75 interrupted after committing what was f
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra.version
@@ -26,15 +27,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from batchmix.config import Config, SamplingConfig, StructuredOutputs
+from batchmix.config import JOBS, Config
 from batchmix.config_checks import check
-from batchmix.config_errors import explain, explain_missing
+from batchmix.config_errors import explain, explain_missing, job_help, unread
 from batchmix.config_files import check_config_files
 from batchmix.distributed import slurm
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.input import in_parallel
 from batchmix.prompts import aside, read_ahead
 from batchmix.redact import forget, redact, redact_tracebacks
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.written_config import (
     hidden_texts,
     hide_environment,
@@ -75,27 +77,31 @@ def first_is(key: str, argv: Sequence[str] | None) -> list[str]:
 
 
 def register() -> None:
-    """Put the schemas into Hydra's ConfigStore: `schema` for the whole, `default` in the groups of keys."""
+    """Put the schemas into Hydra's ConfigStore: `schema_JOB` has the groups that a job reads, `default` the keys of one."""
     store = ConfigStore.instance()
     schema = _schema()
-    store.store(name="schema", node=schema)
+    for job_name, groups in JOBS.items():
+        store.store(name=f"schema_{job_name}", node=OmegaConf.masked_copy(schema, list(groups)))
     for group in ("data", "sampling", "engine", "output", "cluster"):
         store.store(group=group, name="default", node=schema[group])
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig, job_name: str) -> Config:
     """The checked dataclasses of a composed configuration; BatchmixError where a key or value is wrong."""
     try:
+        if others := sorted(set(map(str, composed)) - set(JOBS[job_name])):  # added by `+group.key=value`
+            raise BatchmixError(unread(others[0], job_name))
         remember_environment(composed)
         if missing := OmegaConf.missing_keys(composed):
             raise BatchmixError(explain_missing(missing))
         # Merged once more as plain values, which refuses what Hydra lets pass: keys added by `+key=value`.
         values = OmegaConf.to_container(composed, resolve=True)
         hidden = hide_environment(composed, values)
-        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), values)))
+        unread_groups = {"data": {"path": ""}, "output": {"dir": ""}}  # which have to be given where they are read
+        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), unread_groups, values)))
         OmegaConf.structured(config)  # refuses what a merge lets pass: lists nested in a list of texts
     except OmegaConfBaseException as error:
-        raise BatchmixError(explain(error)) from error
+        raise BatchmixError(explain(error, job_name)) from error
     config.sampling.logit_bias = config.sampling.logit_bias or None
     if config.sampling.structured_outputs == StructuredOutputs():
         config.sampling.structured_outputs = None
@@ -153,7 +159,7 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
                 os.rmdir(scratch)  # Hydra has made it here too
         try:
             _check_launcher()
-            config = to_config(composed)
+            config = to_config(composed, name)
             composed_all = True
             function(config)
         except BatchmixError as error:
@@ -186,7 +192,8 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
         try:
             for folder in filter(None, (args.config_dir, args.config_path)):
                 check_config_files(folder)
-            _run_hydra(args, args_parser, task, config_path="pkg://batchmix.conf", config_name=name)
+            with _described_help(name) if args.help else nullcontext():
+                _run_hydra(args, args_parser, task, config_path="pkg://batchmix.conf", config_name=name)
             sys.stdout.flush()
         except BatchmixError as error:
             _report(error)
@@ -209,10 +216,21 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             if (line := slurm.explain(error)) is None:
                 if not _is_about_config(error):
                     raise
-                line = explain(error)
+                line = explain(error, name)
             _report(BatchmixError(line))
             failed = True
     return EXIT_ERROR if failed else 0
+
+
+@contextmanager
+def _described_help(job_name: str) -> Iterator[None]:
+    """Print Hydra's help as `job_help` has it."""
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:  # Hydra leaves by SystemExit
+        print(job_help(text.getvalue(), job_name), end="")
 
 
 def _check_launcher() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 from batchmix.annotate.columns import annotation_columns
 from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from batchmix.config import ClusterKind, Config
+from batchmix.config import Config
+from batchmix.distributed.config import ClusterKind
 from batchmix.distributed.data_parallel import Replicas, Reports, Share, begin_share
 from batchmix.distributed.ray_pool import run_on_ray
 from batchmix.distributed.tensor_parallel import TPWorkers, tensor_parallel

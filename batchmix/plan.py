@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from batchmix.config import Config, OffloadMode, Quantization
+from batchmix.checkpoints.config import OffloadMode
+from batchmix.config import Config
+from batchmix.dtypes import Quantization
 from batchmix.engine.build import cache_dtype
 from batchmix.engine.engine import PREFILL_CHUNK
 from batchmix.errors import BatchmixError

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from batchmix.config import SamplingConfig
+from batchmix.sampling import SamplingConfig
 
 FinishReason = Literal["stop", "length", "error"]
 

@@ -6,9 +6,10 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
-from batchmix.config import Config, OnError
+from batchmix.config import Config
 from batchmix.engine.engine import Engine
 from batchmix.errors import BatchmixError
+from batchmix.input.config import OnError
 from batchmix.input.source import Source
 from batchmix.observability.clock import StageClock
 from batchmix.observability.totals import Totals

@@ -21,10 +21,13 @@ import torch
 from common import random_prompts, save, save_tiny_random
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig
+from batchmix.checkpoints.config import ModelConfig
+from batchmix.dtypes import Dtype
 from batchmix.engine.build import start_engine
+from batchmix.engine.config import EngineConfig
 from batchmix.planning.planner import Limits, plan
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 NEW_TOKENS = 64
 _VLLM = """

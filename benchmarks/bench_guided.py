@@ -23,14 +23,17 @@ import torch
 from common import RESULTS, machine, random_prompts, save_tiny_random
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import Dtype, EngineConfig, ModelConfig, SamplingConfig, StructuredOutputs
+from batchmix.checkpoints.config import ModelConfig
+from batchmix.dtypes import Dtype
 from batchmix.engine.build import start_engine
+from batchmix.engine.config import EngineConfig
 from batchmix.engine.engine import Engine
 from batchmix.engine.scheduler import Step
 from batchmix.measure.result import save_result
 from batchmix.planning.planner import Limits, plan
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.host_grammar import HostGrammar
 
 RECORD = {

@@ -29,9 +29,9 @@ from common import save
 from batchmix.checkpoints import layouts
 from batchmix.checkpoints import loading as weights
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.safetensors_writer import Entry, write_safetensors, write_sharded
-from batchmix.config import ModelConfig
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 
 SHAPE = MixtralConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=3584, num_hidden_layers=1, num_attention_heads=16,

@@ -21,11 +21,12 @@ from pathlib import Path
 from common import save
 
 from batchmix.checkpoints.checkpoint import TINY
-from batchmix.config import DataConfig, OutputConfig, OutputFormat, SamplingConfig, ShardConfig
+from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source
 from batchmix.observability.clock import StageClock
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputConfig, OutputFormat
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import PartLog, Parts
 from batchmix.output.sink import Sink
@@ -33,6 +34,7 @@ from batchmix.planning.planner import Limits, plan
 from batchmix.prompts.prompt import build_prompts
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Batch, Completion
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"

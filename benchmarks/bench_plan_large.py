@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common import save
 
-from batchmix.config import DataConfig, ShardConfig
+from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source
 

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from common import RESULTS
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.cuda_graphs import capture_sizes, pad_to_capture_size
 from batchmix.engine.engine import PREFILL_CHUNK
 from batchmix.engine.input_batch import InputBatch, PendingStep
@@ -38,6 +37,7 @@ from batchmix.planning.gpus import get_gpu
 from batchmix.planning.step_cost import Step, StepCost, measured_cost
 from batchmix.planning.table import MIXTRAL_8X7B
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 MAX_NUM_SEQS = 1024
 MAX_NUM_BATCHED_TOKENS = 8192

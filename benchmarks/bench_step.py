@@ -21,15 +21,15 @@ from common import save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.engine import Engine
 from batchmix.models import torch_backend
-from batchmix.models.config import MixtralConfig
 from batchmix.models.expert_load import ExpertLoad
 from batchmix.models.kv_cache import KVCache
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.tensor_parallel import SINGLE_RANK
 from batchmix.planning.planner import Limits, plan
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 CONFIG = MixtralConfig(
     vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,

@@ -28,10 +28,14 @@ import torch
 from common import save
 
 from batchmix import pipeline
-from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig, ShardConfig
+from batchmix.config import Config
+from batchmix.engine.config import EngineConfig
+from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
+from batchmix.output.config import OutputConfig
 from batchmix.records import Batch, Completion
+from batchmix.sampling import SamplingConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 ANSWER_TOKENS = 16

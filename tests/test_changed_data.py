@@ -12,11 +12,15 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
-from batchmix.config import Config, DataConfig, EngineConfig, Order, OutputConfig, SamplingConfig
+from batchmix.config import Config
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.input.source import Source
+from batchmix.output.config import Order, OutputConfig
 from batchmix.pipeline import generate
 from batchmix.records import InputRow
+from batchmix.sampling import SamplingConfig
 
 PAD = "p" * 30_000
 

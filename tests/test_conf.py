@@ -14,11 +14,12 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from batchmix.config import Config, SamplingConfig
+from batchmix.config import Config
 from batchmix.config_errors import explain, known_keys
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import first_is, register, to_config
 from batchmix.output.run_info import differences
+from batchmix.sampling import SamplingConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))

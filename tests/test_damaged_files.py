@@ -12,18 +12,22 @@ import pytest
 
 from batchmix.annotate.panels import _metrics
 from batchmix.annotate.task import _read
-from batchmix.config import Config, DataConfig, EngineConfig, OutputConfig, SamplingConfig
+from batchmix.config import Config
 from batchmix.config_files import check_config_files, load_yaml
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.input.source import Source
 from batchmix.jobs.annotate import main as annotate_job
 from batchmix.jobs.generate import main as generate_job
+from batchmix.output.config import OutputConfig
 from batchmix.output.exchange import unfinished_exchange
 from batchmix.output.finalize import read_runs
 from batchmix.output.run_info import read_run
 from batchmix.output.stored_run import open_stored
 from batchmix.pipeline import generate
 from batchmix.records import InputRow
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

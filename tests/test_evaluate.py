@@ -11,22 +11,18 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from batchmix.config import (
-    Config,
-    DataConfig,
-    EvaluateConfig,
-    KVCacheDtype,
-    ModelConfig,
-    OutputConfig,
-    OutputFormat,
-    Quantization,
-    SamplingConfig,
-)
+from batchmix.annotate.config import EvaluateConfig
+from batchmix.checkpoints.config import ModelConfig
+from batchmix.config import Config
+from batchmix.dtypes import KVCacheDtype, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.evaluate import Accuracy, evaluate, score, wilson
+from batchmix.input.config import DataConfig
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputConfig, OutputFormat
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import Parts
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 TICKETS = Path(__file__).parents[1] / "examples" / "support_tickets.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.measure.roofline import Device, roofline
 from batchmix.measure.workloads import INSTRUCTION, draw_sizes
 from batchmix.planning.cost import footprint

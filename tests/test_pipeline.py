@@ -13,22 +13,15 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from batchmix.config import (
-    Config,
-    DataConfig,
-    EngineConfig,
-    OnError,
-    Order,
-    OutputConfig,
-    OutputFormat,
-    Redo,
-    SamplingConfig,
-    ShardConfig,
-)
+from batchmix.config import Config
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError, Interrupted
+from batchmix.input.config import DataConfig, OnError, ShardConfig
+from batchmix.output.config import Order, OutputConfig, OutputFormat, Redo
 from batchmix.output.lease import Lease, shard_name
 from batchmix.pipeline import generate
 from batchmix.plan import plan_report
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"

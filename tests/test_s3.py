@@ -24,7 +24,7 @@ import pytest
 from processes import TICKETS, finish, read, start, wait_for
 
 from batchmix.annotate.results import Results
-from batchmix.config import ShardConfig
+from batchmix.input.config import ShardConfig
 from batchmix.output.lease import Lease, shard_name
 from batchmix.storage import write_json
 from batchmix.storage.object_store import ObjectStore

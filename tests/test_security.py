@@ -15,11 +15,14 @@ from checkpoints import random_mixtral, save_hub, save_mistral
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.task import prepare
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import AnnotateConfig, Config, DataConfig, ModelConfig
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.input.source import open_source
 from batchmix.jobs.annotate import main as annotate
 from batchmix.models.weights import Weights

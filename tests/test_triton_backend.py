@@ -10,17 +10,14 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 
-from batchmix.config import (
-    Backend,
-    Config,
-    DataConfig,
-    Dtype,
-    EngineConfig,
-    ModelConfig,
-    OutputConfig,
-    SamplingConfig,
-)
+from batchmix.checkpoints.config import ModelConfig
+from batchmix.config import Config
+from batchmix.dtypes import Dtype
+from batchmix.engine.config import Backend, EngineConfig
+from batchmix.input.config import DataConfig
+from batchmix.output.config import OutputConfig
 from batchmix.pipeline import generate
+from batchmix.sampling import SamplingConfig
 
 TICKETS = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 

@@ -12,9 +12,9 @@ import yaml
 
 from batchmix.annotate.checks import checks_text, read_checks
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, ENTROPY, INVALID, MAJORITY
+from batchmix.annotate.config import ExportConfig
 from batchmix.annotate.corrections import REVIEWED
 from batchmix.annotate.results import Results
-from batchmix.config import ExportConfig
 from batchmix.templates.chat_template import AUTO, is_jinja
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),

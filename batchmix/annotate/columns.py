@@ -25,8 +25,8 @@ import pyarrow as pa
 
 from batchmix.annotate.answer import Answer, Choice, Invalid
 from batchmix.annotate.arrow_types import Field
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.task import answer_of
-from batchmix.config import AnnotateConfig
 from batchmix.records import Completion
 
 CONFIDENCE = Field("confidence", pa.float64())  # probability of the sample's answer

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 
 from batchmix.annotate.card import card
 from batchmix.annotate.columns import INVALID, MAJORITY
+from batchmix.annotate.config import ExportConfig, ExportFormat
 from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
 from batchmix.annotate.results import Results
-from batchmix.config import Config, ExportConfig, ExportFormat
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
 from batchmix.input import strict_json
 from batchmix.storage import LocalFolder, Storage, open_storage, write_text, written

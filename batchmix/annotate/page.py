@@ -16,10 +16,11 @@ import jinja2
 from markupsafe import Markup
 
 from batchmix.annotate.checks import checks_text, write_checks
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.panels import label_plots, run_plots, score_panel, tiles
 from batchmix.annotate.results import Results
 from batchmix.annotate.sample import read_sample
-from batchmix.config import AnnotateConfig, Config
+from batchmix.config import Config
 from batchmix.storage import find_json, write_text, written
 
 FOLDER, NAME = "_report", "report.html"  # in a folder of its own, since what does not begin with _ is read as data

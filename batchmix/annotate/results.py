@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from batchmix.annotate.answer import Answer
 from batchmix.annotate.columns import MAJORITY, annotation_columns
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.task import answer_of
-from batchmix.config import AnnotateConfig
 from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text, infer_schema, settle
 from batchmix.output.columns import FIRST, LAST

@@ -11,11 +11,12 @@ import pyarrow.compute as pc
 from batchmix.annotate import argilla, label_studio
 from batchmix.annotate.checks import certainty_of
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, INVALID
+from batchmix.annotate.config import ReviewTool
 from batchmix.annotate.corrections import Corrections, write_corrections
 from batchmix.annotate.prompts import RowPrompts
 from batchmix.annotate.results import Results
 from batchmix.annotate.review_item import ReviewItem
-from batchmix.config import Config, ReviewTool
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
 
 _TOOLS = {ReviewTool.label_studio: label_studio, ReviewTool.argilla: argilla}

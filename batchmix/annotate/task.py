@@ -16,10 +16,12 @@ from typing import Any
 import yaml
 
 from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Text
-from batchmix.config import MAX_SCORED_CHOICES, AnnotateConfig, Config, SamplingConfig, StructuredOutputs
+from batchmix.annotate.config import AnnotateConfig
+from batchmix.config import Config
 from batchmix.config_checks import check
 from batchmix.config_files import load_yaml
 from batchmix.errors import BatchmixError
+from batchmix.sampling import MAX_SCORED_CHOICES, SamplingConfig, StructuredOutputs
 from batchmix.templates.messages import PromptError
 from batchmix.templates.template import RowTemplate
 

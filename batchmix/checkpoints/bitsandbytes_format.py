@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from batchmix.checkpoints.layouts import Shape
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.models.quantized import Quantized, Weight
 
 

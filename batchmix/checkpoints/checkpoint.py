@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from batchmix.checkpoints.config import ModelConfig, ModelFormat, OffloadMode
 from batchmix.checkpoints.prequantized import Packing, open_packing
 from batchmix.checkpoints.sources import TensorFiles, in_line
-from batchmix.config import Dtype, KVCacheDtype, ModelConfig, ModelFormat, OffloadMode, Quantization
+from batchmix.dtypes import Dtype, KVCacheDtype, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.json_file import read_object, shown
-from batchmix.models.config import MixtralConfig, token_ids, window_of
 from batchmix.models.config_keys import CONFIG as CONFIG_KEYS
 from batchmix.models.config_keys import GENERATION_CONFIG
 from batchmix.models.config_keys import PARAMS as PARAMS_KEYS
+from batchmix.models.mixtral_config import MixtralConfig, token_ids, window_of
 from batchmix.models.quantized import check_shape
 
 TINY = Path(__file__).parents[1] / "models" / "tiny"

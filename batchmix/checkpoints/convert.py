@@ -21,13 +21,15 @@ from torch import Tensor
 
 from batchmix.checkpoints.checkpoint import CONFIG, DTYPES, PARAMS, Checkpoint, open_checkpoint
 from batchmix.checkpoints.compressed_tensors_format import quantization_config
+from batchmix.checkpoints.config import ConvertConfig, ConvertFormat, ModelFormat
 from batchmix.checkpoints.convert_quantized import QuantizedExperts
 from batchmix.checkpoints.layouts import HubNames, Layout, Stored, from_hub, fused, hub, mistral
 from batchmix.checkpoints.loading import open_tensors
 from batchmix.checkpoints.prequantized import PackedTensors
 from batchmix.checkpoints.safetensors_writer import Entry, write_safetensors, write_sharded
 from batchmix.checkpoints.sources import TensorFiles
-from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelFormat, Quantization
+from batchmix.config import Config
+from batchmix.dtypes import Dtype, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.json_file import read_object
 from batchmix.models.quantized import dense

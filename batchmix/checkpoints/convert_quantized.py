@@ -15,7 +15,7 @@ from batchmix.checkpoints.compressed_tensors_format import pack
 from batchmix.checkpoints.layouts import HubNames, Shape
 from batchmix.checkpoints.prequantized import PackedTensors
 from batchmix.checkpoints.safetensors_writer import Entry
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.models.quantized import Quantized, empty, quantize
 
 REPORT = "quantization_report.json"

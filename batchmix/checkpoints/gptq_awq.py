@@ -20,7 +20,7 @@ from torch import Tensor
 
 from batchmix.checkpoints.compressed_tensors_format import unsigned
 from batchmix.checkpoints.layouts import Shape
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.models.quantized import GROUP, Quantized, Weight, pack_int4
 
 _ONES = {4: 0x11111111, 8: 0x01010101}  # what GPTQModel takes from whole words of zeros, so that a 0 borrows

@@ -19,7 +19,7 @@ from torch import Tensor
 from batchmix.checkpoints.sources import TensorFiles, in_line, release_pages
 from batchmix.errors import BatchmixError
 from batchmix.json_file import shown
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 
 _log = logging.getLogger(__name__)
 Shape = tuple[int, ...]

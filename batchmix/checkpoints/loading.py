@@ -11,6 +11,7 @@ import math
 import torch
 
 from batchmix.checkpoints.checkpoint import Checkpoint, check_index
+from batchmix.checkpoints.config import ModelFormat
 from batchmix.checkpoints.layouts import (
     HubNames,
     check_rest,
@@ -28,8 +29,7 @@ from batchmix.checkpoints.reading import fill
 from batchmix.checkpoints.sources import TensorFiles
 from batchmix.checkpoints.staging import Direct, Staging, open_staging
 from batchmix.checkpoints.targets import DenseTarget, TensorTarget
-from batchmix.config import ModelFormat
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Quantized, Weight, quantize
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.models.weights import Allocation, Weights, empty_weights

@@ -19,10 +19,10 @@ from batchmix.checkpoints.compressed_tensors_format import compressed_tensors, f
 from batchmix.checkpoints.gptq_awq import awq, gptq
 from batchmix.checkpoints.layouts import FLOATS, Shape, hub_shapes
 from batchmix.checkpoints.sources import TensorFiles
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.errors import BatchmixError
 from batchmix.json_file import shown
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Weight
 
 

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchmix.config import Config, ShardConfig
+from batchmix.config import Config
 from batchmix.distributed.workers import Parent, SendLog, Worker, allow_signals
 from batchmix.engine.device import nth_device, select_device
 from batchmix.errors import Interrupted
+from batchmix.input.config import ShardConfig
 from batchmix.input.rowset import Skip
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats

@@ -18,9 +18,10 @@ from typing import Any
 
 from batchmix import __version__
 from batchmix.checkpoints.checkpoint import Checkpoint
-from batchmix.config import Backend, Config
+from batchmix.config import Config
 from batchmix.distributed.data_parallel import Report
 from batchmix.distributed.ray_worker import RayWorker
+from batchmix.engine.config import Backend
 from batchmix.errors import BatchmixError
 from batchmix.input.source import Source
 from batchmix.observability.clock import StageClock

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import ClusterKind, Config
+from batchmix.config import Config
+from batchmix.distributed.config import ClusterKind
 from batchmix.distributed.workers import Parent, Worker
 from batchmix.engine.build import start_engine
 from batchmix.engine.device import nth_device, select_device

@@ -12,7 +12,8 @@ import torch
 
 from batchmix.checkpoints.checkpoint import Checkpoint
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import Backend, EngineConfig, KVCacheDtype, SamplingConfig
+from batchmix.dtypes import KVCacheDtype
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
@@ -35,6 +36,7 @@ from batchmix.planning.memory import gpu_cache_bytes, kv_blocks, workspace_bytes
 from batchmix.planning.placement import BUFFERS, RESIDENT_ROWS, Placement
 from batchmix.prompts.stop_strings import StopTable, build_stop_table
 from batchmix.prompts.tokenizer import Tokenizer
+from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler, open_grammars
 
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's

@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.runtime.cache import get_cache_manager
 
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.engine.cuda_graphs import capture_sizes
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.model_runner import sample
@@ -33,9 +33,9 @@ from batchmix.kernels.compile import compile_in_processes, recorded
 from batchmix.kernels.gpu import Gpu
 from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.backend import PrefillChunk
-from batchmix.models.config import MixtralConfig
 from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.models.weights import empty_weights
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from batchmix.config import Backend, EngineConfig, Quantization
+from batchmix.dtypes import Quantization
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.errors import BatchmixError
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 
 _TRITON_HEAD_DIMS = (32, 64, 128)  # a head is a tile's width, a power of two
 _TRITON_VOCABULARY = 2**19 - 1  # kernels/draw.py: sums of weights stay exact

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.config import SamplingConfig
 from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.prompts.stop_strings import StopTable
+from batchmix.sampling import SamplingConfig
 
 _KEEP_UNUSED = 16  # tables that nobody uses just now are kept, because the next row often wants the same one
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.cuda_graphs import Capture, StepGraphs
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
@@ -30,6 +29,7 @@ from batchmix.observability.device_clock import DeviceClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.device_tables import DeviceTableCache
 from batchmix.engine.grammar_matchers import ALLOWED, ONE_STATE, GrammarMatchers
+from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler, grammar_key
 from batchmix.structured_output.grammar import CompiledGrammar, TokenSet
 from batchmix.structured_output.host_grammar import GrammarMatcher, HostGrammar

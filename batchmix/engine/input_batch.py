@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.device_tables import DeviceTableCache, automaton, bias_key, bias_table, stop_key
 from batchmix.engine.grammar_tables import GrammarTables
 from batchmix.engine.output_buffers import OutputBuffers
@@ -33,6 +32,7 @@ from batchmix.models.kv_cache import SCRATCH_BLOCK
 from batchmix.models.philox import row_key
 from batchmix.prompts.stop_strings import INSIDE, START, StopTable
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
 
 _READ = slice(State.GENERATED, State.STOP_REASON + 1)  # of the state: what the host wants to know

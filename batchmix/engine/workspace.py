@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.model_runner import pad, sample
 from batchmix.models.async_copy import async_copy_from
@@ -14,6 +13,7 @@ from batchmix.models.backend import PrefillChunk
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 
 def measure_workspace(

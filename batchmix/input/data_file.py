@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from batchmix.config import DataFormat
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataFormat
 from batchmix.input.decompress import decompressed
 
 

@@ -13,8 +13,8 @@ from urllib.parse import unquote
 import fsspec
 import numpy as np
 
-from batchmix.config import DataConfig, DataFormat
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig, DataFormat
 from batchmix.input.data_file import DataFile
 from batchmix.input.formats import JSON_LINES, bare_name, guess_format, identify, read_chunks
 from batchmix.input.in_parallel import in_parallel

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from batchmix.config import DataFormat
 from batchmix.errors import BatchmixError
 from batchmix.input.arrow_readers import arrow_schema, parquet_rows, parquet_schema, read_arrow, read_parquet
 from batchmix.input.chunk import Chunk, Wanted
+from batchmix.input.config import DataFormat
 from batchmix.input.data_file import DataFile
 from batchmix.input.decompress import SUFFIXES, compression_of
 from batchmix.input.text_readers import read_csv, read_json_lines

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batchmix.config import DataFormat
 from batchmix.errors import BatchmixError
 from batchmix.input.arrow_readers import plain
 from batchmix.input.chunk import BadRecord, Chunk, Record, Wanted, everything
+from batchmix.input.config import DataFormat
 from batchmix.input.csv_types import infer_csv_schema, parse_field
 from batchmix.input.data_file import DataFile
 from batchmix.input.formats import count_rows, read_chunks, stated_schema

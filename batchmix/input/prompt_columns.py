@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from batchmix.config import DataConfig
+from batchmix.input.config import DataConfig
 
 
 @dataclass(frozen=True)

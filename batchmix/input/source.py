@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batchmix.config import DataConfig, ShardConfig
 from batchmix.errors import BatchmixError
 from batchmix.input.arrow_readers import can_be_kept
 from batchmix.input.chunk import BadRecord
+from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.input.find_files import find_files
 from batchmix.input.formats import guess_format
 from batchmix.input.hub import HubInput

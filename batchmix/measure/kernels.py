@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import triton
 
-from batchmix.config import BenchmarkConfig
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.attention import decode_case, prefill_case
 from batchmix.measure.case import SHAPES, Case, Run
+from batchmix.measure.config import BenchmarkConfig
 from batchmix.measure.moe import FORMATS, moe_cases
 from batchmix.measure.rest import elementwise_cases, launch_cases, linear_case, sampling_case
 from batchmix.measure.result import save_result

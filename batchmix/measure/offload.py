@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import Config, ModelConfig, ModelFormat
+from batchmix.checkpoints.config import ModelConfig, ModelFormat
+from batchmix.config import Config
 from batchmix.engine.device import select_device
 from batchmix.errors import BatchmixError
 from batchmix.kernels.gpu import current_gpu

@@ -19,19 +19,12 @@ import torch
 
 from batchmix import pipeline
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import (
-    Config,
-    DataConfig,
-    Dtype,
-    KVCacheDtype,
-    ModelConfig,
-    ModelFormat,
-    OutputConfig,
-    Quantization,
-    SamplingConfig,
-)
+from batchmix.checkpoints.config import ModelConfig, ModelFormat
+from batchmix.config import Config
+from batchmix.dtypes import Dtype, KVCacheDtype, Quantization
 from batchmix.engine.device import select_device
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.kernels.gpu import current_gpu
 from batchmix.measure.case import SHAPES
 from batchmix.measure.peers import PEERS, available_peers, run_peer
@@ -39,10 +32,12 @@ from batchmix.measure.result import save_result
 from batchmix.measure.roofline import Device, Roofline, roofline
 from batchmix.measure.timing import Ceilings, measure_ceilings
 from batchmix.measure.workloads import WORKLOADS, Work, draw_work, full_layers, save_model
-from batchmix.models.config import MixtralConfig
 from batchmix.models.kv_cache import BLOCK_SIZE
+from batchmix.models.mixtral_config import MixtralConfig
+from batchmix.output.config import OutputConfig
 from batchmix.planning.cost import Footprint, footprint
 from batchmix.prompts.tokenizer import load_tokenizer
+from batchmix.sampling import SamplingConfig
 
 _RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations
 _CACHE_SHARE = 0.15  # of a GPU's memory, left for the cache where benchmark.layers is null

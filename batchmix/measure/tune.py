@@ -15,7 +15,6 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from batchmix.config import TuneConfig
 from batchmix.errors import BatchmixError
 from batchmix.kernels import tiles
 from batchmix.kernels.compile import recorded
@@ -26,6 +25,7 @@ from batchmix.kernels.routing import sort_pairs
 from batchmix.kernels.tiles import Tile
 from batchmix.measure.candidates import candidates, compiled, suits
 from batchmix.measure.case import SHAPES, Shape, random, relative_error
+from batchmix.measure.config import TuneConfig
 from batchmix.measure.moe import FORMATS, restored, stored
 from batchmix.measure.timing import seconds
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchmix.measure.case import SHAPES
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.prompts.tokenizer import Tokenizer
 from batchmix.templates.messages import Message, PromptError
 

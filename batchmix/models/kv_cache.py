@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from batchmix.models.async_copy import async_copy_to_gpu
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import FP8, fp8_values
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from batchmix.models.backend import Attend, Operators
-from batchmix.models.config import MixtralConfig
 from batchmix.models.expert_load import ExpertLoad
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Weight
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.models.weights import Weights

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.errors import BatchmixError
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 
 GROUP = 128  # int4 weights along K that share a scale
 FP8 = torch.float8_e4m3fn

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.errors import BatchmixError
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Quantized, check_shape
 
 _Weight = TypeVar("_Weight", Tensor, Quantized)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.models.expert_load import LayerLoad
 from batchmix.models.quantized import Weight, dense, format_of, through_fp8
 from batchmix.models.torch_products import ROW_TILE, product

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from batchmix.config import Quantization
-from batchmix.models.config import MixtralConfig
+from batchmix.dtypes import Quantization
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Empty, Weight, allocated, tensors_of
 
 

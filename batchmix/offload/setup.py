@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from batchmix.checkpoints.checkpoint import Checkpoint
-from batchmix.config import EngineConfig, OffloadMode
+from batchmix.checkpoints.config import OffloadMode
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.memory import HOST_SHARE, free_bytes
 from batchmix.models.kv_cache import BLOCK_SIZE

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from batchmix.models.backend import Attend, DecodeTokens, PrefillChunk
-from batchmix.models.config import MixtralConfig
 from batchmix.models.kv_cache import KVCache, words
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.offload.transfer_stream import TransferStream
 from batchmix.planning.placement import BUFFERS
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from batchmix.config import Order, ShardConfig
+from batchmix.input.config import ShardConfig
 from batchmix.observability.summary import Summary
 from batchmix.observability.totals import Totals
+from batchmix.output.config import Order
 from batchmix.output.exchange import finish_exchange, unfinished_exchange
 from batchmix.output.lease import CLOSED, CLOSING, FINALIZE, Busy, Lease, Record, read_leases, wait_until_lost
 from batchmix.output.merge import STAGING, check_once, merge_in_order

@@ -46,8 +46,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchmix.config import ShardConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import ShardConfig
 from batchmix.output.owner import Owner
 from batchmix.storage import Storage, create_json, read_json, write_json
 

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from batchmix.config import OutputConfig, ShardConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import ShardConfig
 from batchmix.input.read_log import Extent
 from batchmix.input.rowset import AllBut, RowSet
 from batchmix.observability.summary import RunStatistics, Summary
 from batchmix.output.checksums import FOLDER as CHECKSUMS
+from batchmix.output.config import OutputConfig
 from batchmix.output.finalize import (
     SUCCESS,
     Marker,

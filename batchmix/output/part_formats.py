@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchmix.config import OutputFormat
 from batchmix.errors import BatchmixError
 from batchmix.input import strict_json
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputFormat
 from batchmix.output.openai_response import first_choice, response_keys, response_line
 from batchmix.records import Completion
 from batchmix.storage import Storage

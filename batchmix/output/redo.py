@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.compute as pc
 
-from batchmix.config import Redo
 from batchmix.input.rowset import RowSet
+from batchmix.output.config import Redo
 from batchmix.output.exchange import exchange
 from batchmix.output.lease import lost
 from batchmix.output.parts import Parts

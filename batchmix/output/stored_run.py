@@ -6,10 +6,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchmix.config import Config, Order, OutputFormat
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
 from batchmix.output.checksums import FOLDER as CHECKSUMS
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import Order, OutputFormat
 from batchmix.output.finalize import (
     close_lost,
     describe,

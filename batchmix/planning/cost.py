@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchmix.config import Quantization
-from batchmix.models.config import MixtralConfig
+from batchmix.dtypes import Quantization
+from batchmix.models.mixtral_config import MixtralConfig
 
 # Bytes of an expert's weight, of its codes and of the float32 scales: one for an output channel, or for 128 of its inputs.
 _CODES = {Quantization.fp8: 1.0, Quantization.int8: 1.0, Quantization.int4: 0.5}

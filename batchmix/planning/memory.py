@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batchmix.errors import BatchmixError
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 
 LOGITS_COPIES = 4  # float32 copies of a step's logits that sampling works on
 WIDENED_COPIES = 2  # float32 copies of one expert that is widened to run

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.planning.cost import Footprint, footprint
 from batchmix.planning.gpus import GPU
 

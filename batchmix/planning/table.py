@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from batchmix.config import EngineConfig, Quantization
+from batchmix.dtypes import Quantization
+from batchmix.engine.config import EngineConfig
 from batchmix.memory import HOST_SHARE
-from batchmix.models.config import MixtralConfig
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.planning.cost import Footprint, footprint
 from batchmix.planning.estimate import Setting, place
 from batchmix.planning.gpus import get_gpu

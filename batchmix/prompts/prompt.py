@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any
 
-from batchmix.config import DataConfig, SamplingConfig
-from batchmix.config_checks import override_sampling
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.input.prompt_columns import PromptColumns
 from batchmix.observability.clock import StageClock
 from batchmix.prompts.aside import Aside
 from batchmix.prompts.buffers import Buffers, buffered_bytes, num_bytes
 from batchmix.prompts.read_ahead import read_ahead
+from batchmix.prompts.row_sampling import Grammars, RowSamplings
 from batchmix.prompts.row_text import NoChatFormat, RowTexts
+from batchmix.prompts.swap_columns import check_swap, pair_up, swapped
 from batchmix.prompts.tokenizer import Tokenizer
 from batchmix.prompts.vocabulary import TokenIds
 from batchmix.records import InputRow, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.templates.messages import Message, PromptError, check_text
-from batchmix.templates.template import RowTemplate
 
 _BATCH_ROWS = 512  # encoded in one call
 _BATCHES_AHEAD = 4
@@ -32,18 +33,9 @@ _PATIENCE = 0.5  # seconds between two looks at whether to stop
 _MOST_CHARS = 128  # of a token: the longest of vocabularies are runs of spaces of about that length
 _PROMPT_BYTES = 500  # of a prompt without columns and token ids
 _REASON_CHARS = 300
-_CACHED_SAMPLINGS = 1024  # rows with a seed of their own would fill any cache
-_CACHED_CHARS = 2**24  # of their text: a row may bring thousands of choices
 _SHOWN_CHARS = 240  # of the first prompt, in the log
 
 _log = logging.getLogger(__name__)
-
-
-class Grammars(Protocol):
-    """What can be known of the grammars of rows with `sampling.structured_outputs`."""
-
-    def tokens_needed(self, sampling: SamplingConfig) -> int:
-        """The fewest tokens of an answer; PromptError where there is no such grammar. May take seconds: it compiles."""
 
 
 def build_prompts(rows: Iterable[InputRow], **how: Any) -> Generator[Prompt, None, None]:
@@ -172,13 +164,7 @@ class _PromptBuilder:
         eos_token_ids: Sequence[int],
     ) -> None:
         self._columns = PromptColumns.of(data)
-        self._grammars = grammars
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._sampling = sampling
-        self._samplings: dict[str, SamplingConfig | PromptError] = {}
-        self._samplings_chars = 0
-        # id of a row that was put aside: its sampling, or why it has none
-        self._prepared: dict[int, SamplingConfig | PromptError | RecursionError] = {}
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._max_chars = max_model_len * _MOST_CHARS
@@ -186,13 +172,13 @@ class _PromptBuilder:
         self._keep = tuple(keep)
         self._more_tokens_than_model = tokenizer is not None and tokenizer.vocab_size > vocab_size
         try:
-            self._check_sampling(sampling)
+            self._samplings = RowSamplings(sampling, tokenizer is not None, vocab_size, grammars, eos_token_ids)
             for key in ("template", "system_prompt"):
                 check_text(getattr(data, key) or "", f"data.{key}")
         except PromptError as error:
             raise BatchmixError(str(error)) from None
         self._texts = None if tokenizer is None else RowTexts(data, tokenizer)
-        self._swap = None if data.swap_columns is None else _check_swap(data, sampling)
+        self._swap = None if data.swap_columns is None else check_swap(data, sampling)
 
     def show(self, row: InputRow) -> str | None:
         """The prompt of a row for people, shortened, on one line; None where the row cannot be run."""
@@ -218,7 +204,7 @@ class _PromptBuilder:
         self, rows: Iterable[InputRow], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
     ) -> Generator[deque[Prompt], None, None]:
         """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
-        rows, aside = iter(rows), Aside(self._prepare, _MOST_ASIDE)
+        rows, aside = iter(rows), Aside(self._samplings.prepare, _MOST_ASIDE)
         with closing(aside):
             yield from self._batches(rows, aside, clock, max_bytes, stopping)
 
@@ -238,7 +224,7 @@ class _PromptBuilder:
             with clock.stage("tokenise"):
                 prompts = self._build(batch)
                 if self._swap:
-                    prompts = _pair_up(prompts, self._build([_swapped(row, *self._swap) for row in batch]))
+                    prompts = pair_up(prompts, self._build([swapped(row, *self._swap) for row in batch]))
             del batch
             for prompt in prompts:
                 prompt.num_bytes = _PROMPT_BYTES + num_bytes(prompt.columns) + num_bytes(prompt.token_ids)
@@ -258,25 +244,12 @@ class _PromptBuilder:
             row = next(rows, None)
             if row is None:
                 return batch, False
-            if self._needs_grammar(row):
+            if self._samplings.needs_grammar(row):
                 aside.put(row)
                 continue
             batch.append(row)
             size += num_bytes(row.columns)
         return batch, True
-
-    def _needs_grammar(self, row: InputRow) -> bool:
-        """Whether the row has a grammar of its own that is not compiled."""
-        if row.error is not None or not row.sampling or row.sampling.get("structured_outputs") is None:
-            return False
-        return repr(row.sampling) not in self._samplings
-
-    def _prepare(self, row: InputRow) -> None:
-        """Compile the row's own grammar."""
-        try:
-            self._prepared[id(row)] = self._sampling_of(row.sampling)
-        except (PromptError, RecursionError) as error:
-            self._prepared[id(row)] = error
 
     def _build(self, rows: list[InputRow]) -> list[Prompt]:
         prompts: list[Prompt] = []
@@ -289,7 +262,7 @@ class _PromptBuilder:
             if row.error is not None:
                 continue
             try:
-                prompt.sampling = self._prepared_sampling(row)
+                prompt.sampling = self._samplings.of(row)
                 content = self._content(row)
                 if isinstance(content, array):
                     self._set_ids(prompt, content)
@@ -344,7 +317,7 @@ class _PromptBuilder:
         if self._more_tokens_than_model and max(ids) >= size:
             raise PromptError(f"prompt has token {max(ids)}, which the model's vocabulary of {size} does not have")
         room = self._max_model_len - len(ids)
-        needed = self._tokens_needed(prompt.sampling)
+        needed = self._samplings.tokens_needed(prompt.sampling)
         if room < min(needed, prompt.sampling.max_tokens):
             raise PromptError(
                 f"prompt has {len(ids)} tokens, and the shortest text that sampling.structured_outputs allows {needed};"
@@ -375,103 +348,6 @@ class _PromptBuilder:
             index = next(index for index, token in enumerate(ids) if not 0 <= token < self._vocab_size)
             raise PromptError(f"{name}[{index}]={ids[index]} is outside the model's vocabulary of {self._vocab_size}")
         return array("i", ids)
-
-    def _prepared_sampling(self, row: InputRow) -> SamplingConfig:
-        if id(row) not in self._prepared:
-            return self._sampling_of(row.sampling)
-        found = self._prepared.pop(id(row))
-        if isinstance(found, PromptError | RecursionError):
-            raise found
-        return found
-
-    def _sampling_of(self, overrides: Mapping[str, Any] | None) -> SamplingConfig:
-        """The sampling of one row: the job's own instance, or one that all rows with these overrides share."""
-        if not overrides or all(value is None for value in overrides.values()):
-            return self._sampling
-        key = repr(overrides)
-        sampling = self._samplings.get(key)
-        if sampling is None:
-            try:
-                sampling = override_sampling(self._sampling, overrides)
-                self._check_sampling(sampling)
-            except (ValueError, PromptError) as error:
-                sampling = PromptError(str(error))
-            if len(self._samplings) >= _CACHED_SAMPLINGS or self._samplings_chars > _CACHED_CHARS:
-                self._samplings.clear()
-                self._samplings_chars = 0
-            self._samplings[key] = sampling
-            self._samplings_chars += len(key)
-        if isinstance(sampling, PromptError):
-            raise sampling
-        return sampling
-
-    def _check_sampling(self, sampling: SamplingConfig) -> None:
-        for key in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token in getattr(sampling, key) or ():
-                if not 0 <= token < self._vocab_size:
-                    size = self._vocab_size
-                    raise PromptError(f"sampling.{key} has token {token}; the model's vocabulary has {size}")
-        if sampling.min_tokens:
-            ending = self._eos_token_ids | set(sampling.stop_token_ids or ())
-            choosable = range(self._vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
-            if len(ending) >= len(set(choosable)) and ending.issuperset(choosable):
-                raise PromptError(
-                    f"sampling.min_tokens={sampling.min_tokens}: every token that could be chosen ends the text"
-                )
-        if (sampling.logprobs or 0) > self._vocab_size:
-            raise PromptError(f"sampling.logprobs={sampling.logprobs}: the model's vocabulary has {self._vocab_size}")
-        if sampling.stop and self._tokenizer is None:
-            raise PromptError("sampling.stop needs a tokenizer, and the model folder has none; use stop_token_ids")
-        needed = self._tokens_needed(sampling)
-        if needed > sampling.max_tokens:
-            raise PromptError(
-                f"sampling.max_tokens={sampling.max_tokens}: the shortest text that sampling.structured_outputs allows"
-                f" has {needed} tokens"
-            )
-
-    def _tokens_needed(self, sampling: SamplingConfig) -> int:
-        """The tokens of the shortest text that a row's grammar allows, of the longest choice that is scored; else 0."""
-        if sampling.structured_outputs is None:
-            return 0
-        if self._grammars is None:
-            raise PromptError("sampling.structured_outputs needs a tokenizer, and the model folder has none")
-        return self._grammars.tokens_needed(sampling)
-
-
-def _check_swap(data: DataConfig, sampling: SamplingConfig) -> tuple[str, str]:
-    """The two columns of data.swap_columns."""
-    template = None if data.template is None else RowTemplate(data.template)
-    names = data.swap_columns or []
-    if len(names) != 2 or len(set(names)) != 2:
-        raise BatchmixError(f"data.swap_columns={names}: must be two columns")
-    if template is None or not template.variables.issuperset(names):
-        raise BatchmixError(f"data.swap_columns={names}: needs a data.template that names both columns")
-    if sampling.n < 2:
-        raise BatchmixError(f"data.swap_columns={names}: needs sampling.n of at least 2, a sample for each order")
-    return names[0], names[1]
-
-
-def _swapped(row: InputRow, first: str, second: str) -> InputRow:
-    columns = row.columns | {first: row.columns.get(second), second: row.columns.get(first)}
-    return InputRow(row.row, row.id, columns, row.sampling, row.error, row.text)
-
-
-def _pair_up(plain: list[Prompt], swapped: list[Prompt]) -> list[Prompt]:
-    """The prompts of each row's two orders; one of them, as an error, where either cannot be run."""
-    prompts = []
-    for one, other in zip(plain, swapped, strict=True):
-        if one.error is None and other.error is None and one.sampling.n < 2:
-            one.error = "the row's own sampling.n is 1, and data.swap_columns needs a sample for each order"
-        elif one.error is None:
-            one.error = other.error
-        if one.error is not None:
-            one.token_ids = array("i")
-            prompts.append(one)
-            continue
-        one.samples = range(0, one.sampling.n, 2)
-        other.samples, other.columns = range(1, one.sampling.n, 2), one.columns
-        prompts += [one, other]
-    return prompts
 
 
 def _reason(error: Exception) -> str:

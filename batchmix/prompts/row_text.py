@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from batchmix.config import DataConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.input.prompt_columns import PromptColumns
 from batchmix.prompts.tokenizer import Tokenizer
 from batchmix.records import InputRow

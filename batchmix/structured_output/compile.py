@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.prompts.tokenizer import Tokenizer
 from batchmix.prompts.vocabulary import join, strip_start
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.canonical import Encode, canonical_tokens, canonical_within
 from batchmix.structured_output.dfa import build_automaton
 from batchmix.structured_output.grammar import CompiledGrammar, compile_grammar

@@ -10,9 +10,13 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotation import annotate
-from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
+from batchmix.output.config import OutputConfig
+from batchmix.sampling import SamplingConfig
 
 TICKETS = Path(__file__).parents[2] / "examples/support_tickets.jsonl"
 LABELS = pa.dictionary(pa.int32(), pa.string())

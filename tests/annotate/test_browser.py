@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from finished_runs import finished
 
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.page import report as make_report
-from batchmix.config import AnnotateConfig, Config, OutputConfig
+from batchmix.config import Config
+from batchmix.output.config import OutputConfig
 
 pytestmark = pytest.mark.browser
 SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"

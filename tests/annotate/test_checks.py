@@ -11,8 +11,9 @@ import pytest
 from finished_runs import finished
 
 from batchmix.annotate.checks import check_results, checks_text, read_checks, write_checks
-from batchmix.config import AnnotateConfig, OutputFormat
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.errors import BatchmixError
+from batchmix.output.config import OutputFormat
 
 TICKET = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "urgent": {"type": "boolean"},
                                            "score": {"type": "integer"}}}  # fmt: skip

@@ -17,10 +17,14 @@ from hypothesis import strategies as st
 
 from batchmix.annotate.answer import Choice, Json
 from batchmix.annotate.columns import AnnotationColumns
-from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, SamplingConfig, StructuredOutputs
+from batchmix.annotate.config import AnnotateConfig
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputConfig
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 
 pytest.importorskip("jsonschema")  # of the `annotate` extra
 

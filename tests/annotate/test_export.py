@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.checks import write_checks
+from batchmix.annotate.config import AnnotateConfig, ExportConfig, ExportFormat
 from batchmix.annotate.corrections import read_corrections, write_corrections
 from batchmix.annotate.export import _as_texts, export
 from batchmix.annotate.results import Results
-from batchmix.config import AnnotateConfig, Config, ExportConfig, ExportFormat, OutputConfig, OutputFormat
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.output.config import OutputConfig, OutputFormat
 
 SCHEMA = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "tags": {"type": "array", "items": {"type": "string"}},
                                            "n": {"type": "integer"}, "extra": {}}}  # fmt: skip

@@ -12,12 +12,14 @@ import pytest
 from finished_runs import finished
 
 from batchmix.annotate import argilla, label_studio
+from batchmix.annotate.config import AnnotateConfig, ExportConfig, ReviewConfig, ReviewTool
 from batchmix.annotate.corrections import read_corrections, write_corrections
 from batchmix.annotate.export import export
 from batchmix.annotate.page import report
 from batchmix.annotate.review import review
-from batchmix.config import AnnotateConfig, Config, ExportConfig, OutputConfig, OutputFormat, ReviewConfig, ReviewTool
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.output.config import OutputConfig, OutputFormat
 from batchmix.output.stored_run import open_stored
 from batchmix.storage import open_file, open_storage
 from batchmix.storage.object_store import ObjectStore

@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmix.annotate.checks import check_results
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.page import _in_script, render, report
 from batchmix.annotate.results import Results
-from batchmix.config import AnnotateConfig, Config, OutputConfig, OutputFormat
+from batchmix.config import Config
 from batchmix.observability.charts import bar_chart, calibration_chart, histogram, line_chart, matrix
+from batchmix.output.config import OutputConfig, OutputFormat
 
 EVIL = (
     "</script><script>window.hacked = 1</script><img src=x onerror=hacked()> \"'`{{ 7*7 }} \u2028 \x00 \U0001f600 ünï"

@@ -13,10 +13,12 @@ import pytest
 from finished_runs import finished
 
 from batchmix.annotate import argilla, label_studio
+from batchmix.annotate.config import AnnotateConfig, ReviewConfig, ReviewTool
 from batchmix.annotate.results import Results
 from batchmix.annotate.review import least_certain, review
-from batchmix.config import AnnotateConfig, Config, OutputConfig, ReviewConfig, ReviewTool
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.output.config import OutputConfig
 
 SCHEMA = {"type": "object", "properties": {
     "mood": {"enum": ["good", "bad & <ugly>"]}, "urgent": {"type": "boolean"}, "score": {"type": "integer"},

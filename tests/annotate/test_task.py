@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmix.annotate.answer import Json
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.task import answer_of, prepare
-from batchmix.config import AnnotateConfig, Config, DataConfig, SamplingConfig
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
+from batchmix.input.config import DataConfig
 from batchmix.jobs.annotate import main
+from batchmix.sampling import SamplingConfig
 from batchmix.templates.template import RowTemplate
 
 pydantic = pytest.importorskip("pydantic")  # of the `annotate` extra

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import random_mixtral, save_hub, save_mistral
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import ModelConfig, ModelFormat
+from batchmix.checkpoints.config import ModelConfig, ModelFormat
 from batchmix.errors import BatchmixError
 
 ID = "someone/Mixtral-mini"

@@ -13,11 +13,14 @@ from engines import load, packed_logits
 from safetensors.torch import load_file, save_file
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ConvertConfig, ConvertFormat, ModelConfig
 from batchmix.checkpoints.convert import convert
-from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelConfig, OutputConfig, Quantization
+from batchmix.config import Config
+from batchmix.dtypes import Dtype, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.models.quantized import Quantized, dense, format_of
 from batchmix.models.tensor_parallel import TensorParallel
+from batchmix.output.config import OutputConfig
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs

@@ -21,10 +21,13 @@ from transformers import MixtralForCausalLM
 
 import batchmix.checkpoints.convert as module
 from batchmix.checkpoints.checkpoint import TINY, open_checkpoint
+from batchmix.checkpoints.config import ConvertConfig, ConvertFormat, ModelConfig, ModelFormat
 from batchmix.checkpoints.convert import convert
 from batchmix.cli import main
-from batchmix.config import Config, ConvertConfig, ConvertFormat, Dtype, ModelConfig, ModelFormat, OutputConfig
+from batchmix.config import Config
+from batchmix.dtypes import Dtype
 from batchmix.errors import BatchmixError, Interrupted
+from batchmix.output.config import OutputConfig
 from batchmix.prompts.tokenizer import load_tokenizer
 
 IDS = [5, 77, 301, 9, 410, 6, 5, 120, 33, 2, 8]

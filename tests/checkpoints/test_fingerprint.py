@@ -15,12 +15,17 @@ import torch
 from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 
 from batchmix.checkpoints.checkpoint import TINY, open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import Config, DataConfig, EngineConfig, ModelConfig, OutputConfig, Redo, SamplingConfig
+from batchmix.config import Config
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.models.tensor_parallel import TensorParallel
+from batchmix.output.config import OutputConfig, Redo
 from batchmix.output.run_info import WEIGHTS, accept_weights
 from batchmix.pipeline import generate
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 

@@ -14,8 +14,9 @@ from engines import load, packed_logits
 from safetensors.torch import load_file, save_file
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import ModelConfig, Quantization
+from batchmix.dtypes import Quantization
 from batchmix.errors import BatchmixError
 from batchmix.models.quantized import Quantized, quantize
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import batchmix.checkpoints.loading
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig, ModelFormat
 from batchmix.checkpoints.loading import load_weights
 from batchmix.checkpoints.sources import TensorFiles, release_pages
-from batchmix.config import ModelConfig, ModelFormat
 from batchmix.errors import BatchmixError
 from batchmix.models.weights import Weights
 

@@ -14,19 +14,13 @@ import pyarrow.dataset as ds
 import pytest
 from processes import TICKETS, finish, read, start, wait_for, workers
 
-from batchmix.config import (
-    Config,
-    DataConfig,
-    EngineConfig,
-    OnError,
-    Order,
-    OutputConfig,
-    Redo,
-    SamplingConfig,
-    ShardConfig,
-)
+from batchmix.config import Config
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig, OnError, ShardConfig
+from batchmix.output.config import Order, OutputConfig, Redo
 from batchmix.pipeline import generate
+from batchmix.sampling import SamplingConfig
 
 TWO = "engine.data_parallel_size=2"
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
-from batchmix.config import ClusterConfig, ClusterKind, Config, EngineConfig, SamplingConfig
+from batchmix.config import Config
 from batchmix.distributed import ray_pool
+from batchmix.distributed.config import ClusterConfig, ClusterKind
 from batchmix.distributed.data_parallel import Report
 from batchmix.distributed.ray_pool import RayPool
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.observability.clock import StageClock
 from batchmix.records import Completion, InputRow, Prompt
+from batchmix.sampling import SamplingConfig
 
 SAMPLES = 2
 

@@ -18,21 +18,16 @@ from checkpoints import random_mixtral, save_hub
 from engines import prompts
 from processes import TICKETS, finish, listening, read, start, wait_for, workers
 
-from batchmix.config import (
-    Backend,
-    Config,
-    DataConfig,
-    Dtype,
-    EngineConfig,
-    KVCacheDtype,
-    ModelConfig,
-    OutputConfig,
-    Quantization,
-    SamplingConfig,
-)
+from batchmix.checkpoints.config import ModelConfig
+from batchmix.config import Config
+from batchmix.dtypes import Dtype, KVCacheDtype, Quantization
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.models.mixtral import Mixtral
+from batchmix.output.config import OutputConfig
 from batchmix.pipeline import generate
+from batchmix.sampling import SamplingConfig
 
 SAMPLED = {"temperature": 1.0, "n": 2, "max_tokens": 12, "logprobs": 0, "repetition_penalty": 1.1}
 

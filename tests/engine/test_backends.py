@@ -11,8 +11,9 @@ from checkpoints import random_mixtral, save_hub
 from engines import LateAsyncCopy, load, make_engine, packed_logits, prompts, run
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import EngineConfig, ModelConfig
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.engine.build import start_engine
+from batchmix.engine.config import EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.workspace import run_step
 from batchmix.models import triton_ops

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from batchmix.config import Backend, EngineConfig, Quantization
+from batchmix.dtypes import Quantization
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.errors import BatchmixError
 from batchmix.planning.memory import gpu_cache_bytes, kv_blocks

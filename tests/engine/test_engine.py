@@ -10,7 +10,6 @@ import torch
 from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 from engines import answers, load, make_engine, prompts, run, threads
 
-from batchmix.config import SamplingConfig
 from batchmix.errors import BatchmixError
 from batchmix.models import torch_backend
 from batchmix.models.mixtral import Mixtral
@@ -18,6 +17,7 @@ from batchmix.planning.in_flight import InFlight
 from batchmix.planning.planner import Limits, plan
 from batchmix.prompts.stop_strings import build_stop_table, find_stop
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 SAMPLED = {"temperature": 1.0, "logprobs": 2, "max_tokens": 20}
 

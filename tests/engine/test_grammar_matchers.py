@@ -15,11 +15,11 @@ from guided_vocabulary import PIECES, VOCABULARY, V
 from hypothesis import assume, given, settings
 from links import FakeLink
 
-from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine.engine import Engine
 from batchmix.engine.grammar_matchers import GrammarMatchers
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.host_grammar import HostGrammar
 from batchmix.structured_output.pattern import Unsupported
 

@@ -16,11 +16,11 @@ from guided_vocabulary import VOCABULARY, V, encode
 from hypothesis import assume, given, settings
 from links import FakeLink
 
-from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.engine import engine as engine_module
 from batchmix.engine.output_processor import process_outputs
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.pattern import Unsupported
 
 jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra

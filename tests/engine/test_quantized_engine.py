@@ -10,8 +10,9 @@ from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 from engines import answers, load, make_engine, packed_logits, prompts, run
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig, ModelFormat
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import Dtype, ModelConfig, ModelFormat, Quantization
+from batchmix.dtypes import Dtype, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.models import torch_backend, torch_ops
 from batchmix.models.expert_load import ExpertLoad

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.row_state import Finish, Number, State
 from batchmix.models.async_copy import AsyncCopy
@@ -21,6 +20,7 @@ from batchmix.models.philox import row_key
 from batchmix.models.torch_sampler import _draw, _filter, post_update, sample
 from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 V = 300
 PIECES = [b"", b"", b""] + [bytes([97 + i % 26]) * (1 + i // 26 % 3) for i in range(V - 3)]

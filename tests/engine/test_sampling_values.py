@@ -12,14 +12,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import Config, SamplingConfig
-from batchmix.config_checks import check, check_sampling, override_sampling
+from batchmix.config import Config
+from batchmix.config_checks import check
 from batchmix.engine.input_batch import InputBatch
 from batchmix.errors import BatchmixError
 from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.torch_sampler import post_update, sample
 from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
+from batchmix.sampling_checks import check_sampling, override_sampling
 
 V = 300
 REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

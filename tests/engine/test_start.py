@@ -10,8 +10,9 @@ from checkpoints import random_mixtral, save_hub
 from engines import answers, prompts, run
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import EngineConfig, ModelConfig
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.engine import build
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.models import torch_products
 

@@ -10,9 +10,9 @@ import torch
 from engines import LateAsyncCopy, load, make_engine, prompts, run
 from guided_vocabulary import V
 
-from batchmix.config import StructuredOutputs
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import StructuredOutputs
 from batchmix.structured_output.compile import GrammarCompiler
 from batchmix.structured_output.grammar import CompiledGrammar
 from batchmix.structured_output.host_grammar import GrammarMatcher, HostGrammar, follow

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import Dtype, ModelConfig, Quantization, SamplingConfig
+from batchmix.dtypes import Dtype, Quantization
 from batchmix.engine.engine import Engine
 from batchmix.engine.model_runner import pad
 from batchmix.models import torch_backend
@@ -26,6 +27,7 @@ from batchmix.offload.staged_cache import StagedKVCache
 from batchmix.offload.transfer_stream import TransferStream
 from batchmix.planning.planner import Limits, plan
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 
 torch.set_num_threads(1)  # products this small are slower on two threads, many times so on a busy machine
 

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from batchmix.annotate.columns import annotation_columns
+from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.results import Results
-from batchmix.config import AnnotateConfig, Config, DataConfig, OutputConfig, OutputFormat, SamplingConfig
+from batchmix.config import Config
+from batchmix.input.config import DataConfig
 from batchmix.input.schema import infer_schema
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputConfig, OutputFormat
 from batchmix.output.part_formats import part_format
 from batchmix.output.run_info import describe_run
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 
 
 def finished(

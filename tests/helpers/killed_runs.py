@@ -28,22 +28,16 @@ import numpy as np
 import pyarrow.dataset as ds
 
 from batchmix import pipeline
-from batchmix.config import (
-    Config,
-    DataConfig,
-    EngineConfig,
-    Order,
-    OutputConfig,
-    OutputFormat,
-    Redo,
-    SamplingConfig,
-    ShardConfig,
-)
+from batchmix.config import Config
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError, Interrupted
+from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
+from batchmix.output.config import Order, OutputConfig, OutputFormat, Redo
 from batchmix.output.stored_run import finalize_folder
 from batchmix.records import Batch, Completion
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 TICKETS = Path(__file__).parents[2] / "examples" / "support_tickets.jsonl"

@@ -21,8 +21,8 @@ def main() -> None:
     from batchmix.engine.compile_ahead import CompileAhead, CompileClock, Steps
     from batchmix.engine.workspace import run_step
     from batchmix.kernels.gpu import H200, assume_gpu
-    from batchmix.models.config import MixtralConfig
     from batchmix.models.mixtral import Mixtral
+    from batchmix.models.mixtral_config import MixtralConfig
     from batchmix.models.triton_ops import TritonOperators
     from batchmix.models.weights import empty_weights
 

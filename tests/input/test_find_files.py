@@ -14,8 +14,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from batchmix.config import DataConfig, DataFormat, ShardConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig, DataFormat, ShardConfig
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source
 

@@ -21,15 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from batchmix.config import DataFormat, OutputFormat
 from batchmix.errors import BatchmixError
 from batchmix.input import text_readers
 from batchmix.input.arrow_readers import can_be_kept, plain
 from batchmix.input.chunk import BadRecord, everything
+from batchmix.input.config import DataFormat
 from batchmix.input.data_file import DataFile
 from batchmix.input.decompress import compression_of
 from batchmix.input.formats import count_rows, guess_format, identify, read_chunks, stated_schema
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputFormat
 from batchmix.output.part_formats import part_format
 
 JSONL, PARQUET, ARROW, CSV = DataFormat.jsonl, DataFormat.parquet, DataFormat.arrow, DataFormat.csv

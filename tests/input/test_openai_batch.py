@@ -7,14 +7,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from batchmix.config import DataConfig, DataFormat, SamplingConfig, ShardConfig
-from batchmix.config_checks import override_sampling
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig, DataFormat, ShardConfig
 from batchmix.input.openai_batch import OPENAI_SCHEMA, is_request, read_request
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source
 from batchmix.output.part_formats import OpenAIParts
 from batchmix.records import Completion, InputRow, Prompt
+from batchmix.sampling import SamplingConfig
+from batchmix.sampling_checks import override_sampling
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

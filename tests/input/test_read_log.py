@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from batchmix.config import DataConfig, ShardConfig
+from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.input.read_log import Extent, compact
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import Source, open_source

@@ -20,9 +20,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import DataConfig, DataFormat, ShardConfig
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.input import input_files, text_readers
+from batchmix.input.config import DataConfig, DataFormat, ShardConfig
 from batchmix.input.hub import HubInput
 from batchmix.input.rowset import AllBut, RowSet
 from batchmix.input.source import Source, check_apart, open_source

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import OutputFormat, SamplingConfig
 from batchmix.input import strict_json
 from batchmix.input.schema import as_json_text, infer_schema
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputFormat
 from batchmix.output.part_formats import part_format
 from batchmix.records import Completion, Prompt, TokenLogprob
+from batchmix.sampling import SamplingConfig
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_bitwise_equal, copied, poison, row_arguments, tensors_of
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels.post_update import post_update
@@ -20,6 +19,7 @@ from batchmix.models import torch_backend
 from batchmix.models.async_copy import AsyncCopy
 from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 V = 40
 PIECES = [b"", b"", b""] + [bytes([97 + i % 4]) * (1 + i // 4 % 3) for i in range(V - 3)]

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from kernel_checks import assert_bitwise_equal, assert_close, copied, poisoned_allocations, row_arguments
 from torch import Tensor
 
-from batchmix.config import SamplingConfig
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels import reference
 from batchmix.kernels.row_state import Flag, Number, Real, RowTensors, State
@@ -22,6 +21,7 @@ from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.host_rows import Logprobs
 from batchmix.models.philox import uniform
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 # numpy's, under the interpreter: a difference over a tiny temperature is meant to overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in divide")

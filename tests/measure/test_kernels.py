@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchmix.config import BenchmarkConfig, TuneConfig
 from batchmix.errors import BatchmixError
 from batchmix.kernels import tiles
 from batchmix.kernels.gpu import A100, B200, H200, MI300X, RTX4090, current_gpu
 from batchmix.measure import kernels
 from batchmix.measure.candidates import candidates, suits
 from batchmix.measure.case import SHAPES, Case
+from batchmix.measure.config import BenchmarkConfig, TuneConfig
 from batchmix.measure.kernels import benchmark_kernels
 from batchmix.measure.moe import FORMATS
 from batchmix.measure.rest import elementwise_cases, launch_cases

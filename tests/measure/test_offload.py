@@ -10,9 +10,12 @@ import pytest
 from links import FakeLink
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import BenchmarkConfig, Config, EngineConfig, ModelConfig, ModelFormat
+from batchmix.checkpoints.config import ModelConfig, ModelFormat
+from batchmix.config import Config
 from batchmix.engine import build
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.measure.config import BenchmarkConfig
 from batchmix.measure.offload import benchmark_offload
 from batchmix.measure.workloads import save_model
 from batchmix.offload import setup as offloading

@@ -14,10 +14,14 @@ import pytest
 import torch
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig, ModelFormat
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import BenchmarkConfig, Config, Dtype, EngineConfig, ModelConfig, ModelFormat
+from batchmix.config import Config
+from batchmix.dtypes import Dtype
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.measure import peers
+from batchmix.measure.config import BenchmarkConfig
 from batchmix.measure.peers import _static_batches, available_peers
 from batchmix.measure.roofline import Device, roofline
 from batchmix.measure.throughput import benchmark_throughput

@@ -21,12 +21,12 @@ from transformers import GenerationConfig
 from transformers import MixtralConfig as Theirs
 
 from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights, open_tensors
 from batchmix.checkpoints.sources import TensorFiles
-from batchmix.config import ModelConfig
 from batchmix.errors import BatchmixError
-from batchmix.models.config import MixtralConfig
 from batchmix.models.config_keys import CONFIG, GENERATION_CONFIG, MOE, PARAMS, ROPE, Keys
+from batchmix.models.mixtral_config import MixtralConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}

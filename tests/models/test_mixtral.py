@@ -11,8 +11,8 @@ from engines import load, packed_logits, prompts
 from safetensors.torch import load_file, save_file
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import ModelConfig
 from batchmix.errors import BatchmixError
 
 SHAPES = [

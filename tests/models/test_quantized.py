@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.kernels import reference
 from batchmix.models.quantized import empty, quantize, tensors_of
 

@@ -8,8 +8,9 @@ from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 from engines import load
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights
-from batchmix.config import Dtype, ModelConfig
+from batchmix.dtypes import Dtype
 from batchmix.errors import BatchmixError
 from batchmix.models.tensor_parallel import TensorParallel
 

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from batchmix.config import SamplingConfig
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.observability.metrics import Metrics
@@ -18,6 +17,7 @@ from batchmix.observability.summary import RunStatistics, Summary
 from batchmix.observability.totals import Totals
 from batchmix.observability.trace import Trace
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 

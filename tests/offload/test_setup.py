@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from links import FakeLink
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import Backend, Dtype, EngineConfig, ModelConfig, OffloadMode, Quantization
+from batchmix.checkpoints.config import ModelConfig, OffloadMode
+from batchmix.dtypes import Dtype, Quantization
 from batchmix.engine import build
 from batchmix.engine.build import start_engine
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.models.kv_cache import BLOCK_SIZE
 from batchmix.offload import setup as offloading

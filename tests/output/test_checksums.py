@@ -10,17 +10,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import OutputFormat, SamplingConfig, ShardConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import ShardConfig
 from batchmix.input.read_log import Extent
 from batchmix.output.checksums import FOLDER, Checksums
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputFormat
 from batchmix.output.lease import FOLDER as WORKERS
 from batchmix.output.lease import Lease
 from batchmix.output.merge import merge_in_order
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import Parts
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder, Storage
 from batchmix.storage.object_store import ObjectStore
 

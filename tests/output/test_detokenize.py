@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
-from batchmix.config import ModelConfig, SamplingConfig
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.output.detokenize import detokenize
 from batchmix.prompts.tokenizer import Tokenizer, load_tokenizer
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 
 
 @pytest.fixture(scope="module")

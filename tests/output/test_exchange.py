@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchmix.config import ShardConfig
+from batchmix.input.config import ShardConfig
 from batchmix.output.exchange import exchange, finish_exchange
 from batchmix.output.lease import FINALIZE, FOLDER, Lease, Lost
 from batchmix.storage import LocalFolder

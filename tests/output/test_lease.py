@@ -12,11 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from batchmix.config import OutputFormat, SamplingConfig, ShardConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import ShardConfig
 from batchmix.output import checksums
 from batchmix.output import lease as leases
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputFormat
 from batchmix.output.lease import (
     CLOSED,
     CLOSING,
@@ -33,6 +34,7 @@ from batchmix.output.owner import Owner
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import PartLog, Parts
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder, Storage, write_json
 from batchmix.storage.object_store import ObjectStore
 

@@ -14,13 +14,17 @@ import pyarrow.dataset as ds
 import pytest
 from processes import TICKETS, finish, read, start, wait_for
 
-from batchmix.config import Config, DataConfig, EngineConfig, Order, OutputConfig, SamplingConfig, ShardConfig
+from batchmix.config import Config
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig, ShardConfig
+from batchmix.output.config import Order, OutputConfig
 from batchmix.output.lease import CLOSED, Lease, Record, shard_name
 from batchmix.output.owner import Owner
 from batchmix.output.status import ShardStatus, Status
 from batchmix.output.stored_run import finalize_folder, read_status
 from batchmix.pipeline import generate
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import open_storage, write_json
 
 

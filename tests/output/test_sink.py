@@ -11,15 +11,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from batchmix.config import OutputFormat, SamplingConfig
 from batchmix.observability.clock import StageClock
 from batchmix.output import checksums
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import OutputFormat
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import PartLog, Parts
 from batchmix.output.sink import Sink
 from batchmix.prompts.buffers import Buffers
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
 
 

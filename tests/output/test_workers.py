@@ -17,16 +17,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import Order, OutputConfig, OutputFormat, SamplingConfig, ShardConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import ShardConfig
 from batchmix.output import finalize
 from batchmix.output.columns import OutputColumns
+from batchmix.output.config import Order, OutputConfig, OutputFormat
 from batchmix.output.lease import CLOSED, Record
 from batchmix.output.output_folder import OutputFolder
 from batchmix.output.owner import Owner
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import Parts
 from batchmix.records import Completion, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder, Storage
 from batchmix.storage.object_store import ObjectStore
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import Quantization
+from batchmix.dtypes import Quantization
 from batchmix.offload.expert_stream import BUFFERS
 from batchmix.planning.cost import footprint, weight_bytes
 from batchmix.planning.gpus import get_gpu, known_gpu

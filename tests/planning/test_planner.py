@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig
 from batchmix.planning.planner import Limits, plan, prompt_blocks
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 LIMITS = Limits(max_num_seqs=8, kv_blocks=40, block_size=16, sort_window=64)
 

@@ -7,10 +7,10 @@ from array import array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig
 from batchmix.planning.planner import Limits, plan
 from batchmix.planning.prefixes import find_prefixes
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 SIZE = 4
 

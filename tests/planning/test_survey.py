@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig
 from batchmix.errors import BatchmixError
 from batchmix.planning.cost import footprint, kv_bytes_per_token, parameters, weight_bytes
 from batchmix.planning.estimate import Setting, Workload, estimate
@@ -16,6 +15,7 @@ from batchmix.planning.gpus import get_gpu
 from batchmix.planning.survey import Survey
 from batchmix.planning.table import MIXTRAL_8X7B
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from batchmix.config import Config, DataConfig, ModelConfig, ModelFormat, OffloadMode, PlanConfig, Quantization
+from batchmix.checkpoints.config import ModelConfig, ModelFormat, OffloadMode
+from batchmix.config import Config
+from batchmix.dtypes import Quantization
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.jobs.plan import main
 from batchmix.measure.workloads import save_model
 from batchmix.plan import plan_report
+from batchmix.planning.config import PlanConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from batchmix.config import DataConfig, SamplingConfig
+from batchmix.input.config import DataConfig
 from batchmix.observability.clock import StageClock
 from batchmix.planning.planner import Limits, plan
 from batchmix.prompts import prompt as prompt_module
 from batchmix.prompts.aside import Aside
 from batchmix.prompts.prompt import build_prompts, build_prompts_with_pauses
 from batchmix.records import InputRow
+from batchmix.sampling import SamplingConfig
 
 
 def test_items_come_back_once_they_are_done() -> None:

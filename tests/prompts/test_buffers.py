@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.checkpoints.checkpoint import TINY
-from batchmix.config import DataConfig, SamplingConfig, ShardConfig
 from batchmix.input import arrow_readers
 from batchmix.input.chunk import everything
+from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.input.find_files import find_files
 from batchmix.input.formats import read_chunks
 from batchmix.input.rowset import RowSet
@@ -34,6 +34,7 @@ from batchmix.prompts.prompt import build_prompts
 from batchmix.prompts.read_ahead import read_ahead
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Completion, InputRow, Prompt
+from batchmix.sampling import SamplingConfig
 
 MB = 1 << 20
 

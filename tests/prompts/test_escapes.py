@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from batchmix.config import AnnotateConfig, Config, DataConfig, SamplingConfig
+from batchmix.annotate.config import AnnotateConfig
+from batchmix.config import Config
+from batchmix.input.config import DataConfig
 from batchmix.prompts.escapes import warn_of_escapes
+from batchmix.sampling import SamplingConfig
 
 
 def warnings(caplog: pytest.LogCaptureFixture, config: Config) -> list[str]:

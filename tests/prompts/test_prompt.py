@@ -11,14 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchmix.checkpoints.checkpoint import TINY
-from batchmix.config import DataConfig, DataFormat, SamplingConfig, ShardConfig
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig, DataFormat, ShardConfig
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source
 from batchmix.observability.clock import StageClock
 from batchmix.prompts.prompt import build_prompts
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.templates.template import RowTemplate
 
 

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import batchmix
-from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.prompts.vocabulary import strip_start
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.compile import GrammarCompiler
 from batchmix.structured_output.grammar import CompiledGrammar
 from batchmix.structured_output.pattern import Unsupported

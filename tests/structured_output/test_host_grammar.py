@@ -13,8 +13,8 @@ from guided_strategies import REGEXES, SCHEMAS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig, StructuredOutputs
 from batchmix.prompts.vocabulary import strip_start
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.compile import GrammarCompiler
 from batchmix.structured_output.dfa import build_automaton
 from batchmix.structured_output.grammar import compile_grammar

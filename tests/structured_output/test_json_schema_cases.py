@@ -14,7 +14,7 @@ from guided_walks import automaton_of, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig, StructuredOutputs
+from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.compile import GrammarCompiler
 from batchmix.structured_output.dfa import ByteAutomaton
 from batchmix.structured_output.host_grammar import HostGrammar

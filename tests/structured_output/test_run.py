@@ -12,17 +12,15 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from batchmix import pipeline
-from batchmix.config import (
-    Config,
-    DataConfig,
-    EngineConfig,
-    OutputConfig,
-    SamplingConfig,
-    StructuredOutputs,
-)
-from batchmix.config_checks import check, override_sampling
+from batchmix.config import Config
+from batchmix.config_checks import check
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
+from batchmix.input.config import DataConfig
+from batchmix.output.config import OutputConfig
+from batchmix.sampling import SamplingConfig, StructuredOutputs
+from batchmix.sampling_checks import override_sampling
 
 jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
 

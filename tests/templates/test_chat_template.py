@@ -25,14 +25,17 @@ from tokenizer_folders import (
 )
 
 from batchmix.checkpoints.checkpoint import TINY
-from batchmix.config import Config, DataConfig, OutputConfig, SamplingConfig
+from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.input.config import DataConfig
 from batchmix.observability.clock import StageClock
+from batchmix.output.config import OutputConfig
 from batchmix.prompts.jinja_tokenizer import JinjaTokenizer
 from batchmix.prompts.mistral_tokenizer import MistralTokenizer
 from batchmix.prompts.prompt import build_prompts, show_first
 from batchmix.prompts.tokenizer import Tokenizer, load_tokenizer
 from batchmix.records import InputRow, Prompt
+from batchmix.sampling import SamplingConfig
 from batchmix.templates.chat_template import read_chat_template, writes_mistral
 from batchmix.templates.messages import PromptError, parse_messages
 

@@ -1,0 +1,23 @@
+"""How numbers of a model may be stored."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Dtype(Enum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Quantization(Enum):
+    fp8 = "fp8"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class KVCacheDtype(Enum):
+    auto = "auto"
+    fp8 = "fp8"

@@ -1,0 +1,40 @@
+"""The keys of `engine`: how the work is laid out on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from batchmix.config_key import key
+
+
+class Backend(Enum):
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
+@dataclass
+class EngineConfig:
+    """How the work is laid out on the device.
+
+    `batch_invariant`: on the triton backend, the same tiles for any number of rows. torch's products give a row the same
+    bits whatever other rows are in the batch as it is; with true, a machine whose matrix library cannot is refused where it
+    is warned of otherwise.
+    """
+
+    device: str = key("auto", "auto: a GPU if there is one; cpu, cuda, cuda:1, ...; of several processes, the first's")
+    data_parallel_size: int = key(1, "models that run side by side on this machine, each with a share of the rows")
+    backend: Backend = key(Backend.auto, "auto: triton on a GPU, torch on the CPU")
+    gpu_memory_utilization: float = key(0.9, "share of the device's memory; on CPU, of the memory now free")
+    max_num_seqs: int | None = key(
+        None, "rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU"
+    )
+    max_num_batched_tokens: int = key(
+        8192, "of a step: rows that decode and prompt chunks, which may have 2,048 tokens each"
+    )
+    sort_window: int = key(16384, "rows held at once and sorted by length")
+    share_prefix: bool = key(True, "triton backend: what prompts begin with in common is computed once")
+    cuda_graphs: bool = key(True, "triton backend: a step that only decodes is one CUDA graph")
+    batch_invariant: bool = key(False, "give a row the same bits whatever other rows are in its batch, at some speed")
+    trace: bool = key(False, "write _trace.json, a Chrome trace of all threads and the device, into output.dir")
