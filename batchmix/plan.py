@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from batchmix.checkpoints.config import OffloadMode
@@ -26,9 +25,8 @@ from batchmix.planning.placement import assumed
 from batchmix.planning.planner import Limits, plan
 from batchmix.planning.report import plan_text
 from batchmix.planning.survey import Survey
-from batchmix.prompts.prompt import build_prompts, show_first
-from batchmix.prompts.tokenizer import load_tokenizer
-from batchmix.structured_output.compile import open_grammars
+from batchmix.prompts.prompt import without_pauses
+from batchmix.stages import Prompts
 from batchmix.templates.chat_template import read_chat_template
 
 
@@ -48,19 +46,9 @@ def plan_report(config: Config) -> None:
     _, placement = place(model, setting, assumed(checkpoint.max_model_len))  # before lengths are known
     limits = Limits(placement.max_num_seqs, placement.kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
     survey = Survey(naive_batch=placement.max_num_seqs)
-    tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
-    eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
-    how: dict[str, Any] = {
-        "data": config.data,
-        "sampling": config.sampling,
-        "tokenizer": tokenizer,
-        "max_model_len": checkpoint.max_model_len,
-        "vocab_size": checkpoint.config.vocab_size,
-        "grammars": open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
-        "eos_token_ids": eos_token_ids,
-    }
-    rows = show_first(source.rows(RowSet()), **how)
-    prompts = build_prompts(rows, keep=[], clock=StageClock(), **how)
+    builder = Prompts.open(config, checkpoint).builder
+    rows = builder.show_first(source.rows(RowSet()))
+    prompts = without_pauses(builder.build(rows, keep=[], clock=StageClock()))
     batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
     answer = config.plan.expected_tokens or config.sampling.max_tokens
     where = (

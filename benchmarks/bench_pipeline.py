@@ -31,7 +31,7 @@ from batchmix.output.part_formats import part_format
 from batchmix.output.parts import PartLog, Parts
 from batchmix.output.sink import Sink
 from batchmix.planning.planner import Limits, plan
-from batchmix.prompts.prompt import build_prompts
+from batchmix.prompts.prompt import PromptBuilder, without_pauses
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Batch, Completion
 from batchmix.sampling import SamplingConfig
@@ -73,10 +73,10 @@ def main() -> None:
         source = open_source(DataConfig(path=str(data), id_column="id"), ShardConfig())
         tokenizer = load_tokenizer(TINY)
         assert tokenizer is not None
-        prompts = build_prompts(
-            source.rows(RowSet()), data=DataConfig(path=str(data)), sampling=SamplingConfig(), tokenizer=tokenizer,
-            max_model_len=4096, vocab_size=32000, keep=source.schema.names, clock=clock,
-        )  # fmt: skip
+        builder = PromptBuilder(
+            DataConfig(path=str(data)), SamplingConfig(), tokenizer, max_model_len=4096, vocab_size=32000
+        )
+        prompts = without_pauses(builder.build(source.rows(RowSet()), keep=source.schema.names, clock=clock))
         limits = Limits(max_num_seqs=256, kv_blocks=20_000, block_size=64, sort_window=16384)
         columns = OutputColumns(source.schema, token_ids=False, logprobs=False)
         parts = Parts(LocalFolder(out), part_format(OutputFormat.arrow, columns, OutputConfig().compression, None))

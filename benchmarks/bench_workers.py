@@ -29,6 +29,7 @@ from common import save
 
 from batchmix import pipeline
 from batchmix.config import Config
+from batchmix.distributed import executor
 from batchmix.engine.config import EngineConfig
 from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.observability.clock import StageClock
@@ -87,7 +88,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def work(data: str, out: str, index: int, count: int, rows_per_second: float) -> None:
     """One worker."""
-    pipeline.start_engine = lambda *_: SleepingEngine(rows_per_second)  # type: ignore[attr-defined,assignment]
+    executor.start_engine = lambda *_: SleepingEngine(rows_per_second)  # type: ignore[attr-defined,assignment]
     pipeline.generate(
         Config(
             data=DataConfig(path=data),

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from batchmix.config import Config
+from batchmix.config import JOBS, Config
 from batchmix.config_errors import explain, known_keys
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import first_is, register, to_config
@@ -35,7 +35,12 @@ def hydra() -> Iterator[None]:
 
 
 def composed(*overrides: str, primary: str = "generate") -> DictConfig:
-    return compose(primary, overrides=[*GIVEN, *overrides])
+    given = [override for override in GIVEN if override.partition(".")[0] in JOBS[primary]]
+    return compose(primary, overrides=[*given, *overrides])
+
+
+def config_of(*overrides: str, primary: str = "generate") -> Config:
+    return to_config(composed(*overrides, primary=primary), primary)
 
 
 def test_there_is_a_primary_config_for_each_job() -> None:
@@ -44,21 +49,22 @@ def test_there_is_a_primary_config_for_each_job() -> None:
 
 @pytest.mark.parametrize("primary", PRIMARY)
 def test_defaults_are_those_of_the_dataclasses(primary: str) -> None:
-    config = to_config(composed(primary=primary))
+    config = config_of(primary=primary)
     expected = Config()
-    expected.data.path, expected.output.dir = "prompts.jsonl", "out"
+    expected.data.path = "prompts.jsonl" if "data" in JOBS[primary] else ""
+    expected.output.dir = "out" if "output" in JOBS[primary] else ""
     if primary == "annotate":
         expected.sampling.temperature, expected.sampling.max_tokens = 0.0, 512
     assert config == expected
 
 
 def test_plan_needs_no_output_folder() -> None:
-    assert to_config(compose("plan", overrides=["data.path=prompts.jsonl"])).output.dir == ""
+    assert to_config(compose("plan", overrides=["data.path=prompts.jsonl"]), "plan").output.dir == ""
 
 
 def test_the_output_folder_may_lie_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert to_config(composed("output.dir='~/out'")).output.dir == "/home/me/out"
+    assert config_of("output.dir='~/out'").output.dir == "/home/me/out"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_a_first_bare_word_is_short_for_a_key(given: list[str], expected: list[s
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choice_composes(choice: str) -> None:
-    assert isinstance(to_config(composed(choice, primary="annotate")), Config)
+    assert isinstance(config_of(choice, primary="annotate"), Config)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
@@ -97,7 +103,7 @@ def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_choices_change_what_they_say() -> None:
-    config = to_config(composed("sampling=greedy", "engine=cpu", "data=openai_batch", "model=mixtral_8x7b_instruct"))
+    config = config_of("sampling=greedy", "engine=cpu", "data=openai_batch", "model=mixtral_8x7b_instruct")
     assert config.sampling.temperature == 0
     assert (config.engine.device, config.engine.backend.name) == ("cpu", "torch")
     assert config.data.format.name == "openai_batch"
@@ -105,7 +111,7 @@ def test_choices_change_what_they_say() -> None:
 
 
 def test_an_override_beats_an_experiment() -> None:
-    config = to_config(composed("experiment=support_tickets", "sampling.max_tokens=7"))
+    config = config_of("experiment=support_tickets", "sampling.max_tokens=7")
     assert (config.sampling.temperature, config.sampling.max_tokens) == (0, 7)
     assert config.data.path == "prompts.jsonl"
 
@@ -123,18 +129,18 @@ def test_an_override_beats_an_experiment() -> None:
 )
 @pytest.mark.parametrize("sampling", ["default", "greedy"])
 def test_values_arrive_as_plain_python(override: str, key: str, value: object, sampling: str) -> None:
-    arrived = getattr(to_config(composed(f"sampling={sampling}", override)).sampling, key)
+    arrived = getattr(config_of(f"sampling={sampling}", override).sampling, key)
     assert arrived == value
     assert type(arrived) is type(value)
 
 
 def test_paths_arrive_as_a_list() -> None:
-    assert to_config(composed("data.path=[a.jsonl,s3://b/*.parquet]")).data.path == ["a.jsonl", "s3://b/*.parquet"]
+    assert config_of("data.path=[a.jsonl,s3://b/*.parquet]").data.path == ["a.jsonl", "s3://b/*.parquet"]
 
 
 def test_a_config_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(BatchmixError, match=r"shard\.index=4"):
-        to_config(composed("shard.index=4", "shard.count=4"))
+        config_of("shard.index=4", "shard.count=4")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,46 @@ def test_a_config_that_contradicts_itself_is_refused() -> None:
     ],
 )  # fmt: skip
 def test_a_chat_template_arrives_as_it_is_written(override: str, value: str) -> None:
-    assert to_config(composed(override)).data.chat_template == value
+    assert config_of(override).data.chat_template == value
+
+
+def test_every_job_has_its_groups() -> None:
+    assert sorted(JOBS) == PRIMARY
+    assert {group for groups in JOBS.values() for group in groups} == {
+        field.name for field in dataclasses.fields(Config)
+    }
+
+
+@pytest.mark.parametrize("primary", PRIMARY)
+def test_a_job_composes_the_groups_that_it_reads_alone(primary: str) -> None:
+    assert set(composed(primary=primary)) == set(JOBS[primary])
+
+
+@pytest.mark.parametrize("override", ["data.limit=1", "model=tiny"])
+def test_keys_of_other_jobs_are_refused_by_name(override: str) -> None:
+    group = override.partition("=")[0].partition(".")[0]
+    with pytest.raises(HydraException) as caught:
+        composed(override, primary="tune")
+    assert explain(caught.value, "tune") == f"{group}: batchmix tune does not read it; its keys begin with tune"
+
+
+def test_keys_of_other_jobs_are_refused_where_they_are_added() -> None:
+    with pytest.raises(BatchmixError, match="^data: batchmix tune does not read it; its keys begin with tune$"):
+        config_of("+data.limit=1", primary="tune")
+
+
+def test_every_key_has_a_description_in_one_line() -> None:
+    for key in known_keys():
+        group, _, name = key.rpartition(".")
+        if not group:
+            continue
+        owner = Config
+        for step in group.split("."):
+            hint = get_type_hints(owner)[step]
+            owner = next(kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind))
+        text = {field.name: field for field in dataclasses.fields(owner)}[name].metadata["help"]
+        assert 0 < len(text) <= 120, key
+        assert "\n" not in text
 
 
 def test_every_field_is_a_known_key() -> None:
@@ -165,7 +210,7 @@ def test_every_field_is_a_known_key() -> None:
 def test_keys_of_a_group_that_may_be_null_are_known_too(override: str, message: str) -> None:
     with pytest.raises(HydraException) as caught:
         composed(f"sampling.structured_outputs.{override}")
-    assert explain(caught.value) == f"sampling.structured_outputs.{message}"
+    assert explain(caught.value, "generate") == f"sampling.structured_outputs.{message}"
 
 
 def test_of_long_settings_the_place_where_they_differ_is_shown() -> None:

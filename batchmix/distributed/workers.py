@@ -1,7 +1,7 @@
 """Other processes of this run on this machine: started, heard, and ended with it.
 
 A worker is a fresh interpreter (`spawn`), as CUDA wants it. It dies with its parent, however that ends. Signals that stop
-a run are blocked in it until it says otherwise (`allow_signals`), so that none hits it half started.
+a run are blocked in it: its parent hears them and ends it.
 """
 
 from __future__ import annotations
@@ -83,10 +83,6 @@ class Worker:
                     " what was committed is safe, run the command again for the rest"
                 )
 
-    def stop(self) -> None:
-        """Ask it to end."""
-        self._process.terminate()
-
     def kill(self) -> None:
         """End it now."""
         self._process.kill()
@@ -98,11 +94,6 @@ class Worker:
         wait(
             [w._process.sentinel for w in workers] + [w._connection for w in workers if w._process.is_alive()], seconds
         )
-
-
-def allow_signals() -> None:
-    """For a worker that handles the signals that stop a run."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class SendLog(logging.Handler):

@@ -36,6 +36,10 @@ class EngineStats:
     last_token_time: float | None = None
     expert_tokens: list[list[int]] | None = None  # [layers][experts] tokens that went there, read at the end of a run
 
+    def at_rest(self) -> None:
+        """Become those of an engine that has ended: it holds nothing any more."""
+        self.running = self.waiting = self.kv_blocks_used = self.kv_blocks_total = 0
+
     def sum_up(self, others: Iterable[EngineStats]) -> None:
         """Become what several engines together are: counts and seconds added up, from the first time to the last."""
         others = list(others)

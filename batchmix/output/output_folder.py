@@ -49,12 +49,12 @@ class OutputFolder:
     """One shard's hold on the output folder, from its lease to `finish`.
 
     `folder` is where this run's parts go: "", or `_redo/`. `skip` has the rows not to run; there is none where all is
-    `complete`. `num_workers` processes commit parts, each of an index of its own. BatchmixError where another process has
+    `complete`. BatchmixError where another process has
     this shard or the folder holds something else.
     """
 
     def __init__(self, output: OutputConfig, shard: ShardConfig, parts: Parts, run: dict[str, Any],
-                 limit: int | None, num_workers: int = 1) -> None:  # fmt: skip
+                 limit: int | None) -> None:  # fmt: skip
         self.storage = parts.storage
         self.folder = "" if output.redo is None else f"{REDO_STAGING}/"
         self._output, self._shard, self._parts, self._limit = output, shard, parts, limit
@@ -75,8 +75,7 @@ class OutputFolder:
                 self._delete_ours()
             self._lease.forget_predecessors()
             self.first_number = parts.next_number()
-            indices = [shard.index + shard.count * place for place in range(num_workers)]
-            self._lease.publish(indices, self.first_number, self.folder)
+            self._lease.publish([shard.index], self.first_number, self.folder)
             self.skip = self._open_redo(run) if output.redo else self._open(run)
         except BaseException:
             self._lease.close()
@@ -311,3 +310,9 @@ def trace_name(shard: ShardConfig) -> str:
     """Where the trace of a shard goes."""
     part = f"-{shard.index:05}-of-{shard.count:05}" if shard.count > 1 else ""
     return f"_trace{part}.json"
+
+
+def worker_trace_names(shard: ShardConfig, num_workers: int) -> list[str]:
+    """Where those of its `engine.data_parallel_size` workers go."""
+    finer = (ShardConfig(shard.index + shard.count * place, shard.count * num_workers) for place in range(num_workers))
+    return [trace_name(worker) for worker in finer]

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, islice
-from typing import Any
 
 from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig
@@ -38,130 +37,37 @@ _SHOWN_CHARS = 240  # of the first prompt, in the log
 _log = logging.getLogger(__name__)
 
 
-def build_prompts(rows: Iterable[InputRow], **how: Any) -> Generator[Prompt, None, None]:
-    """`build_prompts_with_pauses` without the pauses."""
-    return _without_pauses(build_prompts_with_pauses(rows, **how))
-
-
-def _without_pauses(prompts: Generator[Prompt | None, None, None]) -> Generator[Prompt, None, None]:
+def without_pauses(prompts: Generator[Prompt | None, None, None]) -> Generator[Prompt, None, None]:
+    """What `PromptBuilder.build` gives, without the pauses."""
     with closing(prompts):
         for prompt in prompts:
             if prompt is not None:
                 yield prompt
 
 
-def build_prompts_with_pauses(
-    rows: Iterable[InputRow],
-    *,
-    data: DataConfig,
-    sampling: SamplingConfig,
-    tokenizer: Tokenizer | None,
-    max_model_len: int,
-    vocab_size: int,
-    keep: Sequence[str],
-    clock: StageClock,
-    grammars: Grammars | None = None,
-    eos_token_ids: Sequence[int] = (),
-    stopping: Callable[[], bool] = lambda: False,
-    buffers: Buffers | None = None,
-) -> Generator[Prompt | None, None, None]:
-    """One prompt for each row, in order but for rows whose grammar has to be compiled first, and None
-    where nothing but those is left for now; a row that cannot be run comes out with `error` set and no token ids.
-    With `data.swap_columns` a row has two: one for its even samples, one with the columns swapped for the odd ones.
+class PromptBuilder:
+    """Makes one prompt of each row of a run; a row that cannot be run has `error` set and no token ids.
 
     A row's prompt is, of what it has, the first of: its `data.token_ids_column`, `data.template` over its columns,
     its `data.messages_column`, its `data.prompt_column` (of those three, the ones that `PromptColumns` names). Texts of
     the template and the prompt column are sent as one user message through the chat template; without one (a base model, a
-    request to /v1/completions) the text itself is sent after the beginning-of-sequence token.
+    request to /v1/completions) the text itself is sent after the beginning-of-sequence token. With `data.swap_columns` a row
+    has two prompts: one for its even samples, one with the columns swapped for the odd ones.
 
-    `vocab_size`, `max_model_len`, `grammars` and `eos_token_ids` are the model's. `keep` names the columns that the output
-    keeps. Rows are read and encoded by a thread, ahead of the consumer and within `buffers` (None: as the configuration has
-    it); closing the iterator ends it, and once `stopping()` it ends by itself. `clock` counts its stages read and
-    tokenise.
-
-    BatchmixError, before any row is read, where data.template, data.system_prompt or sampling cannot work.
+    `vocab_size`, `max_model_len`, `grammars` and `eos_token_ids` are the model's. BatchmixError where data.template,
+    data.system_prompt or sampling cannot work.
     """
-    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, keep, grammars, eos_token_ids)
-    buffers = buffers or Buffers.of(buffered_bytes(data.max_buffered_bytes))
-    return _unbatch(builder, rows, clock, buffers, stopping)
 
-
-def check_prompts(
-    data: DataConfig,
-    sampling: SamplingConfig,
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    grammars: Grammars | None,
-    eos_token_ids: Sequence[int] = (),
-) -> None:
-    """BatchmixError where `build_prompts` would raise it: to be known before anything is written or loaded."""
-    _PromptBuilder(data, sampling, tokenizer, 2, vocab_size, (), grammars, eos_token_ids)
-
-
-def show_first(
-    rows: Iterable[InputRow],
-    *,
-    data: DataConfig,
-    sampling: SamplingConfig,
-    tokenizer: Tokenizer | None,
-    max_model_len: int,
-    vocab_size: int,
-    grammars: Grammars | None,
-    eos_token_ids: Sequence[int] = (),
-) -> Iterator[InputRow]:
-    """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
-
-    BatchmixError, before a model is loaded, where the first rows need a chat template and there is none.
-    """
-    builder = _PromptBuilder(data, sampling, tokenizer, max_model_len, vocab_size, (), grammars, eos_token_ids)
-    rows = iter(rows)
-    read: list[InputRow] = []
-    most_bytes = Buffers.of(buffered_bytes(data.max_buffered_bytes)).raw
-    for row in islice(rows, _BATCH_ROWS):
-        read.append(row)
-        most_bytes -= num_bytes(row.columns)  # rows that cannot be run are held too, until one is found that can
-        if (shown := builder.show(row)) is not None:
-            _log.info(
-                "chat template: %s", "none, there is no tokenizer" if tokenizer is None else tokenizer.chat_format.name
-            )
-            _log.info("first prompt, %s", shown)
-            break
-        if most_bytes <= 0:
-            break
-    return chain(read, rows)
-
-
-def _unbatch(
-    builder: _PromptBuilder, rows: Iterable[InputRow], clock: StageClock, buffers: Buffers, stopping: Callable[[], bool]
-) -> Generator[Prompt | None, None, None]:
-    batches = read_ahead(
-        builder.batches(rows, clock, buffers.raw, stopping), _BATCHES_AHEAD, buffers.read_ahead, _size, stopping
-    )
-    try:
-        for batch in batches:
-            if not batch:
-                yield None
-            while batch:  # what the consumer has is not held here
-                yield batch.popleft()
-    finally:
-        batches.close()
-
-
-def _size(prompts: Iterable[Prompt]) -> int:
-    return sum(prompt.num_bytes for prompt in prompts)
-
-
-class _PromptBuilder:
     def __init__(
         self,
         data: DataConfig,
         sampling: SamplingConfig,
         tokenizer: Tokenizer | None,
+        *,
         max_model_len: int,
         vocab_size: int,
-        keep: Sequence[str],
-        grammars: Grammars | None,
-        eos_token_ids: Sequence[int],
+        grammars: Grammars | None = None,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._columns = PromptColumns.of(data)
         self._sampling = sampling
@@ -169,8 +75,8 @@ class _PromptBuilder:
         self._max_model_len = max_model_len
         self._max_chars = max_model_len * _MOST_CHARS
         self._vocab_size = vocab_size
-        self._keep = tuple(keep)
         self._more_tokens_than_model = tokenizer is not None and tokenizer.vocab_size > vocab_size
+        self._buffers = Buffers.of(buffered_bytes(data.max_buffered_bytes))
         try:
             self._samplings = RowSamplings(sampling, tokenizer is not None, vocab_size, grammars, eos_token_ids)
             for key in ("template", "system_prompt"):
@@ -180,18 +86,70 @@ class _PromptBuilder:
         self._texts = None if tokenizer is None else RowTexts(data, tokenizer)
         self._swap = None if data.swap_columns is None else check_swap(data, sampling)
 
-    def show(self, row: InputRow) -> str | None:
+    def build(
+        self,
+        rows: Iterable[InputRow],
+        *,
+        keep: Sequence[str],
+        clock: StageClock,
+        stopping: Callable[[], bool] = lambda: False,
+        buffers: Buffers | None = None,
+    ) -> Generator[Prompt | None, None, None]:
+        """The rows' prompts, in order but for rows whose grammar has to be compiled first, and None where nothing but
+        those is left for now.
+
+        `keep` names the columns that the output keeps. Rows are read and encoded by a thread, ahead of the consumer and
+        within `buffers` (None: as the configuration has it); closing the iterator ends it, and once `stopping()` it ends by
+        itself. `clock` counts its stages read and tokenise.
+        """
+        buffers = buffers or self._buffers
+        made = self._batches(rows, tuple(keep), clock, buffers.raw, stopping)
+        batches = read_ahead(made, _BATCHES_AHEAD, buffers.read_ahead, _size, stopping)
+        try:
+            for batch in batches:
+                if not batch:
+                    yield None
+                while batch:  # what the consumer has is not held here
+                    yield batch.popleft()
+        finally:
+            batches.close()
+
+    def show_first(self, rows: Iterable[InputRow]) -> Iterator[InputRow]:
+        """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
+
+        BatchmixError, before a model is loaded, where the first rows need a chat template and there is none.
+        """
+        rows = iter(rows)
+        read: list[InputRow] = []
+        most_bytes = self._buffers.raw
+        for row in islice(rows, _BATCH_ROWS):
+            read.append(row)
+            most_bytes -= num_bytes(row.columns)  # rows that cannot be run are held too, until one is found that can
+            if (shown := self._show(row)) is not None:
+                name = "none, there is no tokenizer" if self._tokenizer is None else self._tokenizer.chat_format.name
+                _log.info("chat template: %s", name)
+                _log.info("first prompt, %s", shown)
+                break
+            if most_bytes <= 0:
+                break
+        return chain(read, rows)
+
+    def _show(self, row: InputRow) -> str | None:
         """The prompt of a row for people, shortened, on one line; None where the row cannot be run."""
+        warns = self._texts is not None and self._texts.warns
         if self._texts is not None:
-            self._texts.warns = False  # the run itself will
+            self._texts.warns = False  # when it is built it will
         try:
             if row.error is None:
                 self._content(row)
+            [prompt] = self._build([row], ())
         except NoChatFormat as error:
             raise BatchmixError(str(error)) from None
         except (PromptError, RecursionError):
             return None
-        [prompt] = self._build([row])
+        finally:
+            if self._texts is not None:
+                self._texts.warns = warns
         if prompt.error is not None:
             return None
         ids = list(prompt.token_ids)
@@ -200,37 +158,32 @@ class _PromptBuilder:
             text = f"{text[: _SHOWN_CHARS // 2]} ... {text[-_SHOWN_CHARS // 2 :]}"
         return f"row {row.row}, {len(ids)} tokens: {text!r}"
 
-    def batches(
-        self, rows: Iterable[InputRow], clock: StageClock, max_bytes: int, stopping: Callable[[], bool]
-    ) -> Generator[deque[Prompt], None, None]:
-        """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
-        rows, aside = iter(rows), Aside(self._samplings.prepare, _MOST_ASIDE)
-        with closing(aside):
-            yield from self._batches(rows, aside, clock, max_bytes, stopping)
-
     def _batches(
         self,
-        rows: Iterator[InputRow],
-        aside: Aside[InputRow],
+        rows: Iterable[InputRow],
+        keep: tuple[str, ...],
         clock: StageClock,
         max_bytes: int,
         stopping: Callable[[], bool],
     ) -> Generator[deque[Prompt], None, None]:
-        more = True
-        while not stopping() and (more or aside):
-            with clock.stage("read"):
-                batch, more = self._take(rows, aside, max_bytes, stopping)
-            batch += aside.take(_PATIENCE if not batch else 0.0)
-            with clock.stage("tokenise"):
-                prompts = self._build(batch)
-                if self._swap:
-                    prompts = pair_up(prompts, self._build([swapped(row, *self._swap) for row in batch]))
-            del batch
-            for prompt in prompts:
-                prompt.num_bytes = _PROMPT_BYTES + num_bytes(prompt.columns) + num_bytes(prompt.token_ids)
-            ready = deque(prompts)
-            del prompts
-            yield ready
+        """The prompts of so many rows together as have about `max_bytes` or are _BATCH_ROWS."""
+        rows = iter(rows)
+        with closing(Aside(self._samplings.prepare, _MOST_ASIDE)) as aside:
+            more = True
+            while not stopping() and (more or aside):
+                with clock.stage("read"):
+                    batch, more = self._take(rows, aside, max_bytes, stopping)
+                batch += aside.take(_PATIENCE if not batch else 0.0)
+                with clock.stage("tokenise"):
+                    prompts = self._build(batch, keep)
+                    if self._swap:
+                        prompts = pair_up(prompts, self._build([swapped(row, *self._swap) for row in batch], keep))
+                del batch
+                for prompt in prompts:
+                    prompt.num_bytes = _PROMPT_BYTES + num_bytes(prompt.columns) + num_bytes(prompt.token_ids)
+                ready = deque(prompts)
+                del prompts
+                yield ready
 
     def _take(
         self, rows: Iterator[InputRow], aside: Aside[InputRow], max_bytes: int, stopping: Callable[[], bool]
@@ -251,12 +204,12 @@ class _PromptBuilder:
             size += num_bytes(row.columns)
         return batch, True
 
-    def _build(self, rows: list[InputRow]) -> list[Prompt]:
+    def _build(self, rows: list[InputRow], keep: tuple[str, ...]) -> list[Prompt]:
         prompts: list[Prompt] = []
         chats: list[tuple[Prompt, list[Message]]] = []
         texts: list[tuple[Prompt, str]] = []
         for row in rows:
-            columns = {name: row.columns[name] for name in self._keep if name in row.columns}
+            columns = {name: row.columns[name] for name in keep if name in row.columns}
             prompt = Prompt(row.row, row.id, columns, array("i"), self._sampling, row.error)
             prompts.append(prompt)
             if row.error is not None:
@@ -348,6 +301,10 @@ class _PromptBuilder:
             index = next(index for index, token in enumerate(ids) if not 0 <= token < self._vocab_size)
             raise PromptError(f"{name}[{index}]={ids[index]} is outside the model's vocabulary of {self._vocab_size}")
         return array("i", ids)
+
+
+def _size(prompts: Iterable[Prompt]) -> int:
+    return sum(prompt.num_bytes for prompt in prompts)
 
 
 def _reason(error: Exception) -> str:

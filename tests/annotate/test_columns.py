@@ -228,11 +228,11 @@ def test_both_orders_of_a_row_are_prompted_and_come_out_once(logprobs: int | Non
     ],
 )
 def test_swapping_that_cannot_work_is_refused(names: list[str], n: int, template: str | None, message: str) -> None:
-    from batchmix.prompts.prompt import check_prompts
+    from batchmix.prompts.prompt import PromptBuilder
 
     data = DataConfig(path="x", template=template, swap_columns=names)
     with pytest.raises(BatchmixError, match=message):
-        check_prompts(data, SamplingConfig(n=n), None, 100, None)
+        PromptBuilder(data, SamplingConfig(n=n), None, max_model_len=100, vocab_size=100)
 
 
 @pytest.mark.slow  # a model answers 200 messages

@@ -12,11 +12,10 @@ import pytest
 from batchmix.config import Config
 from batchmix.distributed import ray_pool
 from batchmix.distributed.config import ClusterConfig, ClusterKind
-from batchmix.distributed.data_parallel import Report
+from batchmix.distributed.engine_worker import Report
 from batchmix.distributed.ray_pool import RayPool
 from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
-from batchmix.observability.clock import StageClock
 from batchmix.records import Completion, InputRow, Prompt
 from batchmix.sampling import SamplingConfig
 
@@ -85,7 +84,7 @@ class Ray(ModuleType):
         return {"CPU": 2}
 
     def remote(self, _: type) -> Remote:
-        def start(_: Config) -> Actor:
+        def start(*_: object) -> Actor:
             self.started += 1
             return Actor(next(self.lives), self.load)
 
@@ -106,13 +105,13 @@ def answers(ray: Ray, monkeypatch: pytest.MonkeyPatch, num_rows: int, stop_after
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.exceptions", ray.exceptions)
     monkeypatch.setattr(ray_pool, "_LOOK_EVERY", 0.01)
-    monkeypatch.setattr(ray_pool, "_PAUSE", 0.01)
+    monkeypatch.setattr(ray_pool, "PAUSE", 0.01)
     monkeypatch.setattr(ray_pool, "_PATIENCE", 0.0)
     config = Config(cluster=ClusterConfig(ClusterKind.ray, rows_per_unit=4), engine=EngineConfig(device="cpu"))
     rows = (InputRow(number, str(number), {"text": f"t{number}", "not kept": 0}) for number in range(num_rows))
     found: list[Completion] = []
-    with RayPool(config, "model", lambda _: None) as pool:
-        found += pool.answer(rows, ["text"], lambda: len(found) >= stop_after, StageClock())
+    with RayPool(config, "model", ["text"], lambda: len(found) >= stop_after, lambda _: None) as pool:
+        found += pool.run(rows)
     return found
 
 

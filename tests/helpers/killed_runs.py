@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as ds
 
-from batchmix import pipeline
+from batchmix import pipeline, preflight, stages
 from batchmix.config import Config
+from batchmix.distributed import executor
 from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError, Interrupted
 from batchmix.input.config import DataConfig, ShardConfig
@@ -228,10 +229,10 @@ def operation_kills(scenario: str, folder: Path) -> dict[str, Any]:
     """The job of a scenario, killed at its first operation, at its second, ... until it ends by itself; then run again."""
     data, log = folder / "rows.jsonl", folder / "log"
     data.write_text("\n".join(TICKETS.read_text(encoding="utf-8").splitlines()[:5]) + "\n", encoding="utf-8")
-    checkpoint = pipeline.open_checkpoint(Config().model)
-    tokenizer = pipeline.load_tokenizer(checkpoint.folder)
-    pipeline.open_checkpoint, pipeline.load_tokenizer = lambda _: checkpoint, lambda *_: tokenizer
-    pipeline.start_engine = lambda *_: InstantEngine()  # type: ignore[assignment]
+    checkpoint = preflight.open_checkpoint(Config().model)
+    tokenizer = stages.load_tokenizer(checkpoint.folder)
+    preflight.open_checkpoint, stages.load_tokenizer = lambda _: checkpoint, lambda *_: tokenizer
+    executor.start_engine = lambda *_: InstantEngine()  # type: ignore[assignment]
 
     def config(out: Path, **output: Any) -> Config:
         return Config(

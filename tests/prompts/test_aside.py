@@ -7,15 +7,18 @@ from array import array
 from typing import Any
 
 import pytest
+from prompts import build_prompts
 
 from batchmix.input.config import DataConfig
 from batchmix.observability.clock import StageClock
 from batchmix.planning.planner import Limits, plan
 from batchmix.prompts import prompt as prompt_module
 from batchmix.prompts.aside import Aside
-from batchmix.prompts.prompt import build_prompts, build_prompts_with_pauses
+from batchmix.prompts.prompt import PromptBuilder
+from batchmix.prompts.row_sampling import RowSamplings
 from batchmix.records import InputRow
 from batchmix.sampling import SamplingConfig
+from batchmix.templates.messages import PromptError
 
 
 def test_items_come_back_once_they_are_done() -> None:
@@ -52,22 +55,20 @@ def rows(count: int, costly: int) -> list[InputRow]:
 @pytest.mark.parametrize("error", [None, "no"])
 def test_rows_behind_costly_ones_come_first(error: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     go, compiled = threading.Event(), []
-    sampling_of = prompt_module._PromptBuilder._sampling_of
+    merged = RowSamplings._merged
 
     def slow(self: Any, overrides: Any) -> SamplingConfig:
         if overrides:
             compiled.append(threading.current_thread().name)
             assert go.wait(20)
             if error:
-                raise prompt_module.PromptError(error)
+                raise PromptError(error)
             return SamplingConfig(max_tokens=7)
-        return sampling_of(self, overrides)
+        return merged(self, overrides)
 
-    monkeypatch.setattr(prompt_module._PromptBuilder, "_sampling_of", slow)
-    prompts = build_prompts_with_pauses(
-        rows(10, 3), data=DataConfig("x"), sampling=SamplingConfig(), tokenizer=None, max_model_len=16, vocab_size=10,
-        keep=[], clock=StageClock(),
-    )  # fmt: skip
+    monkeypatch.setattr(RowSamplings, "_merged", slow)
+    builder = PromptBuilder(DataConfig("x"), SamplingConfig(), None, max_model_len=16, vocab_size=10)
+    prompts = builder.build(rows(10, 3), keep=[], clock=StageClock())
     batches = plan(prompts, Limits(100, 100, 4, sort_window=1000))
     assert [prompt.row for prompt in next(batches).prompts] == [3, 4, 5, 6, 7, 8, 9]
     assert next(batches).prompts == [], "the engine goes on with what it has"

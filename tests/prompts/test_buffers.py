@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompts import build_prompts
 
 from batchmix.checkpoints.checkpoint import TINY
 from batchmix.input import arrow_readers
@@ -30,7 +31,6 @@ from batchmix.observability.clock import StageClock
 from batchmix.planning.in_flight import InFlight
 from batchmix.planning.planner import Limits, plan
 from batchmix.prompts.buffers import BoundedQueue, Buffers, buffered_bytes, num_bytes, take
-from batchmix.prompts.prompt import build_prompts
 from batchmix.prompts.read_ahead import read_ahead
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Completion, InputRow, Prompt

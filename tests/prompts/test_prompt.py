@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prompts import build_prompts
 
 from batchmix.checkpoints.checkpoint import TINY
 from batchmix.errors import BatchmixError
@@ -16,7 +17,6 @@ from batchmix.input.config import DataConfig, DataFormat, ShardConfig
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source
 from batchmix.observability.clock import StageClock
-from batchmix.prompts.prompt import build_prompts
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig

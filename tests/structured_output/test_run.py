@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_module
 from batchmix import pipeline
 from batchmix.config import Config
 from batchmix.config_checks import check
+from batchmix.distributed import executor
 from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import register, to_config
@@ -51,7 +52,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def start_engine(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(pipeline, "start_engine", start_engine)
+    monkeypatch.setattr(executor, "start_engine", start_engine)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from batchmix.observability.clock import StageClock
 from batchmix.output.config import OutputConfig
 from batchmix.prompts.jinja_tokenizer import JinjaTokenizer
 from batchmix.prompts.mistral_tokenizer import MistralTokenizer
-from batchmix.prompts.prompt import build_prompts, show_first
+from batchmix.prompts.prompt import PromptBuilder, without_pauses
 from batchmix.prompts.tokenizer import Tokenizer, load_tokenizer
 from batchmix.records import InputRow, Prompt
 from batchmix.sampling import SamplingConfig
@@ -347,9 +347,9 @@ def test_a_file_is_read_once_and_other_values_stay(tmp_path: Path, monkeypatch: 
 
 def prompts(rows: list[InputRow], folder: Path, chat_template: str = "auto", **options: Any) -> list[Prompt]:
     data = DataConfig("x", chat_template=chat_template, **options)
-    arguments: Any = {"data": data, "sampling": SamplingConfig(), "tokenizer": load_tokenizer(folder, chat_template),
-                      "max_model_len": 4096, "vocab_size": 32000, "grammars": None}  # fmt: skip
-    return list(build_prompts(show_first(rows, **arguments), keep=[], clock=StageClock(), **arguments))
+    tokenizer = load_tokenizer(folder, chat_template)
+    builder = PromptBuilder(data, SamplingConfig(), tokenizer, max_model_len=4096, vocab_size=32000)
+    return list(without_pauses(builder.build(builder.show_first(rows), keep=[], clock=StageClock())))
 
 
 def row(number: int = 0, text: str | None = None, **columns: Any) -> InputRow:
@@ -498,13 +498,14 @@ def answered(tmp_path: Path, name: str = "out") -> list[tuple[int, str | None]]:
 
 def test_runs_of_a_base_model(tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from batchmix import pipeline
+    from batchmix.distributed import executor
     from batchmix.plan import plan_report
 
     pipeline.generate(job(tmp_path, base_model, [{"prompt": "hi"}, {"prompt": "hi"}]))
     tokens = len(reference(base_model)("hi").input_ids)
     assert answered(tmp_path) == 2 * [(tokens, None)]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "start_engine", lambda *_: pytest.fail("the model is loaded"))
+        patch.setattr(executor, "start_engine", lambda *_: pytest.fail("the model is loaded"))
         config = job(tmp_path, base_model, [{"messages": CHAT}], "chats")
         for run in (pipeline.generate, plan_report):
             with pytest.raises(BatchmixError, match=r"set data\.chat_template=mistral"):
