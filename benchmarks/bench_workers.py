@@ -1,6 +1,7 @@
 """What sharing one output folder costs: many workers over one data set, with a stand-in for the engine.
 
     python benchmarks/bench_workers.py [--workers 8] [--rows 1000000] [--ideal 300] [--save]
+    python benchmarks/bench_workers.py --driver [--rows 100000] [--save]     # what one driver commits for its workers
 
 Each worker is `batchmix generate` in a process of its own, with all its stages, leases, commits, and the last one's
 check and `_SUCCESS`; only the engine is replaced, by one that sleeps as long as a device would work: a batch of n rows
@@ -8,17 +9,24 @@ takes n / (rows per second). The ideal split is rows / (workers x rows per secon
 time is taken from the start of the first process to the end of the last, with Python's own start. What a worker's thread
 does between two batches (planning, handing over completions) stands in the way of the next, as it would of an engine's.
 On a machine with fewer cores than workers all their host work shares the cores, which a cluster's does not.
+
+`--driver` runs one process with `engine.data_parallel_size=8` whose workers are replaced by stand-ins in the process itself,
+which answer at once with DRIVER_TOKENS tokens a row. It counts the process's CPU seconds, all threads together, less those that
+the stand-ins took: reading, handing out and receiving (pickled, as through a pipe), detokenising and committing are the driver's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,16 +38,22 @@ from common import save
 from batchmix import pipeline
 from batchmix.config import Config
 from batchmix.distributed import executor
+from batchmix.distributed.engine_worker import Report
+from batchmix.distributed.worker_pool import PoolWorker, WorkerPool
 from batchmix.engine.config import EngineConfig
 from batchmix.input.config import DataConfig, ShardConfig
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.output.config import OutputConfig
-from batchmix.records import Batch, Completion
+from batchmix.records import Batch, Completion, InputRow, Prompt
 from batchmix.sampling import SamplingConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "support_tickets.jsonl"
 ANSWER_TOKENS = 16
+DRIVER_TOKENS = 128
+ANSWER = array("i", [*range(1000, 1000 + DRIVER_TOKENS)])
+PROMPT = array("i", [*range(1000, 1000 + 180)])  # 340 : 240 of what eight GPUs prefill and decode
+SAMPLING = SamplingConfig(max_tokens=DRIVER_TOKENS)
 ROWS_AT_ONCE = 1024
 
 
@@ -79,6 +93,62 @@ class SleepingEngine:
                 yield Completion(prompt, 0, ids, "length", num_tokens=len(ids))
 
 
+class InstantPool(WorkerPool):
+    """Workers that answer at once, in this process. `seconds` is the CPU time of what theirs would be."""
+
+    seconds = 0.0
+
+    @property
+    def _max_workers(self) -> int:
+        return self._config.engine.data_parallel_size
+
+    def _grow(self) -> None:
+        while not self._all or len(self._all) < self._max_workers:
+            worker = PoolWorker(handle=[], loaded=True)
+            self._workers.append(worker)
+            self._all.append(worker)
+
+    def _send(self, worker: PoolWorker, rows: list[InputRow]) -> None:
+        unit = pickle.dumps(rows)
+        began = time.process_time()
+        for start in range(0, len(rows), 256):
+            prompts = [Prompt(row.row, row.id, {}, PROMPT, SAMPLING) for row in pickle.loads(unit)[start : start + 256]]
+            answers = [Completion(prompt, 0, ANSWER, "length", num_tokens=len(ANSWER)) for prompt in prompts]
+            worker.handle.append(pickle.dumps((answers, Report())))
+        InstantPool.seconds += time.process_time() - began
+
+    def _listen(self) -> Iterator[tuple[PoolWorker, Any]]:
+        for worker in list(self._workers):
+            while worker.handle:
+                yield worker, pickle.loads(worker.handle.pop())
+
+    def _kill(self, worker: PoolWorker) -> None:
+        """There is no process."""
+
+
+def drive(rows: int, keep: bool) -> None:
+    """Print, and with `keep` save, the output tokens that one driver commits in a second of one core."""
+    pipeline_pool = "batchmix.distributed.process_pool"
+    importlib.import_module(pipeline_pool).ProcessPool = lambda *given: InstantPool(*given[:-1])  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as temporary:
+        data, out = Path(temporary, "rows.jsonl"), Path(temporary, "out")
+        write_rows(data, rows)
+        engine = EngineConfig(device="cpu", data_parallel_size=8)
+        config = Config(
+            data=DataConfig(path=str(data)), sampling=SAMPLING, engine=engine, output=OutputConfig(dir=str(out))
+        )
+        began, wall = time.process_time(), time.perf_counter()
+        pipeline.generate(config)
+        cpu, wall = time.process_time() - began - InstantPool.seconds, time.perf_counter() - wall
+        assert (out / "_SUCCESS").exists()
+    tokens, prompt_tokens = rows * len(ANSWER), rows * len(PROMPT)
+    print(f"{rows:,} rows of {len(PROMPT)} + {len(ANSWER)} tokens: the driver took {cpu:.1f} CPU seconds, {tokens / cpu:,.0f} output"
+          f" tokens and {(tokens + prompt_tokens) / cpu:,.0f} tokens in all for each ({wall:.1f} s, load {os.getloadavg()[0]:.1f})")  # fmt: skip
+    if keep:
+        save("driver", {"rows": rows, "prompt_tokens": prompt_tokens, "output_tokens": tokens, "driver_cpu_seconds": round(cpu, 2),
+                        "output_tokens_per_cpu_second": round(tokens / cpu), "load_average": round(os.getloadavg()[0], 1)})  # fmt: skip
+
+
 def write_rows(path: Path, count: int) -> None:
     lines = EXAMPLES.read_text(encoding="utf-8").splitlines()
     with path.open("w", encoding="utf-8") as file:
@@ -107,7 +177,11 @@ def main() -> None:
     parser.add_argument("--ideal", type=float, default=300.0, help="seconds that the ideal split takes")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-workers.json")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # data, out, index, rows per second
+    parser.add_argument("--driver", action="store_true", help="measure the driver of eight workers alone")
     args = parser.parse_args()
+    if args.driver:
+        drive(args.rows, args.save)
+        return
     if args.worker:
         data, out, index, rate = args.worker
         work(data, out, int(index), args.workers, float(rate))

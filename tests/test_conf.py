@@ -177,7 +177,7 @@ def test_keys_of_other_jobs_are_refused_by_name(override: str) -> None:
 
 
 def test_keys_of_other_jobs_are_refused_where_they_are_added() -> None:
-    with pytest.raises(BatchmixError, match="^data: batchmix tune does not read it; its keys begin with tune$"):
+    with pytest.raises(BatchmixError, match=r"^data: batchmix tune does not read it; its keys begin with tune$"):
         config_of("+data.limit=1", primary="tune")
 
 
