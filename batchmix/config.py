@@ -303,7 +303,8 @@ class PlanConfig:
     """What `batchmix plan` estimates for."""
 
     gpu: str = "h200"  # a name in batchmix/planning/gpus.py
-    histogram: str | None = None  # PNG file; null: lengths.png in output.dir where that is set, else none
+    # File for a picture of the lengths, .svg or .html; null: _lengths.svg in output.dir where that is set, else none
+    histogram: str | None = None
     expected_tokens: int | None = None  # answer length to assume; null: sampling.max_tokens
     host_memory_gb: float | None = None  # of the machine that the GPU is in; null: as this one has
 

@@ -244,13 +244,20 @@ def test_settings_that_no_row_could_run_with_leave_nothing_behind(tmp_path, rows
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_writes_a_png_or_says_why_not(tmp_path, rows, capsys):
-    config = job(write(tmp_path / "rows.jsonl", rows[:3]), "")
-    config.plan.histogram = str(tmp_path / "new" / "lengths.txt")
+def test_plan_writes_a_picture_or_says_why_not(tmp_path, rows, capsys):
+    data, picture = write(tmp_path / "rows.jsonl", rows[:3]), tmp_path / "new" / "lengths.html"
+    config = job(data, tmp_path)
+    config.plan.histogram = str(picture)
     plan_report(config)
-    assert "3 rows" in capsys.readouterr().out
-    assert Path(config.plan.histogram).read_bytes().startswith(b"\x89PNG")
-    for nowhere in ("/proc/x.png", str(tmp_path / "rows.jsonl" / "x.png"), str(tmp_path)):
+    printed = capsys.readouterr().out
+    assert "3 rows" in printed
+    assert f"histogram: {picture}" in printed
+    assert "<title>3 prompts, " in picture.read_text()
+    assert not (tmp_path / "_lengths.svg").exists()
+    config.plan.histogram = None
+    plan_report(config)
+    assert (tmp_path / "_lengths.svg").read_text().startswith("<svg ")
+    for nowhere in ("/proc/x.svg", str(data / "x.svg"), f"{tmp_path}/new/lengths.html/x.svg"):
         config.plan.histogram = nowhere
         with pytest.raises(BatchmixError, match=f"plan.histogram={nowhere}: cannot be written"):
             plan_report(config)
