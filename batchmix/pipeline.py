@@ -32,6 +32,7 @@ from batchmix.observability.progress import Progress
 from batchmix.observability.summary import RunStatistics
 from batchmix.observability.totals import Totals
 from batchmix.observability.trace import Trace
+from batchmix.output.all_failed import check_not_all_failed
 from batchmix.output.columns import OutputColumns
 from batchmix.output.output_folder import OutputFolder, trace_name
 from batchmix.output.part_formats import part_format
@@ -55,7 +56,7 @@ _log = logging.getLogger(__name__)
 def generate(config: Config) -> None:
     """Run every row that is not done yet, and commit its completions to `output.dir`.
 
-    BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
+    BatchmixError for what a user can mend, of these AllRowsFailed once the run is complete; Interrupted where a signal ended the run early.
     """
     config = read_chat_template(config)
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
@@ -84,6 +85,7 @@ def generate(config: Config) -> None:
             _check_data(source, output)
             if output.complete:
                 _log.info("%s is complete, nothing to do", config.output.dir)
+                check_not_all_failed(parts)
                 return
             save_hydra_files(config, output.storage)
             rows = show_first(
@@ -119,6 +121,8 @@ def generate(config: Config) -> None:
             others = "so are all others" if output.complete else "others are not"
             print(summary.text() if summary else f"this shard is done, {others}")
             print(f"the answers are in {output.storage.url}")
+            if summary is not None or output.complete:  # else other shards have rows left
+                check_not_all_failed(parts)
 
 
 def _run(
