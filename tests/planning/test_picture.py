@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig
+from batchmix.config import Config, PlanConfig, SamplingConfig
+from batchmix.config_checks import check
+from batchmix.errors import BatchmixError
 from batchmix.planning.picture import save_picture
 from batchmix.planning.survey import Survey
 from batchmix.records import Prompt
@@ -101,6 +103,12 @@ def test_numbers_of_rows_on_the_axis_are_whole(tmp_path: Path) -> None:
         root = drawn([5] * rows, tmp_path / "lengths.svg")
         ticks = [float(t.text or "") for t in root.iter(f"{SVG}text") if t.get("class") == "tick"]
         assert all(tick == int(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("name", ["", "lengths", "lengths.txt", "lengths.svg.gz", "svg"])
+def test_other_kinds_of_pictures_are_refused(name: str) -> None:
+    with pytest.raises(BatchmixError, match=rf"^plan\.histogram={name}: must end in \.svg or \.html; "):
+        check(Config(plan=PlanConfig(histogram=name)))
 
 
 def test_a_page_holds_the_picture_and_loads_nothing(tmp_path: Path) -> None:
