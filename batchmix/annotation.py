@@ -11,6 +11,7 @@ from batchmix.annotate.task import answer_of, prepare
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
 from batchmix.input.source import open_source
+from batchmix.output.all_failed import AllRowsFailed
 from batchmix.pipeline import generate
 
 _TINY_FIELDS = {"sentiment", "topic", "urgent"}  # of conf/annotate/tickets.yaml
@@ -18,14 +19,26 @@ _log = logging.getLogger(__name__)
 
 
 def annotate(config: Config) -> None:
-    """Run the task on every row that is not done, as `generate` does; what is the last to end writes checks and report."""
+    """Run the task on every row that is not done, as `generate` does; what is the last to end writes checks and report.
+
+    AllRowsFailed, as `generate`, once these are written.
+    """
     config = prepare(config)
     _check_gold(config)
     answer = answer_of(config.annotate)
     if config.model.path == "tiny" and answer is not None and {field.name for field in answer.fields} != _TINY_FIELDS:
         _log.warning("model.path=tiny: the built-in model can do the task `tickets` alone, so these answers will mean nothing;"
                      " give a real model")  # fmt: skip
-    generate(config)
+    try:
+        generate(config)
+    except AllRowsFailed:
+        _write_report(config)  # which shows the rows' errors
+        raise
+    _write_report(config)
+
+
+def _write_report(config: Config) -> None:
+    """Checks and report, of a run that is complete."""
     results = Results(config.output.dir)
     if not results.complete or not results.names:
         return

@@ -62,6 +62,11 @@ def check(config: Config) -> Config:
         raise refuse(
             "data.csv_encoding", encoding, "is no encoding of text that Python knows; utf-8, cp1252, utf-16, ... are"
         )
+    picture = config.plan.histogram
+    if picture is not None and "://" in picture:
+        raise refuse("plan.histogram", picture, "the picture is written on this machine; give the path of a file")
+    if picture is not None and not picture.lower().endswith((".svg", ".html")):
+        raise refuse("plan.histogram", picture, "must end in .svg or .html; no other picture is drawn")
     if not config.output.flush_seconds > 0:
         raise refuse("output.flush_seconds", config.output.flush_seconds, "must be above 0")
     if config.output.compression not in (None, "zstd", "lz4"):

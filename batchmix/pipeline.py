@@ -21,6 +21,7 @@ from batchmix.observability.metrics import Metrics
 from batchmix.observability.progress import Progress
 from batchmix.observability.summary import RunStatistics
 from batchmix.observability.totals import Totals
+from batchmix.output.all_failed import check_not_all_failed
 from batchmix.output.output_folder import trace_name, worker_trace_names
 from batchmix.output.run_info import accept_weights
 from batchmix.output.sink import Sink
@@ -36,7 +37,8 @@ _log = logging.getLogger(__name__)
 def generate(config: Config) -> None:
     """Run every row that is not done yet, and commit its completions to `output.dir`.
 
-    BatchmixError for what a user can mend; Interrupted where a signal ended the run early.
+    BatchmixError for what a user can mend, of these AllRowsFailed once the run is complete; Interrupted where a signal ended
+    the run early.
     """
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
         raise BatchmixError("output.dir=: give a folder, for example output.dir=out")
@@ -44,6 +46,7 @@ def generate(config: Config) -> None:
         source, output = run.source, run.output
         if output.complete:
             _log.info("%s is complete, nothing to do", config.output.dir)
+            check_not_all_failed(run.parts)
             return
         save_hydra_files(run.config, output.storage)
         rows = run.prompts.builder.show_first(source.rows(output.skip))
@@ -57,6 +60,8 @@ def generate(config: Config) -> None:
         others = "so are all others" if output.complete else "others are not"
         print(summary.text() if summary else f"this shard is done, {others}")
         print(f"the answers are in {output.storage.url}")
+        if summary is not None or output.complete:  # else other shards have rows left
+            check_not_all_failed(run.parts)
 
 
 def _execute(run: Run, signals: StopSignals, rows: Iterator[InputRow]) -> RunStatistics:

@@ -21,6 +21,7 @@ from batchmix.planning.cost import footprint
 from batchmix.planning.estimate import Setting, Workload, estimate, place
 from batchmix.planning.gpus import GPU, get_gpu
 from batchmix.planning.memory import gpu_workspace_bytes
+from batchmix.planning.picture import save_picture
 from batchmix.planning.placement import assumed
 from batchmix.planning.planner import Limits, plan
 from batchmix.planning.report import plan_text
@@ -59,11 +60,10 @@ def plan_report(config: Config) -> None:
     whole = estimate(model, replace(setting, stream=False), work) if cost.placement.streamed else None
     print(plan_text(survey, batches, gpu, work, model, cost, whole, where))
     folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
-    picture = config.plan.histogram or (str(Path(folder, "_lengths.png")) if folder else None)
+    picture = config.plan.histogram or (str(Path(folder, "_lengths.svg")) if folder else None)
     if picture is not None and survey.runnable:
         try:
-            Path(picture).parent.mkdir(parents=True, exist_ok=True)
-            survey.save_histogram(Path(picture))
+            save_picture(survey, Path(picture))
         except OSError as error:
             raise BatchmixError(f"plan.histogram={picture}: cannot be written ({error.strerror})") from None
         print(f"histogram: {picture}")

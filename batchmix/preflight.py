@@ -37,6 +37,7 @@ class Run:
     source: Source
     checkpoint: Checkpoint
     prompts: Prompts
+    parts: Parts
     output: OutputFolder
     description: dict[str, Any]  # what `_run.json` says
 
@@ -82,7 +83,7 @@ def open_run(config: Config) -> Run:
     except BaseException:
         output.close()
         raise
-    return Run(config, source, checkpoint, prompts, output, description)
+    return Run(config, source, checkpoint, prompts, parts, output, description)
 
 
 def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -57,7 +57,7 @@ LOG=$OUT/gpu-check-$PART.log SUMMARY=$OUT/$(date +%F)-gpu-check-$PART.json
 NEEDED="numpy:numpy pyarrow:pyarrow hydra:hydra-core antlr4:antlr4-python3-runtime omegaconf:omegaconf datasets:datasets
   yaml:pyyaml jinja2:jinja2 fsspec:fsspec zstandard:zstandard psutil:psutil tqdm:tqdm safetensors:safetensors
   pytest:pytest hypothesis:hypothesis"
-USEFUL="xdist:pytest-xdist sentencepiece:sentencepiece mistral_common:mistral-common matplotlib:matplotlib llguidance:llguidance"
+USEFUL="xdist:pytest-xdist sentencepiece:sentencepiece mistral_common:mistral-common llguidance:llguidance"
 
 lacking() { # which of these module:package cannot be imported, as one process finds out
   "$PYTHON" -c 'import importlib.util, sys

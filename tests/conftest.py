@@ -10,11 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+# OpenMP reads it when torch is loaded. Threads that spin at barriers take minutes where tests share two cores.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["PYTHONSAFEPATH"] = "1"  # subprocesses: the repository's own folders are not importable by their bare names
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin at barriers take minutes where tests share two cores
 if os.environ.get("PYTEST_XDIST_WORKER"):  # processes that share the machine's cores
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

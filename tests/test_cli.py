@@ -50,6 +50,8 @@ WRONG_OVERRIDES = {
     "sampling.logit_bias=3": "sampling.logit_bias=3: must be a mapping from integers to numbers",
     "output.dir=null": "output.dir=null: must be text",
     "plan.expected_tokens=-5": "plan.expected_tokens=-5: must be at least 1",
+    "plan.histogram=lengths.png": "plan.histogram=lengths.png: must end in .svg or .html; no other picture is drawn",
+    "plan.histogram=s3://b/x.svg": "plan.histogram=s3://b/x.svg: the picture is written on this machine; give the path",
     "output.flush_seconds=nan": "output.flush_seconds=nan: must be above 0",
     "sampling.temperature=inf": "sampling.temperature=inf is no number",
     "output.dir=": "output.dir=: give a folder, for example output.dir=out",

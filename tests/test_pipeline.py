@@ -237,13 +237,20 @@ def test_settings_that_no_row_could_run_with_leave_nothing_behind(tmp_path, rows
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_writes_a_png_or_says_why_not(tmp_path, rows, capsys):
-    config = job(write(tmp_path / "rows.jsonl", rows[:3]), "")
-    config.plan.histogram = str(tmp_path / "new" / "lengths.txt")
+def test_plan_writes_a_picture_or_says_why_not(tmp_path, rows, capsys):
+    data, picture = write(tmp_path / "rows.jsonl", rows[:3]), tmp_path / "new" / "lengths.html"
+    config = job(data, tmp_path)
+    config.plan.histogram = str(picture)
     plan_report(config)
-    assert "3 rows" in capsys.readouterr().out
-    assert Path(config.plan.histogram).read_bytes().startswith(b"\x89PNG")
-    for nowhere in ("/proc/x.png", str(tmp_path / "rows.jsonl" / "x.png"), str(tmp_path)):
+    printed = capsys.readouterr().out
+    assert "3 rows" in printed
+    assert f"histogram: {picture}" in printed
+    assert "<title>3 prompts, " in picture.read_text()
+    assert not (tmp_path / "_lengths.svg").exists()
+    config.plan.histogram = None
+    plan_report(config)
+    assert (tmp_path / "_lengths.svg").read_text().startswith("<svg ")
+    for nowhere in ("/proc/x.svg", str(data / "x.svg"), f"{tmp_path}/new/lengths.html/x.svg"):
         config.plan.histogram = nowhere
         with pytest.raises(BatchmixError, match=f"plan.histogram={nowhere}: cannot be written"):
             plan_report(config)
@@ -285,6 +292,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path, rows):
 
 
 def test_redo_replaces_the_cut_rows(tmp_path, rows):
+    rows = rows[:12]
     data = write(tmp_path / "rows.jsonl", rows)
     out, longer = tmp_path / "out", {"temperature": 0.0, "max_tokens": 40}
     short = {"temperature": 0.0, "max_tokens": 20}
@@ -315,15 +323,15 @@ def test_redo_within_a_limit_leaves_the_other_rows(tmp_path, rows):
 
 def test_a_damaged_part_is_named_and_can_be_deleted(tmp_path, rows):
     data = write(tmp_path / "rows.jsonl", rows[:12])
-    out = tmp_path / "out"
-    generate(job(data, out, output={"rows_per_shard": 4}, engine={"max_num_seqs": 4}))
+    out, short = tmp_path / "out", {"sampling": {"temperature": 0.0, "max_tokens": 3}}
+    generate(job(data, out, output={"rows_per_shard": 4}, engine={"max_num_seqs": 4}, **short))
     before, part = answers(out), part_files(out)[1]
     part.write_bytes(part.read_bytes()[:100])
     (out / "_SUCCESS").unlink()
     with pytest.raises(BatchmixError, match=f"{part.name}: cannot be read back"):
-        generate(job(data, out))
+        generate(job(data, out, **short))
     part.unlink()
-    generate(job(data, out))
+    generate(job(data, out, **short))
     assert answers(out) == before
 
 

@@ -1,7 +1,8 @@
 """Plots as inline SVG, without a library: what the report needs and no more.
 
-Every text goes through markupsafe, so a label from data stays text. Colours are CSS variables of report.css. Each plot says
-what it shows in its `aria-label`, and its marks in their `<title>`, which browsers show under the pointer.
+Every text goes through markupsafe, so a label from data stays text. Colours come from the style sheet of whoever shows the
+plot (annotate/page.css, planning/picture.py). Each plot says what it shows in its `aria-label`, and its marks in their
+`<title>`, which browsers show under the pointer.
 """
 
 from __future__ import annotations
@@ -36,23 +37,42 @@ def line_chart(name: str, series: Mapping[str, Sequence[Sequence[Point]]], x_lab
 
 def histogram(name: str, series: Mapping[str, Mapping[int, int]], x_label: str, y_label: str, bins: int = 32) -> Markup:
     """How often each whole number occurs, as bars of equal width side by side."""
+    body = histogram_marks(series, x_label, y_label, bins)
+    return _figure(name, body, HEIGHT, list(series) if len(series) > 1 else [])
+
+
+def histogram_marks(
+    series: Mapping[str, Mapping[int, int]],
+    x_label: str,
+    y_label: str,
+    bins: int = 32,
+    lines: Mapping[str, int] | None = None,
+) -> Markup:
+    """The inside of a histogram of at most about `bins` bars, WIDTH by HEIGHT; `lines` marks values on its x-axis."""
     most = max((value for counts in series.values() for value in counts), default=0)
-    width = max(1, -(-(most + 1) // bins))
+    width = _round_step((most + 1) / bins)
     bins = most // width + 1
+    right = 4 * width * -(-bins // 4)  # so that the quarters, which carry numbers, are where bars meet
     totals = {title: [0] * bins for title in series}
     for title, counts in series.items():
         for value, count in counts.items():
             totals[title][value // width] += count
-    top = _nice(max((total for values in totals.values() for total in values), default=1))
+    top = _nice_count(max((total for values in totals.values() for total in values), default=1))
     marks = []
     for number, (title, values) in enumerate(totals.items()):
         share = 1 / len(totals)
         for index, total in enumerate(values):
-            low, high = (_x((index + part) / bins) for part in (share * number, share * (number + 1)))
+            low, high = (_x((index + part) * width / right) for part in (share * number, share * (number + 1)))
             text = f"{title}: {total:,} of {index * width:,} to {(index + 1) * width - 1:,}"
             marks.append(_bar(low, _y(total / top), high - low, _y(0) - _y(total / top), number, text))
-    body = Markup("").join([*_axes(bins * width, top, x_label, y_label), *marks])
-    return _figure(name, body, HEIGHT, list(series) if len(series) > 1 else [])
+    for number, (title, value) in enumerate((lines or {}).items()):
+        x = _x((value + 0.5) / right)
+        marks.append(
+            Markup(
+                '<line class="mark m{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"><title>{}</title></line>'
+            ).format(number, x, x, _y(0), _y(1), title)
+        )
+    return Markup("").join([*_axes(right, top, x_label, y_label), *marks])
 
 
 def bar_chart(name: str, counts: Mapping[str, Mapping[str, int]]) -> Markup:
@@ -185,6 +205,20 @@ def _nice(most: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most))
     return next(step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10) if step * power >= most)
+
+
+def _nice_count(most: int) -> float:
+    """The same for a number of things, whose quarters are whole too."""
+    top = _nice(max(4, most))
+    while top % 4:
+        top = _nice(top + 1)
+    return top
+
+
+def _round_step(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least `least`."""
+    power = int(10 ** max(0, math.ceil(math.log10(max(1.0, least))) - 1))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= least)
 
 
 def _number(value: float) -> str:

@@ -12,6 +12,9 @@ class PlanConfig:
     """What `batchmix plan` estimates for."""
 
     gpu: str = key("h200", "a name in batchmix/planning/gpus.py")
-    histogram: str | None = key(None, "PNG file; null: lengths.png in output.dir where that is set, else none")
+    histogram: str | None = key(
+        None,
+        "file for a picture of the lengths, .svg or .html; null: _lengths.svg in output.dir where that is set, else none",
+    )
     expected_tokens: int | None = key(None, "answer length to assume; null: sampling.max_tokens")
     host_memory_gb: float | None = key(None, "of the machine that the GPU is in; null: as this one has")

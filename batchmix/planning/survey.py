@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -109,21 +108,3 @@ class Survey:
             f"  {low:>6}-{low + width - 1:<6} {'█' * round(count * scale):<{_BAR}} {count:,}"
             for low, count in zip(range(0, longest + 1, width), counts, strict=True)
         )
-
-    def save_histogram(self, path: Path) -> None:
-        """The distribution of lengths as a PNG."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.hist(np.arange(len(self.lengths)), bins=60, weights=self.lengths, range=(0, max(1, self.percentile(1.0))))
-        for share, style in ((0.5, "-"), (0.99, "--")):
-            axes.axvline(self.percentile(share), color="black", linestyle=style, linewidth=1,
-                         label=f"{share:.0%} of rows: up to {self.percentile(share):,}")  # fmt: skip
-        axes.set_xlabel("prompt length in tokens")
-        axes.set_ylabel("rows")
-        axes.set_title(f"{self.runnable:,} prompts, {self.prompt_tokens:,} tokens")
-        axes.legend()
-        figure.savefig(path, format="png", dpi=120)

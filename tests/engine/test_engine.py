@@ -64,7 +64,7 @@ def test_answers_do_not_depend_on_company(model, sampling):
     assert len({str(answer) for answer in expected.values()}) > 33, "the answers must differ for this to say anything"
     shuffled = random.Random(5).sample(rows, len(rows))
     for seqs, batched, blocks, order, window in [
-        (1, 512, 2000, rows, 1000),
+        (1, 512, 2000, rows[::4], 1000),
         (7, 512, 2000, rows, 10),
         (64, 2048, 2000, shuffled, 1000),
         (16, 64, 2000, rows, 1),
@@ -73,7 +73,9 @@ def test_answers_do_not_depend_on_company(model, sampling):
         engine = make_engine(
             model, max_num_seqs=seqs, max_num_batched_tokens=batched, kv_blocks=blocks, prefill_chunk=64
         )
-        assert answers(run(engine, order, window)) == expected
+        found = answers(run(engine, order, window))
+        assert found == {key: expected[key] for key in found}
+        assert len(found) == len(order)
     alone = run(make_engine(model, prefill_chunk=64), rows[7:8])
     assert answers(alone) == {key: expected[key] for key in alone}
 
@@ -133,13 +135,19 @@ class ShortOfMemory:
         return run
 
 
-@pytest.mark.parametrize("calls", [{1}, {9}, {40}, {41}, {12, 13, 50}])
-def test_out_of_memory_halves_the_batch_and_changes_no_answer(model, caplog, calls):
-    """Two layers call `moe` once each: its calls fall into prefills and decode steps, early and late ones."""
+@pytest.fixture(scope="module")
+def undisturbed(model):
+    """Rows, and what they are answered while there is memory."""
     rows = prompts(40, 512, seed=21, temperature=1.0, logprobs=1, max_tokens=20)
     rows += prompts(5, 512, seed=22, temperature=1.0, n=3)
     rows = [replace(row, row=number, id=f"row-{number}") for number, row in enumerate(rows)]
-    expected = answers(run(make_engine(model, prefill_chunk=64), rows))
+    return rows, answers(run(make_engine(model, prefill_chunk=64), rows))
+
+
+@pytest.mark.parametrize("calls", [{1}, {9}, {40}, {41}, {12, 13, 50}])
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(model, undisturbed, caplog, calls):
+    """Two layers call `moe` once each: its calls fall into prefills and decode steps, early and late ones."""
+    rows, expected = undisturbed
     short = Mixtral(model.config, model.weights, ShortOfMemory("moe", calls), 512)
     engine = make_engine(short, max_num_seqs=24, max_num_batched_tokens=256, prefill_chunk=64)
     assert answers(run(engine, rows)) == expected
@@ -161,7 +169,7 @@ def test_out_of_memory_with_one_row_is_an_error_of_one_line(model):
 
 def test_stop_strings_end_a_row_where_its_text_first_contains_one(model):
     stop = ["abc", "ddddd", "gfa", "eeeee"]
-    rows = prompts(40, 512, seed=12, longest=20, temperature=1.5, max_tokens=60, stop=stop)
+    rows = prompts(24, 512, seed=12, longest=20, temperature=1.5, max_tokens=60, stop=stop)
     free = run(make_engine(model), [replace(row, sampling=replace(row.sampling, stop=None)) for row in rows])
     found = run(make_engine(model, stop_table=toy_stop_table), rows)
     stopped = 0
@@ -179,7 +187,7 @@ def test_stop_strings_end_a_row_where_its_text_first_contains_one(model):
         else:
             assert list(completion.token_ids) == ids
             assert completion.finish_reason == unstopped.finish_reason
-    assert 10 < stopped < len(rows)
+    assert 6 < stopped < len(rows)
 
 
 def test_logprobs_are_those_of_transformers(model, reference):
@@ -266,9 +274,9 @@ def test_bfloat16_runs_and_does_not_depend_on_company(reference, tmp_path):
 def test_length_limits(model):
     rows = prompts(4, 512, seed=10, max_tokens=500, ignore_eos=True, longest=50)
     for row in rows:
-        found = run(make_engine(model, max_model_len=128), [row])[row.id, 0]
+        found = run(make_engine(model, max_model_len=64), [row])[row.id, 0]
         assert found.finish_reason == "length"
-        assert len(row.token_ids) + found.num_tokens == 128
+        assert len(row.token_ids) + found.num_tokens == 64
 
 
 def test_error_prompts_come_through(model):

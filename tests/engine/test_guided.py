@@ -276,8 +276,8 @@ def test_scored_choices_are_those_of_transformers(folder, reference, grammars, b
 
 
 def test_scored_answers_are_drawn_and_do_not_depend_on_company(model, grammars):
-    rows = prompts(18, V, seed=10, longest=40, temperature=40.0, n=4)
-    rows = [*guided(rows[:12], choice=CHOICES, score_choices=True), *rows[12:]]
+    rows = prompts(10, V, seed=10, longest=40, temperature=40.0, n=4)
+    rows = [*guided(rows[:7], choice=CHOICES, score_choices=True), *rows[7:]]
     expected = run(engine(model, grammars), rows)
     drawn = {text_of(completion) for completion in expected.values() if completion.choice_probabilities is not None}
     assert drawn == set(CHOICES)

@@ -121,7 +121,7 @@ def test_a_batch_that_is_not_full_takes_as_many_prompts_as_a_step_may(model):
 
 
 def test_blocks_that_run_out_preempt_the_rows_that_started_last(model):
-    rows = rows_of(12, 40, lambda row: 100)
+    rows = rows_of(12, 40, lambda row: 60)
     expected = answers(run(make_engine(model), rows))
     engine = make_engine(model, kv_blocks=40)
     assert answers(run(engine, rows)) == expected
@@ -146,7 +146,7 @@ def test_a_row_keeps_its_own_jump_forward_tokens_where_another_is_preempted(mode
 
 
 def test_samples_wait_for_slots_as_rows_do(model):
-    rows = rows_of(6, 40, lambda row: 10 + 7 * row, n=4)
+    rows = rows_of(6, 40, lambda row: 5 + 3 * row, n=4)
     expected = answers(run(make_engine(model), rows))
     for seqs in (5, 6):
         engine = make_engine(model, max_num_seqs=seqs)
@@ -181,13 +181,21 @@ def mixed_rows(count, longest, seed):
     return [replace(row, sampling=replace(row.sampling, **MIXED[row.row % len(MIXED)])) for row in rows]
 
 
+CHUNKED = {"prefill_chunk": 32, "max_model_len": 200}
+
+
+@pytest.fixture(scope="module")
+def mixed(model):
+    """Rows, and their answers by the engine's own schedule."""
+    rows = mixed_rows(14, 120, seed=1)
+    return rows, answers(run(make_engine(model, **CHUNKED), rows))
+
+
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 999), seqs=st.sampled_from([3, 8, 30]), blocks=st.sampled_from([30, 60, 2000]))
-def test_any_schedule_gives_the_same_bits(model, seed, seqs, blocks):
-    rows = mixed_rows(14, 120, seed=1)
-    options = {"prefill_chunk": 32, "max_model_len": 200}
-    expected = answers(run(make_engine(model, **options), rows))
-    engine = make_engine(model, max_num_seqs=seqs, kv_blocks=blocks, steps_per_read=3, **options)
+def test_any_schedule_gives_the_same_bits(model, mixed, seed, seqs, blocks):
+    rows, expected = mixed
+    engine = make_engine(model, max_num_seqs=seqs, kv_blocks=blocks, steps_per_read=3, **CHUNKED)
     RandomSchedule(engine.scheduler, seed)
     assert answers(run(engine, rows)) == expected
 

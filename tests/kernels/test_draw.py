@@ -112,9 +112,9 @@ def test_draws_at_the_very_ends_are_possible_tokens(device):
 
 
 def test_tiles_do_not_matter(device):
-    weights = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(device)
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(0)).to(device)
     weights[17] = 1
-    assert len({threshold(weights, 500, 0.8, 0.1, block) for block in (64, 256, 1024)}) == 1
+    assert len({threshold(weights, 150, 0.8, 0.1, block) for block in (64, 256, 1024)}) == 1
     assert len({drawn(weights, 0.77, 0.3, block) for block in (64, 256, 1024)}) == 1
 
 

@@ -68,7 +68,7 @@ def assert_same(left: RowTensors, right: RowTensors) -> None:
 TOKENS = st.lists(st.lists(st.integers(0, V - 1), min_size=8, max_size=8), min_size=1, max_size=8)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=1, max_size=6), TOKENS, st.sampled_from([8, 3]))
 def test_steps_equal_the_oracle(device, samplings, steps, history):
     slots = slots_for(samplings)
@@ -81,7 +81,7 @@ def test_steps_equal_the_oracle(device, samplings, steps, history):
         assert_same(ours, theirs)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=3, max_size=6), TOKENS, st.integers(0, 2**31))
 def test_guided_steps_equal_the_oracle(device, samplings, steps, seed):
     slots, source, states, width = slots_for(samplings), torch.Generator().manual_seed(seed), 5, 4
@@ -101,7 +101,7 @@ def test_guided_steps_equal_the_oracle(device, samplings, steps, seed):
         assert_same(ours, theirs)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=1, max_size=6), TOKENS)
 def test_steps_equal_the_torch_backend(device, samplings, steps):
     slots = slots_for(samplings)

@@ -102,7 +102,7 @@ def test_tokens_are_the_torch_backends(device, samplings, vocab, seed, ties, ste
         assert_close(logprobs[asked], wanted.chosen)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=2, max_size=4), st.integers(0, 2**31))
 def test_tokens_are_the_oracles(device, samplings, seed):
     slots = slots_for(samplings, 300, [[9] * len(samplings)])
@@ -156,7 +156,7 @@ def with_random_grammars(slots: InputBatch, seed: int, states: int = 4, classes:
     return rows
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(SAMPLINGS, min_size=2, max_size=4), st.integers(0, 2**31))
 def test_grammars_are_the_oracles(device, samplings, seed):
     samplings = [replace(sampling, allowed_token_ids=None) for sampling in samplings]
@@ -176,7 +176,7 @@ def test_grammars_are_the_oracles(device, samplings, seed):
             assert rows.grammar_states[entry, 1] < left
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @example(
     [SamplingConfig(temperature=0.0), SamplingConfig(temperature=0.0, allowed_token_ids=[2, 3, 4, 7], min_tokens=3)],
     563,
