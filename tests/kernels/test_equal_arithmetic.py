@@ -44,15 +44,14 @@ def test_a_shared_split_has_the_arithmetic_of_a_rows_own(compiler: Compiler, nam
     for one, other in zip(own, shared, strict=True):
         [own_loop], [shared_loop] = one.loops, other.loops
         times = shared_loop["ex2.approx.ftz.f32"] / own_loop["ex2.approx.ftz.f32"]  # as many pairs in a tile
-        # A maximum and a sum over the 4 warps that share the keys take as many steps for any number of pairs.
-        across = {instruction: math.log2(4) for instruction in own_loop if instruction[:3] in ("max", "add")}
-        expected = {
-            instruction: times * (count - across.get(instruction, 0)) + across.get(instruction, 0)
-            if instruction.endswith(".f32")
-            else count  # of 16 bits: keys and values are widened once for all pairs
-            for instruction, count in own_loop.items()
-        }
-        assert shared_loop == expected, (one.meta, other.meta)
+        for instruction, count in own_loop.items():
+            # Of 16 bits: keys and values are widened once for all pairs.
+            as_many = {times * count} if instruction.endswith(".f32") else {count}
+            if instruction[:3] in ("max", "add"):
+                # Over the 4 warps that share the keys, for any number of pairs at once (Triton 3.6 and 3.7; 3.8: each).
+                as_many.add(times * (count - math.log2(4)) + math.log2(4))
+            assert shared_loop[instruction] in as_many, (instruction, one.meta, other.meta)
+        assert shared_loop.keys() == own_loop.keys()
         assert not one.fp_fusion
         assert not other.fp_fusion
         assert fused(own_loop) > 0  # scores, scale and peak, fused as written
