@@ -52,7 +52,7 @@ def planned_batches(
     scheduler = engine.scheduler
     limits = Limits(
         scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, config.engine.sort_window,
-        window_bytes=buffers.window, batch_bytes=buffers.batch, share_prefix=scheduler.prefixes is not None,
+        window_bytes=buffers.window, batch_bytes=buffers.batch, share_prefix=scheduler.share_prefix,
     )  # fmt: skip
     with closing(prompts):
         yield from in_flight.admit(plan(prompts, limits))

@@ -219,9 +219,7 @@ def select_sizes(
     else:
         rows = config.max_num_seqs or _rows(plan)
         graphs = config.cuda_graphs and not plan
-        workspace = measure_workspace(
-            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, graphs, kv_dtype
-        )
+        workspace = measure_workspace(model, rows, prefill_tokens, checkpoint.max_model_len, graphs, kv_dtype)
         free = gpu_cache_bytes(*link.memory(), workspace, config.gpu_memory_utilization)
         if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device; the scratch block is on the host too
             landings = StagedKVCache.landing_bytes(model.config, kv_dtype, prefill_tokens + rows)

@@ -26,21 +26,16 @@ from triton.runtime.cache import get_cache_manager
 
 from batchmix.config import Quantization
 from batchmix.engine.cuda_graphs import capture_sizes
-from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.model_runner import sample
+from batchmix.engine.workspace import run_step
 from batchmix.kernels import tiles
 from batchmix.kernels.compile import compile_in_processes, recorded
 from batchmix.kernels.gpu import Gpu
-from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.backend import PrefillChunk
 from batchmix.model.config import MixtralConfig
-from batchmix.model.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.model.mixtral import Mixtral
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.model.weights import empty_weights
 
 _DONE = "compiled_ahead"
-_META = torch.device("meta")
 _log = logging.getLogger(__name__)
 
 
@@ -65,26 +60,13 @@ def record_steps(steps: Steps) -> None:
     Rows with penalties, log-probabilities or grammars take other variants of the sampling kernels, which are compiled when
     they come.
     """
-    operators = TritonOperators(steps.batch_invariant, steps.share_prefix)
     config = replace(steps.config, num_hidden_layers=1)
-    weights = empty_weights(config, steps.dtype, _META, steps.quantization)
-    model = Mixtral(config, weights, operators, steps.max_model_len)
-    cache = KVCache(config, 1, BLOCK_SIZE, steps.kv_dtype, _META)
-    width = -(-steps.max_model_len // BLOCK_SIZE)
-    batch = InputBatch(
-        steps.max_num_seqs, config.vocab_size, width, (2,), None, AsyncCopy(_META), operators.row_tile
-    )  # fmt: skip
-    model.expert_load.set_num_valid(0)
-    for size in capture_sizes(steps.max_num_seqs):
-        shared = operators.find_shared(model, cache, batch.block_table[:size], batch.prompt_tokens[:size], 0, keep=True)
-        decode = batch.decode_tokens(0, size, 1)
-        hidden = model(batch.token[:size], operators.attend(model, cache, decode, (), size, shared))
-        sample(model, batch, model.logits(hidden))
+    weights = empty_weights(config, steps.dtype, torch.device("meta"), steps.quantization)
+    model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)
+    for rows in capture_sizes(steps.max_num_seqs):
+        run_step(model, rows, 0, steps.max_model_len, steps.kv_dtype)
     for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
-        blocks = [SCRATCH_BLOCK] * -(-tokens // BLOCK_SIZE)
-        attend = operators.attend(model, cache, None, [PrefillChunk(0, 0, tokens, blocks)], tokens)
-        hidden = model(torch.empty(tokens, dtype=torch.int64, device=_META), attend)
-        sample(model, batch, model.logits(hidden[:1]))
+        run_step(model, 1, tokens - 1, steps.max_model_len, steps.kv_dtype)
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:

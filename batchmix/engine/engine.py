@@ -21,7 +21,7 @@ from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
 from batchmix.engine.model_runner import ModelRunner
 from batchmix.engine.output_processor import process_outputs, wait_for_steps
-from batchmix.engine.scheduler import Scheduler, Step, WaitingRequest
+from batchmix.engine.scheduler import Request, Scheduler, Step
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import GrammarCompiler
@@ -132,9 +132,9 @@ class Engine:
             elif structured is not None and structured.score_choices:
                 assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
                 choices, ends = self.grammars.choice_tokens(prompt.sampling), self.grammars.end_tokens(prompt.sampling)
-                self.scheduler.add(WaitingRequest(prompt, samples, choices, ends))
+                self.scheduler.add(Request(prompt, samples, choices, ends))
             else:
-                self.scheduler.add(WaitingRequest(prompt, samples))
+                self.scheduler.add(Request(prompt, samples))
 
     def step(self) -> None:
         """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued before.
@@ -147,7 +147,7 @@ class Engine:
             process_outputs(scheduler, wait_for_all=True)
             if may_jump_forward(batch):
                 jump_forward = find_jump_forward(batch, scheduler.max_num_batched_tokens)
-        one_by_one = jump_forward or batch.wants_logprobs() or batch.grammars.texts
+        one_by_one = jump_forward or batch.wants_logprobs() or batch.grammars.num_texts
         step = scheduler.schedule(jump_forward, 1 if one_by_one else self.steps_per_read)
         if step is None:
             process_outputs(scheduler, wait_for_all=True)

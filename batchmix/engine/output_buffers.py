@@ -16,41 +16,30 @@ class OutputBuffers:
         self.stop_reason = np.zeros(size, np.int64)
         self.count = np.zeros(size, np.int64)  # tokens of the row in `tokens`
         self.tokens = np.zeros((size, 64), np.int32)  # [slots, tokens so far]
-        self.processed_logprobs = np.zeros(
-            (size, 0), np.float32
-        )  # log-probabilities among the tokens that were allowed
+        self.processed_logprobs = np.zeros((size, 0), np.float32)  # among the tokens that were allowed
         self.logprobs = np.zeros((size, 0), np.float32)
         self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
         self.top_logprobs = np.zeros((size, 0, 0), np.float32)
 
     def append(
-        self,
-        slots: np.ndarray,
-        generated: np.ndarray,
-        finish: np.ndarray,
-        stop_reason: np.ndarray,
-        ring: np.ndarray,
-        processed_logprobs: np.ndarray | None = None,
+        self, slots: np.ndarray, state: np.ndarray, ring: np.ndarray, processed_logprobs: np.ndarray | None = None
     ) -> int:
-        """InputBatch int64 [N] have `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
+        """Slots int64 [N] have `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
 
-        Likewise its log-probability in `processed_logprobs`, float32 [N, L].
-
-        Returns how many of them are new.
+        state int64 [3, N]: generated, finish, stop reason. Likewise a token's log-probability among those that were
+        allowed in processed_logprobs float32 [N, L]. Returns how many tokens are new.
         """
-        before = self.count[slots]
-        chosen = generated - before
+        generated, before = state[0], self.count[slots]
+        most = int((generated - before).max(initial=0))
         self.tokens = _grow(self.tokens, int(generated.max(initial=0)))
+        row, step = np.nonzero(np.arange(most) < (generated - before)[:, None])
+        place = before[row] + step
+        self.tokens[slots[row], place] = ring[row, place % ring.shape[1]]
         if processed_logprobs is not None:
             self.processed_logprobs = _grow(self.processed_logprobs, self.tokens.shape[1])
-        for step in range(int(chosen.max(initial=0))):
-            rows = np.flatnonzero(step < chosen)
-            place = before[rows] + step
-            self.tokens[slots[rows], place] = ring[rows, place % ring.shape[1]]
-            if processed_logprobs is not None:
-                self.processed_logprobs[slots[rows], place] = processed_logprobs[rows, place % ring.shape[1]]
-        self.count[slots], self.finish[slots], self.stop_reason[slots] = generated, finish, stop_reason
-        return int(chosen.sum())
+            self.processed_logprobs[slots[row], place] = processed_logprobs[row, place % ring.shape[1]]
+        self.count[slots], self.finish[slots], self.stop_reason[slots] = state
+        return len(row)
 
     def append_jump_forward(self, slot: int, tokens: list[int]) -> None:
         """Tokens that a row's grammar leaves no choice about."""
@@ -84,15 +73,6 @@ class OutputBuffers:
             )
             for i in range(int(self.count[slot]))
         ]
-
-    def clear(self, slot: int) -> None:
-        """Of a row that has chosen no token."""
-        self.finish[slot] = self.stop_reason[slot] = self.count[slot] = 0
-
-    def move(self, target: int, source: int) -> None:
-        """The row of slot `source` is now in slot `target`."""
-        for array in vars(self).values():
-            array[target] = array[source]
 
 
 def _grow(log: np.ndarray, length: int) -> np.ndarray:

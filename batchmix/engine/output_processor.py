@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.scheduler import RunningSequence, Scheduler, ScoringRequest
+from batchmix.engine.scheduler import Request, RunningSequence, Scheduler
 from batchmix.kernels.row_state import Finish
 from batchmix.model.philox import row_key, uniform
 from batchmix.records import Completion, FinishReason
@@ -32,7 +32,8 @@ def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> None:
     if completions:
         scheduler.record_answers(completion.num_tokens for completion in completions)
     for request in [request for request in scheduler.scoring if not request.num_pending]:
-        scheduler.finish_scoring(request)
+        scheduler.scoring.remove(request)
+        scheduler.pool.release(request.blocks)
         chosen = _choices(request)
         scheduler.stats.completion_tokens += sum(completion.num_tokens for completion in chosen)
         completions += chosen
@@ -60,6 +61,8 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
         stop_reason = (sampling.stop or [])[int(outputs.stop_reason[slot])]
     logprobs = outputs.row_logprobs(slot, sampling.logprobs) if sampling.logprobs is not None else None
     structured = sampling.structured_outputs
+    wants_guided = structured is not None and structured.token_probabilities
+    guided = outputs.processed_logprobs[slot, :count].tolist() if wants_guided else None
     return Completion(
         prompt,
         sequence.sample,
@@ -69,26 +72,20 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
         num_tokens=count,
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
         logprobs=logprobs,
-        guided_logprobs=(
-            outputs.processed_logprobs[slot, :count].tolist()
-            if structured is not None and structured.token_probabilities
-            else None
-        ),
+        guided_logprobs=guided,
     )
 
 
 def _why_it_failed(batch: InputBatch, slot: int) -> str:
-    text = batch.grammars.texts[slot]
-    assert text is not None
-    why = (
-        "the text was not whole; raise sampling.max_tokens or model.max_model_len"
-        if text.following.goes_on
-        else text.error
-    )
-    return f"sampling.structured_outputs: after {text.count} tokens {why}"
+    row = batch.grammars.rows[slot]
+    assert row is not None
+    assert row.text is not None
+    cut = "the text was not whole; raise sampling.max_tokens or model.max_model_len"
+    why = cut if row.text.following.goes_on else row.text.error
+    return f"sampling.structured_outputs: after {row.text.count} tokens {why}"
 
 
-def _choices(request: ScoringRequest) -> list[Completion]:
+def _choices(request: Request) -> list[Completion]:
     """One for each sample: the most likely choice, or one drawn at the row's temperature.
 
     A choice's probability is the product of those of its tokens and of the end after them, as the model gives them, over
@@ -97,6 +94,7 @@ def _choices(request: ScoringRequest) -> list[Completion]:
     prompt, sampling, logprobs = request.prompt, request.prompt.sampling, request.logprobs
     weights = np.exp(logprobs - logprobs.max())
     probabilities = (weights / weights.sum()).tolist()
+    assert request.choices is not None
     completions = []
     for sample in request.samples:
         best = int(logprobs.argmax())

@@ -48,22 +48,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def moe(
-    x: Tensor,
-    router: Tensor,
-    w13: Weight,
-    w2: Weight,
-    top_k: int,
-    residual: Tensor | None = None,
+    x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor | None = None,
     load: LayerLoad | None = None,
-) -> Tensor:
-    """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
+) -> Tensor:  # fmt: skip
+    """Top-k of E SwiGLU experts, weighted by the renormalised router probabilities, see `Operators`; w13 is gate, then up.
 
-    x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
-    Tokens that `load` takes for padding get the residual alone. (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
-    in router order.
-
-    Quantised experts are widened to x's dtype one at a time, as they run. With those of fp8 their inputs are rounded to
-    fp8 by row too, which is what the kernels multiply: x, and between the two products silu(gate) * up.
+    (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
+    in router order. Quantised experts are widened to x's dtype one at a time, as they run.
     """
     num_experts = len(router)
     probabilities = product(x.float(), router).softmax(-1)  # [T, E]

@@ -7,7 +7,8 @@ another's answer. Log-probabilities are those of the model, before any of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.kernels.row_state import Finish, Flag, Number, Real, RowTensors, State
-from batchmix.model.host_rows import HostRows, Logprobs
+from batchmix.model.backend import HostRows, Logprobs
 from batchmix.model.philox import uniform
 from batchmix.model.torch_grammar import FewTokens, apply_grammars
 
@@ -58,7 +59,9 @@ def _sample_among(logits: Tensor, places: Tensor, rows: RowTensors, which: Tenso
         scaled, drawing = logits[places[random]], which[random]
         scaled -= scaled.amax(-1, keepdim=True)  # before the division, which a tiny temperature would make overflow
         scaled /= temperature[random, None]
-        columns[random] = _draw(_filter(scaled, rows, drawing), _uniform(rows, drawing))
+        seed, row_key, number = rows.numbers[Number.SEED : Number.SAMPLE + 1, drawing]
+        u = uniform(seed, row_key, number, rows.state[State.GENERATED, drawing])
+        columns[random] = _draw(_filter(scaled, rows, drawing), u)
     return columns
 
 
@@ -73,19 +76,19 @@ def _untouched(logits: Tensor, rows: RowTensors) -> dict[int, Tensor]:
 
 
 def _among_allowed(
-    logits: Tensor,
-    tokens: Tensor,
-    wide: Tensor,
-    narrow: Sequence[FewTokens],
-    untouched: dict[int, Tensor],
+    logits: Tensor, tokens: Tensor, wide: Tensor, narrow: Sequence[FewTokens], untouched: dict[int, Tensor],
     rows: RowTensors,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     """The log-probability of each chosen token among those whose logits are not -inf, float32 [R]; 0 where not asked for."""
     if rows.logprob_history is None:
         return None
-    found = torch.zeros(len(logits))
-    asked = rows.flags[Flag.PROCESSED_LOGPROBS]
-    for which, allowed, ids in _rows_by_width(logits, wide[asked[wide]], narrow, asked):
+    found, asked = torch.zeros(len(logits)), rows.flags[Flag.PROCESSED_LOGPROBS]
+    # Rows, copies of their logits, and which tokens those are of, None: of all. As many together as the cache holds.
+    groups = chain(
+        ((few.rows, few.logits, few.token_ids) for few in narrow),
+        ((some, logits[some], None) for some in torch.split(wide[asked[wide]], _CACHED_ROWS) if len(some)),
+    )
+    for which, allowed, ids in groups:
         for place, row in enumerate(which.tolist()):
             if row in untouched:
                 own = untouched[row] if ids is None else untouched[row][ids[place]]
@@ -95,20 +98,7 @@ def _among_allowed(
         allowed -= allowed.amax(-1, keepdim=True)
         chosen = allowed.gather(1, column[:, None])[:, 0]
         found[which] = chosen - _sum(allowed.exp_()).log()
-    return found
-
-
-def _rows_by_width(
-    logits: Tensor, wide: Tensor, narrow: Sequence[FewTokens], asked: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Rows, copies of their logits, and which tokens those are of; None: of all. As many together as the cache holds."""
-    for first in range(0, len(wide), _CACHED_ROWS):
-        rows = wide[first : first + _CACHED_ROWS]
-        yield rows, logits[rows], None
-    for few in narrow:
-        here = asked[few.rows]
-        if here.any():
-            yield few.rows[here], few.logits[here], few.token_ids[here]
+    return found.masked_fill_(~asked, 0.0)
 
 
 def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -133,11 +123,6 @@ def _most_likely(logits: Tensor) -> Tensor:
     bucket = buckets.amax(-1).argmax(-1)  # [R]
     inside = buckets.gather(1, bucket[:, None, None].expand(-1, 1, _BUCKET))[:, 0]  # [R, 128]
     return bucket * _BUCKET + inside.argmax(-1)
-
-
-def _uniform(rows: RowTensors, which: Tensor) -> Tensor:
-    seed, row_key, sample = (rows.numbers[key, which] for key in (Number.SEED, Number.ROW_KEY, Number.SAMPLE))
-    return uniform(seed, row_key, sample, rows.state[State.GENERATED, which])
 
 
 def _apply_bias(logits: Tensor, rows: RowTensors) -> None:

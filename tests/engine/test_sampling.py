@@ -17,7 +17,7 @@ from batchmix.data.stop_strings import build_stop_table
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.row_state import Finish, Number, State
 from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.host_rows import Logprobs
+from batchmix.model.backend import Logprobs
 from batchmix.model.philox import row_key
 from batchmix.model.torch_sampler import _draw, _filter, post_update, sample
 from batchmix.records import Prompt

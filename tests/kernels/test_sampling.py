@@ -19,7 +19,7 @@ from batchmix.kernels.row_state import Flag, Number, Real, RowTensors, State
 from batchmix.kernels.sampling import sample
 from batchmix.model import torch_backend
 from batchmix.model.async_copy import AsyncCopy
-from batchmix.model.host_rows import Logprobs
+from batchmix.model.backend import Logprobs
 from batchmix.model.philox import uniform
 from batchmix.records import Prompt
 
