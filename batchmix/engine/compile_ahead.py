@@ -26,7 +26,7 @@ from triton.runtime.cache import get_cache_manager
 
 from batchmix.config import Quantization
 from batchmix.engine.cuda_graphs import capture_sizes
-from batchmix.engine.workspace import run_step
+from batchmix.engine.model_runner import run_largest_step
 from batchmix.kernels import tiles
 from batchmix.kernels.compile import compile_in_processes, recorded
 from batchmix.kernels.gpu import Gpu
@@ -64,9 +64,9 @@ def record_steps(steps: Steps) -> None:
     weights = empty_weights(config, steps.dtype, torch.device("meta"), steps.quantization)
     model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)
     for rows in capture_sizes(steps.max_num_seqs):
-        run_step(model, rows, 0, steps.max_model_len, steps.kv_dtype)
+        run_largest_step(model, rows, 0, steps.max_model_len, steps.kv_dtype)
     for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
-        run_step(model, 1, tokens - 1, steps.max_model_len, steps.kv_dtype)
+        run_largest_step(model, 1, tokens - 1, steps.max_model_len, steps.kv_dtype)
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:
@@ -83,10 +83,10 @@ class CompileAhead:
         self._process = None
         if self._note.get_file(_DONE) is None:
             environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            pipe = subprocess.PIPE
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__], env=environment,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
+                [sys.executable, "-m", __name__], env=environment, stdin=pipe, stdout=pipe, stderr=pipe
+            )
             assert self._process.stdin is not None
             self._process.stdin.write(pickle.dumps((steps, gpu, processes)))
             self._process.stdin.close()
@@ -128,9 +128,7 @@ def _main() -> None:
         record_steps(steps)
     outcomes = compile_in_processes(jobs, processes)
     cached = sum(outcome.cached for outcome in outcomes)
-    failed = [
-        (job.kernel, outcome.error) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.error is not None
-    ]
+    failed = [(job.kernel, outcome.error) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.error]
     print(json.dumps({
         "compiled": len(jobs) - cached - len(failed), "cached": cached, "failed": failed, "processes": processes,
         "seconds": time.perf_counter() - started,

@@ -20,11 +20,10 @@ from batchmix.engine.stats import EngineStats
 Queue = Callable[[], None]  # queues the launches of a step
 Capture = Callable[[Queue], Queue]
 
-# Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps (800 rows of `synthesise` take 1,000)
-# runs 1.25 d steps at each of n/d sizes, with d/2 rows of padding on average, so n rows cost (n/d) C + n 1.25 p d/2 seconds
-# where a capture takes C and a row of padding p: least at d = sqrt(2 C / 1.25 p). p is 4.3 us on an H200, as padding
-# reaches no expert (2.94 GFLOP of projections and head at 690 TFLOP/s); with C of 15 to 30 ms d is 75 to 106. C is an
-# estimate (450 launches by the host): not measured on a GPU. 64 rows are also 16 an expert, a step in its tiles.
+# Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps runs 1.25 d steps at each of n/d sizes, with
+# d/2 rows of padding on average: (n/d) C + n 1.25 p d/2 seconds where a capture takes C and a row of padding p, least at
+# d = sqrt(2 C / 1.25 p). With p of 4.3 us on an H200 (padding reaches no expert) and C of 15 to 30 ms, an estimate, d is 75 to
+# 106. 64 rows are also 16 an expert, a step in its tiles.
 SPACING = 64
 MAX_GRAPHS = 64  # kept at once. Each holds its own launches in device memory; what they work in is one pool for all
 

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.config import SamplingConfig
 from batchmix.engine.cuda_graphs import StepGraphs, capture_sizes, pad_to_capture_size
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import append_jump_forward
 from batchmix.engine.scheduler import Request, Scheduler, Step
-from batchmix.model.async_copy import async_copy_to_gpu
+from batchmix.model.async_copy import async_copy_from, async_copy_to_gpu
 from batchmix.model.backend import PrefillChunk, StepTokens
-from batchmix.model.kv_cache import KVCache
+from batchmix.model.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.model.mixtral import Mixtral
+from batchmix.records import Prompt
 from batchmix.report.device_clock import DeviceClock
 
 _LOGIT_ROWS = 256  # scored tokens whose logits exist at once
@@ -38,6 +40,36 @@ def sample(model: Mixtral, batch: InputBatch, logits: Tensor) -> None:
         places = batch.planned[logprobs.rows]
         batch.outputs.append_logprobs(logprobs.rows, places, logprobs.chosen, logprobs.top_ids, logprobs.top)
     model.ops.post_update(tokens, state, processed_logprobs)
+
+
+@torch.inference_mode()
+def run_largest_step(
+    model: Mixtral,
+    rows: int,
+    prefill_tokens: int,
+    max_model_len: int,
+    kv_dtype: torch.dtype,
+    block_size: int = BLOCK_SIZE,
+) -> None:
+    """A token for `rows` rows of full length, sampled, and `prefill_tokens` prompt tokens, all in the scratch block."""
+    device, ops = model.weights.embedding.device, model.ops
+    cache = KVCache(model.config, 1, block_size, kv_dtype, device)
+    width = -(-max_model_len // block_size)
+    batch = InputBatch(rows, model.config.vocab_size, width, (2,), None, async_copy_from(device), ops.row_tile)
+    prompt = Prompt(0, "", {}, range(max_model_len), SamplingConfig(temperature=1.0, top_p=0.9))
+    for number in range(rows):
+        batch.add(prompt, number, max_tokens=1)
+    batch.upload()
+    chunks = [
+        PrefillChunk(rows + offset, 0, min(max_model_len, prefill_tokens - offset), [SCRATCH_BLOCK] * width)
+        for offset in range(0, prefill_tokens, max_model_len)
+    ]
+    size, decode = pad(rows + prefill_tokens, ops.row_tile), batch.decode_tokens(rows, rows, width)
+    shared = ops.find_shared(model, cache, batch.block_table[:rows], batch.prompt_tokens[:rows], batch.version)
+    model.expert_load.set_num_valid(rows + prefill_tokens)
+    token_ids = torch.zeros(size, dtype=torch.int64, device=device)
+    hidden = model(token_ids, ops.attend(model, cache, StepTokens(size, decode, chunks, shared)))
+    sample(model, batch, model.logits(hidden[: pad(rows, ops.row_tile)])[:rows])
 
 
 class ModelRunner:

@@ -138,6 +138,11 @@ class Scheduler:
         """Whether no request is here."""
         return not (self.waiting or self.running or self.prefilling or self.scoring)
 
+    def take_completed(self) -> list[Completion]:
+        """Completions that were not taken yet."""
+        taken, self.completed = self.completed, []
+        return taken
+
     # The next step.
 
     def schedule(self, jump_forward: list[list[int]], num_steps: int) -> Step | None:
