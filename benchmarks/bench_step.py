@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from batchmix.config import SamplingConfig
 from batchmix.engine.engine import Engine
+from batchmix.memory import keep_freed_memory
 from batchmix.model import torch_backend
 from batchmix.model.config import MixtralConfig
 from batchmix.model.expert_load import ExpertLoad
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-step.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as an engine that is started does
     found = {}
     for name, sampling in SAMPLINGS.items():
         seconds = step_seconds(args.rows, args.steps, sampling)[5:] * 1e3

@@ -62,11 +62,7 @@ class RowGrammars:
         self.classes = DeviceTableCache(vocab_size, torch.int32, device)
         self.rows: list[GuidedRow | None] = [None] * size
         self.num_texts = 0  # that the host follows
-
-    @property
-    def used(self) -> bool:
-        """Whether there has been a row with a grammar: without any, steps do not look for them."""
-        return len(self.states.data) > 0
+        self.used = False  # whether there has been a row with a grammar: without any, steps do not look for them
 
     def acquire(self, slot: int, sampling: SamplingConfig, max_tokens: int) -> tuple[int, int, int]:
         """The row's grammar: where it begins in `states`, its row in `classes`, and the state of a text without tokens."""
@@ -81,7 +77,7 @@ class RowGrammars:
         else:
             row = GuidedRow((key, key), grammar, None, grammar.start)
             table, classes = torch.from_numpy(grammar.table), torch.from_numpy(grammar.token_class)[None]
-        self.rows[slot] = row
+        self.rows[slot], self.used = row, True
         base, class_row = (
             self.states.acquire(row.keys[0], lambda: table),
             self.classes.acquire(row.keys[1], lambda: classes),

@@ -93,7 +93,7 @@ class InputBatch:
         self.capacity, self.vocab_size, self.async_copy = capacity, vocab_size, async_copy
         self._build_stop_table = stop_table
         self.num_active = 0
-        self.version = next(_versions)  # another one when rows have come, gone or moved
+        self.version, self._uploaded = next(_versions), -1  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         # The host's side of each field of the blocks; of a row's state, what it began with.
         self.host: dict[str, np.ndarray] = {}
@@ -159,17 +159,17 @@ class InputBatch:
 
     def upload(self) -> None:
         """Tell the device what the host has changed, in the order of its work."""
-        state, *asked = self._columns
-        moved = np.flatnonzero(self._source != self._slots)
-        if len(moved):  # all at the same time
-            targets, sources = (async_copy_to_gpu(x, self.state.device) for x in (moved, self._source[moved]))
-            self.state.index_copy_(1, targets, self.state.index_select(1, sources))
-            self._source[moved] = moved
-        for changed, buffers in (
-            (self._fresh, [state]),
-            (self._changed, [*asked, self._stops]),
-            (self._moved_blocks, [self._blocks]),
-        ):
+        changes = [(self._moved_blocks, [self._blocks])]
+        if self._uploaded != self.version:
+            self._uploaded = self.version
+            moved = np.flatnonzero(self._source != self._slots)
+            if len(moved):  # all at the same time
+                targets, sources = (async_copy_to_gpu(x, self.state.device) for x in (moved, self._source[moved]))
+                self.state.index_copy_(1, targets, self.state.index_select(1, sources))
+                self._source[moved] = moved
+            state, *asked = self._columns
+            changes += [(self._fresh, [state]), (self._changed, [*asked, self._stops])]
+        for changed, buffers in changes:
             slots = np.flatnonzero(changed)
             if len(slots):
                 for buffer in buffers:
@@ -200,10 +200,9 @@ class InputBatch:
         """Wait for the oldest recorded step and take it into `outputs`. Returns how many tokens are new."""
         step = self.pending.popleft()
         state, ring, *logprobs = step.event()
-        there = np.flatnonzero(step.slots >= 0)
         if step.scored is not None:
             step.scored()
-        new = self.outputs.append(step.slots[there], state[:, there], ring[there], *(x[there] for x in logprobs))
+        new = self.outputs.append(step.slots, state, ring, *logprobs)
         if self.grammars.num_texts:
             self.grammars.accept_tokens(self.outputs)
         return new
@@ -250,12 +249,12 @@ class InputBatch:
         self._source[slot] = slot
         return slot
 
-    def add_blocks(self, slot: int, blocks: Sequence[int]) -> None:
-        """Add blocks to those of the slot's row."""
-        held = int(self.num_blocks[slot])
-        self.block_table[slot, held : held + len(blocks)] = blocks
-        self.num_blocks[slot] = held + len(blocks)
-        self._moved_blocks[slot] = True
+    def add_blocks(self, slots: np.ndarray, blocks: Sequence[int]) -> None:
+        """Add a block to the row of each slot, int64 [N], ascending; a slot stands there once for each of its blocks."""
+        number = np.arange(len(slots)) - np.searchsorted(slots, slots)  # of a block among its row's
+        self.block_table[slots, self.num_blocks[slots] + number] = blocks
+        np.add.at(self.num_blocks, slots, 1)
+        self._moved_blocks[slots] = True
 
     def remove(self, slot: int, sampling: SamplingConfig) -> None:
         """Free a slot; the last active row moves into it."""

@@ -24,22 +24,29 @@ class OutputBuffers:
     def append(
         self, slots: np.ndarray, state: np.ndarray, ring: np.ndarray, processed_logprobs: np.ndarray | None = None
     ) -> int:
-        """Slots int64 [N] have `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
+        """Take in what steps have done to slots int64 [N], -1 where the row is gone. Returns how many tokens are new.
 
-        state int64 [3, N]: generated, finish, stop reason. Likewise a token's log-probability among those that were
-        allowed in processed_logprobs float32 [N, L]. Returns how many tokens are new.
+        state int64 [3, N]: tokens generated, the n-th of which is in column n % L of ring [N, L]; finish; stop reason.
+        Likewise a token's log-probability among those that were allowed in processed_logprobs float32 [N, L].
         """
+        there = np.flatnonzero(slots >= 0)
+        if len(there) < len(slots):
+            slots, state, ring = slots[there], state[:, there], ring[there]
+            processed_logprobs = None if processed_logprobs is None else processed_logprobs[there]
         generated, before = state[0], self.count[slots]
-        most = int((generated - before).max(initial=0))
+        chosen = generated - before
         self.tokens = _grow(self.tokens, int(generated.max(initial=0)))
-        row, step = np.nonzero(np.arange(most) < (generated - before)[:, None])
-        place = before[row] + step
-        self.tokens[slots[row], place] = ring[row, place % ring.shape[1]]
         if processed_logprobs is not None:
             self.processed_logprobs = _grow(self.processed_logprobs, self.tokens.shape[1])
-            self.processed_logprobs[slots[row], place] = processed_logprobs[row, place % ring.shape[1]]
+        for step in range(int(chosen.max(initial=0))):
+            rows = np.flatnonzero(chosen > step) if (chosen <= step).any() else slice(None)
+            place, row_slots = before[rows] + step, slots[rows]
+            source = np.arange(len(slots))[rows], place % ring.shape[1]
+            self.tokens[row_slots, place] = ring[source]
+            if processed_logprobs is not None:
+                self.processed_logprobs[row_slots, place] = processed_logprobs[source]
         self.count[slots], self.finish[slots], self.stop_reason[slots] = state
-        return len(row)
+        return int(chosen.sum())
 
     def append_jump_forward(self, slot: int, tokens: list[int]) -> None:
         """Tokens that a row's grammar leaves no choice about."""

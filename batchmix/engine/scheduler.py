@@ -33,7 +33,6 @@ class RunningSequence:
     prompt: Prompt
     sample: int
     order: int  # of its start; the most recently started is preempted first
-    blocks: list[int]
 
 
 @dataclass(eq=False)
@@ -228,18 +227,15 @@ class Scheduler:
             # The position that is written last: what is planned ends with a token that is not in the cache yet.
             last = batch.prompt_tokens[:active] + batch.planned[:active] - 2 + np.minimum(steps, left)
             missing = last // self.block_size + 1 - batch.num_blocks[:active]
-            short = np.flatnonzero(missing > 0)
-            slots = np.repeat(short, missing[short]).tolist()  # a slot as often as it needs blocks
+            slots = np.flatnonzero(missing > 0)
+            slots = np.repeat(slots, missing[slots])  # a slot as often as it needs blocks
             try:
-                blocks = self._allocate(len(slots))
+                batch.add_blocks(slots, self._allocate(len(slots)))
             except OutOfBlocks:
                 if batch.pending:  # some may have ended
                     return 0
                 self.preempt(max(range(active), key=lambda slot: self.running[slot].order))
                 continue
-            for slot, block in zip(slots, blocks, strict=True):
-                batch.add_blocks(slot, [block])
-                self.running[slot].blocks.append(block)
             return steps
         return 0
 
@@ -257,7 +253,7 @@ class Scheduler:
     def finish(self, slot: int) -> None:
         """Take a sequence out of the batch; that of the last slot moves into its slot."""
         sequence = self.running[slot]
-        self.pool.release(sequence.blocks)
+        self.pool.release(self.batch.block_table[slot, : self.batch.num_blocks[slot]].tolist())
         self.batch.remove(slot, sequence.prompt.sampling)
         last = self.running.pop()
         if last is not sequence:
@@ -378,8 +374,8 @@ class Scheduler:
                 copies.append((blocks[-1], request.sample_blocks[number - 1]))
                 blocks[-1] = request.sample_blocks[number - 1]
             slot = self.batch.add(prompt, sample, limit)
-            self.batch.add_blocks(slot, blocks)
-            self.running.append(RunningSequence(prompt, sample, self.num_started, blocks))
+            self.batch.add_blocks(np.full(len(blocks), slot), blocks)
+            self.running.append(RunningSequence(prompt, sample, self.num_started))
             self.num_started += 1
         return copies
 
