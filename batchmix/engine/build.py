@@ -57,10 +57,7 @@ def start_engine(
     tp: TensorParallel = SINGLE_RANK,
     grammars: GrammarCompiler | None = None,
 ) -> Engine:
-    """Load the weights, give the memory that is left to the KV cache, and say so in one line.
-
-    `grammars`: those of this checkpoint and tokenizer, where some are compiled already.
-    """
+    """Load the weights and give the memory that is left to the KV cache. `grammars`: those that are compiled already."""
     started = time.perf_counter()
     place = select_device(config)
     dtype, device = compute_dtype(checkpoint.dtype, place), place.device
@@ -162,10 +159,8 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 
 
 def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_tokens: int) -> None:
-    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where not.
-
-    BatchmixError there where engine.batch_invariant=true.
-    """
+    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where not:
+    a warning, with engine.batch_invariant=true a BatchmixError."""
     layer, tokens, dtype = weights.layers[0], rows + prefill_tokens, weights.lm_head.dtype
 
     def shape(weight: Weight, dtype: torch.dtype = dtype) -> torch_products.Shape:

@@ -1,8 +1,7 @@
 """Compile the kernels of a run before it: those of each captured size of a decode step, and of prefill steps of any size.
 
-The steps run as they do later, on tensors without memory ("meta") and one layer, while launches are recorded. What they
-would compile is then compiled in parallel processes, into Triton's cache on disk. All of that is another process's work, so
-that this one can load weights. Imported where there is a GPU alone: Triton takes a second to import.
+The steps run on tensors without memory ("meta") and one layer, while launches are recorded. What they would compile is then
+compiled in parallel processes, into Triton's cache on disk. Another process does all that while this one loads weights.
 """
 
 from __future__ import annotations
@@ -55,11 +54,8 @@ class Steps:
 
 
 def record_steps(steps: Steps) -> None:
-    """Launch what the steps launch; inside of `kernels.compile.recorded`, where launches compile and run nothing.
-
-    Rows with penalties, log-probabilities or grammars take other variants of the sampling kernels, which are compiled when
-    they come.
-    """
+    """Launch what the steps launch, inside of `kernels.compile.recorded`. Variants of the sampling kernels for penalties,
+    log-probabilities or grammars are compiled when such rows come."""
     config = replace(steps.config, num_hidden_layers=1)
     weights = empty_weights(config, steps.dtype, torch.device("meta"), steps.quantization)
     model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)
@@ -83,14 +79,10 @@ class CompileAhead:
         self._process = None
         if self._note.get_file(_DONE) is None:
             environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            pipe = subprocess.PIPE
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__], env=environment, stdin=pipe, stdout=pipe, stderr=pipe
-            )
-            assert self._process.stdin is not None
-            self._process.stdin.write(pickle.dumps((steps, gpu, processes)))
-            self._process.stdin.close()
-            self._process.stdin = None  # `communicate` would write to it
+                [sys.executable, "-m", __name__, pickle.dumps((steps, gpu, processes)).hex()],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """Wait, and log a line of what was compiled. What was not is compiled when it is first launched."""
@@ -122,7 +114,7 @@ def _fingerprint(steps: Steps, gpu: Gpu) -> str:
 
 def _main() -> None:
     """The process: steps in, a line of JSON out."""
-    steps, gpu, processes = pickle.load(sys.stdin.buffer)
+    steps, gpu, processes = pickle.loads(bytes.fromhex(sys.argv[1]))
     started = time.perf_counter()
     with torch.inference_mode(), recorded(gpu) as jobs:
         record_steps(steps)

@@ -1,7 +1,6 @@
 """Decode steps as CUDA graphs: which sizes there are, and when one is captured.
 
-A graph replays the launches of one step, so everything that the host decided while it was captured is fixed: how many
-slots it runs over, how many blocks of each row it looks at, and where in memory the slots' tables are.
+A graph fixes what the host decided while it was captured: slots, blocks of a row, and where the slots' tables are.
 """
 
 from __future__ import annotations
@@ -43,10 +42,9 @@ def pad_to_capture_size(sizes: list[int], rows: int) -> int:
 
 
 class StepGraphs:
-    """Steps that are known by a key: run as they are at first, which loads their kernels, from the second time on as graphs.
+    """Steps known by a key: run as they are at first, which loads their kernels, from the second time on as graphs.
 
-    `capture` makes a graph of a step without running it; None: there are no graphs, and `prepare` is not called. The
-    MAX_GRAPHS graphs that were used last are kept.
+    `capture` makes a graph of a step without running it; None: there are no graphs, and `prepare` is not called.
     """
 
     def __init__(self, capture: Capture | None, stats: EngineStats) -> None:
@@ -82,11 +80,8 @@ class StepGraphs:
 
 
 def cuda_capture() -> Capture:
-    """Captures into one pool of memory: graphs never run together and leave nothing in it that is read later.
-
-    The device is not waited for, and its memory not given back, as `torch.cuda.graph` does each time: a capture is work
-    of the host, done while the device is at the steps queued before.
-    """
+    """Captures into one pool of memory: graphs never run together. As `torch.cuda.graph`, but neither is the device waited
+    for nor its memory given back: a capture is work of the host beside the steps queued before."""
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 

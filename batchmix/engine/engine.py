@@ -1,8 +1,7 @@
 """The engine: batches of prompts in, completions out.
 
 `Engine.generate` is the whole loop: schedule a step, run it, process what the steps before have done. A step takes a token
-of every running row and as many prompt tokens as its budget leaves. Rows never wait for each other: an ended row's slot is
-refilled.
+of every running row and as many prompt tokens as its budget leaves. An ended row's slot is refilled.
 """
 
 from __future__ import annotations
@@ -138,9 +137,7 @@ class Engine:
 
     def step(self) -> None:
         """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued before.
-
-        Where the device has no memory, go on with half the batch.
-        """
+        Where the device has no memory, go on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         jump_forward: list[list[int]] = []
         wants_logprobs, may_jump = batch.wants_logprobs(), may_jump_forward(batch)

@@ -1,9 +1,7 @@
 """The grammars of running rows: their tables on the device, and what the host knows of each row's text.
 
-A grammar without a table has a row's text followed on the host, which tells the device which tokens may come next. To a step
-such a row has a grammar like the others, of a single state and two classes of tokens; which token is of which class the
-host writes anew before each choice. A step queues the model first, then reads back the tokens before it and finds the masks
-while the device computes, so that both work at the same time.
+The text of a grammar without a table is followed on the host. To a step its row has a grammar of a single state and two
+classes of tokens, allowed or not, which the host writes anew before each choice, while the device runs the model.
 """
 
 from __future__ import annotations
@@ -117,10 +115,8 @@ class RowGrammars:
                 outputs.finish[slot] = Finish.WHOLE if text.may_end else Finish.FAILED
 
     def fill_bitmask(self, first: int, class_rows: np.ndarray, classes: Tensor) -> None:
-        """Write what may come next in slots `first`, ... into rows `class_rows` [N] of `classes` int32 [grammars, V].
-
-        In the order of the device's work. Rows that the host does not follow are left alone.
-        """
+        """Write what may come next in slots `first`, ... into rows `class_rows` [N] of `classes` int32 [grammars, V], in the
+        order of the device's work. Rows that the host does not follow are left alone."""
         if not self.num_texts:
             return
         texts = [

@@ -1,11 +1,9 @@
 """The rows being decoded: one slot a row, every field a tensor over the slots.
 
-Active rows always fill slots 0..num_active-1: a finished row's slot is taken by the last active one, so that each
-step works on a leading slice. The order of rows in the batch does not matter to any of them.
-
-The device owns what steps change; the host adds, removes and moves rows, and `upload` queues that behind the steps that
-are queued already. What steps did comes back as a `PendingStep`, which knows where each row has moved since. Meanwhile the
-host counts on: a row has the tokens that were queued for it (`planned`), or has ended, and then steps leave it alone.
+Active rows fill slots 0..num_active-1, so that a step works on a leading slice: the last one takes a finished row's slot.
+The device owns what steps change; the host adds, removes and moves rows, and `upload` queues that behind the steps queued
+already. What steps did comes back as a `PendingStep`, which knows where each row has moved since. Meanwhile the host counts
+on: a row has the tokens that were queued for it (`planned`), or has ended, and then steps leave it alone.
 """
 
 from __future__ import annotations
@@ -71,11 +69,8 @@ class PendingStep:
 
 
 class InputBatch:
-    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise.
-
-    With `row_tile` tensors are longer, a multiple of it, so that a step may run over free slots behind the active ones.
-    `steps_per_read` is how many steps may run before a `record_step`.
-    """
+    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise, rounded up to `row_tile`: a step
+    may run over free slots. `steps_per_read` is how many steps may run before a `record_step`."""
 
     def __init__(
         self,
@@ -219,8 +214,7 @@ class InputBatch:
         slot = self.num_active
         self.num_active += 1
         self.version = next(_versions)
-        sampling = prompt.sampling
-        host = self.host
+        sampling, host = prompt.sampling, self.host
         self.prompt_tokens[slot] = len(prompt.token_ids)
         host["context"][slot] = len(prompt.token_ids) - 1
         host["finish"][slot] = Finish.RUNNING
@@ -238,9 +232,8 @@ class InputBatch:
             host["stop_base"][slot] = self.automata.acquire(stop, lambda: self._automaton(sampling))
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
         if sampling.structured_outputs is not None:
-            base, token_class, start = self.grammars.acquire(slot, sampling, max_tokens)
-            host["grammar_base"][slot], host["grammar_class"][slot] = base, token_class
-            host["grammar_state"][slot] = start
+            found = self.grammars.acquire(slot, sampling, max_tokens)
+            host["grammar_base"][slot], host["grammar_class"][slot], host["grammar_state"][slot] = found
             host["processed_logprobs"][slot] = sampling.structured_outputs.token_probabilities
             if sampling.structured_outputs.token_probabilities and self.logprob_history is None:
                 self.logprob_history = torch.zeros_like(self.history, dtype=torch.float32)

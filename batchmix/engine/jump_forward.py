@@ -1,9 +1,7 @@
-"""Stretches of a guided text that are the only possible one: their tokens are appended without a step for each.
+"""Jump-forward decoding: what a grammar leaves no choice about is appended without a step for each token.
 
-A row whose grammar leaves one token, then one token again, gets all of them at once (jump-forward decoding, as SGLang calls
-it). Their keys and values are computed in the step that follows, behind the rows' own tokens: to the attention each is a row
-at its own position, and a layer writes all keys and values before it attends. So each token is computed just as in a step of
-its own, and the model runs once instead of many times.
+Keys and values of such tokens are computed in the step that follows, behind the rows' own tokens: to the attention each is a
+row at its own position, so it is computed just as in a step of its own.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ def may_jump_forward(batch: InputBatch) -> bool:
 def find_jump_forward(batch: InputBatch, most: int) -> list[list[int]]:
     """The tokens that must come next, of each active row, `most` in all; all that was queued has been read back.
 
-    The last token of max_tokens and one after which the text may end are left to a step of their own, which sees that.
-    Rows with penalties or log-probabilities take every step, which counts and logs each token.
+    The last token of max_tokens, one after which the text may end, and all of rows with penalties or log-probabilities are
+    left to steps of their own.
     """
     found: list[list[int]] = [[] for _ in range(batch.num_active)]
     host, outputs = batch.host, batch.outputs

@@ -192,7 +192,7 @@ class ModelRunner:
                 self._sample(self._logits(hidden, wanted))
             scored = self._score(hidden, step, last)
         for chunk in step.chunks:
-            scheduler.pool.release(chunk.own_blocks)
+            scheduler.pool.release(chunk.blocks[len(chunk.request.blocks) :])
         if chunks:
             stats.first_prefill_time = stats.first_prefill_time or time.time()
             stats.refills += bool(rows)
@@ -205,11 +205,8 @@ class ModelRunner:
         return self.model.logits(hidden[async_copy_to_gpu(padded, hidden.device)])[: len(places)]
 
     def _score(self, hidden: Tensor, step: Step, last: list[int]) -> Callable[[], None] | None:
-        """A function that waits for the log-probabilities of the step's choices and adds them to their requests.
-
-        Those of each token of a choice and of the end after it; `last`: places of the chunks' last tokens. None where
-        there are no choices.
-        """
+        """A function that waits for the log-probabilities of the step's choices, and of the end after each, and adds them to
+        their requests. None where there are no choices. `last`: places of the chunks' last tokens."""
         places: list[int] = []  # in the step, of the token before
         wanted: list[list[int]] = []  # any of these tokens may follow
         owners: list[tuple[Request, int]] = []

@@ -37,10 +37,8 @@ class RunningSequence:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and samples of it that start together, waiting or in prefill. With `choices` these are scored instead.
-
-    Of a scoring request the prompt's whole blocks are computed once, the rest of it with each choice.
-    """
+    """A prompt and samples of it that start together, waiting or in prefill. With `choices` these are scored instead: the
+    prompt's whole blocks are computed once, the rest of it with each choice."""
 
     prompt: Prompt
     samples: list[int]
@@ -62,18 +60,15 @@ class ScheduledChunk:
     request: Request
     token_ids: list[int]
     start: int  # position of the first
-    blocks: list[int]
+    blocks: list[int]  # the request's, then those of a choice, which are free again once the step is queued
     choice: int | None = None  # the one whose tokens' logits are wanted
-    own_blocks: list[int] = field(default_factory=list)  # free again once the step is queued
     is_last: bool = False  # of its prompt: the logits of its last token start the samples
 
 
 @dataclass
 class Step:
-    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks.
-
-    Without chunks and jump-forward tokens it may run `num_steps` times before the host looks at the outcome.
-    """
+    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks. Without the latter
+    two it may run `num_steps` times before the host looks at the outcome."""
 
     num_decode: int
     num_steps: int = 1
@@ -147,8 +142,7 @@ class Scheduler:
     def schedule(self, jump_forward: list[list[int]], num_steps: int) -> Step | None:
         """A token of every running sequence, then chunks. None where the outcome of what is queued has to be known first.
 
-        `jump_forward`: tokens of each running sequence that its grammar leaves no choice about. `num_steps`: decode
-        steps at most, where nothing waits.
+        `jump_forward`: forced tokens of each running sequence. `num_steps`: decode steps at most, where nothing waits.
         """
         self.batch.planned[: len(jump_forward)] += np.array([len(tokens) for tokens in jump_forward], np.int64)
         tokens_of = {id(sequence): tokens for sequence, tokens in zip(self.running, jump_forward, strict=False)}
@@ -167,11 +161,8 @@ class Scheduler:
         return step if step.chunks or step.num_decode else None
 
     def _budget(self, free: float) -> int:
-        """Tokens of the next step.
-
-        A batch that stays full starts as many prompts as answers end: with R sequences of P prompt and A answer tokens,
-        R A / A end a step, so R (1 + P / A) tokens keep it so.
-        """
+        """Tokens of the next step. With R sequences of P prompt and A answer tokens R / A answers end a step, so R (1 + P / A)
+        tokens keep the batch full."""
         most, running = self.max_num_batched_tokens, len(self.running)
         if not running or self._num_startable(running, free) >= running * _RAMP / (1 - _RAMP):
             return most
@@ -215,9 +206,7 @@ class Scheduler:
 
     def _allocate_decode(self, most: int) -> int:
         """Allocate the blocks that sequences write to in up to `most` steps; how many steps, 0 where none has tokens left.
-
-        Where blocks run out, the most recently started sequences are preempted.
-        """
+        Where blocks run out, the most recently started sequences are preempted."""
         batch = self.batch
         while self.running:
             active, left = len(self.running), batch.left()
@@ -267,10 +256,8 @@ class Scheduler:
     # Prompts.
 
     def _add_chunks(self, step: Step, room: int, free: float) -> None:
-        """Fill the step with chunks of the request in prefill, then of those that start with `free` KV-cache tokens.
-
-        A chunk that alone is longer than there is room is the only one, where prompts are not to be cut there.
-        """
+        """Fill the step with chunks of the request in prefill, then of those that start with `free` KV-cache tokens. A chunk
+        that is longer than the room is the only one, where prompts are not to be cut there."""
         while room > 0:
             request = self.prefilling
             if request is None:
@@ -304,11 +291,11 @@ class Scheduler:
         ids = [*request.prompt.token_ids[request.computed :], *choice]
         if len(ids) > room and not is_first:
             return None
-        try:
-            own = self._allocate(-(-len(ids) // self.block_size))
-        except OutOfBlocks:
+        needed = -(-len(ids) // self.block_size)
+        if needed > self._num_available():
             return None
-        return ScheduledChunk(request, ids, request.computed, request.blocks + own, request.next_choice, own)
+        blocks = request.blocks + self._allocate(needed)
+        return ScheduledChunk(request, ids, request.computed, blocks, request.next_choice)
 
     def _computed_once(self, request: Request) -> int:
         """Tokens of the prompt that are computed once: of a scoring request those in whole blocks."""
@@ -393,10 +380,8 @@ class Scheduler:
     # Out of memory.
 
     def requeue_all(self, step: Step) -> int:
-        """Let every request that runs, is in prefill or starts in `step` wait again, in the order of their start.
-
-        How many prompts these are.
-        """
+        """Let every request that runs, is in prefill or starts in `step` wait again, in the order of their start. How many
+        prompts these are."""
         again: dict[int, Request] = {}
         sequences = sorted(self.running, key=lambda sequence: sequence.order)
         found = [Request(sequence.prompt, [sequence.sample]) for sequence in sequences]

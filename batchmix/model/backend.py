@@ -39,11 +39,8 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class DecodeTokens:
-    """The generated tokens of a step: one of each row, then jump-forward tokens, then padding.
-
-    Each has its row's blocks: to the attention a jump-forward token is a row at its own position. Device and host agree in
-    the first of several steps, but that the host may not know yet which rows have ended.
-    """
+    """The generated tokens of a step: one of each row, then jump-forward tokens, each as a row at its own position, then
+    padding. The host may not know yet which rows have ended, nor positions after the first of several steps."""
 
     positions: Tensor  # int64 [L]: where each token stands in its row
     running: Tensor  # bool [L]: the others write to the scratch block and attend to nothing
@@ -115,8 +112,7 @@ class Operators(Protocol):
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 
-        The inputs of experts in fp8 are rounded to fp8 too, by row. Tokens that `load` takes for padding go to no expert:
-        they get the residual alone. It counts the others.
+        Inputs of experts in fp8 are rounded to fp8, by row. Tokens that `load` takes for padding get the residual alone.
         """
 
     def attend(self, model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:

@@ -23,11 +23,9 @@ SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
 
 
 class KVCache:
-    """Keys and values of every layer, [layers, blocks, G, block_size, C] each.
+    """Keys and values of every layer, [layers, blocks, G, block_size, C] each: a kv head's keys of a block are one matrix.
 
-    The layout puts one kv head's keys of a block next to each other, so that attention reads them as one dense
-    matrix without a copy. The scales of a cache of float8_e4m3fn are 1, as vLLM's where a checkpoint brings none:
-    values are rounded as they are, and cut off at ±448.
+    The scales of a cache of float8_e4m3fn are 1, as vLLM's where a checkpoint brings none; values are cut off at ±448.
     """
 
     streamed_bytes = 0  # copied to the device so far

@@ -25,10 +25,8 @@ _GAP = 2  # unused blocks that cost less to copy than another copy to begin
 
 
 class StagedKVCache(KVCache):
-    """`keys` and `values` hold BUFFERS layers instead of all. A step may have `max_tokens` tokens.
-
-    Its user has to know on the host where each token of a step stands, so one decode step runs at a time.
-    """
+    """`keys` and `values` hold BUFFERS layers instead of all. A step may have `max_tokens` tokens, and one decode step runs
+    at a time: the host has to know where each token stands."""
 
     def __init__(
         self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, link: TransferStream,

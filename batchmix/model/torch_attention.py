@@ -1,8 +1,7 @@
 """Attention over the paged cache in plain torch.
 
-Each class lays its share of a step out once, and runs in every layer on the step's queries, keys and values. As in
-`torch_ops`, a row has the same result whatever other rows are in the batch: a prompt is padded to a length that depends on itself
-alone, a decoding row is split at block boundaries, and the splits are summed as a fixed binary tree.
+A row has the same result whatever other rows are in the batch: a prompt is padded to a length that depends on itself alone,
+a decoding row is split at block boundaries, and the splits are summed as a fixed binary tree.
 
 Legend: T packed tokens, B rows, H heads, G kv heads, R = H / G heads per kv head, C head dim, S block size.
 """
@@ -85,10 +84,8 @@ class PrefillAttention:
 class DecodeAttention:
     """Attention of one new token per row over its paged context.
 
-    Each block is one split: its softmax is taken alone, then a row's blocks are merged by their log-sum-exp, as
-    FlashDecoding does. So no keys are copied: one batched product runs over the leading blocks of the cache as they
-    lie there, whoever owns them. Only where blocks are shared between rows, or few of them are in use, are the
-    needed ones gathered.
+    Each block is one split, whose softmax is taken alone; then a row's blocks are merged by their log-sum-exp, as
+    FlashDecoding does. So blocks are read where they lie, but where rows share them or few are in use.
     """
 
     def __init__(self, cache: KVCache, block_table: np.ndarray, context: np.ndarray) -> None:

@@ -102,10 +102,8 @@ def _among_allowed(
 
 
 def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each.
-
-    Rows of one count at a time, because which ones of tied tokens topk takes depends on how many it is asked for.
-    """
+    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each. Rows of one count
+    at a time, because which ones of tied tokens topk takes depends on how many it is asked for."""
     values = logprobs.new_zeros(len(logprobs), int(counts.max()))
     ids = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for count in np.unique(counts).tolist():
@@ -115,10 +113,8 @@ def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """The first of the largest logits of each row, [R, V] -> int64 [R].
-
-    By buckets, because torch's argmax on a CPU compares one number at a time: 10 ms for 256 rows of 32,000, this 1.5.
-    """
+    """The first of the largest logits of each row, [R, V] -> int64 [R]. By buckets: torch's argmax on a CPU compares one
+    number at a time, 10 ms for 256 rows of 32,000, this 1.5."""
     buckets = F.pad(logits, (0, -logits.shape[1] % _BUCKET), value=float("-inf")).view(len(logits), -1, _BUCKET)
     bucket = buckets.amax(-1).argmax(-1)  # [R]
     inside = buckets.gather(1, bucket[:, None, None].expand(-1, 1, _BUCKET))[:, 0]  # [R, 128]
@@ -162,10 +158,8 @@ def _apply_penalties(logits: Tensor, rows: RowTensors) -> None:
 
 
 def _filter(scaled: Tensor, rows: RowTensors, which: Tensor) -> Tensor:
-    """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token. [N, V], changed in place -> [N, V].
-
-    `scaled` are logits of the rows `which`, int64 [N], over the temperature, each row's largest 0.
-    """
+    """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token, in place. `scaled` [N, V]: logits of the
+    rows `which` int64 [N] over the temperature, each row's largest 0."""
     weights = scaled.exp_()
     top_p, min_p = rows.reals[Real.TOP_P, which], rows.reals[Real.MIN_P, which]
     top_k = rows.numbers[Number.TOP_K, which]
@@ -219,10 +213,7 @@ def _sum(weights: Tensor) -> Tensor:
 
 
 def _draw(weights: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first token at which the running sum passes u times the total.
-
-    weights float32 [R, V], u float64 [R] in (0, 1) -> int64 [R].
-    """
+    """The first token at which the running sum of `weights` float32 [R, V] passes u float64 [R] in (0, 1) times the total."""
     buckets, sums = _bucket_sums(weights)
     running = sums.cumsum(-1)
     target = u[:, None] * running[:, -1:]

@@ -25,10 +25,8 @@ from batchmix.model.torch_sampler import largest
 
 
 class TritonOperators:
-    """See `Operators`. With `batch_invariant` other rows in the batch change no bit of a row's products, by construction.
-
-    With `share_prefix` KV blocks that rows have in common are attended to once for all of them.
-    """
+    """See `Operators`. With `batch_invariant` other rows in the batch change no bit of a row's products; with `share_prefix`
+    KV blocks that rows have in common are attended to once for all of them."""
 
     row_tile = 1
     cuts_prompts = True
