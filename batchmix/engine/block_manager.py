@@ -1,7 +1,7 @@
 """Which KV blocks are free, and which hold what prompts begin with in common.
 
-A block of a prefix is known by the block before it and by its own tokens. The prefix cache holds a reference to it, so it
-outlives its row. When blocks run out, those that no row reads go first, the end of a chain before its start.
+A block of a prefix is known by the block before it and by its own tokens. The prefix cache holds a reference to it, so
+it outlives its row. When blocks run out, those that no row reads go first, the end of a chain before its start.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Counted references to blocks; low numbers go first, so that those in use stay dense. A prefix cache's reference is told
-    from a row's, so that blocks that only it holds are counted as they come and go."""
+    """Counted references to blocks; low numbers go first, so that those in use stay dense. A prefix cache's reference
+    is told from a row's, so that blocks that only it holds are counted as they come and go."""
 
     def __init__(self, num_blocks: int) -> None:
         self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK

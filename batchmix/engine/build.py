@@ -35,8 +35,8 @@ from batchmix.plan.cost import footprint
 from batchmix.plan.placement import RESIDENT_ROWS, Placement
 
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
-# A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the host
-# does between windows (benchmarks/bench_step.py) hides behind the window that runs. Not measured on a GPU.
+# A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the
+# host does between windows (benchmarks/bench_step.py) hides behind the window that runs. Not measured on a GPU.
 STEPS_PER_READ_GPU = 2
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ def start_engine(
     tp: TensorParallel = SINGLE_RANK,
     grammars: GrammarCompiler | None = None,
 ) -> Engine:
-    """Load the weights and give the memory that is left to the KV cache. `grammars`: those that are compiled already."""
+    """Load the weights and give the memory that is left to the KV cache. `grammars`: those that are compiled
+    already."""
     started = time.perf_counter()
     place = select_device(config)
     dtype, device = compute_dtype(checkpoint.dtype, place), place.device
@@ -83,8 +84,8 @@ def start_engine(
 
         compile_clock = CompileClock()
         if tp.rank == 0:  # the others' kernels are the same
-            steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, rows, prefill_tokens, checkpoint.max_model_len,
-                          config.batch_invariant, config.share_prefix)  # fmt: skip
+            steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, rows, prefill_tokens,
+                          checkpoint.max_model_len, config.batch_invariant, config.share_prefix)  # fmt: skip
             cpus = max(1, (os.cpu_count() or 1) // config.data_parallel_size)  # of engines that start at once
             compile_ahead = CompileAhead(steps, current_gpu(device), cpus)
     weights = load_weights(checkpoint, dtype, device, tp, offload)
@@ -115,9 +116,11 @@ def start_engine(
         should_stop=should_stop,
         # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
         steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
-        # No graphs where weights are streamed: the host has to begin each copy, and launches take no part of such a step.
+        # No graphs where weights are streamed: the host has to begin each copy, and launches take no part of such a
+        # step.
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
-        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
+        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it
+        # does.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
         grammars=grammars or open_grammars(checkpoint, tokenizer),
         compile_clock=compile_clock,
@@ -125,8 +128,8 @@ def start_engine(
 
 
 def _start_line(
-    checkpoint: Checkpoint, place: DevicePlan, processes: int, model: Mixtral, cache: KVCache, rows: int, workspace: int,
-    plan: Placement | None, seconds: float,
+    checkpoint: Checkpoint, place: DevicePlan, processes: int, model: Mixtral, cache: KVCache, rows: int,
+    workspace: int, plan: Placement | None, seconds: float,
 ) -> str:  # fmt: skip
     """What runs where, and what it takes."""
     dtype = model.weights.embedding.dtype
@@ -159,8 +162,8 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 
 
 def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_tokens: int) -> None:
-    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where not:
-    a warning, with engine.batch_invariant=true a BatchmixError."""
+    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where
+    not: a warning, with engine.batch_invariant=true a BatchmixError."""
     layer, tokens, dtype = weights.layers[0], rows + prefill_tokens, weights.lm_head.dtype
 
     def shape(weight: Weight, dtype: torch.dtype = dtype) -> torch_products.Shape:
@@ -177,8 +180,8 @@ def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_t
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"
                   " %d rows, slower and exact", ", ".join(fixed), torch_products.FIXED_ROWS)  # fmt: skip
     if unsteady:
-        found = (f"this machine's matrix products with {', '.join(unsteady)} round a row differently among other rows, also"
-                 f" in calls of {torch_products.FIXED_ROWS} rows")  # fmt: skip
+        found = (f"this machine's matrix products with {', '.join(unsteady)} round a row differently among other rows,"
+                 f" also in calls of {torch_products.FIXED_ROWS} rows")  # fmt: skip
         remedy = "with model.dtype=float32 or fewer threads (OMP_NUM_THREADS) they may not"
         if config.batch_invariant:
             raise BatchmixError(f"engine.batch_invariant=true: {found}; {remedy}")
@@ -189,7 +192,8 @@ def _measure_memory(
     model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: TransferStream | None, plan: Placement | None,
     rows: int, prefill_tokens: int, kv_dtype: torch.dtype,
 ) -> tuple[int, int]:  # fmt: skip
-    """Bytes that the largest step takes, on a GPU measured, on the CPU estimated; and the KV blocks that fit beside it."""
+    """Bytes that the largest step takes, on a GPU measured, on the CPU estimated; and the KV blocks that fit beside
+    it."""
     block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, kv_dtype)
     if link is None:
         workspace = workspace_bytes(model.config, rows, prefill_tokens, checkpoint.quantization is not None)

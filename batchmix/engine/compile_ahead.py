@@ -1,7 +1,9 @@
-"""Compile the kernels of a run before it: those of each captured size of a decode step, and of prefill steps of any size.
+"""Compile the kernels of a run before it: those of each captured size of a decode step, and of prefill steps of any
+size.
 
-The steps run on tensors without memory ("meta") and one layer, while launches are recorded. What they would compile is then
-compiled in parallel processes, into Triton's cache on disk. Another process does all that while this one loads weights.
+The steps run on tensors without memory ("meta") and one layer, while launches are recorded. What they would compile is
+then compiled in parallel processes, into Triton's cache on disk. Another process does all that while this one loads
+weights.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class Steps:
 
 
 def record_steps(steps: Steps) -> None:
-    """Launch what the steps launch, inside of `kernels.compile.recorded`. Variants of the sampling kernels for penalties,
-    log-probabilities or grammars are compiled when such rows come."""
+    """Launch what the steps launch, inside of `kernels.compile.recorded`. Variants of the sampling kernels for
+    penalties, log-probabilities or grammars are compiled when such rows come."""
     config = replace(steps.config, num_hidden_layers=1)
     weights = empty_weights(config, steps.dtype, torch.device("meta"), steps.quantization)
     model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)

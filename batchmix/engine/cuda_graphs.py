@@ -19,10 +19,10 @@ from batchmix.engine.stats import EngineStats
 Queue = Callable[[], None]  # queues the launches of a step
 Capture = Callable[[Queue], Queue]
 
-# Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps runs 1.25 d steps at each of n/d sizes, with
-# d/2 rows of padding on average: (n/d) C + n 1.25 p d/2 seconds where a capture takes C and a row of padding p, least at
-# d = sqrt(2 C / 1.25 p). With p of 4.3 us on an H200 (padding reaches no expert) and C of 15 to 30 ms, an estimate, d is 75 to
-# 106. 64 rows are also 16 an expert, a step in its tiles.
+# Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps runs 1.25 d steps at each of n/d
+# sizes, with d/2 rows of padding on average: (n/d) C + n 1.25 p d/2 seconds where a capture takes C and a row of
+# padding p, least at d = sqrt(2 C / 1.25 p). With p of 4.3 us on an H200 (padding reaches no expert) and C of 15 to 30
+# ms, an estimate, d is 75 to 106. 64 rows are also 16 an expert, a step in its tiles.
 SPACING = 64
 MAX_GRAPHS = 64  # kept at once. Each holds its own launches in device memory; what they work in is one pool for all
 
@@ -58,7 +58,8 @@ class StepGraphs:
         return self._capture is not None
 
     def prepare(self, key: Hashable, tables: Hashable, step: Queue) -> Queue:
-        """The step, or its graph. `tables` names the memory that graphs rely on: those captured with another one are dropped."""
+        """The step, or its graph. `tables` names the memory that graphs rely on: those captured with another one are
+        dropped."""
         assert self._capture is not None
         if tables != self._tables:
             self._graphs.clear()
@@ -80,8 +81,8 @@ class StepGraphs:
 
 
 def cuda_capture() -> Capture:
-    """Captures into one pool of memory: graphs never run together. As `torch.cuda.graph`, but neither is the device waited
-    for nor its memory given back: a capture is work of the host beside the steps queued before."""
+    """Captures into one pool of memory: graphs never run together. As `torch.cuda.graph`, but neither is the device
+    waited for nor its memory given back: a capture is work of the host beside the steps queued before."""
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 

@@ -1,7 +1,7 @@
 """The engine: batches of prompts in, completions out.
 
-`Engine.generate` is the whole loop: schedule a step, run it, process what the steps before have done. A step takes a token
-of every running row and as many prompt tokens as its budget leaves. An ended row's slot is refilled.
+`Engine.generate` is the whole loop: schedule a step, run it, process what the steps before have done. A step takes a
+token of every running row and as many prompt tokens as its budget leaves. An ended row's slot is refilled.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         compile_clock: CompileClock | None = None,
     ) -> None:
-        """`steps_per_read`: decode steps between two copies of what they did to the host. `capture` makes a CUDA graph of
-        a step. `async_copy`, from the cache's device, says when what was copied is read."""
+        """`steps_per_read`: decode steps between two copies of what they did to the host. `capture` makes a CUDA graph
+        of a step. `async_copy`, from the cache's device, says when what was copied is read."""
         blocks_per_row = -(-max_model_len // cache.block_size)
         if blocks_per_row > cache.num_blocks - 1:
             raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {max_model_len} tokens")
@@ -136,8 +136,8 @@ class Engine:
             self.scheduler.add(request)
 
     def step(self) -> None:
-        """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued before.
-        Where the device has no memory, go on with half the batch."""
+        """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued
+        before. Where the device has no memory, go on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         jump_forward: list[list[int]] = []
         wants_logprobs, may_jump = batch.wants_logprobs(), may_jump_forward(batch)
@@ -163,7 +163,8 @@ class Engine:
         self._retry_with_half_the_batch(name, step)
 
     def _retry_with_half_the_batch(self, name: str, step: Step) -> None:
-        """Let every row wait again, and go on with half as many. Rows run again and, keyed as they are, end the same."""
+        """Let every row wait again, and go on with half as many. Rows run again and, keyed as they are, end the
+        same."""
         scheduler = self.scheduler
         capacity, batched = scheduler.batch.capacity, scheduler.max_num_batched_tokens
         if self.model.tp.size > 1:  # the other ranks know nothing of it
@@ -185,13 +186,14 @@ class Engine:
         self.stats.out_of_memory += 1
         self.stats.running, self.stats.waiting = 0, len(scheduler.waiting)
         _log.warning(
-            "out of memory in a %s step: %d rows wait again; going on with %d rows at once (was %d) and %s tokens in a step"
-            " (was %s)", name, rows, scheduler.batch.capacity, capacity,
+            "out of memory in a %s step: %d rows wait again; going on with %d rows at once (was %d) and %s tokens in a"
+            " step (was %s)", name, rows, scheduler.batch.capacity, capacity,
             f"{scheduler.max_num_batched_tokens:,}", f"{batched:,}",
         )  # fmt: skip
 
     def read_totals(self) -> float | None:
-        """Wait for the device and read the totals that it keeps into `stats`. The seconds that it worked; None on a CPU."""
+        """Wait for the device and read the totals that it keeps into `stats`. The seconds that it worked; None on a
+        CPU."""
         seconds, stats = self.device_clock.seconds(), self.stats
         stats.expert_tokens = self.model.expert_load.counts.tolist()
         stats.decode_steps = self.device_clock.steps()
@@ -201,7 +203,8 @@ class Engine:
             steps = stats.decode_steps.items()
             sizes = ", ".join(f"{size}: {count:,.0f} of {took / count * 1e3:.1f} ms" for size, (count, took) in steps)
             _log.info(
-                "decode steps by captured size: %s; %d graphs captured in %.1f s, %d kernels compiled in %.1f s during the run",
+                "decode steps by captured size: %s; %d graphs captured in %.1f s, %d kernels compiled in %.1f s during"
+                " the run",
                 sizes, stats.graphs_captured, stats.capture_seconds, stats.kernels_compiled, stats.compile_seconds,
             )  # fmt: skip
         return seconds

@@ -1,9 +1,10 @@
 """The rows being decoded: one slot a row, every field a tensor over the slots.
 
-Active rows fill slots 0..num_active-1, so that a step works on a leading slice: the last one takes a finished row's slot.
-The device owns what steps change; the host adds, removes and moves rows, and `upload` queues that behind the steps queued
-already. What steps did comes back as a `PendingStep`, which knows where each row has moved since. Meanwhile the host counts
-on: a row has the tokens that were queued for it (`planned`), or has ended, and then steps leave it alone.
+Active rows fill slots 0..num_active-1, so that a step works on a leading slice: the last one takes a finished row's
+slot. The device owns what steps change; the host adds, removes and moves rows, and `upload` queues that behind the
+steps queued already. What steps did comes back as a `PendingStep`, which knows where each row has moved since.
+Meanwhile the host counts on: a row has the tokens that were queued for it (`planned`), or has ended, and then steps
+leave it alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _versions = itertools.count()  # of all batches of a process
 
 
 class CpuGpuBuffer:
-    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along `axis`."""
+    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along
+    `axis`."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int = 0, axis: int = 0
@@ -69,8 +71,8 @@ class PendingStep:
 
 
 class InputBatch:
-    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise, rounded up to `row_tile`: a step
-    may run over free slots. `steps_per_read` is how many steps may run before a `record_step`."""
+    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise, rounded up to `row_tile`:
+    a step may run over free slots. `steps_per_read` is how many steps may run before a `record_step`."""
 
     def __init__(
         self,
@@ -243,7 +245,8 @@ class InputBatch:
         return slot
 
     def add_blocks(self, slots: np.ndarray, blocks: Sequence[int]) -> None:
-        """Add a block to the row of each slot, int64 [N], ascending; a slot stands there once for each of its blocks."""
+        """Add a block to the row of each slot, int64 [N], ascending; a slot stands there once for each of its
+        blocks."""
         number = np.arange(len(slots)) - np.searchsorted(slots, slots)  # of a block among its row's
         self.block_table[slots, self.num_blocks[slots] + number] = blocks
         np.add.at(self.num_blocks, slots, 1)

@@ -1,7 +1,7 @@
 """Jump-forward decoding: what a grammar leaves no choice about is appended without a step for each token.
 
-Keys and values of such tokens are computed in the step that follows, behind the rows' own tokens: to the attention each is a
-row at its own position, so it is computed just as in a step of its own.
+Keys and values of such tokens are computed in the step that follows, behind the rows' own tokens: to the attention each
+is a row at its own position, so it is computed just as in a step of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def may_jump_forward(batch: InputBatch) -> bool:
 def find_jump_forward(batch: InputBatch, most: int) -> list[list[int]]:
     """The tokens that must come next, of each active row, `most` in all; all that was queued has been read back.
 
-    The last token of max_tokens, one after which the text may end, and all of rows with penalties or log-probabilities are
-    left to steps of their own.
+    The last token of max_tokens, one after which the text may end, and all of rows with penalties or log-probabilities
+    are left to steps of their own.
     """
     found: list[list[int]] = [[] for _ in range(batch.num_active)]
     host, outputs = batch.host, batch.outputs

@@ -157,7 +157,8 @@ class ModelRunner:
     # Any tokens of any rows.
 
     def _run_ragged(self, step: Step) -> Callable[[], None] | None:
-        """Generated tokens, of rows and then jump-forward ones; then prompt chunks. See `_score` for what it returns."""
+        """Generated tokens, of rows and then jump-forward ones; then prompt chunks. See `_score` for what it
+        returns."""
         model, scheduler, batch, stats = self.model, self.scheduler, self.scheduler.batch, self.scheduler.stats
         rows, num_decode, decode, shared = step.num_decode, step.num_decode + step.num_jump_forward, None, None
         width, generated = self._width(rows) if rows else 0, batch.token[:rows]  # ids of generated tokens
@@ -205,8 +206,8 @@ class ModelRunner:
         return self.model.logits(hidden[async_copy_to_gpu(padded, hidden.device)])[: len(places)]
 
     def _score(self, hidden: Tensor, step: Step, last: list[int]) -> Callable[[], None] | None:
-        """A function that waits for the log-probabilities of the step's choices, and of the end after each, and adds them to
-        their requests. None where there are no choices. `last`: places of the chunks' last tokens."""
+        """A function that waits for the log-probabilities of the step's choices, and of the end after each, and adds
+        them to their requests. None where there are no choices. `last`: places of the chunks' last tokens."""
         places: list[int] = []  # in the step, of the token before
         wanted: list[list[int]] = []  # any of these tokens may follow
         owners: list[tuple[Request, int]] = []

@@ -20,8 +20,8 @@ _FINISH_REASON: dict[int, FinishReason] = {
 
 
 def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> None:
-    """Read back what steps have done, and take what has ended to `scheduler.completed`. Unless it is to `wait_for_all`, the
-    last step is not waited for where results come late: it runs meanwhile."""
+    """Read back what steps have done, and take what has ended to `scheduler.completed`. Unless it is to `wait_for_all`,
+    the last step is not waited for where results come late: it runs meanwhile."""
     wait_for_steps(scheduler, wait_for_all)
     ended = np.flatnonzero(scheduler.batch.outputs.finish[: len(scheduler.running)])
     completions = [_completion(scheduler.running[slot], scheduler.batch, slot) for slot in ended.tolist()]
@@ -81,7 +81,8 @@ def _why_it_failed(batch: InputBatch, slot: int) -> str:
 def _choices(request: Request) -> list[Completion]:
     """One for each sample: the most likely choice, or one drawn at the row's temperature.
 
-    A choice's probability is the product of those of its tokens and of the end after them, over the sum for all choices.
+    A choice's probability is the product of those of its tokens and of the end after them, over the sum for all
+    choices.
     """
     prompt, sampling, logprobs = request.prompt, request.prompt.sampling, request.logprobs
     weights = np.exp(logprobs - logprobs.max())

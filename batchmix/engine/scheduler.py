@@ -1,4 +1,5 @@
-"""What runs in a step, which requests start and which are preempted. Pure host logic; nothing here waits for the device.
+"""What runs in a step, which requests start and which are preempted. Pure host logic; nothing here waits for the
+device.
 
 A step takes a token of every running sequence first, then prompt chunks up to a token budget. Under tensor parallelism
 every rank schedules alike, so nothing here is decided by a clock.
@@ -37,8 +38,8 @@ class RunningSequence:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and samples of it that start together, waiting or in prefill. With `choices` these are scored instead: the
-    prompt's whole blocks are computed once, the rest of it with each choice."""
+    """A prompt and samples of it that start together, waiting or in prefill. With `choices` these are scored instead:
+    the prompt's whole blocks are computed once, the rest of it with each choice."""
 
     prompt: Prompt
     samples: list[int]
@@ -67,8 +68,8 @@ class ScheduledChunk:
 
 @dataclass
 class Step:
-    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks. Without the latter
-    two it may run `num_steps` times before the host looks at the outcome."""
+    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks. Without the
+    latter two it may run `num_steps` times before the host looks at the outcome."""
 
     num_decode: int
     num_steps: int = 1
@@ -140,7 +141,8 @@ class Scheduler:
     # The next step.
 
     def schedule(self, jump_forward: list[list[int]], num_steps: int) -> Step | None:
-        """A token of every running sequence, then chunks. None where the outcome of what is queued has to be known first.
+        """A token of every running sequence, then chunks. None where the outcome of what is queued has to be known
+        first.
 
         `jump_forward`: forced tokens of each running sequence. `num_steps`: decode steps at most, where nothing waits.
         """
@@ -161,8 +163,8 @@ class Scheduler:
         return step if step.chunks or step.num_decode else None
 
     def _budget(self, free: float) -> int:
-        """Tokens of the next step. With R sequences of P prompt and A answer tokens R / A answers end a step, so R (1 + P / A)
-        tokens keep the batch full."""
+        """Tokens of the next step. With R sequences of P prompt and A answer tokens R / A answers end a step, so R (1 +
+        P / A) tokens keep the batch full."""
         most, running = self.max_num_batched_tokens, len(self.running)
         if not running or self._num_startable(running, free) >= running * _RAMP / (1 - _RAMP):
             return most
@@ -205,8 +207,8 @@ class Scheduler:
     # Decoding sequences.
 
     def _allocate_decode(self, most: int) -> int:
-        """Allocate the blocks that sequences write to in up to `most` steps; how many steps, 0 where none has tokens left.
-        Where blocks run out, the most recently started sequences are preempted."""
+        """Allocate the blocks that sequences write to in up to `most` steps; how many steps, 0 where none has tokens
+        left. Where blocks run out, the most recently started sequences are preempted."""
         batch = self.batch
         while self.running:
             active, left = len(self.running), batch.left()
@@ -229,7 +231,8 @@ class Scheduler:
         return 0
 
     def preempt(self, slot: int) -> None:
-        """Take a sequence out of the batch. It starts over later and, as its random numbers are keyed, ends the same."""
+        """Take a sequence out of the batch. It starts over later and, as its random numbers are keyed, ends the
+        same."""
         sequence = self.running[slot]
         self.stats.preempted += 1
         self.stats.completion_tokens -= int(self.batch.outputs.count[slot])
@@ -256,8 +259,8 @@ class Scheduler:
     # Prompts.
 
     def _add_chunks(self, step: Step, room: int, free: float) -> None:
-        """Fill the step with chunks of the request in prefill, then of those that start with `free` KV-cache tokens. A chunk
-        that is longer than the room is the only one, where prompts are not to be cut there."""
+        """Fill the step with chunks of the request in prefill, then of those that start with `free` KV-cache tokens. A
+        chunk that is longer than the room is the only one, where prompts are not to be cut there."""
         while room > 0:
             request = self.prefilling
             if request is None:
@@ -302,8 +305,8 @@ class Scheduler:
         return len(request.prompt.token_ids) if request.choices is None else len(request.blocks) * self.block_size
 
     def _record_chunk(self, step: Step, chunk: ScheduledChunk) -> None:
-        """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer writes
-        all keys and values before it attends."""
+        """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer
+        writes all keys and values before it attends."""
         request = chunk.request
         if chunk.choice is None:
             request.computed = chunk.start + len(chunk.token_ids)
@@ -380,8 +383,8 @@ class Scheduler:
     # Out of memory.
 
     def requeue_all(self, step: Step) -> int:
-        """Let every request that runs, is in prefill or starts in `step` wait again, in the order of their start. How many
-        prompts these are."""
+        """Let every request that runs, is in prefill or starts in `step` wait again, in the order of their start. How
+        many prompts these are."""
         again: dict[int, Request] = {}
         sequences = sorted(self.running, key=lambda sequence: sequence.order)
         found = [Request(sequence.prompt, [sequence.sample]) for sequence in sequences]

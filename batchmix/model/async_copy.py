@@ -1,4 +1,5 @@
-"""How host and device reach each other's memory, so that neither waits: all copies are queued with the device's work."""
+"""How host and device reach each other's memory, so that neither waits: all copies are queued with the device's
+work."""
 
 from __future__ import annotations
 

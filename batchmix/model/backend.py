@@ -1,7 +1,7 @@
 """What a backend brings: the operators of the model and of the engine's step. Everything above them is shared.
 
-Legend: T tokens of a step, L of them generated, R rows, D hidden, F expert hidden, E experts, H heads, G kv heads, C head
-dim, V vocabulary, W blocks of a row.
+Legend: T tokens of a step, L of them generated, R rows, D hidden, F expert hidden, E experts, H heads, G kv heads, C
+head dim, V vocabulary, W blocks of a row.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class DecodeTokens:
-    """The generated tokens of a step: one of each row, then jump-forward tokens, each as a row at its own position, then
-    padding. The host may not know yet which rows have ended, nor positions after the first of several steps."""
+    """The generated tokens of a step: one of each row, then jump-forward tokens, each as a row at its own position,
+    then padding. The host may not know yet which rows have ended, nor positions after the first of several steps."""
 
     positions: Tensor  # int64 [L]: where each token stands in its row
     running: Tensor  # bool [L]: the others write to the scratch block and attend to nothing
@@ -112,7 +112,8 @@ class Operators(Protocol):
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 
-        Inputs of experts in fp8 are rounded to fp8, by row. Tokens that `load` takes for padding get the residual alone.
+        Inputs of experts in fp8 are rounded to fp8, by row. Tokens that `load` takes for padding get the residual
+        alone.
         """
 
     def attend(self, model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:

@@ -1,7 +1,7 @@
 """A KV cache that lies in host memory, of which the device sees one layer after the other.
 
-Blocks have the same numbers in both, so a layer's blocks are copied in ahead of use in a few long runs. What a step adds
-goes back as single tokens, which the host puts into their blocks while the next layers run.
+Blocks have the same numbers in both, so a layer's blocks are copied in ahead of use in a few long runs. What a step
+adds goes back as single tokens, which the host puts into their blocks while the next layers run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _GAP = 2  # unused blocks that cost less to copy than another copy to begin
 
 
 class StagedKVCache(KVCache):
-    """`keys` and `values` hold BUFFERS layers instead of all. A step may have `max_tokens` tokens, and one decode step runs
-    at a time: the host has to know where each token stands."""
+    """`keys` and `values` hold BUFFERS layers instead of all. A step may have `max_tokens` tokens, and one decode step
+    runs at a time: the host has to know where each token stands."""
 
     def __init__(
         self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, link: TransferStream,

@@ -1,7 +1,7 @@
 """Attention over the paged cache in plain torch.
 
-A row has the same result whatever other rows are in the batch: a prompt is padded to a length that depends on itself alone,
-a decoding row is split at block boundaries, and the splits are summed as a fixed binary tree.
+A row has the same result whatever other rows are in the batch: a prompt is padded to a length that depends on itself
+alone, a decoding row is split at block boundaries, and the splits are summed as a fixed binary tree.
 
 Legend: T packed tokens, B rows, H heads, G kv heads, R = H / G heads per kv head, C head dim, S block size.
 """

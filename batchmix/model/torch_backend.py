@@ -1,6 +1,7 @@
 """The torch backend: the operators of torch_ops, torch_attention and torch_sampler, on the CPU.
 
-It is the oracle of other backends. A row has the same bits whatever other rows are in the batch: the work of those modules.
+It is the oracle of other backends. A row has the same bits whatever other rows are in the batch: the work of those
+modules.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from batchmix.model.torch_products import ROW_TILE as row_tile
 from batchmix.model.torch_products import product as linear
 from batchmix.model.torch_sampler import post_update, sample
 
-__all__ = ["add_rms_norm", "attend", "cuts_prompts", "find_shared", "linear", "moe", "post_update", "rms_norm", "row_tile",
-           "sample"]  # fmt: skip
+__all__ = ["add_rms_norm", "attend", "cuts_prompts", "find_shared", "linear", "moe", "post_update", "rms_norm",
+           "row_tile", "sample"]  # fmt: skip
 cuts_prompts = False  # a later chunk is rounded otherwise than a first one
 
 

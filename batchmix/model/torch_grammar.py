@@ -1,6 +1,7 @@
 """The torch backend's form of a grammar's mask: which tokens a row may choose from.
 
-Rows whose state allows few tokens choose among those logits alone, at a fraction of the cost; others get -inf where not.
+Rows whose state allows few tokens choose among those logits alone, at a fraction of the cost; others get -inf where
+not.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class FewTokens:
 def apply_grammars(
     logits: Tensor, rows: RowTensors, allowed_tokens: Callable[[int, int, int], TokenSet]
 ) -> tuple[Tensor, list[FewTokens]]:
-    """Split the rows of a step: those that choose from all of `logits` [R, V], int64 [N], where what a grammar forbids becomes
-    -inf in place; and those that choose from few of them. allowed_tokens: see `HostRows`."""
+    """Split the rows of a step: those that choose from all of `logits` [R, V], int64 [N], where what a grammar forbids
+    becomes -inf in place; and those that choose from few of them. allowed_tokens: see `HostRows`."""
     state, numbers = rows.state.numpy(), rows.numbers.numpy()
     guided = np.flatnonzero((numbers[Number.GRAMMAR_BASE] >= 0) & (state[State.FINISH] == Finish.RUNNING))
     if not len(guided):

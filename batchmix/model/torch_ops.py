@@ -36,8 +36,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, in float32 up to the product with `up`. [P, 2F] -> [P, F]. Not F.silu: where a thread's share ends it
-    rounds otherwise, so an element's bits would depend on how many threads share how many rows."""
+    """silu(gate) * up, in float32 up to the product with `up`. [P, 2F] -> [P, F]. Not F.silu: where a thread's share
+    ends it rounds otherwise, so an element's bits would depend on how many threads share how many rows."""
     gate, up = gate_up.chunk(2, dim=-1)
     scale = gate.float().neg().exp_().add_(1)
     return torch.div(gate, scale, out=scale).to(up.dtype).mul_(up)
@@ -47,8 +47,9 @@ def moe(
     x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor | None = None,
     load: LayerLoad | None = None,
 ) -> Tensor:  # fmt: skip
-    """Top-k of E SwiGLU experts, weighted by the renormalised router probabilities, see `Operators`; w13 is gate, then up.
-    Each expert runs once over its tokens, widened where it is quantised; each token sums its k outputs in router order."""
+    """Top-k of E SwiGLU experts, weighted by the renormalised router probabilities, see `Operators`; w13 is gate, then
+    up. Each expert runs once over its tokens, widened where it is quantised; each token sums its k outputs in router
+    order."""
     num_experts = len(router)
     probabilities = product(x.float(), router).softmax(-1)  # [T, E]
     if load is not None and load.num_valid is not None:

@@ -1,8 +1,8 @@
 """The torch backend's form of sampling and of what a token does to its row, for all rows at once, on the CPU.
 
 The order is vLLM's: logit bias and allowed tokens, minimum length, penalties, the tokens that a grammar allows, then
-temperature, min-p, top-k, top-p. Rows that do not use a step are not touched by it, so what one row asks for never changes
-another's answer. Log-probabilities are those of the model, before any of this.
+temperature, min-p, top-k, top-p. Rows that do not use a step are not touched by it, so what one row asks for never
+changes another's answer. Log-probabilities are those of the model, before any of this.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def _sample_among(logits: Tensor, places: Tensor, rows: RowTensors, which: Tenso
 
 
 def _untouched(logits: Tensor, rows: RowTensors) -> dict[int, Tensor]:
-    """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes them."""
+    """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes
+    them."""
     if rows.logprob_history is None:
         return {}
     early = rows.state[State.GENERATED] < rows.numbers[Number.MIN_TOKENS]
@@ -79,7 +80,8 @@ def _among_allowed(
     logits: Tensor, tokens: Tensor, wide: Tensor, narrow: Sequence[FewTokens], untouched: dict[int, Tensor],
     rows: RowTensors,
 ) -> Tensor | None:  # fmt: skip
-    """The log-probability of each chosen token among those whose logits are not -inf, float32 [R]; 0 where not asked for."""
+    """The log-probability of each chosen token among those whose logits are not -inf, float32 [R]; 0 where not asked
+    for."""
     if rows.logprob_history is None:
         return None
     found, asked = torch.zeros(len(logits)), rows.flags[Flag.PROCESSED_LOGPROBS]
@@ -102,8 +104,8 @@ def _among_allowed(
 
 
 def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each. Rows of one count
-    at a time, because which ones of tied tokens topk takes depends on how many it is asked for."""
+    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each. Rows of
+    one count at a time, because which ones of tied tokens topk takes depends on how many it is asked for."""
     values = logprobs.new_zeros(len(logprobs), int(counts.max()))
     ids = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for count in np.unique(counts).tolist():
@@ -113,8 +115,8 @@ def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """The first of the largest logits of each row, [R, V] -> int64 [R]. By buckets: torch's argmax on a CPU compares one
-    number at a time, 10 ms for 256 rows of 32,000, this 1.5."""
+    """The first of the largest logits of each row, [R, V] -> int64 [R]. By buckets: torch's argmax on a CPU compares
+    one number at a time, 10 ms for 256 rows of 32,000, this 1.5."""
     buckets = F.pad(logits, (0, -logits.shape[1] % _BUCKET), value=float("-inf")).view(len(logits), -1, _BUCKET)
     bucket = buckets.amax(-1).argmax(-1)  # [R]
     inside = buckets.gather(1, bucket[:, None, None].expand(-1, 1, _BUCKET))[:, 0]  # [R, 128]
@@ -158,8 +160,8 @@ def _apply_penalties(logits: Tensor, rows: RowTensors) -> None:
 
 
 def _filter(scaled: Tensor, rows: RowTensors, which: Tensor) -> Tensor:
-    """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token, in place. `scaled` [N, V]: logits of the
-    rows `which` int64 [N] over the temperature, each row's largest 0."""
+    """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token, in place. `scaled` [N, V]: logits of
+    the rows `which` int64 [N] over the temperature, each row's largest 0."""
     weights = scaled.exp_()
     top_p, min_p = rows.reals[Real.TOP_P, which], rows.reals[Real.MIN_P, which]
     top_k = rows.numbers[Number.TOP_K, which]
@@ -213,7 +215,8 @@ def _sum(weights: Tensor) -> Tensor:
 
 
 def _draw(weights: Tensor, u: Tensor) -> Tensor:
-    """The first token at which the running sum of `weights` float32 [R, V] passes u float64 [R] in (0, 1) times the total."""
+    """The first token at which the running sum of `weights` float32 [R, V] passes u float64 [R] in (0, 1) times the
+    total."""
     buckets, sums = _bucket_sums(weights)
     running = sums.cumsum(-1)
     target = u[:, None] * running[:, -1:]
@@ -260,7 +263,8 @@ def post_update(tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | N
 
 
 def _search_stop_strings(tokens: Tensor, rows: RowTensors, finish: Tensor, reason: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the tokens in the rows' automata; `finish` and `reason` with the rows whose text has a stop string, [R] each."""
+    """Take the tokens in the rows' automata; `finish` and `reason` with the rows whose text has a stop string, [R]
+    each."""
     base, old = rows.numbers[Number.STOP_BASE], rows.state[State.STOP_STATE]
     if not bool((base >= 0).any()):
         return finish, reason

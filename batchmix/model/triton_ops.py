@@ -1,4 +1,5 @@
-"""The Triton backend: the kernels of batchmix/kernels as the engine's operators, on a GPU or under Triton's interpreter.
+"""The Triton backend: the kernels of batchmix/kernels as the engine's operators, on a GPU or under Triton's
+interpreter.
 
 Legend: T tokens of a step, L of them generated, H heads, G kv heads, C head dim.
 """
@@ -25,8 +26,8 @@ from batchmix.model.torch_sampler import largest
 
 
 class TritonOperators:
-    """See `Operators`. With `batch_invariant` other rows in the batch change no bit of a row's products; with `share_prefix`
-    KV blocks that rows have in common are attended to once for all of them."""
+    """See `Operators`. With `batch_invariant` other rows in the batch change no bit of a row's products; with
+    `share_prefix` KV blocks that rows have in common are attended to once for all of them."""
 
     row_tile = 1
     cuts_prompts = True
@@ -82,8 +83,8 @@ class TritonOperators:
         if rows.grammar_classes is not None:
             host.fill_bitmask(rows.grammar_classes)
         tokens, chosen = sampling.sample(
-            logits, rows.state, rows.numbers, rows.reals, rows.flags, rows.eos_token_ids, rows.stop_token_ids, rows.biases,
-            rows.output_counts, rows.in_prompt, rows.grammar_states, rows.grammar_classes,
+            logits, rows.state, rows.numbers, rows.reals, rows.flags, rows.eos_token_ids, rows.stop_token_ids,
+            rows.biases, rows.output_counts, rows.in_prompt, rows.grammar_states, rows.grammar_classes,
         )  # fmt: skip
         processed_logprobs = None if rows.logprob_history is None else chosen
         wanted = np.flatnonzero(host.num_logprobs >= 0)
