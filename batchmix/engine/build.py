@@ -57,8 +57,7 @@ def start_engine(
     tp: TensorParallel = SINGLE_RANK,
     grammars: GrammarCompiler | None = None,
 ) -> Engine:
-    """Load the weights and give the memory that is left to the KV cache. `grammars`: those that are compiled
-    already."""
+    """Load the weights and give the memory that is left to the KV cache. `grammars`: those compiled already."""
     started = time.perf_counter()
     place = select_device(config)
     dtype, device = compute_dtype(checkpoint.dtype, place), place.device
@@ -116,11 +115,9 @@ def start_engine(
         should_stop=should_stop,
         # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
         steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
-        # No graphs where weights are streamed: the host has to begin each copy, and launches take no part of such a
-        # step.
+        # No graphs where weights are streamed: the host has to begin each copy.
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
-        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it
-        # does.
+        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show what others begin with.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
         grammars=grammars or open_grammars(checkpoint, tokenizer),
         compile_clock=compile_clock,
@@ -192,8 +189,7 @@ def _measure_memory(
     model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: TransferStream | None, plan: Placement | None,
     rows: int, prefill_tokens: int, kv_dtype: torch.dtype,
 ) -> tuple[int, int]:  # fmt: skip
-    """Bytes that the largest step takes, on a GPU measured, on the CPU estimated; and the KV blocks that fit beside
-    it."""
+    """Bytes that the largest step takes, on a GPU measured, on a CPU estimated; KV blocks that fit beside it."""
     block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, kv_dtype)
     if link is None:
         workspace = workspace_bytes(model.config, rows, prefill_tokens, checkpoint.quantization is not None)

@@ -1,5 +1,4 @@
-"""Compile the kernels of a run before it: those of each captured size of a decode step, and of prefill steps of any
-size.
+"""Compile the kernels of a run before it: those of each captured decode step, and of prefill steps of any size.
 
 The steps run on tensors without memory ("meta") and one layer, while launches are recorded. What they would compile is
 then compiled in parallel processes, into Triton's cache on disk. Another process does all that while this one loads

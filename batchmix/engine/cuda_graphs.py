@@ -58,8 +58,7 @@ class StepGraphs:
         return self._capture is not None
 
     def prepare(self, key: Hashable, tables: Hashable, step: Queue) -> Queue:
-        """The step, or its graph. `tables` names the memory that graphs rely on: those captured with another one are
-        dropped."""
+        """The step, or its graph. `tables` names the memory that graphs rely on: with another one they are dropped."""
         assert self._capture is not None
         if tables != self._tables:
             self._graphs.clear()

@@ -163,8 +163,7 @@ class Engine:
         self._retry_with_half_the_batch(name, step)
 
     def _retry_with_half_the_batch(self, name: str, step: Step) -> None:
-        """Let every row wait again, and go on with half as many. Rows run again and, keyed as they are, end the
-        same."""
+        """Let every row wait again, and go on with half as many. Rows, keyed as they are, end the same."""
         scheduler = self.scheduler
         capacity, batched = scheduler.batch.capacity, scheduler.max_num_batched_tokens
         if self.model.tp.size > 1:  # the other ranks know nothing of it
@@ -192,8 +191,7 @@ class Engine:
         )  # fmt: skip
 
     def read_totals(self) -> float | None:
-        """Wait for the device and read the totals that it keeps into `stats`. The seconds that it worked; None on a
-        CPU."""
+        """Read the device's totals into `stats`, waiting for it. The seconds that it worked; None on a CPU."""
         seconds, stats = self.device_clock.seconds(), self.stats
         stats.expert_tokens = self.model.expert_load.counts.tolist()
         stats.decode_steps = self.device_clock.steps()

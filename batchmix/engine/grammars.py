@@ -28,8 +28,7 @@ _ONE_STATE = torch.tensor([[0, 0], [0, NEVER_ENDS], [0, 0]])  # [1 + classes, 2]
 
 @dataclass
 class GuidedRow:
-    """A row's grammar with a table, and its state after the first `count` tokens; or its text, which the host
-    follows."""
+    """A row's grammar with a table, and its state after `count` tokens; or its text, which the host follows."""
 
     keys: tuple[Hashable, Hashable]  # of its tables in `states` and `classes`
     grammar: CompiledGrammar | None
@@ -64,8 +63,7 @@ class RowGrammars:
         self.used = False  # whether there has been a row with a grammar: without any, steps do not look for them
 
     def acquire(self, slot: int, sampling: SamplingConfig, max_tokens: int) -> tuple[int, int, int]:
-        """The row's grammar: where it begins in `states`, its row in `classes`, and the state of a text without
-        tokens."""
+        """The row's grammar: where it begins in `states`, its row in `classes`, and the first state."""
         assert self._compiler is not None, "rows with structured_outputs are refused where there is no tokenizer"
         grammar, key = self._compiler.get(sampling), grammar_key(sampling)
         assert grammar.tokens_needed(sampling.min_tokens) <= max_tokens, "rows without room for an answer are refused"
@@ -98,8 +96,7 @@ class RowGrammars:
         return row.following().tokens if row.grammar is None else row.grammar.allowed_tokens(state, left)
 
     def accept_tokens(self, outputs: OutputBuffers) -> None:
-        """Follow the texts, find what may come next, and end the rows whose text cannot go on, or is cut before its
-        end."""
+        """Follow the texts, find what may come next, and end rows whose text cannot go on, or is cut short."""
         followed: list[tuple[int, GrammarMatcher]] = []
         longer: list[GrammarMatcher] = []
         for slot, row in enumerate(self.rows):

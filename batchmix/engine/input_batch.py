@@ -245,8 +245,7 @@ class InputBatch:
         return slot
 
     def add_blocks(self, slots: np.ndarray, blocks: Sequence[int]) -> None:
-        """Add a block to the row of each slot, int64 [N], ascending; a slot stands there once for each of its
-        blocks."""
+        """Add a block to the row of each slot, int64 [N], ascending; a slot is there once for each of its blocks."""
         number = np.arange(len(slots)) - np.searchsorted(slots, slots)  # of a block among its row's
         self.block_table[slots, self.num_blocks[slots] + number] = blocks
         np.add.at(self.num_blocks, slots, 1)

@@ -157,8 +157,7 @@ class ModelRunner:
     # Any tokens of any rows.
 
     def _run_ragged(self, step: Step) -> Callable[[], None] | None:
-        """Generated tokens, of rows and then jump-forward ones; then prompt chunks. See `_score` for what it
-        returns."""
+        """Generated tokens, of rows and then jump-forward ones; then prompt chunks. Returns as `_score`."""
         model, scheduler, batch, stats = self.model, self.scheduler, self.scheduler.batch, self.scheduler.stats
         rows, num_decode, decode, shared = step.num_decode, step.num_decode + step.num_jump_forward, None, None
         width, generated = self._width(rows) if rows else 0, batch.token[:rows]  # ids of generated tokens

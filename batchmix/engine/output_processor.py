@@ -81,8 +81,7 @@ def _why_it_failed(batch: InputBatch, slot: int) -> str:
 def _choices(request: Request) -> list[Completion]:
     """One for each sample: the most likely choice, or one drawn at the row's temperature.
 
-    A choice's probability is the product of those of its tokens and of the end after them, over the sum for all
-    choices.
+    A choice's probability is the product of those of its tokens and of its end, over the sum for all choices.
     """
     prompt, sampling, logprobs = request.prompt, request.prompt.sampling, request.logprobs
     weights = np.exp(logprobs - logprobs.max())

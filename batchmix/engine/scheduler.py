@@ -141,8 +141,7 @@ class Scheduler:
     # The next step.
 
     def schedule(self, jump_forward: list[list[int]], num_steps: int) -> Step | None:
-        """A token of every running sequence, then chunks. None where the outcome of what is queued has to be known
-        first.
+        """A token of every running sequence, then chunks. None where what is queued has to be read back first.
 
         `jump_forward`: forced tokens of each running sequence. `num_steps`: decode steps at most, where nothing waits.
         """
@@ -231,8 +230,7 @@ class Scheduler:
         return 0
 
     def preempt(self, slot: int) -> None:
-        """Take a sequence out of the batch. It starts over later and, as its random numbers are keyed, ends the
-        same."""
+        """Take a sequence out of the batch. It starts over later; its random numbers are keyed, so it ends the same."""
         sequence = self.running[slot]
         self.stats.preempted += 1
         self.stats.completion_tokens -= int(self.batch.outputs.count[slot])
@@ -383,8 +381,7 @@ class Scheduler:
     # Out of memory.
 
     def requeue_all(self, step: Step) -> int:
-        """Let every request that runs, is in prefill or starts in `step` wait again, in the order of their start. How
-        many prompts these are."""
+        """Let all that runs, is in prefill or starts in `step` wait again, in the order of its start; count prompts."""
         again: dict[int, Request] = {}
         sequences = sorted(self.running, key=lambda sequence: sequence.order)
         found = [Request(sequence.prompt, [sequence.sample]) for sequence in sequences]

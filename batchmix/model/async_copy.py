@@ -1,5 +1,4 @@
-"""How host and device reach each other's memory, so that neither waits: all copies are queued with the device's
-work."""
+"""How host and device reach each other's memory without waiting: copies are queued with the device's work."""
 
 from __future__ import annotations
 

@@ -112,8 +112,7 @@ class Operators(Protocol):
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 
-        Inputs of experts in fp8 are rounded to fp8, by row. Tokens that `load` takes for padding get the residual
-        alone.
+        Inputs of experts in fp8 are rounded to fp8, by row. Padding, as `load` has it, gets the residual alone.
         """
 
     def attend(self, model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:

@@ -23,8 +23,7 @@ SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
 
 
 class KVCache:
-    """Keys and values of every layer, [layers, blocks, G, block_size, C] each: a kv head's keys of a block are one
-    matrix.
+    """Keys and values of every layer, [layers, blocks, G, block_size, C] each: a head's part of a block is dense.
 
     The scales of a cache of float8_e4m3fn are 1, as vLLM's where a checkpoint brings none; values are cut off at ±448.
     """

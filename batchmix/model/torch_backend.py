@@ -1,7 +1,6 @@
 """The torch backend: the operators of torch_ops, torch_attention and torch_sampler, on the CPU.
 
-It is the oracle of other backends. A row has the same bits whatever other rows are in the batch: the work of those
-modules.
+It is the oracle of other backends. A row has the same bits whatever other rows are in the batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The torch backend's form of a grammar's mask: which tokens a row may choose from.
 
-Rows whose state allows few tokens choose among those logits alone, at a fraction of the cost; others get -inf where
-not.
+Rows whose state allows few tokens choose among those logits alone, at a fraction of the cost.
 """
 
 from __future__ import annotations

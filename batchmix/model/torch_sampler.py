@@ -80,8 +80,7 @@ def _among_allowed(
     logits: Tensor, tokens: Tensor, wide: Tensor, narrow: Sequence[FewTokens], untouched: dict[int, Tensor],
     rows: RowTensors,
 ) -> Tensor | None:  # fmt: skip
-    """The log-probability of each chosen token among those whose logits are not -inf, float32 [R]; 0 where not asked
-    for."""
+    """Each chosen token's log-probability among those whose logits are not -inf, float32 [R]; 0 where not asked for."""
     if rows.logprob_history is None:
         return None
     found, asked = torch.zeros(len(logits)), rows.flags[Flag.PROCESSED_LOGPROBS]
@@ -215,8 +214,7 @@ def _sum(weights: Tensor) -> Tensor:
 
 
 def _draw(weights: Tensor, u: Tensor) -> Tensor:
-    """The first token at which the running sum of `weights` float32 [R, V] passes u float64 [R] in (0, 1) times the
-    total."""
+    """The first token where the running sum of `weights` float32 [R, V] passes u float64 [R] times the total."""
     buckets, sums = _bucket_sums(weights)
     running = sums.cumsum(-1)
     target = u[:, None] * running[:, -1:]
@@ -263,8 +261,7 @@ def post_update(tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | N
 
 
 def _search_stop_strings(tokens: Tensor, rows: RowTensors, finish: Tensor, reason: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the tokens in the rows' automata; `finish` and `reason` with the rows whose text has a stop string, [R]
-    each."""
+    """Take the tokens in the rows' automata; `finish` and `reason` [R] with the rows that have a stop string."""
     base, old = rows.numbers[Number.STOP_BASE], rows.state[State.STOP_STATE]
     if not bool((base >= 0).any()):
         return finish, reason

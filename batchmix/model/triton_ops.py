@@ -1,5 +1,4 @@
-"""The Triton backend: the kernels of batchmix/kernels as the engine's operators, on a GPU or under Triton's
-interpreter.
+"""The Triton backend: batchmix/kernels as the engine's operators, on a GPU or under Triton's interpreter.
 
 Legend: T tokens of a step, L of them generated, H heads, G kv heads, C head dim.
 """
