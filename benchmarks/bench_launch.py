@@ -30,6 +30,7 @@ from triton.runtime.driver import driver
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.gpu import H200, assume_gpu
 from batchmix.models.async_copy import AsyncCopy
+from batchmix.models.backend import StepTokens
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.mixtral_config import MixtralConfig
@@ -110,7 +111,7 @@ def layer_seconds(rows: int, turns: int) -> tuple[list[float], float]:
         cache = KVCache(replace(CONFIG, num_hidden_layers=LAYERS), 1, 64, torch.bfloat16, cpu)
         batch = InputBatch(rows, CONFIG.vocab_size, WIDTH, (), None, AsyncCopy(cpu))
         tokens = torch.zeros(rows, dtype=torch.int64)
-        attend = ops.attend(model, cache, batch.decode_tokens(0, rows, WIDTH), (), rows)
+        attend = ops.attend(model, cache, StepTokens(rows, batch.decode_tokens(0, rows, WIDTH)))
         model(tokens, attend)  # compiles
         found = []
         gc.disable()

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from batchmix.engine.engine import Engine
+from batchmix.memory import keep_freed_memory
 from batchmix.models import torch_backend
 from batchmix.models.expert_load import ExpertLoad
 from batchmix.models.kv_cache import KVCache
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-step.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as an engine that is started does
     found = {}
     for name, sampling in SAMPLINGS.items():
         seconds = step_seconds(args.rows, args.steps, sampling)[5:] * 1e3

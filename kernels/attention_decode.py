@@ -186,15 +186,15 @@ def find_shared_splits(
     first_own = np.zeros(len(tokens), np.int32)
     rows, split, room = np.arange(len(tokens)), 0, sys.maxsize if capacity is None else capacity
     while len(rows := rows[tokens[rows] >= (split + 1) * SPLIT]):
-        blocks = np.ascontiguousarray(table[rows, split * SPLIT // block_size : -(-(split + 1) * SPLIT // block_size)])
-        # A row's blocks as one value of so many bytes.
-        _, group, sizes = np.unique(
-            blocks.view(f"V{blocks.shape[1] * blocks.itemsize}")[:, 0], return_inverse=True, return_counts=True
-        )
+        blocks = table[rows, split * SPLIT // block_size : -(-(split + 1) * SPLIT // block_size)]
+        order = np.lexsort(blocks.T[::-1])  # rows with the same blocks stand together, in their own order
+        differs = (blocks[order[1:]] != blocks[order[:-1]]).any(1)
+        group = np.empty(len(rows), np.int64)
+        group[order] = np.append(0, differs.cumsum())
+        sizes = np.bincount(group)
         needed = np.where(sizes > 1, -(-sizes // rows_per_tile), 0)  # tiles of each group
         first_tile = needed.cumsum() - needed
         listed = (sizes > 1) & (first_tile + needed <= room)  # the first groups for which there is room
-        order = np.argsort(group, kind="stable")
         rank = np.arange(len(rows)) - (sizes.cumsum() - sizes)[group[order]]  # of a row in its group
         order, rank = order[listed[group[order]]], rank[listed[group[order]]]
         tile = np.full((int(needed[listed].sum()), rows_per_tile), -1, np.int32)

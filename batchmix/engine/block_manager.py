@@ -1,8 +1,7 @@
 """Which KV blocks are free, and which hold what prompts begin with in common.
 
-A block of a prefix is known by the block before it and by its own tokens, so blocks form chains from a prompt's beginning.
-The prefix cache holds a reference to each of its blocks, so they outlive the row that computed them. When blocks run out,
-those that no row reads go first, the end of a chain before its start.
+A block of a prefix is known by the block before it and by its own tokens. The prefix cache holds a reference to it, so
+it outlives its row. When blocks run out, those that no row reads go first, the end of a chain before its start.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Which blocks are free. Blocks are counted references, and low numbers go first so that those in use stay dense.
-
-    A prefix cache's reference is told from a row's, so that blocks that only it holds are counted as they come and go.
-    """
+    """Counted references to blocks; low numbers go first, so that those in use stay dense. A prefix cache's reference
+    is told from a row's, so that blocks that only it holds are counted as they come and go."""
 
     def __init__(self, num_blocks: int) -> None:
         self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK
@@ -52,13 +49,13 @@ class BlockPool:
 
     def share(self, blocks: list[int]) -> None:
         """One more reference to each."""
-        self.num_only_kept -= self._count_only_kept(blocks)
+        self.num_only_kept -= int(np.count_nonzero(self.is_only_kept(blocks)))
         self._references[blocks] += 1
 
     def release(self, blocks: list[int]) -> None:
         """One reference less to each; those with none left are free again."""
         self._references[blocks] -= 1
-        self.num_only_kept += self._count_only_kept(blocks)
+        self.num_only_kept += int(np.count_nonzero(self.is_only_kept(blocks)))
         for block in blocks:
             if self._references[block] == 0:
                 heapq.heappush(self._free, block)
@@ -74,12 +71,10 @@ class BlockPool:
         self.num_only_kept -= 1
         self.release([block])
 
-    def is_only_kept(self, block: int) -> bool:
-        """Whether the prefix cache alone holds the block."""
-        return bool(self._kept[block]) and int(self._references[block]) == 1
-
-    def _count_only_kept(self, blocks: list[int]) -> int:
-        return int(np.count_nonzero(self._kept[blocks] & (self._references[blocks] == 1)))
+    def is_only_kept(self, blocks: list[int]) -> np.ndarray:
+        """Whether the prefix cache alone holds each block."""
+        found: np.ndarray = self._kept[blocks] & (self._references[blocks] == 1)
+        return found
 
 
 class PrefixCache:
@@ -97,8 +92,8 @@ class PrefixCache:
 
     def lookup(self, token_ids: Sequence[int], shared_tokens: int) -> list[int]:
         """The blocks there are for the first `shared_tokens` tokens, in order; the caller gets a reference to each."""
+        keys: list[tuple[int, bytes]] = []
         found: list[int] = []
-        keys = []
         for tokens in self._tokens(token_ids, shared_tokens):
             key = (found[-1] if found else SCRATCH_BLOCK, tokens)
             if key not in self._blocks:
@@ -111,15 +106,11 @@ class PrefixCache:
 
     def keep(self, token_ids: Sequence[int], shared_tokens: int, blocks: Sequence[int]) -> None:
         """Remember a row's blocks of its first `shared_tokens` tokens; `blocks` begin with what `lookup` gave."""
-        keys = []
-        before = SCRATCH_BLOCK
-        for tokens, block in zip(self._tokens(token_ids, shared_tokens), blocks, strict=False):
-            key = (before, tokens)
+        keys = list(zip((SCRATCH_BLOCK, *blocks), self._tokens(token_ids, shared_tokens), strict=False))
+        for key, block in zip(keys, blocks, strict=False):
             if key not in self._blocks:
                 self._blocks[key] = block
                 self._pool.keep(block)
-            keys.append(key)
-            before = block
         self._touch(keys)
 
     def num_unused(self) -> int:
@@ -128,15 +119,13 @@ class PrefixCache:
 
     def release(self, count: int) -> None:
         """Free up to `count` blocks that no row reads."""
-        if count <= 0:
-            return
-        for key, block in list(self._blocks.items()):
-            if count == 0:
-                return
-            if self._pool.is_only_kept(block):
+        for key, block in list(self._blocks.items()) if count > 0 else []:
+            if self._pool.is_only_kept([block]).any():
                 del self._blocks[key]
                 self._pool.drop(block)
                 count -= 1
+            if count == 0:
+                return
 
     def _tokens(self, token_ids: Sequence[int], shared_tokens: int) -> list[bytes]:
         size = self._size

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +16,7 @@ from batchmix.engine.config import Backend, EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.engine.engine import PREFILL_CHUNK, Engine
-from batchmix.engine.workspace import measure_workspace
+from batchmix.engine.model_runner import run_largest_step
 from batchmix.errors import BatchmixError
 from batchmix.memory import free_bytes, keep_freed_memory
 from batchmix.models import torch_backend, torch_ops, torch_products
@@ -40,21 +39,11 @@ from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler, open_grammars
 
 MAX_NUM_SEQS_CPU = 256  # more rows hardly fill the matrix products better, and their cache outgrows the CPU's
-# A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the host
-# does between windows (benchmarks/bench_step.py) hides behind the window that runs. Not measured on a GPU.
+# A row that has ended stays for 2.5 steps: half a window, and the next one, queued before its end is seen. What the
+# host does between windows (benchmarks/bench_step.py) hides behind the window that runs. Not measured on a GPU.
 STEPS_PER_READ_GPU = 2
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the engine holds, chosen from memory."""
-
-    max_num_seqs: int
-    kv_blocks: int
-    block_size: int
-    workspace_bytes: int  # what the largest step takes beside weights and KV cache
 
 
 def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
@@ -72,13 +61,11 @@ def start_engine(
     tp: TensorParallel = SINGLE_RANK,
     grammars: GrammarCompiler | None = None,
 ) -> Engine:
-    """Load the weights, give the memory that is left to the KV cache, and say so in one line.
-
-    `grammars`: those of this checkpoint and tokenizer, where some are compiled already.
-    """
+    """Load the weights and give the memory that is left to the KV cache. `grammars`: those compiled already."""
     started = time.perf_counter()
     place = select_device(config)
     dtype, device = compute_dtype(checkpoint.dtype, place), place.device
+    kv_dtype, prefill_tokens = cache_dtype(checkpoint, dtype), max(PREFILL_CHUNK, config.max_num_batched_tokens)
     processes = tp.size * config.data_parallel_size
     if device.type == "cpu":
         keep_freed_memory()
@@ -86,14 +73,13 @@ def start_engine(
             torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     else:
         torch.cuda.set_device(device)  # kernels are launched on the current one
-    kv_dtype, prefill_tokens = cache_dtype(checkpoint, dtype), max(PREFILL_CHUNK, config.max_num_batched_tokens)
+    sliced = tp.slice_config(checkpoint.config)
     link = open_transfer_stream(device, processes, checkpoint.offload_dir)
-    plan, offload = None, None
+    plan, offload, rows = None, None, config.max_num_seqs or MAX_NUM_SEQS_CPU
     if link is not None:
         plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), tp)
-        if plan is not None:
-            offload = Offload(link, spread(plan.streamed, checkpoint.config.num_hidden_layers))
-    sliced = tp.slice_config(checkpoint.config)
+        rows = config.max_num_seqs or (plan.max_num_seqs if plan else RESIDENT_ROWS)
+        offload = Offload(link, spread(plan.streamed, sliced.num_hidden_layers)) if plan else None
     compile_ahead, compile_clock = None, None
     if device.type == "cuda":
         from batchmix.engine.compile_ahead import CompileAhead, CompileClock, Steps
@@ -101,33 +87,33 @@ def start_engine(
 
         compile_clock = CompileClock()
         if tp.rank == 0:  # the others' kernels are the same
-            steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, config.max_num_seqs or _rows(plan),
-                          prefill_tokens, checkpoint.max_model_len, config.batch_invariant, config.share_prefix)  # fmt: skip
+            steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, rows, prefill_tokens,
+                          checkpoint.max_model_len, config.batch_invariant, config.share_prefix)  # fmt: skip
             cpus = max(1, (os.cpu_count() or 1) // config.data_parallel_size)  # of engines that start at once
             compile_ahead = CompileAhead(steps, current_gpu(device), cpus)
     weights = load_weights(checkpoint, dtype, device, tp, offload)
-    operators = open_backend(place.backend, config)
     stream = ExpertStream(weights.layers, offload) if offload is not None and offload.streamed else None
-    model = Mixtral(sliced, weights, operators, checkpoint.max_model_len, tp, stream)
+    model = Mixtral(sliced, weights, open_backend(place.backend, config), checkpoint.max_model_len, tp, stream)
     loaded = time.perf_counter()
     if compile_ahead is not None:
         compile_ahead.finish()
     if device.type == "cuda":
         tp.all_reduce_min(0)  # where the others wait for the kernels
     if place.backend is Backend.torch:
-        _check_products(weights, config, prefill_tokens)
-    sizes = select_sizes(model, checkpoint, config, link, plan)
+        _check_products(weights, config, rows, prefill_tokens)
+    workspace, num_blocks = _measure_memory(model, checkpoint, config, link, plan, rows, prefill_tokens, kv_dtype)
+    rows = config.max_num_seqs or min(rows, num_blocks)  # each holds a block at least
     if link is not None and plan is not None and plan.kv_on_host:
-        step = prefill_tokens + sizes.max_num_seqs
-        cache: KVCache = StagedKVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, link, step)
+        step = prefill_tokens + rows
+        cache: KVCache = StagedKVCache(sliced, num_blocks + 1, BLOCK_SIZE, kv_dtype, link, step)
     else:
-        cache = KVCache(sliced, sizes.kv_blocks + 1, sizes.block_size, kv_dtype, device)
-    _log.info(_start_line(checkpoint, place, processes, model, cache, sizes, plan, loaded - started))
+        cache = KVCache(sliced, num_blocks + 1, BLOCK_SIZE, kv_dtype, device)
+    _log.info(_start_line(checkpoint, place, processes, model, cache, rows, workspace, plan, loaded - started))
     eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
     return Engine(
         model,
         cache,
-        max_num_seqs=sizes.max_num_seqs,
+        max_num_seqs=rows,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=checkpoint.max_model_len,
         eos_token_ids=eos_token_ids,
@@ -135,9 +121,9 @@ def start_engine(
         should_stop=should_stop,
         # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
         steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
-        # No graphs where weights are streamed: the host has to begin each copy, and launches take no part of such a step.
+        # No graphs where weights are streamed: the host has to begin each copy.
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
-        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show whether others begin as it does.
+        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show what others begin with.
         share_prefix=config.share_prefix and place.backend is Backend.triton,
         grammars=grammars or open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
         compile_clock=compile_clock,
@@ -145,11 +131,11 @@ def start_engine(
 
 
 def _start_line(
-    checkpoint: Checkpoint, place: DevicePlan, processes: int, model: Mixtral, cache: KVCache, sizes: Sizes,
-    plan: Placement | None, seconds: float,
+    checkpoint: Checkpoint, place: DevicePlan, processes: int, model: Mixtral, cache: KVCache, rows: int,
+    workspace: int, plan: Placement | None, seconds: float,
 ) -> str:  # fmt: skip
     """What runs where, and what it takes."""
-    dtype, cached = model.weights.embedding.dtype, cache.keys.dtype
+    dtype = model.weights.embedding.dtype
     weights = f"weights {model.weights.num_bytes() / 2**30:.2f} GiB"
     if plan is not None:
         size = footprint(model.config, dtype.itemsize, checkpoint.quantization)
@@ -160,11 +146,11 @@ def _start_line(
         "" if checkpoint.quantization is None else f", experts in {checkpoint.quantization.value}",
         f" on {f'{processes} x ' * (processes > 1)}{place.name}",
         f", {torch.get_num_threads()} threads" if place.device.type == "cpu" else "",
-        f": {weights} in {seconds:.1f} s, workspace {sizes.workspace_bytes / 2**30:.2f} GiB,"
-        f" KV cache {sizes.kv_blocks * sizes.block_size:,} tokens",
-        " in fp8" if cached is FP8 else "",
+        f": {weights} in {seconds:.1f} s, workspace {workspace / 2**30:.2f} GiB,"
+        f" KV cache {(cache.num_blocks - 1) * cache.block_size:,} tokens",
+        " in fp8" if cache.keys.dtype is FP8 else "",
         " on the host" if plan is not None and plan.kv_on_host else "",
-        f", {sizes.max_num_seqs} rows at once",
+        f", {rows} rows at once",
     ])  # fmt: skip
 
 
@@ -178,15 +164,10 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
     return TritonOperators(config.batch_invariant, config.share_prefix)
 
 
-def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int) -> None:
-    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where not.
-
-    BatchmixError there where engine.batch_invariant=true.
-    """
-    layer = weights.layers[0]
-    dtype = layer.wo.dtype
-    decoded = config.max_num_seqs or MAX_NUM_SEQS_CPU
-    tokens = decoded + prefill_tokens  # of a step
+def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_tokens: int) -> None:
+    """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where
+    not: a warning, with engine.batch_invariant=true a BatchmixError."""
+    layer, tokens, dtype = weights.layers[0], rows + prefill_tokens, weights.lm_head.dtype
 
     def shape(weight: Weight, dtype: torch.dtype = dtype) -> torch_products.Shape:
         out, width = weight.shape[-2:]
@@ -196,51 +177,55 @@ def _check_products(weights: Weights, config: EngineConfig, prefill_tokens: int)
         "wqkv": (shape(layer.wqkv), tokens), "wo": (shape(layer.wo), tokens),
         "router": (shape(layer.router, torch.float32), tokens),
         "w13": (shape(layer.w13), torch_ops.EXPERT_CHUNK), "w2": (shape(layer.w2), torch_ops.EXPERT_CHUNK),
-        "lm_head": (shape(weights.lm_head), decoded),
+        "lm_head": (shape(weights.lm_head), rows),
     })  # fmt: skip
     if fixed:
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"
                   " %d rows, slower and exact", ", ".join(fixed), torch_products.FIXED_ROWS)  # fmt: skip
     if unsteady:
-        found = (f"this machine's matrix products with {', '.join(unsteady)} round a row differently among other rows, also"
-                 f" in calls of {torch_products.FIXED_ROWS} rows")  # fmt: skip
+        found = (f"this machine's matrix products with {', '.join(unsteady)} round a row differently among other rows,"
+                 f" also in calls of {torch_products.FIXED_ROWS} rows")  # fmt: skip
         remedy = "with model.dtype=float32 or fewer threads (OMP_NUM_THREADS) they may not"
         if config.batch_invariant:
             raise BatchmixError(f"engine.batch_invariant=true: {found}; {remedy}")
         _log.warning("%s: answers may depend on the batch size; %s", found, remedy)
 
 
-def select_sizes(
-    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: TransferStream | None, plan: Placement | None
-) -> Sizes:
-    """Rows and KV blocks that fit into the memory that is free now: on a GPU measured, on the CPU estimated."""
-    kv_dtype = cache_dtype(checkpoint, model.weights.embedding.dtype)
-    prefill_tokens = max(PREFILL_CHUNK, config.max_num_batched_tokens)
+def _measure_memory(
+    model: Mixtral, checkpoint: Checkpoint, config: EngineConfig, link: TransferStream | None, plan: Placement | None,
+    rows: int, prefill_tokens: int, kv_dtype: torch.dtype,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes that the largest step takes, on a GPU measured, on a CPU estimated; KV blocks that fit beside it."""
     block_bytes = KVCache.block_bytes(model.config, BLOCK_SIZE, kv_dtype)
     if link is None:
-        rows = config.max_num_seqs or MAX_NUM_SEQS_CPU
         workspace = workspace_bytes(model.config, rows, prefill_tokens, checkpoint.quantization is not None)
         processes = model.tp.size * config.data_parallel_size  # which share the memory
         free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
     else:
-        rows = config.max_num_seqs or _rows(plan)
         graphs = config.cuda_graphs and not plan
-        workspace = measure_workspace(
-            model, rows, prefill_tokens, checkpoint.max_model_len, BLOCK_SIZE, graphs, kv_dtype
-        )
+        workspace = measure_workspace(model, rows, prefill_tokens, checkpoint.max_model_len, graphs, kv_dtype)
         free = gpu_cache_bytes(*link.memory(), workspace, config.gpu_memory_utilization)
         if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device; the scratch block is on the host too
             landings = StagedKVCache.landing_bytes(model.config, kv_dtype, prefill_tokens + rows)
             host = link.host_room - landings - block_bytes
             free = min(free * model.config.num_hidden_layers // BUFFERS, host)
-    blocks = model.tp.all_reduce_min(kv_blocks(free, block_bytes, -(-checkpoint.max_model_len // BLOCK_SIZE), rows))
-    # Each row holds a block at least.
-    return Sizes(config.max_num_seqs or min(rows, blocks), blocks, BLOCK_SIZE, workspace)
+    longest = -(-checkpoint.max_model_len // BLOCK_SIZE)
+    return workspace, model.tp.all_reduce_min(kv_blocks(free, block_bytes, longest, rows))
 
 
-def _rows(plan: Placement | None) -> int:
-    """Rows that a GPU runs at once where nobody says how many."""
-    return plan.max_num_seqs if plan else RESIDENT_ROWS
+def measure_workspace(
+    model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, graphs: bool, kv_dtype: torch.dtype
+) -> int:
+    """Bytes that a GPU's largest step takes, and the memory that CUDA graphs of decode keep. Compiles kernels too."""
+    device, total = model.weights.embedding.device, 0
+    for tokens in (prefill_tokens, 0) if graphs else (prefill_tokens,):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run_largest_step(model, rows, tokens, max_model_len, kv_dtype)
+        torch.cuda.synchronize(device)
+        total += torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()  # so that what is free afterwards is what the KV cache may have
+    return total
 
 
 def cache_dtype(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""Compile the kernels of a run before it: those of each captured size of a decode step, and of prefill steps of any size.
+"""Compile the kernels of a run before it: those of each captured decode step, and of prefill steps of any size.
 
-The steps run as they do later, on tensors without memory ("meta") and one layer, while launches are recorded. What they
-would compile is then compiled in parallel processes, into Triton's cache on disk. All of that is another process's work, so
-that this one can load weights. Imported where there is a GPU alone: Triton takes a second to import.
+The steps run on tensors without memory ("meta") and one layer, while launches are recorded. What they would compile is
+then compiled in parallel processes, into Triton's cache on disk. Another process does all that while this one loads
+weights.
 """
 
 from __future__ import annotations
@@ -26,21 +26,16 @@ from triton.runtime.cache import get_cache_manager
 
 from batchmix.dtypes import Quantization
 from batchmix.engine.cuda_graphs import capture_sizes
-from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.model_runner import sample
+from batchmix.engine.model_runner import run_largest_step
 from batchmix.kernels import tiles
 from batchmix.kernels.compile import compile_in_processes, recorded
 from batchmix.kernels.gpu import Gpu
-from batchmix.models.async_copy import AsyncCopy
-from batchmix.models.backend import PrefillChunk
-from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.models.weights import empty_weights
 
 _DONE = "compiled_ahead"
-_META = torch.device("meta")
 _log = logging.getLogger(__name__)
 
 
@@ -60,31 +55,15 @@ class Steps:
 
 
 def record_steps(steps: Steps) -> None:
-    """Launch what the steps launch; inside of `kernels.compile.recorded`, where launches compile and run nothing.
-
-    Rows with penalties, log-probabilities or grammars take other variants of the sampling kernels, which are compiled when
-    they come.
-    """
-    operators = TritonOperators(steps.batch_invariant, steps.share_prefix)
+    """Launch what the steps launch, inside of `kernels.compile.recorded`. Variants of the sampling kernels for
+    penalties, log-probabilities or grammars are compiled when such rows come."""
     config = replace(steps.config, num_hidden_layers=1)
-    weights = empty_weights(config, steps.dtype, _META, steps.quantization)
-    model = Mixtral(config, weights, operators, steps.max_model_len)
-    cache = KVCache(config, 1, BLOCK_SIZE, steps.kv_dtype, _META)
-    width = -(-steps.max_model_len // BLOCK_SIZE)
-    batch = InputBatch(
-        steps.max_num_seqs, config.vocab_size, width, (2,), None, AsyncCopy(_META), operators.row_tile
-    )  # fmt: skip
-    model.expert_load.set_num_valid(0)
-    for size in capture_sizes(steps.max_num_seqs):
-        shared = operators.find_shared(model, cache, batch.block_table[:size], batch.prompt_tokens[:size], 0, keep=True)
-        decode = batch.decode_tokens(0, size, 1)
-        hidden = model(batch.token[:size], operators.attend(model, cache, decode, (), size, shared))
-        sample(model, batch, model.logits(hidden))
+    weights = empty_weights(config, steps.dtype, torch.device("meta"), steps.quantization)
+    model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)
+    for rows in capture_sizes(steps.max_num_seqs):
+        run_largest_step(model, rows, 0, steps.max_model_len, steps.kv_dtype)
     for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
-        blocks = [SCRATCH_BLOCK] * -(-tokens // BLOCK_SIZE)
-        attend = operators.attend(model, cache, None, [PrefillChunk(0, 0, tokens, blocks)], tokens)
-        hidden = model(torch.empty(tokens, dtype=torch.int64, device=_META), attend)
-        sample(model, batch, model.logits(hidden[:1]))
+        run_largest_step(model, 1, tokens - 1, steps.max_model_len, steps.kv_dtype)
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:
@@ -102,13 +81,9 @@ class CompileAhead:
         if self._note.get_file(_DONE) is None:
             environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__], env=environment,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                [sys.executable, "-m", __name__, pickle.dumps((steps, gpu, processes)).hex()],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
-            assert self._process.stdin is not None
-            self._process.stdin.write(pickle.dumps((steps, gpu, processes)))
-            self._process.stdin.close()
-            self._process.stdin = None  # `communicate` would write to it
 
     def finish(self) -> None:
         """Wait, and log a line of what was compiled. What was not is compiled when it is first launched."""
@@ -140,15 +115,13 @@ def _fingerprint(steps: Steps, gpu: Gpu) -> str:
 
 def _main() -> None:
     """The process: steps in, a line of JSON out."""
-    steps, gpu, processes = pickle.load(sys.stdin.buffer)
+    steps, gpu, processes = pickle.loads(bytes.fromhex(sys.argv[1]))
     started = time.perf_counter()
     with torch.inference_mode(), recorded(gpu) as jobs:
         record_steps(steps)
     outcomes = compile_in_processes(jobs, processes)
     cached = sum(outcome.cached for outcome in outcomes)
-    failed = [
-        (job.kernel, outcome.error) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.error is not None
-    ]
+    failed = [(job.kernel, outcome.error) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.error]
     print(json.dumps({
         "compiled": len(jobs) - cached - len(failed), "cached": cached, "failed": failed, "processes": processes,
         "seconds": time.perf_counter() - started,

@@ -1,7 +1,6 @@
 """Decode steps as CUDA graphs: which sizes there are, and when one is captured.
 
-A graph replays the launches of one step, so everything that the host decided while it was captured is fixed: how many
-slots it runs over, how many blocks of each row it looks at, and where in memory the slots' tables are.
+A graph fixes what the host decided while it was captured: slots, blocks of a row, and where the slots' tables are.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ from batchmix.observability.engine_stats import EngineStats
 Queue = Callable[[], None]  # queues the launches of a step
 Capture = Callable[[Queue], Queue]
 
-# Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps (800 rows of `synthesise` take 1,000)
-# runs 1.25 d steps at each of n/d sizes, with d/2 rows of padding on average, so n rows cost (n/d) C + n 1.25 p d/2 seconds
-# where a capture takes C and a row of padding p: least at d = sqrt(2 C / 1.25 p). p is 4.3 us on an H200, as padding
-# reaches no expert (2.94 GFLOP of projections and head at 690 TFLOP/s); with C of 15 to 30 ms d is 75 to 106. C is an
-# estimate (450 launches by the host): not measured on a GPU. 64 rows are also 16 an expert, a step in its tiles.
+# Rows between two captured sizes. A batch that shrinks by a row every 1.25 steps runs 1.25 d steps at each of n/d
+# sizes, with d/2 rows of padding on average: (n/d) C + n 1.25 p d/2 seconds where a capture takes C and a row of
+# padding p, least at d = sqrt(2 C / 1.25 p). With p of 4.3 us on an H200 (padding reaches no expert) and C of 15 to 30
+# ms, an estimate, d is 75 to 106. 64 rows are also 16 an expert, a step in its tiles.
 SPACING = 64
 MAX_GRAPHS = 64  # kept at once. Each holds its own launches in device memory; what they work in is one pool for all
 
@@ -44,10 +42,9 @@ def pad_to_capture_size(sizes: list[int], rows: int) -> int:
 
 
 class StepGraphs:
-    """Steps that are known by a key: run as they are at first, which loads their kernels, from the second time on as graphs.
+    """Steps known by a key: run as they are at first, which loads their kernels, from the second time on as graphs.
 
-    `capture` makes a graph of a step without running it; None: there are no graphs, and `prepare` is not called. The
-    MAX_GRAPHS graphs that were used last are kept.
+    `capture` makes a graph of a step without running it; None: there are no graphs, and `prepare` is not called.
     """
 
     def __init__(self, capture: Capture | None, stats: EngineStats) -> None:
@@ -61,7 +58,7 @@ class StepGraphs:
         return self._capture is not None
 
     def prepare(self, key: Hashable, tables: Hashable, step: Queue) -> Queue:
-        """The step, or its graph. `tables` names the memory that graphs rely on: those captured with another one are dropped."""
+        """The step, or its graph. `tables` names the memory that graphs rely on: with another one they are dropped."""
         assert self._capture is not None
         if tables != self._tables:
             self._graphs.clear()
@@ -83,11 +80,8 @@ class StepGraphs:
 
 
 def cuda_capture() -> Capture:
-    """Captures into one pool of memory: graphs never run together and leave nothing in it that is read later.
-
-    The device is not waited for, and its memory not given back, as `torch.cuda.graph` does each time: a capture is work
-    of the host, done while the device is at the steps queued before.
-    """
+    """Captures into one pool of memory: graphs never run together. As `torch.cuda.graph`, but neither is the device
+    waited for nor its memory given back: a capture is work of the host beside the steps queued before."""
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 

@@ -63,11 +63,9 @@ def check_places(engine: EngineConfig, tensor_parallel_size: int) -> None:
 
 
 def compute_dtype(dtype: torch.dtype, place: DevicePlan) -> torch.dtype:
-    """In which dtype weights of `dtype` are kept and multiplied. BatchmixError where the place cannot.
-
-    A CPU without bfloat16 or float16 matrix instructions multiplies those seven times slower than float32 (measured
-    on an AVX2 machine), so there the torch backend keeps weights rounded to `dtype` in float32.
-    """
+    """In which dtype weights of `dtype` are kept and multiplied. BatchmixError where the place cannot. A CPU without
+    matrix instructions for it multiplies seven times slower than float32 (on AVX2), so there weights are kept in
+    float32."""
     if place.backend is Backend.triton:
         if place.device.type == "cpu" and dtype is torch.bfloat16:
             raise BatchmixError(

@@ -17,9 +17,7 @@ _KEEP_UNUSED = 16  # tables that nobody uses just now are kept, because the next
 
 class DeviceTableCache:
     """Tables of some rows by `width` columns each, stacked in one tensor so that a step gathers from it by row number.
-
-    A table is built once per key and counted by its users. Its first row's number stays valid while it is in use.
-    """
+    A table is built once per key and counted by its users; its first row's number stays valid while it is in use."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.data = torch.zeros(0, width, dtype=dtype, device=device)

@@ -1,8 +1,7 @@
 """The engine: batches of prompts in, completions out.
 
-`Engine.generate` is the whole loop: schedule a step, run it, process what the steps before have done. A step takes a token
-of every running row and as many prompt tokens as its budget leaves. Rows never wait for each other: an ended row's slot is
-refilled.
+`Engine.generate` is the whole loop: schedule a step, run it, process what the steps before have done. A step takes a
+token of every running row and as many prompt tokens as its budget leaves. An ended row's slot is refilled.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
 from batchmix.engine.model_runner import ModelRunner
 from batchmix.engine.output_processor import process_outputs, wait_for_steps
-from batchmix.engine.scheduler import Scheduler, Step, WaitingRequest
+from batchmix.engine.scheduler import Request, Scheduler, Step
 from batchmix.errors import BatchmixError
 from batchmix.models.async_copy import AsyncCopy, async_copy_from
 from batchmix.models.kv_cache import KVCache
@@ -61,13 +60,13 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         compile_clock: CompileClock | None = None,
     ) -> None:
-        """`steps_per_read`: decode steps between two copies of what they did to the host. `capture` makes a CUDA graph of
-        a step. `async_copy`, from the cache's device, says when what was copied is read."""
+        """`steps_per_read`: decode steps between two copies of what they did to the host. `capture` makes a CUDA graph
+        of a step. `async_copy`, from the cache's device, says when what was copied is read."""
         blocks_per_row = -(-max_model_len // cache.block_size)
         if blocks_per_row > cache.num_blocks - 1:
             raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {max_model_len} tokens")
         self.model, self.cache, self.grammars, self.compile_clock = model, cache, grammars, compile_clock
-        self.should_stop, self.prefill_chunk, self.steps_per_read = should_stop, prefill_chunk, steps_per_read
+        self.should_stop, self.steps_per_read = should_stop, steps_per_read
         model.expert_load.reset()
         self.stats = EngineStats(kv_blocks_total=cache.num_blocks - 1)
         self.clock = StageClock()
@@ -118,53 +117,53 @@ class Engine:
             if scheduler.is_idle and not more:
                 return
             self.step()
-            yield from self._completed()
+            yield from scheduler.take_completed()
         process_outputs(scheduler, wait_for_all=True)
-        yield from self._completed()
+        yield from scheduler.take_completed()
 
     def enqueue(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
         """Let prompts wait for a slot; those that cannot run come out at once."""
         for prompt in prompts:
             structured = prompt.sampling.structured_outputs
-            samples = list(prompt.samples or range(prompt.sampling.n))
+            request = Request(prompt, list(prompt.samples or range(prompt.sampling.n)))
             if prompt.error is not None:
                 yield Completion.failed(prompt, prompt.error)
-            elif structured is not None and structured.score_choices:
+                continue
+            if structured is not None and structured.score_choices:
                 assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
-                choices, ends = self.grammars.choice_tokens(prompt.sampling), self.grammars.end_tokens(prompt.sampling)
-                self.scheduler.add(WaitingRequest(prompt, samples, choices, ends))
-            else:
-                self.scheduler.add(WaitingRequest(prompt, samples))
+                request.choices = self.grammars.choice_tokens(prompt.sampling)
+                request.end_tokens = self.grammars.end_tokens(prompt.sampling)
+            self.scheduler.add(request)
 
     def step(self) -> None:
-        """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued before.
-
-        Where the device has no memory, go on with half the batch.
-        """
+        """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued
+        before. Where the device has no memory, go on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         jump_forward: list[list[int]] = []
-        if batch.wants_logprobs() or may_jump_forward(batch):
+        wants_logprobs, may_jump = batch.wants_logprobs(), may_jump_forward(batch)
+        if wants_logprobs or may_jump:
             process_outputs(scheduler, wait_for_all=True)
-            if may_jump_forward(batch):
+            if may_jump:
                 jump_forward = find_jump_forward(batch, scheduler.max_num_batched_tokens)
-        one_by_one = jump_forward or batch.wants_logprobs() or batch.grammars.texts
+        one_by_one = jump_forward or wants_logprobs or batch.grammars.num_texts
         step = scheduler.schedule(jump_forward, 1 if one_by_one else self.steps_per_read)
         if step is None:
             process_outputs(scheduler, wait_for_all=True)
             return
-        name = "prefill" if step.chunks else "decode"
+        name, streamed = "prefill" if step.chunks else "decode", self.stats.streamed_bytes
         try:
             with self.clock.stage(name):
                 self.runner.run(step)
                 process_outputs(scheduler, wait_for_all=False)
-            self._count_streamed(name)
+            self.stats.streamed_bytes = self.model.streamed_bytes + self.cache.streamed_bytes
+            self.stats.decode_streamed_bytes += 0 if step.chunks else self.stats.streamed_bytes - streamed
             return
         except torch.OutOfMemoryError:
             pass  # what the step held is freed with the traceback, so before it is tried again
         self._retry_with_half_the_batch(name, step)
 
     def _retry_with_half_the_batch(self, name: str, step: Step) -> None:
-        """Let every row wait again, and go on with half as many. Rows run again and, keyed as they are, end the same."""
+        """Let every row wait again, and go on with half as many. Rows, keyed as they are, end the same."""
         scheduler = self.scheduler
         capacity, batched = scheduler.batch.capacity, scheduler.max_num_batched_tokens
         if self.model.tp.size > 1:  # the other ranks know nothing of it
@@ -172,13 +171,13 @@ class Engine:
                 f"out of memory in a {name} step with {capacity} rows at once, on one of several ranks;"
                 " lower engine.max_num_seqs or engine.gpu_memory_utilization"
             )
-        if capacity == 1 and batched <= self.prefill_chunk:
+        if capacity == 1 and batched <= scheduler.prefill_chunk:
             raise BatchmixError(
                 "out of memory with one row at a time; lower engine.gpu_memory_utilization or model.max_model_len"
             )
         self.stats.completion_tokens -= int(scheduler.batch.outputs.count[: scheduler.batch.num_active].sum())
         rows = scheduler.requeue_all(step)
-        scheduler.max_num_batched_tokens = max(self.prefill_chunk, batched // 2)
+        scheduler.max_num_batched_tokens = max(scheduler.prefill_chunk, batched // 2)
         scheduler.renew(max(1, capacity // 2))
         self.runner.renew()
         if self.cache.keys.is_cuda:
@@ -186,35 +185,24 @@ class Engine:
         self.stats.out_of_memory += 1
         self.stats.running, self.stats.waiting = 0, len(scheduler.waiting)
         _log.warning(
-            "out of memory in a %s step: %d rows wait again; going on with %d rows at once (was %d) and %s tokens in a step"
-            " (was %s)", name, rows, scheduler.batch.capacity, capacity,
+            "out of memory in a %s step: %d rows wait again; going on with %d rows at once (was %d) and %s tokens in a"
+            " step (was %s)", name, rows, scheduler.batch.capacity, capacity,
             f"{scheduler.max_num_batched_tokens:,}", f"{batched:,}",
         )  # fmt: skip
 
     def read_totals(self) -> float | None:
-        """Wait for the device and read the totals that it keeps into `stats`. The seconds that it worked; None on a CPU."""
+        """Read the device's totals into `stats`, waiting for it. The seconds that it worked; None on a CPU."""
         seconds, stats = self.device_clock.seconds(), self.stats
         stats.expert_tokens = self.model.expert_load.counts.tolist()
         stats.decode_steps = self.device_clock.steps()
         if self.compile_clock is not None:
             stats.kernels_compiled, stats.compile_seconds = self.compile_clock.kernels, self.compile_clock.seconds
         if stats.decode_steps:
-            sizes = ", ".join(
-                f"{size}: {count:,.0f} of {took / count * 1e3:.1f} ms"
-                for size, (count, took) in stats.decode_steps.items()
-            )
+            steps = stats.decode_steps.items()
+            sizes = ", ".join(f"{size}: {count:,.0f} of {took / count * 1e3:.1f} ms" for size, (count, took) in steps)
             _log.info(
-                "decode steps by captured size: %s; %d graphs captured in %.1f s, %d kernels compiled in %.1f s during the run",
+                "decode steps by captured size: %s; %d graphs captured in %.1f s, %d kernels compiled in %.1f s during"
+                " the run",
                 sizes, stats.graphs_captured, stats.capture_seconds, stats.kernels_compiled, stats.compile_seconds,
             )  # fmt: skip
         return seconds
-
-    def _completed(self) -> Iterator[Completion]:
-        completed, self.scheduler.completed = self.scheduler.completed, []
-        yield from completed
-
-    def _count_streamed(self, name: str) -> None:
-        total = self.model.streamed_bytes + self.cache.streamed_bytes
-        if name == "decode":
-            self.stats.decode_streamed_bytes += total - self.stats.streamed_bytes
-        self.stats.streamed_bytes = total

@@ -1,11 +1,10 @@
 """The rows being decoded: one slot a row, every field a tensor over the slots.
 
-Active rows always fill slots 0..num_active-1: a finished row's slot is taken by the last active one, so that each
-step works on a leading slice. The order of rows in the batch does not matter to any of them.
-
-The device owns what steps change; the host adds, removes and moves rows, and `upload` queues that behind the steps that
-are queued already. What steps did comes back as a `PendingStep`, which knows where each row has moved since. Meanwhile the
-host counts on: a row has the tokens that were queued for it (`planned`), or has ended, and then steps leave it alone.
+Active rows fill slots 0..num_active-1, so that a step works on a leading slice: the last one takes a finished row's
+slot. The device owns what steps change; the host adds, removes and moves rows, and `upload` queues that behind the
+steps queued already. What steps did comes back as a `PendingStep`, which knows where each row has moved since.
+Meanwhile the host counts on: a row has the tokens that were queued for it (`planned`), or has ended, and then steps
+leave it alone.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.device_tables import DeviceTableCache, automaton, bias_key, bias_table, stop_key
-from batchmix.engine.grammar_tables import GrammarTables
+from batchmix.engine.grammars import RowGrammars
 from batchmix.engine.output_buffers import OutputBuffers
 from batchmix.kernels.row_state import Finish, Flag, Number, Real, RowTensors, State
 from batchmix.models.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
-from batchmix.models.backend import DecodeTokens
-from batchmix.models.host_rows import HostRows
+from batchmix.models.backend import DecodeTokens, HostRows
 from batchmix.models.kv_cache import SCRATCH_BLOCK
 from batchmix.models.philox import row_key
 from batchmix.prompts.stop_strings import INSIDE, START, StopTable
@@ -46,7 +44,8 @@ _versions = itertools.count()  # of all batches of a process
 
 
 class CpuGpuBuffer:
-    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along `axis`."""
+    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along
+    `axis`."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int = 0, axis: int = 0
@@ -58,23 +57,8 @@ class CpuGpuBuffer:
 
     def upload(self, slots: np.ndarray) -> None:
         """Copy these slots, int64 [N], to the device."""
-        device = self.tensor.device
-        self.tensor.index_copy_(
-            self._axis, async_copy_to_gpu(slots, device), async_copy_to_gpu(self.array.take(slots, self._axis), device)
-        )
-
-    def move(self, targets: np.ndarray, sources: np.ndarray) -> None:
-        """On the device, let slots `targets` be as slots `sources` are, int64 [N] each, all at the same time."""
-        device = self.tensor.device
-        moved = self.tensor.index_select(self._axis, async_copy_to_gpu(sources, device))
-        self.tensor.index_copy_(self._axis, async_copy_to_gpu(targets, device), moved)
-
-    def widened(self, width: int, fill: int) -> CpuGpuBuffer:
-        """A [rows, width] buffer of this [rows, fewer] one, the new columns filled."""
-        wider = CpuGpuBuffer((len(self.array), width), self.tensor.dtype, self.tensor.device, fill)
-        wider.array[:, : self.array.shape[1]] = self.array
-        wider.upload(np.arange(len(self.array)))
-        return wider
+        device, changed = self.tensor.device, self.array.take(slots, self._axis)
+        self.tensor.index_copy_(self._axis, async_copy_to_gpu(slots, device), async_copy_to_gpu(changed, device))
 
 
 @dataclass
@@ -87,11 +71,8 @@ class PendingStep:
 
 
 class InputBatch:
-    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise.
-
-    With `row_tile` tensors are longer, a multiple of it, so that a step may run over free slots behind the active ones.
-    `steps_per_read` is how many steps may run before a `record_step`.
-    """
+    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise, rounded up to `row_tile`:
+    a step may run over free slots. `steps_per_read` is how many steps may run before a `record_step`."""
 
     def __init__(
         self,
@@ -105,15 +86,11 @@ class InputBatch:
         steps_per_read: int = 1,
         grammars: GrammarCompiler | None = None,
     ) -> None:
-        size = -(-capacity // row_tile) * row_tile
-        device = async_copy.device
-        self.capacity = capacity
-        self.vocab_size = vocab_size
-        self.row_tile = row_tile
-        self.build_stop_table = stop_table
-        self.async_copy = async_copy
+        size, device = -(-capacity // row_tile) * row_tile, async_copy.device
+        self.capacity, self.vocab_size, self.async_copy = capacity, vocab_size, async_copy
+        self._build_stop_table = stop_table
         self.num_active = 0
-        self.version = next(_versions)  # another one when rows have come, gone or moved
+        self.version, self._uploaded = next(_versions), -1  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         # The host's side of each field of the blocks; of a row's state, what it began with.
         self.host: dict[str, np.ndarray] = {}
@@ -125,17 +102,15 @@ class InputBatch:
         self.state, self.numbers, self.reals, self.flags = (buffer.tensor for buffer in self._columns)
         self.token, self.context = self.state[State.TOKEN], self.state[State.CONTEXT]
         self.generated, self.finish = self.state[State.GENERATED], self.state[State.FINISH]
-        self.grammar_state = self.state[State.GRAMMAR_STATE]
         self._blocks = CpuGpuBuffer((size, blocks_per_row), torch.int32, device, SCRATCH_BLOCK)
         self.block_table, self.device_blocks = self._blocks.array, self._blocks.tensor
         self.num_blocks = np.zeros(size, np.int64)  # of the row's in block_table
-        self._stops = CpuGpuBuffer((size, 1), torch.int64, device, -1)
-        self.stop_token_ids = self._stops.tensor  # [capacity, most of any row], -1 where there are fewer
+        self._stops = CpuGpuBuffer((size, 1), torch.int64, device, -1)  # [slots, most of any row], -1: there are fewer
         self.num_logprobs = np.full(size, -1, np.int64)
         self.biases = DeviceTableCache(vocab_size, torch.float32, device)
         self.automata = DeviceTableCache(vocab_size + 1, torch.int64, device)  # next state; last column: string matched
-        self.grammars = GrammarTables(grammars, vocab_size, device, size)
-        # [capacity, V], made when a row first needs them.
+        self.grammars = RowGrammars(grammars, vocab_size, device, size)
+        # [slots, V], made when a row first needs them.
         self.output_counts: Tensor | None = None
         self.in_prompt: Tensor | None = None
         # The n-th token in column n % steps. It does not move with its row: a step is recorded before rows do.
@@ -146,62 +121,52 @@ class InputBatch:
         self.prompt_tokens = np.zeros(size, np.int64)
         self.planned = np.zeros(size, np.int64)  # tokens of the row once all steps queued by now are done
         # What the device has to be told at the next upload.
-        self._source = np.arange(size)  # the slot whose state it is to take
+        self._slots = np.arange(size)
+        self._source = self._slots.copy()  # the slot whose state it is to take
         self._fresh = np.zeros(size, np.bool_)  # state that the host made
         self._changed = np.zeros(size, np.bool_)  # what rows asked for
         self._moved_blocks = np.zeros(size, np.bool_)
-        for slot in range(size):
-            self._clear(slot)
+        self._clear(slice(None))
         self.upload()
 
     def tables(self) -> tuple[object, ...]:
         """Where the tensors lie that are made anew when rows need larger ones: what a graph of a step relies on."""
         grown = (
-            self.stop_token_ids, self.biases.data, self.automata.data, self.output_counts, self.in_prompt,
+            self._stops.tensor, self.biases.data, self.automata.data, self.output_counts, self.in_prompt,
             self.grammars.states.data, self.grammars.classes.data, self.logprob_history,
         )  # fmt: skip
         return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
 
     def rows(self, first: int, end: int) -> RowTensors:
         """What operators read and change of slots first..end-1."""
-        grammars = self.grammars if self.grammars.used else None
+        states, classes = self.grammars.states.data, self.grammars.classes.data
         return RowTensors(
-            self.state,
-            self.numbers,
-            self.reals,
-            self.flags,
-            self.stop_token_ids,
-            self.eos_token_ids,
-            self.biases.data,
-            self.automata.data,
-            self.output_counts,
-            self.in_prompt,
-            None if grammars is None else grammars.states.data,
-            None if grammars is None else grammars.classes.data,
-            self.history,
-            self.logprob_history,
-        ).narrow(end, first)
+            self.state, self.numbers, self.reals, self.flags, self._stops.tensor, self.eos_token_ids, self.biases.data,
+            self.automata.data, self.output_counts, self.in_prompt, states if self.grammars.used else None,
+            classes if self.grammars.used else None, self.history, self.logprob_history,
+        ).narrow(end, first)  # fmt: skip
 
     def host_rows(self, first: int, end: int) -> HostRows:
         """What only the host knows of slots first..end-1."""
         return HostRows(
             self.num_logprobs[first:end],
             lambda row, state, left: self.grammars.allowed_tokens(first + row, state, left),
-            partial(self.grammars.texts.fill_bitmask, slice(first, end)),
+            partial(self.grammars.fill_bitmask, first, self.host["grammar_class"][first:end]),
         )
 
     def upload(self) -> None:
         """Tell the device what the host has changed, in the order of its work."""
-        state, *asked = self._columns
-        moved = np.flatnonzero(self._source != np.arange(len(self._source)))
-        if len(moved):
-            state.move(moved, self._source[moved])
-            self._source[moved] = moved
-        for changed, buffers in (
-            (self._fresh, [state]),
-            (self._changed, [*asked, self._stops]),
-            (self._moved_blocks, [self._blocks]),
-        ):
+        changes = [(self._moved_blocks, [self._blocks])]
+        if self._uploaded != self.version:
+            self._uploaded = self.version
+            moved = np.flatnonzero(self._source != self._slots)
+            if len(moved):  # all at the same time
+                targets, sources = (async_copy_to_gpu(x, self.state.device) for x in (moved, self._source[moved]))
+                self.state.index_copy_(1, targets, self.state.index_select(1, sources))
+                self._source[moved] = moved
+            state, *asked = self._columns
+            changes += [(self._fresh, [state]), (self._changed, [*asked, self._stops])]
+        for changed, buffers in changes:
             slots = np.flatnonzero(changed)
             if len(slots):
                 for buffer in buffers:
@@ -232,18 +197,11 @@ class InputBatch:
         """Wait for the oldest recorded step and take it into `outputs`. Returns how many tokens are new."""
         step = self.pending.popleft()
         state, ring, *logprobs = step.event()
-        there = np.flatnonzero(step.slots >= 0)
-        generated, finish, stop_reason = state[:, there]
-        rings = [ring[there], *(logprob[there] for logprob in logprobs)]
         if step.scored is not None:
             step.scored()
-        new = self.outputs.append(step.slots[there], generated, finish, stop_reason, *rings)
-        ended = self.outputs.finish
-        for slot, text in self.grammars.texts.accept_tokens(
-            self.outputs, ended == Finish.RUNNING, ended == Finish.LENGTH
-        ):
-            if not text.following.goes_on or not text.may_end:
-                ended[slot] = Finish.WHOLE if text.may_end else Finish.FAILED
+        new = self.outputs.append(step.slots, state, ring, *logprobs)
+        if self.grammars.num_texts:
+            self.grammars.accept_tokens(self.outputs)
         return new
 
     def decode_tokens(self, rows: int, size: int, width: int) -> DecodeTokens:
@@ -258,8 +216,7 @@ class InputBatch:
         slot = self.num_active
         self.num_active += 1
         self.version = next(_versions)
-        sampling = prompt.sampling
-        host = self.host
+        sampling, host = prompt.sampling, self.host
         self.prompt_tokens[slot] = len(prompt.token_ids)
         host["context"][slot] = len(prompt.token_ids) - 1
         host["finish"][slot] = Finish.RUNNING
@@ -277,9 +234,8 @@ class InputBatch:
             host["stop_base"][slot] = self.automata.acquire(stop, lambda: self._automaton(sampling))
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
         if sampling.structured_outputs is not None:
-            base, token_class, start = self.grammars.acquire(slot, sampling, max_tokens)
-            host["grammar_base"][slot], host["grammar_class"][slot] = base, token_class
-            host["grammar_state"][slot] = start
+            found = self.grammars.acquire(slot, sampling, max_tokens)
+            host["grammar_base"][slot], host["grammar_class"][slot], host["grammar_state"][slot] = found
             host["processed_logprobs"][slot] = sampling.structured_outputs.token_probabilities
             if sampling.structured_outputs.token_probabilities and self.logprob_history is None:
                 self.logprob_history = torch.zeros_like(self.history, dtype=torch.float32)
@@ -288,12 +244,12 @@ class InputBatch:
         self._source[slot] = slot
         return slot
 
-    def add_blocks(self, slot: int, blocks: Sequence[int]) -> None:
-        """Add blocks to those of the slot's row."""
-        held = int(self.num_blocks[slot])
-        self.block_table[slot, held : held + len(blocks)] = blocks
-        self.num_blocks[slot] = held + len(blocks)
-        self._moved_blocks[slot] = True
+    def add_blocks(self, slots: np.ndarray, blocks: Sequence[int]) -> None:
+        """Add a block to the row of each slot, int64 [N], ascending; a slot is there once for each of its blocks."""
+        number = np.arange(len(slots)) - np.searchsorted(slots, slots)  # of a block among its row's
+        self.block_table[slots, self.num_blocks[slots] + number] = blocks
+        np.add.at(self.num_blocks, slots, 1)
+        self._moved_blocks[slots] = True
 
     def remove(self, slot: int, sampling: SamplingConfig) -> None:
         """Free a slot; the last active row moves into it."""
@@ -301,58 +257,56 @@ class InputBatch:
             self.biases.release(key)
         if key := stop_key(sampling):
             self.automata.release(key)
-        self.grammars.release(slot, sampling)
+        self.grammars.release(slot)
         self.num_active -= 1
         self.version = next(_versions)
         last = self.num_active
         for buffer in self._columns:
             buffer.array[:, slot] = buffer.array[:, last]
-        for array in (self.block_table, self._stops.array, self.num_blocks, self.num_logprobs, self.prompt_tokens,
-                      self.planned, self._fresh, self._source):  # fmt: skip
-            array[slot] = array[last]
+        for rows in (self.block_table, self._stops.array, self.num_blocks, self.num_logprobs, self.prompt_tokens,
+                     self.planned, self._fresh, self._source, self.grammars.rows, self.output_counts, self.in_prompt,
+                     *vars(self.outputs).values()):  # fmt: skip
+            if rows is not None:
+                rows[slot] = rows[last]
         if self._fresh[slot]:
             self._source[slot] = slot
         self._changed[slot] = self._moved_blocks[slot] = True
-        self.outputs.move(slot, last)
-        self.grammars.move(slot, last)
         for step in self.pending:
             step.slots[step.slots == slot] = -1
             step.slots[step.slots == last] = slot
-        if self.output_counts is not None and self.in_prompt is not None:
-            for table in (self.output_counts, self.in_prompt):
-                table[slot] = table[last]
+        self.grammars.rows[last] = None
         self._clear(last)
 
-    def _clear(self, slot: int) -> None:
-        """Make a free slot one that a step may run over: a token in the scratch block, and no wishes."""
+    def _clear(self, slots: int | slice) -> None:
+        """Make free slots ones that a step may run over: a token in the scratch block, and no wishes."""
         for buffer in self._columns:
-            buffer.array[:, slot] = 0
-        self.host["finish"][slot] = Finish.FREE
+            buffer.array[:, slots] = 0
+        self.host["finish"][slots] = Finish.FREE
         for name in _NONE:
-            self.host[name][slot] = -1
-        self.grammars.clear(slot)
-        self.block_table[slot] = SCRATCH_BLOCK
-        self._stops.array[slot] = -1
-        self.num_blocks[slot] = self.prompt_tokens[slot] = self.planned[slot] = 0
-        self.num_logprobs[slot] = -1
-        self.outputs.clear(slot)
-        self._fresh[slot] = self._changed[slot] = self._moved_blocks[slot] = True
-        self._source[slot] = slot
+            self.host[name][slots] = -1
+        self.block_table[slots] = SCRATCH_BLOCK
+        self._stops.array[slots] = self.num_logprobs[slots] = -1
+        for array in (self.num_blocks, self.prompt_tokens, self.planned, self.outputs.finish, self.outputs.stop_reason,
+                      self.outputs.count):  # fmt: skip
+            array[slots] = 0
+        self._fresh[slots] = self._changed[slots] = self._moved_blocks[slots] = True
+        self._source[slots] = self._slots[slots]
 
     def _set_stop_tokens(self, slot: int, ids: list[int]) -> None:
-        if len(ids) > self._stops.array.shape[1]:
-            self._stops = self._stops.widened(len(ids), -1)
-            self.stop_token_ids = self._stops.tensor
+        known = self._stops.array
+        if len(ids) > known.shape[1]:
+            self._stops = CpuGpuBuffer((len(known), len(ids)), torch.int64, self.async_copy.device, -1)
+            self._stops.array[:, : known.shape[1]] = known
+            self._stops.upload(self._slots)
         self._stops.array[slot] = -1
         self._stops.array[slot, : len(ids)] = ids
 
     def _set_penalties(self, slot: int, prompt: Prompt) -> None:
-        sampling = prompt.sampling
-        needed = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
-        self.host["penalised"][slot] = needed
-        if not needed:
+        sampling, device = prompt.sampling, self.async_copy.device
+        penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+        self.host["penalised"][slot] = penalties != (1.0, 0.0, 0.0)
+        if penalties == (1.0, 0.0, 0.0):
             return
-        device = self.async_copy.device
         if self.output_counts is None or self.in_prompt is None:
             self.output_counts = torch.zeros(len(self.token), self.vocab_size, dtype=torch.int32, device=device)
             self.in_prompt = torch.zeros(len(self.token), self.vocab_size, dtype=torch.bool, device=device)
@@ -361,5 +315,5 @@ class InputBatch:
         self.in_prompt[slot].index_fill_(0, async_copy_to_gpu(np.array(prompt.token_ids, np.int64), device), True)
 
     def _automaton(self, sampling: SamplingConfig) -> Tensor:
-        assert self.build_stop_table is not None, "rows with stop strings are refused where there is no tokenizer"
-        return automaton(self.build_stop_table(sampling))
+        assert self._build_stop_table is not None, "rows with stop strings are refused where there is no tokenizer"
+        return automaton(self._build_stop_table(sampling))

@@ -1,10 +1,7 @@
-"""Stretches of a guided text that are the only possible one: their tokens are appended without a step for each.
+"""Jump-forward decoding: what a grammar leaves no choice about is appended without a step for each token.
 
-A row whose grammar leaves one token, then one token again, gets all of them at once (jump-forward decoding, as SGLang calls
-it). Their keys and values are computed in the step that follows, behind the rows' own tokens: to the attention each is a row
-at its own position, and a layer writes all keys and values before it attends. So each token is computed just as in a step of
-its own, with the same bits wherever those do not depend on the other rows in the batch, and the model runs once instead of
-many times.
+Keys and values of such tokens are computed in the step that follows, behind the rows' own tokens: to the attention each
+is a row at its own position, so it is computed just as in a step of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from batchmix.engine.input_batch import InputBatch
+from batchmix.kernels.row_state import State
 from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.models.backend import DecodeTokens
 
@@ -21,68 +19,63 @@ from batchmix.models.backend import DecodeTokens
 def may_jump_forward(batch: InputBatch) -> bool:
     """Whether a row is there whose grammar may leave no choice."""
     return batch.grammars.used and any(
-        grammar is not None and grammar.forced for grammar in batch.grammars.of_slot[: batch.num_active]
+        row is not None and row.grammar is not None and row.grammar.forced
+        for row in batch.grammars.rows[: batch.num_active]
     )
 
 
 def find_jump_forward(batch: InputBatch, most: int) -> list[list[int]]:
     """The tokens that must come next, of each active row, `most` in all; all that was queued has been read back.
 
-    The last token of max_tokens and one after which the text may end are left to a step of their own, which sees that.
-    Rows with penalties or log-probabilities take every step, which counts and logs each token.
+    The last token of max_tokens, one after which the text may end, and all of rows with penalties or log-probabilities
+    are left to steps of their own.
     """
-    found: list[list[int]] = []
+    found: list[list[int]] = [[] for _ in range(batch.num_active)]
     host, outputs = batch.host, batch.outputs
-    for slot in range(batch.num_active):
-        grammar = batch.grammars.of_slot[slot]
-        if grammar is None or host["penalised"][slot] or host["wants_logprob"][slot]:
-            found.append([])
-            continue
-        count = int(outputs.count[slot])
-        state = batch.grammars.follow(slot, outputs.tokens[slot], count)
-        tokens = grammar.jump_forward_tokens(state)[: max(0, min(most, int(host["max_tokens"][slot]) - count - 1))]
-        most -= len(tokens)
-        found.append(tokens)
+    for slot in np.flatnonzero(~(host["penalised"] | host["wants_logprob"])[: batch.num_active]).tolist():
+        row = batch.grammars.rows[slot]
+        if row is not None and row.grammar is not None:
+            count = int(outputs.count[slot])
+            left = min(most, int(host["max_tokens"][slot]) - count - 1)
+            found[slot] = row.grammar.jump_forward_tokens(row.follow(outputs.tokens[slot], count))[: max(0, left)]
+            most -= len(found[slot])
     return found
 
 
 def append_jump_forward(batch: InputBatch, runs: list[list[int]], width: int) -> tuple[DecodeTokens, Tensor]:
     """Append each row's run to its answer, on host and device: what the step computes, and its token ids, int64 [L]."""
     outputs, device, rows = batch.outputs, batch.async_copy.device, len(runs)
-    jumping = np.flatnonzero([len(run) > 0 for run in runs])
-    owners: list[int] = []
-    tokens: list[int] = []
-    positions: list[int] = []
-    states = []
-    for slot in jumping.tolist():
-        run, count = runs[slot], int(outputs.count[slot])
-        grammar = batch.grammars.of_slot[slot]
-        assert grammar is not None
-        states.append(grammar.after(batch.grammars.follow(slot, outputs.tokens[slot], count), run))
-        last = int(outputs.tokens[slot, count - 1])
+    jumping = [slot for slot in range(rows) if runs[slot]]
+    owners, tokens, positions, states = list[int](), list[int](), list[int](), list[int]()
+    for slot in jumping:
+        run, count, row = runs[slot], int(outputs.count[slot]), batch.grammars.rows[slot]
+        assert row is not None
+        assert row.grammar is not None
+        states.append(row.grammar.after(row.follow(outputs.tokens[slot], count), run))
         context = int(batch.prompt_tokens[slot]) + count - 1
         owners += [slot] * len(run)
-        tokens += [last, *run[:-1]]
+        tokens += [int(outputs.tokens[slot, count - 1]), *run[:-1]]
         positions += range(context, context + len(run))
         outputs.append_jump_forward(slot, run)
-    index, more = (
-        async_copy_to_gpu(jumping, device),
-        async_copy_to_gpu(np.array([len(runs[s]) for s in jumping]), device),
+    index, more, last, state, behind, ids = (
+        async_copy_to_gpu(np.array(values), device)
+        for values in (
+            jumping,
+            [len(runs[s]) for s in jumping],
+            [runs[s][-1] for s in jumping],
+            states,
+            positions,
+            tokens,
+        )
     )
-    last_tokens = np.array([runs[slot][-1] for slot in jumping])
-    batch.token.index_copy_(0, index, async_copy_to_gpu(last_tokens, device))
-    batch.grammar_state.index_copy_(0, index, async_copy_to_gpu(np.array(states), device))
+    batch.token.index_copy_(0, index, last)
+    batch.state[State.GRAMMAR_STATE].index_copy_(0, index, state)
     batch.context.index_add_(0, index, more)
     batch.generated.index_add_(0, index, more)
-
     table = np.concatenate((batch.block_table[:rows, :width], batch.block_table[owners, :width]))
     own = batch.decode_tokens(rows, rows, width)
-    behind = async_copy_to_gpu(np.array(positions), device)
     decode = DecodeTokens(
-        torch.cat((own.positions, behind)),
-        torch.cat((own.running, torch.ones_like(behind, dtype=torch.bool))),
-        async_copy_to_gpu(table, device),
-        np.append(own.host_positions, positions),
-        table,
-    )
-    return decode, torch.cat((batch.token[:rows], async_copy_to_gpu(np.array(tokens), device)))
+        torch.cat((own.positions, behind)), torch.cat((own.running, torch.ones_like(behind, dtype=torch.bool))),
+        async_copy_to_gpu(table, device), np.append(own.host_positions, positions), table,
+    )  # fmt: skip
+    return decode, torch.cat((batch.token[:rows], ids))

@@ -13,12 +13,14 @@ from torch import Tensor
 from batchmix.engine.cuda_graphs import StepGraphs, capture_sizes, pad_to_capture_size
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import append_jump_forward
-from batchmix.engine.scheduler import ScheduledChunk, Scheduler, ScoringRequest, Step
-from batchmix.models.async_copy import async_copy_to_gpu
-from batchmix.models.backend import DecodeTokens, PrefillChunk
-from batchmix.models.kv_cache import KVCache
+from batchmix.engine.scheduler import Request, Scheduler, Step
+from batchmix.models.async_copy import async_copy_from, async_copy_to_gpu
+from batchmix.models.backend import PrefillChunk, StepTokens
+from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.observability.device_clock import DeviceClock
+from batchmix.records import Prompt
+from batchmix.sampling import SamplingConfig
 
 _LOGIT_ROWS = 256  # scored tokens whose logits exist at once
 
@@ -40,6 +42,36 @@ def sample(model: Mixtral, batch: InputBatch, logits: Tensor) -> None:
     model.ops.post_update(tokens, state, processed_logprobs)
 
 
+@torch.inference_mode()
+def run_largest_step(
+    model: Mixtral,
+    rows: int,
+    prefill_tokens: int,
+    max_model_len: int,
+    kv_dtype: torch.dtype,
+    block_size: int = BLOCK_SIZE,
+) -> None:
+    """A token for `rows` rows of full length, sampled, and `prefill_tokens` prompt tokens, all in the scratch block."""
+    device, ops = model.weights.embedding.device, model.ops
+    cache = KVCache(model.config, 1, block_size, kv_dtype, device)
+    width = -(-max_model_len // block_size)
+    batch = InputBatch(rows, model.config.vocab_size, width, (2,), None, async_copy_from(device), ops.row_tile)
+    prompt = Prompt(0, "", {}, range(max_model_len), SamplingConfig(temperature=1.0, top_p=0.9))
+    for number in range(rows):
+        batch.add(prompt, number, max_tokens=1)
+    batch.upload()
+    chunks = [
+        PrefillChunk(rows + offset, 0, min(max_model_len, prefill_tokens - offset), [SCRATCH_BLOCK] * width)
+        for offset in range(0, prefill_tokens, max_model_len)
+    ]
+    size, decode = pad(rows + prefill_tokens, ops.row_tile), batch.decode_tokens(rows, rows, width)
+    shared = ops.find_shared(model, cache, batch.block_table[:rows], batch.prompt_tokens[:rows], batch.version)
+    model.expert_load.set_num_valid(rows + prefill_tokens)
+    token_ids = torch.zeros(size, dtype=torch.int64, device=device)
+    hidden = model(token_ids, ops.attend(model, cache, StepTokens(size, decode, chunks, shared)))
+    sample(model, batch, model.logits(hidden[: pad(rows, ops.row_tile)])[:rows])
+
+
 class ModelRunner:
     """Queues steps. Steps that only decode are CUDA graphs where there are any."""
 
@@ -54,12 +86,12 @@ class ModelRunner:
     ) -> None:
         """`wait_for_outputs` reads back what is queued, while the model runs, where the host finds the next masks."""
         self.model, self.cache, self.scheduler, self.device_clock = model, cache, scheduler, device_clock
-        self.make_graphs, self.wait_for_outputs = make_graphs, wait_for_outputs
+        self._make_graphs, self._wait_for_outputs = make_graphs, wait_for_outputs
         self.renew()
 
     def renew(self) -> None:
         """Drop all graphs: the scheduler has another batch."""
-        self.graphs = self.make_graphs()
+        self.graphs = self._make_graphs()
         self.capture_sizes = capture_sizes(self.scheduler.batch.capacity)
 
     def run(self, step: Step) -> None:
@@ -75,17 +107,27 @@ class ModelRunner:
         stats.running = len(self.scheduler.running)
         stats.kv_blocks_used = self.scheduler.pool.num_used
 
+    def _forward(self, token_ids: Tensor, step: StepTokens) -> Tensor:
+        """The last hidden states, [T, D]."""
+        return self.model(token_ids, self.cache.around_step(self.model.ops.attend(self.model, self.cache, step), step))
+
+    def _sample(self, logits: Tensor) -> None:
+        batch = self.scheduler.batch
+        if batch.grammars.num_texts:  # while the model runs
+            self._wait_for_outputs()
+        sample(self.model, batch, logits)
+
     # A token for each row.
 
     def _run_decode(self, step: Step) -> None:
         batch, rows = self.scheduler.batch, step.num_decode
         # The host keeps some rows' log-probabilities, or finds their masks.
-        captured = self.graphs.enabled and not batch.wants_logprobs() and not batch.grammars.texts
+        captured = self.graphs.enabled and not batch.wants_logprobs() and not batch.grammars.num_texts
         # A captured step runs over free slots too, so that few sizes serve all.
         size = pad_to_capture_size(self.capture_sizes, rows) if captured else pad(rows, self.model.ops.row_tile)
         width = self._width(rows)
         batch.upload()
-        shared = self._find_shared(batch.block_table[:size], batch.prompt_tokens[:size], keep=True)
+        shared = self._find_shared(size)
         self.model.expert_load.set_num_valid(rows)
         queue = partial(self._decode, size if captured else rows, size, width, shared)
         for _ in range(step.num_steps):
@@ -96,115 +138,94 @@ class ModelRunner:
 
     def _decode(self, rows: int, size: int, width: int, shared: object) -> None:
         """A token for slots 0..rows-1, in a step of `size` tokens; nothing here waits for the device."""
-        model, batch, cache = self.model, self.scheduler.batch, self.cache
+        batch = self.scheduler.batch
         decode = batch.decode_tokens(min(rows, batch.num_active), size, width)
-        attend = cache.around_step(model.ops.attend(model, cache, decode, (), size, shared), decode, ())
-        logits = model.logits(model(batch.token[:size], attend))[:rows]
-        if batch.grammars.texts:  # while the model runs
-            self.wait_for_outputs()
-        sample(model, batch, logits)
+        hidden = self._forward(batch.token[:size], StepTokens(size, decode, shared=shared))
+        self._sample(self.model.logits(hidden)[:rows])
 
     def _width(self, rows: int) -> int:
         """Blocks of a row in the step's table: a power of two, so that a graph serves for a while."""
         batch = self.scheduler.batch
         return min(1 << (int(batch.num_blocks[:rows].max()) - 1).bit_length(), int(batch.block_table.shape[1]))
 
-    def _find_shared(self, block_table: np.ndarray, prompt_tokens: np.ndarray, keep: bool) -> object:
-        version = self.scheduler.batch.version
-        return self.model.ops.find_shared(self.model, self.cache, block_table, prompt_tokens, version, keep)
+    def _find_shared(self, rows: int) -> object:
+        batch = self.scheduler.batch
+        return self.model.ops.find_shared(
+            self.model, self.cache, batch.block_table[:rows], batch.prompt_tokens[:rows], batch.version
+        )
 
     # Any tokens of any rows.
 
     def _run_ragged(self, step: Step) -> Callable[[], None] | None:
-        """Generated tokens, of rows and then jump-forward ones; then prompt chunks. See `_score` for what it returns."""
-        model, scheduler, batch, cache = self.model, self.scheduler, self.scheduler.batch, self.cache
-        device, stats = cache.keys.device, scheduler.stats
-        rows, shared = step.num_decode, None
-        decode: DecodeTokens | None = None
-        generated = []  # token ids of the decoding rows and their jump-forward tokens
+        """Generated tokens, of rows and then jump-forward ones; then prompt chunks. Returns as `_score`."""
+        model, scheduler, batch, stats = self.model, self.scheduler, self.scheduler.batch, self.scheduler.stats
+        rows, num_decode, decode, shared = step.num_decode, step.num_decode + step.num_jump_forward, None, None
+        width, generated = self._width(rows) if rows else 0, batch.token[:rows]  # ids of generated tokens
         if step.num_jump_forward:
             batch.upload()
-            decode, tokens = append_jump_forward(batch, step.jump_forward, self._width(rows))
-            generated.append(tokens)
+            decode, generated = append_jump_forward(batch, step.jump_forward, width)
             stats.jump_forward_tokens += step.num_jump_forward
             stats.completion_tokens += step.num_jump_forward
-        num_decode = rows + step.num_jump_forward
-        ids, chunks = self._pack(step.chunks, num_decode)
-        num_prompt = len(ids)
+        chunks, num_tokens = list[PrefillChunk](), num_decode
+        for chunk in step.chunks:
+            chunks.append(PrefillChunk(num_tokens, chunk.start, len(chunk.token_ids), chunk.blocks))
+            num_tokens += len(chunk.token_ids)
         copies = [copy for chunk in step.chunks if chunk.is_last for copy in scheduler.start_samples(chunk)]
         batch.upload()
         if rows and decode is None:
-            decode = batch.decode_tokens(rows, rows, self._width(rows))
-            shared = self._find_shared(batch.block_table[:rows], batch.prompt_tokens[:rows], keep=False)
-            generated.append(batch.token[:rows])
-        size = pad(num_decode + num_prompt, model.ops.row_tile)
-        padded = np.pad(ids, (0, size - num_decode - num_prompt))
-        token_ids = torch.cat([*generated, async_copy_to_gpu(padded, device)])
-        model.expert_load.set_num_valid(num_decode + num_prompt)
-        attend = model.ops.attend(model, cache, decode, chunks, size, shared)
+            decode, shared = batch.decode_tokens(rows, rows, width), self._find_shared(rows)
+        size = pad(num_tokens, model.ops.row_tile)
+        ids = np.zeros(size - num_decode, np.int64)
+        ids[: num_tokens - num_decode] = [token_id for chunk in step.chunks for token_id in chunk.token_ids]
+        token_ids = torch.cat((generated, async_copy_to_gpu(ids, generated.device)))
+        model.expert_load.set_num_valid(num_tokens)
         with self.device_clock.work("prefill" if chunks else "decode"):
-            hidden = model(token_ids, cache.around_step(attend, decode, chunks))
+            hidden = self._forward(token_ids, StepTokens(size, decode, chunks, shared))
             if copies:
-                cache.copy_blocks(*zip(*copies, strict=True))
+                self.cache.copy_blocks(*zip(*copies, strict=True))
             # The rows that decode, then one for each sample that starts, in the order of their slots.
-            wanted = [*range(rows), *(
-                packed.end - 1 for chunk, packed in zip(step.chunks, chunks, strict=True) if chunk.is_last
-                for _ in chunk.request.samples
-            )]  # fmt: skip
+            last = [packed.offset + packed.length - 1 for packed in chunks]
+            wanted = [*range(rows)]
+            for chunk, place in zip(step.chunks, last, strict=True):
+                wanted += [place] * len(chunk.request.samples) if chunk.is_last else []
             if wanted:
-                logits = model.logits(self._select(hidden, wanted))[: len(wanted)]
-                if batch.grammars.texts:  # while the model runs
-                    self.wait_for_outputs()
-                sample(model, batch, logits)
-            scored = self._score(hidden, step.chunks, chunks)
+                self._sample(self._logits(hidden, wanted))
+            scored = self._score(hidden, step, last)
         for chunk in step.chunks:
-            scheduler.pool.release(chunk.own_blocks)
+            scheduler.pool.release(chunk.blocks[len(chunk.request.blocks) :])
         if chunks:
             stats.first_prefill_time = stats.first_prefill_time or time.time()
             stats.refills += bool(rows)
-            stats.prompt_tokens += num_prompt
+            stats.prompt_tokens += num_tokens - num_decode
         return scored
 
-    def _pack(self, scheduled: list[ScheduledChunk], first: int) -> tuple[np.ndarray, list[PrefillChunk]]:
-        """Chunks without padding behind the step's first tokens, and their ids, int64."""
-        ids, chunks = [np.zeros(0, np.int64)], list[PrefillChunk]()
-        for chunk in scheduled:
-            ids.append(np.asarray(chunk.token_ids, np.int64))
-            chunks.append(PrefillChunk(first, chunk.start, len(chunk.token_ids), chunk.blocks))
-            first += len(chunk.token_ids)
-        return np.concatenate(ids), chunks
-
-    def _select(self, hidden: Tensor, places: list[int]) -> Tensor:
-        """Rows of hidden [T, D], padded to what a product may have."""
+    def _logits(self, hidden: Tensor, places: list[int]) -> Tensor:
+        """Of some tokens [N] of hidden [T, D]: float32 [N, V]."""
         padded = np.resize(np.array(places), pad(len(places), self.model.ops.row_tile))
-        return hidden[async_copy_to_gpu(padded, hidden.device)]
+        return self.model.logits(hidden[async_copy_to_gpu(padded, hidden.device)])[: len(places)]
 
-    def _score(
-        self, hidden: Tensor, scheduled: list[ScheduledChunk], chunks: list[PrefillChunk]
-    ) -> Callable[[], None] | None:
-        """A function that waits for the log-probabilities of the step's choices and adds them to their requests.
-
-        Those of each token of a choice and of the end after it. None where there are no choices.
-        """
+    def _score(self, hidden: Tensor, step: Step, last: list[int]) -> Callable[[], None] | None:
+        """A function that waits for the log-probabilities of the step's choices, and of the end after each, and adds
+        them to their requests. None where there are no choices. `last`: places of the chunks' last tokens."""
         places: list[int] = []  # in the step, of the token before
         wanted: list[list[int]] = []  # any of these tokens may follow
-        owners: list[tuple[ScoringRequest, int]] = []
-        for chunk, packed in zip(scheduled, chunks, strict=True):
-            if chunk.choice is None or not isinstance(chunk.request, ScoringRequest):
+        owners: list[tuple[Request, int]] = []
+        for chunk, place in zip(step.chunks, last, strict=True):
+            request = chunk.request
+            if chunk.choice is None or request.choices is None:
                 continue
-            following = [[token_id] for token_id in chunk.request.choices[chunk.choice]]
-            first = packed.end - len(following) - 1
-            following += [chunk.request.end_tokens] if chunk.request.end_tokens else []
+            following = [[token_id] for token_id in request.choices[chunk.choice]]
+            first = place - len(following)
+            following += [request.end_tokens] if request.end_tokens else []
             places += range(first, first + len(following))
             wanted += following
-            owners += [(chunk.request, chunk.choice)] * len(following)
+            owners += [(request, chunk.choice)] * len(following)
         if not owners:
             return None
         most, found = max(map(len, wanted)), []
         ids = np.array([[*tokens, *[-1] * (most - len(tokens))] for tokens in wanted])  # [N, most], -1: none
         for low in range(0, len(places), _LOGIT_ROWS):
-            here = places[low : low + _LOGIT_ROWS]
-            logits = self.model.logits(self._select(hidden, here))[: len(here)]  # float32 [N, V]
+            logits = self._logits(hidden, places[low : low + _LOGIT_ROWS])
             following_ids = async_copy_to_gpu(ids[low : low + _LOGIT_ROWS], hidden.device)
             values = logits.gather(1, following_ids.clamp(min=0)).masked_fill(following_ids < 0, float("-inf"))
             found.append(values.double().logsumexp(-1) - logits.double().logsumexp(-1))

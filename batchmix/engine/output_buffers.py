@@ -16,40 +16,36 @@ class OutputBuffers:
         self.stop_reason = np.zeros(size, np.int64)
         self.count = np.zeros(size, np.int64)  # tokens of the row in `tokens`
         self.tokens = np.zeros((size, 64), np.int32)  # [slots, tokens so far]
-        self.processed_logprobs = np.zeros(
-            (size, 0), np.float32
-        )  # log-probabilities among the tokens that were allowed
+        self.processed_logprobs = np.zeros((size, 0), np.float32)  # among the tokens that were allowed
         self.logprobs = np.zeros((size, 0), np.float32)
         self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
         self.top_logprobs = np.zeros((size, 0, 0), np.float32)
 
     def append(
-        self,
-        slots: np.ndarray,
-        generated: np.ndarray,
-        finish: np.ndarray,
-        stop_reason: np.ndarray,
-        ring: np.ndarray,
-        processed_logprobs: np.ndarray | None = None,
+        self, slots: np.ndarray, state: np.ndarray, ring: np.ndarray, processed_logprobs: np.ndarray | None = None
     ) -> int:
-        """InputBatch int64 [N] have `generated` tokens by now, the n-th of which is in column n % L of ring [N, L].
+        """Take in what steps have done to slots int64 [N], -1 where the row is gone. Returns how many tokens are new.
 
-        Likewise its log-probability in `processed_logprobs`, float32 [N, L].
-
-        Returns how many of them are new.
+        state int64 [3, N]: tokens generated, the n-th of which is in column n % L of ring [N, L]; finish; stop reason.
+        Likewise a token's log-probability among those that were allowed in processed_logprobs float32 [N, L].
         """
-        before = self.count[slots]
+        there = np.flatnonzero(slots >= 0)
+        if len(there) < len(slots):
+            slots, state, ring = slots[there], state[:, there], ring[there]
+            processed_logprobs = None if processed_logprobs is None else processed_logprobs[there]
+        generated, before = state[0], self.count[slots]
         chosen = generated - before
         self.tokens = _grow(self.tokens, int(generated.max(initial=0)))
         if processed_logprobs is not None:
             self.processed_logprobs = _grow(self.processed_logprobs, self.tokens.shape[1])
         for step in range(int(chosen.max(initial=0))):
-            rows = np.flatnonzero(step < chosen)
-            place = before[rows] + step
-            self.tokens[slots[rows], place] = ring[rows, place % ring.shape[1]]
+            rows = np.flatnonzero(chosen > step) if (chosen <= step).any() else slice(None)
+            place, row_slots = before[rows] + step, slots[rows]
+            source = np.arange(len(slots))[rows], place % ring.shape[1]
+            self.tokens[row_slots, place] = ring[source]
             if processed_logprobs is not None:
-                self.processed_logprobs[slots[rows], place] = processed_logprobs[rows, place % ring.shape[1]]
-        self.count[slots], self.finish[slots], self.stop_reason[slots] = generated, finish, stop_reason
+                self.processed_logprobs[row_slots, place] = processed_logprobs[source]
+        self.count[slots], self.finish[slots], self.stop_reason[slots] = state
         return int(chosen.sum())
 
     def append_jump_forward(self, slot: int, tokens: list[int]) -> None:
@@ -84,15 +80,6 @@ class OutputBuffers:
             )
             for i in range(int(self.count[slot]))
         ]
-
-    def clear(self, slot: int) -> None:
-        """Of a row that has chosen no token."""
-        self.finish[slot] = self.stop_reason[slot] = self.count[slot] = 0
-
-    def move(self, target: int, source: int) -> None:
-        """The row of slot `source` is now in slot `target`."""
-        for array in vars(self).values():
-            array[target] = array[source]
 
 
 def _grow(log: np.ndarray, length: int) -> np.ndarray:

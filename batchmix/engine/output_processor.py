@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.scheduler import RunningSequence, Scheduler, ScoringRequest
+from batchmix.engine.scheduler import Request, RunningSequence, Scheduler
 from batchmix.kernels.row_state import Finish
 from batchmix.models.philox import row_key, uniform
 from batchmix.records import Completion, FinishReason
@@ -20,10 +20,8 @@ _FINISH_REASON: dict[int, FinishReason] = {
 
 
 def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> None:
-    """Read back what steps have done, and take what has ended to `scheduler.completed`.
-
-    Unless it is to `wait_for_all`, the last step is not waited for where results come late: it runs meanwhile.
-    """
+    """Read back what steps have done, and take what has ended to `scheduler.completed`. Unless it is to `wait_for_all`,
+    the last step is not waited for where results come late: it runs meanwhile."""
     wait_for_steps(scheduler, wait_for_all)
     ended = np.flatnonzero(scheduler.batch.outputs.finish[: len(scheduler.running)])
     completions = [_completion(scheduler.running[slot], scheduler.batch, slot) for slot in ended.tolist()]
@@ -32,7 +30,8 @@ def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> None:
     if completions:
         scheduler.record_answers(completion.num_tokens for completion in completions)
     for request in [request for request in scheduler.scoring if not request.num_pending]:
-        scheduler.finish_scoring(request)
+        scheduler.scoring.remove(request)
+        scheduler.pool.release(request.blocks)
         chosen = _choices(request)
         scheduler.stats.completion_tokens += sum(completion.num_tokens for completion in chosen)
         completions += chosen
@@ -54,49 +53,40 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
     if finish == Finish.FAILED:
         return Completion.failed(prompt, _why_it_failed(batch, slot), sequence.sample, count)
     stop_reason: str | int | None = None
-    if finish == Finish.STOP_TOKEN:
-        stop_reason = int(outputs.stop_reason[slot])
-    elif finish == Finish.STOP_STRING:
-        stop_reason = (sampling.stop or [])[int(outputs.stop_reason[slot])]
+    if finish in (Finish.STOP_TOKEN, Finish.STOP_STRING):
+        reason = int(outputs.stop_reason[slot])
+        stop_reason = reason if finish == Finish.STOP_TOKEN else (sampling.stop or [])[reason]
     logprobs = outputs.row_logprobs(slot, sampling.logprobs) if sampling.logprobs is not None else None
     structured = sampling.structured_outputs
+    wants_guided = structured is not None and structured.token_probabilities
     return Completion(
-        prompt,
-        sequence.sample,
+        prompt, sequence.sample,
         outputs.tokens[slot, : count - (finish in (Finish.EOS, Finish.STOP_TOKEN))].tolist(),
-        _FINISH_REASON[finish],
-        stop_reason,
-        num_tokens=count,
+        _FINISH_REASON[finish], stop_reason, num_tokens=count,
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
         logprobs=logprobs,
-        guided_logprobs=(
-            outputs.processed_logprobs[slot, :count].tolist()
-            if structured is not None and structured.token_probabilities
-            else None
-        ),
-    )
+        guided_logprobs=outputs.processed_logprobs[slot, :count].tolist() if wants_guided else None,
+    )  # fmt: skip
 
 
 def _why_it_failed(batch: InputBatch, slot: int) -> str:
-    text = batch.grammars.texts[slot]
-    assert text is not None
-    why = (
-        "the text was not whole; raise sampling.max_tokens or model.max_model_len"
-        if text.following.goes_on
-        else text.error
-    )
-    return f"sampling.structured_outputs: after {text.count} tokens {why}"
+    row = batch.grammars.rows[slot]
+    assert row is not None
+    assert row.text is not None
+    cut = "the text was not whole; raise sampling.max_tokens or model.max_model_len"
+    why = cut if row.text.following.goes_on else row.text.error
+    return f"sampling.structured_outputs: after {row.text.count} tokens {why}"
 
 
-def _choices(request: ScoringRequest) -> list[Completion]:
+def _choices(request: Request) -> list[Completion]:
     """One for each sample: the most likely choice, or one drawn at the row's temperature.
 
-    A choice's probability is the product of those of its tokens and of the end after them, as the model gives them, over
-    the sum of that product for all choices. So they are exact, whatever temperature and seed: those only pick the answer.
+    A choice's probability is the product of those of its tokens and of its end, over the sum for all choices.
     """
     prompt, sampling, logprobs = request.prompt, request.prompt.sampling, request.logprobs
     weights = np.exp(logprobs - logprobs.max())
     probabilities = (weights / weights.sum()).tolist()
+    assert request.choices is not None
     completions = []
     for sample in request.samples:
         best = int(logprobs.argmax())

@@ -1,4 +1,5 @@
-"""What runs in a step, which requests start and which are preempted. Pure host logic; nothing here waits for the device.
+"""What runs in a step, which requests start and which are preempted. Pure host logic; nothing here waits for the
+device.
 
 A step takes a token of every running sequence first, then prompt chunks up to a token budget. Under tensor parallelism
 every rank schedules alike, so nothing here is decided by a clock.
@@ -33,36 +34,21 @@ class RunningSequence:
     prompt: Prompt
     sample: int
     order: int  # of its start; the most recently started is preempted first
-    blocks: list[int]
 
 
-@dataclass
-class WaitingRequest:
-    """A prompt with the samples of it that have not started."""
+@dataclass(eq=False)
+class Request:
+    """A prompt and samples of it that start together, waiting or in prefill. With `choices` these are scored instead:
+    the prompt's whole blocks are computed once, the rest of it with each choice."""
 
     prompt: Prompt
     samples: list[int]
     choices: list[list[int]] | None = None  # texts to score after the prompt, instead of decoding
     end_tokens: list[int] = field(default_factory=list)  # any of which ends a choice
-
-
-@dataclass(eq=False)
-class PrefillRequest:
-    """A prompt on its way through prefill, and the samples that start from it."""
-
-    prompt: Prompt
-    samples: list[int]
-    blocks: list[int]  # of the prompt and the first sample's first token
-    sample_blocks: list[int]  # the last block of each further sample, which shares those before it
-    computed: int  # tokens whose keys and values are in the cache, or will be once what is queued is done
-
-
-@dataclass(eq=False)
-class ScoringRequest(PrefillRequest):
-    """A prompt whose choices are scored: its whole blocks are computed once, the rest of it with each choice."""
-
-    choices: list[list[int]] = field(default_factory=list)
-    end_tokens: list[int] = field(default_factory=list)
+    # In prefill:
+    blocks: list[int] = field(default_factory=list)  # of the prompt and the first sample's first token
+    sample_blocks: list[int] = field(default_factory=list)  # last block of each further sample, which shares the others
+    computed: int = 0  # tokens whose keys and values are in the cache, or will be once what is queued is done
     next_choice: int = 0
     num_pending: int = 0  # choices whose log-probabilities are not known
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64, of each choice
@@ -72,21 +58,18 @@ class ScoringRequest(PrefillRequest):
 class ScheduledChunk:
     """Tokens of a prompt, or the rest of it and one choice, that one step computes."""
 
-    request: PrefillRequest
+    request: Request
     token_ids: list[int]
     start: int  # position of the first
-    blocks: list[int]
+    blocks: list[int]  # the request's, then those of a choice, which are free again once the step is queued
     choice: int | None = None  # the one whose tokens' logits are wanted
-    own_blocks: list[int] = field(default_factory=list)  # free again once the step is queued
     is_last: bool = False  # of its prompt: the logits of its last token start the samples
 
 
 @dataclass
 class Step:
-    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks.
-
-    Without chunks and jump-forward tokens it may run `num_steps` times before the host looks at the outcome.
-    """
+    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks. Without the
+    latter two it may run `num_steps` times before the host looks at the outcome."""
 
     num_decode: int
     num_steps: int = 1
@@ -102,13 +85,6 @@ class Step:
 
 class Scheduler:
     """The requests of a run: waiting, in prefill, running; their slots and KV blocks; and the next step."""
-
-    batch: InputBatch
-    pool: BlockPool
-    prefixes: PrefixCache | None
-    running: list[RunningSequence]  # of slot 0, 1, ...
-    prefilling: PrefillRequest | None  # whose chunks do not fit one step; the only one
-    scoring: list[ScoringRequest]  # whose log-probabilities are on their way to the host
 
     def __init__(
         self,
@@ -127,24 +103,26 @@ class Scheduler:
         """`prefill_chunk`: prompts are cut at multiples of it; with `cuts_prompts` also where a step's budget ends."""
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.prefill_chunk, self.cuts_prompts = prefill_chunk, cuts_prompts
+        self.prefill_chunk, self.cuts_prompts, self.share_prefix = prefill_chunk, cuts_prompts, share_prefix
         self.stats = stats
-        self.waiting: deque[WaitingRequest] = deque()
+        self.waiting: deque[Request] = deque()
         self.completed: list[Completion] = []  # to be handed out
         self.num_started = 0
         self.mean_answer = 0.0  # tokens of the completions so far
         self._prompts, self._prompt_tokens = 0, 0  # so far, and their tokens that no prefix covers
-        self._make_batch, self._share_prefix = make_batch, share_prefix
+        self._make_batch = make_batch
         self.renew(max_num_seqs)
 
     def renew(self, max_num_seqs: int) -> None:
         """Make room for `max_num_seqs` sequences, none of which is there; requests that wait stay."""
-        self.running, self.prefilling, self.scoring = [], None, []
+        self.running: list[RunningSequence] = []  # of slot 0, 1, ...
+        self.prefilling: Request | None = None  # whose chunks do not fit one step; the only one
+        self.scoring: list[Request] = []  # whose log-probabilities are on their way to the host
         self.pool = BlockPool(self.num_blocks)
-        self.prefixes = PrefixCache(self.pool, self.block_size) if self._share_prefix else None
+        self.prefixes = PrefixCache(self.pool, self.block_size)
         self.batch = self._make_batch(max_num_seqs)
 
-    def add(self, request: WaitingRequest) -> None:
+    def add(self, request: Request) -> None:
         """Let a request wait."""
         self.waiting.append(request)
         self._prompts += 1
@@ -155,17 +133,19 @@ class Scheduler:
         """Whether no request is here."""
         return not (self.waiting or self.running or self.prefilling or self.scoring)
 
+    def take_completed(self) -> list[Completion]:
+        """Completions that were not taken yet."""
+        taken, self.completed = self.completed, []
+        return taken
+
     # The next step.
 
     def schedule(self, jump_forward: list[list[int]], num_steps: int) -> Step | None:
-        """A token of every running sequence, then chunks. None where the outcome of what is queued has to be known first.
+        """A token of every running sequence, then chunks. None where what is queued has to be read back first.
 
-        `jump_forward`: tokens of each running sequence that its grammar leaves no choice about. `num_steps`: decode
-        steps at most, where nothing waits.
+        `jump_forward`: forced tokens of each running sequence. `num_steps`: decode steps at most, where nothing waits.
         """
-        assert not (jump_forward and self.batch.pending), "what is forced depends on all tokens before"
-        planned = self.batch.planned
-        planned[: len(jump_forward)] += np.array([len(tokens) for tokens in jump_forward], np.int64)
+        self.batch.planned[: len(jump_forward)] += np.array([len(tokens) for tokens in jump_forward], np.int64)
         tokens_of = {id(sequence): tokens for sequence, tokens in zip(self.running, jump_forward, strict=False)}
         steps = self._allocate_decode(1 if self.waiting or self.prefilling else num_steps)
         if self.running and not steps:
@@ -182,13 +162,9 @@ class Scheduler:
         return step if step.chunks or step.num_decode else None
 
     def _budget(self, free: float) -> int:
-        """Tokens of the next step.
-
-        A batch that stays full starts as many prompts as answers end: with R sequences of P prompt and A answer tokens,
-        R A / A end a step, so R (1 + P / A) tokens keep it so.
-        """
-        most = self.max_num_batched_tokens
-        running = len(self.running)
+        """Tokens of the next step. With R sequences of P prompt and A answer tokens R / A answers end a step, so R (1 +
+        P / A) tokens keep the batch full."""
+        most, running = self.max_num_batched_tokens, len(self.running)
         if not running or self._num_startable(running, free) >= running * _RAMP / (1 - _RAMP):
             return most
         prompt, answer = self._prompt_tokens / max(1, self._prompts), self.mean_answer or _FIRST_MEAN
@@ -209,10 +185,9 @@ class Scheduler:
 
     def _free_tokens(self) -> float:
         """Free KV-cache tokens, net of the expected growth of running sequences."""
-        active = len(self.running)
-        planned = self.batch.planned[:active]
+        planned = self.batch.planned[: len(self.running)]
         expected = np.maximum(self.mean_answer or _FIRST_MEAN, 2.0 * planned)
-        growth = np.minimum(expected, self.batch.host["max_tokens"][:active]) - planned
+        growth = np.minimum(expected, self.batch.host["max_tokens"][: len(self.running)]) - planned
         return self._num_available() * self.block_size - _RESERVE * float(np.maximum(growth, 0).sum())
 
     def _needed_tokens(self, prompt: Prompt, samples: int) -> float:
@@ -222,42 +197,40 @@ class Scheduler:
 
     def _uncached_tokens(self, prompt: Prompt) -> int:
         """The prompt's tokens that are likely not in the cache."""
-        shared = prompt.shared_tokens // self.block_size * self.block_size if self._share_prefix else 0
-        return len(prompt.token_ids) - shared
+        return len(prompt.token_ids) - self._shared_tokens(prompt) // self.block_size * self.block_size
+
+    def _shared_tokens(self, prompt: Prompt) -> int:
+        """Tokens with which the prompt and others begin alike, where prefixes are shared."""
+        return prompt.shared_tokens if self.share_prefix else 0
 
     # Decoding sequences.
 
     def _allocate_decode(self, most: int) -> int:
-        """Allocate the blocks that sequences write to in up to `most` steps; how many steps, 0 where none has tokens left.
-
-        Where blocks run out, the most recently started sequences are preempted.
-        """
+        """Allocate the blocks that sequences write to in up to `most` steps; how many steps, 0 where none has tokens
+        left. Where blocks run out, the most recently started sequences are preempted."""
         batch = self.batch
         while self.running:
-            active = len(self.running)
-            left = batch.left()
+            active, left = len(self.running), batch.left()
             steps = min(most, int(left.max()))
             if steps <= 0:
                 return 0
             # The position that is written last: what is planned ends with a token that is not in the cache yet.
             last = batch.prompt_tokens[:active] + batch.planned[:active] - 2 + np.minimum(steps, left)
-            missing = np.maximum(last // self.block_size + 1 - batch.num_blocks[:active], 0)
-            slots = np.repeat(np.arange(active), missing).tolist()  # a slot as often as it needs blocks
+            missing = last // self.block_size + 1 - batch.num_blocks[:active]
+            slots = np.flatnonzero(missing > 0)
+            slots = np.repeat(slots, missing[slots])  # a slot as often as it needs blocks
             try:
-                blocks = self._allocate(len(slots))
+                batch.add_blocks(slots, self._allocate(len(slots)))
             except OutOfBlocks:
                 if batch.pending:  # some may have ended
                     return 0
                 self.preempt(max(range(active), key=lambda slot: self.running[slot].order))
                 continue
-            for slot, block in zip(slots, blocks, strict=True):
-                batch.add_blocks(slot, [block])
-                self.running[slot].blocks.append(block)
             return steps
         return 0
 
     def preempt(self, slot: int) -> None:
-        """Take a sequence out of the batch. It starts over later and, as its random numbers are keyed, ends the same."""
+        """Take a sequence out of the batch. It starts over later; its random numbers are keyed, so it ends the same."""
         sequence = self.running[slot]
         self.stats.preempted += 1
         self.stats.completion_tokens -= int(self.batch.outputs.count[slot])
@@ -265,12 +238,12 @@ class Scheduler:
         if self.waiting and self.waiting[0].prompt is sequence.prompt:
             self.waiting[0].samples.insert(0, sequence.sample)
         else:
-            self.waiting.appendleft(WaitingRequest(sequence.prompt, [sequence.sample]))
+            self.waiting.appendleft(Request(sequence.prompt, [sequence.sample]))
 
     def finish(self, slot: int) -> None:
         """Take a sequence out of the batch; that of the last slot moves into its slot."""
         sequence = self.running[slot]
-        self.pool.release(sequence.blocks)
+        self.pool.release(self.batch.block_table[slot, : self.batch.num_blocks[slot]].tolist())
         self.batch.remove(slot, sequence.prompt.sampling)
         last = self.running.pop()
         if last is not sequence:
@@ -278,37 +251,32 @@ class Scheduler:
 
     def record_answers(self, lengths: Iterable[int]) -> None:
         """Take the lengths of answers that have ended in one step into their mean."""
-        lengths = list(lengths)
-        mean = sum(lengths) / len(lengths)
+        mean = float(np.mean(list(lengths)))
         self.mean_answer = (1 - _NEW_MEAN) * self.mean_answer + _NEW_MEAN * mean if self.mean_answer else mean
 
     # Prompts.
 
     def _add_chunks(self, step: Step, room: int, free: float) -> None:
-        """Fill the step with chunks of the request in prefill, then of those that start with `free` KV-cache tokens.
-
-        A chunk that alone is longer than there is room is the only one, where prompts are not to be cut there.
-        """
+        """Fill the step with chunks of the request in prefill, then of those that start with `free` KV-cache tokens. A
+        chunk that is longer than the room is the only one, where prompts are not to be cut there."""
         while room > 0:
-            if self.prefilling is None and self.waiting:
-                self.prefilling = self._start(step, free)
-                if self.prefilling is not None:
-                    free -= self._needed_tokens(self.prefilling.prompt, len(self.prefilling.samples))
-            if self.prefilling is None:
-                return
-            chunk = self._next_chunk(self.prefilling, room, is_first=not step.chunks)
+            request = self.prefilling
+            if request is None:
+                request = self.prefilling = self._start(step, free)
+                if request is None:
+                    return
+                free -= self._needed_tokens(request.prompt, len(request.samples))
+            chunk = self._next_chunk(request, room, is_first=not step.chunks)
             if chunk is None:
                 return
             step.chunks.append(chunk)
             room -= len(chunk.token_ids)
-            self._record_chunk(step, self.prefilling, chunk)
+            self._record_chunk(step, chunk)
 
-    def _next_chunk(self, request: PrefillRequest, room: int, is_first: bool) -> ScheduledChunk | None:
-        if isinstance(request, ScoringRequest) and request.computed == self._whole(request):
-            return self._next_choice(request, room, is_first)
-        start, end = request.computed, len(request.prompt.token_ids)
-        if isinstance(request, ScoringRequest):
-            end = self._whole(request)
+    def _next_chunk(self, request: Request, room: int, is_first: bool) -> ScheduledChunk | None:
+        ids, start, end = request.prompt.token_ids, request.computed, self._computed_once(request)
+        if start == end and request.choices is not None:
+            return self._next_choice(request, request.choices[request.next_choice], room, is_first)
         length = min(self.prefill_chunk - start % self.prefill_chunk, end - start)
         if length > room and self.cuts_prompts:  # at whole blocks, which others may share
             length = (start + room) // self.block_size * self.block_size - start
@@ -316,85 +284,71 @@ class Scheduler:
             return None
         if length <= 0:
             return None
-        ids = list(request.prompt.token_ids[start : start + length])
-        is_last = start + length == end and not isinstance(request, ScoringRequest)
-        return ScheduledChunk(request, ids, start, request.blocks, is_last=is_last)
+        is_last = start + length == len(ids)
+        return ScheduledChunk(request, list(ids[start : start + length]), start, request.blocks, is_last=is_last)
 
-    def _next_choice(self, request: ScoringRequest, room: int, is_first: bool) -> ScheduledChunk | None:
+    def _next_choice(self, request: Request, choice: list[int], room: int, is_first: bool) -> ScheduledChunk | None:
         """The rest of the prompt and its next choice, with blocks of its own."""
-        whole = self._whole(request)
-        ids = [*request.prompt.token_ids[whole:], *request.choices[request.next_choice]]
+        ids = [*request.prompt.token_ids[request.computed :], *choice]
         if len(ids) > room and not is_first:
             return None
-        try:
-            own = self._allocate(-(-len(ids) // self.block_size))
-        except OutOfBlocks:
+        needed = -(-len(ids) // self.block_size)
+        if needed > self._num_available():
             return None
-        return ScheduledChunk(request, ids, whole, request.blocks + own, request.next_choice, own)
+        blocks = request.blocks + self._allocate(needed)
+        return ScheduledChunk(request, ids, request.computed, blocks, request.next_choice)
 
-    def _whole(self, request: ScoringRequest) -> int:
-        """Tokens of a scoring request's prompt in whole blocks; its last token is computed with each choice."""
-        return len(request.blocks) * self.block_size
+    def _computed_once(self, request: Request) -> int:
+        """Tokens of the prompt that are computed once: of a scoring request those in whole blocks."""
+        return len(request.prompt.token_ids) if request.choices is None else len(request.blocks) * self.block_size
 
-    def _record_chunk(self, step: Step, request: PrefillRequest, chunk: ScheduledChunk) -> None:
-        """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer writes
-        all keys and values before it attends."""
+    def _record_chunk(self, step: Step, chunk: ScheduledChunk) -> None:
+        """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer
+        writes all keys and values before it attends."""
+        request = chunk.request
         if chunk.choice is None:
             request.computed = chunk.start + len(chunk.token_ids)
-            if self.prefixes is not None:
-                shared = min(request.prompt.shared_tokens, request.computed)
-                self.prefixes.keep(request.prompt.token_ids, shared, request.blocks)
-        if isinstance(request, ScoringRequest):
-            request.next_choice += chunk.choice is not None
-            if request.next_choice == len(request.choices):
-                self.scoring.append(request)
-                self.prefilling = None
-        elif chunk.is_last:
+            shared = min(self._shared_tokens(request.prompt), request.computed)
+            self.prefixes.keep(request.prompt.token_ids, shared, request.blocks)
+        else:
+            request.next_choice += 1
+        if chunk.is_last:
             self.prefilling = None
             step.num_starting += len(request.samples)
+        elif request.choices is not None and request.next_choice == len(request.choices):
+            self.prefilling = None
+            self.scoring.append(request)
 
-    def _start(self, step: Step, free: float) -> PrefillRequest | None:
+    def _start(self, step: Step, free: float) -> Request | None:
         """Take the first waiting request into prefill, with blocks and promised slots for as many samples as fit."""
-        request = self.waiting[0]
-        prompt = request.prompt
-        if request.choices is not None:
-            return self._start_scoring(request, request.choices)
-        samples = request.samples[: max(0, self.batch.capacity - len(self.running) - step.num_starting)]
-        alone = not (self.running or step.chunks or self.scoring)
-        if not samples or not (alone or self._needed_tokens(prompt, len(samples)) <= free):
+        if not self.waiting:
             return None
-        shared = self.prefixes.lookup(prompt.token_ids, prompt.shared_tokens) if self.prefixes is not None else []
-        needed = -(-(len(prompt.token_ids) + 1) // self.block_size) - len(shared)
-        if needed > self._num_available():
+        request, size = self.waiting[0], self.block_size
+        prompt, samples, length = request.prompt, request.samples, len(request.prompt.token_ids)
+        if request.choices is None:
+            samples = samples[: max(0, self.batch.capacity - len(self.running) - step.num_starting)]
+            alone = not (self.running or step.chunks or self.scoring)
+            if not samples or not (alone or self._needed_tokens(prompt, len(samples)) <= free):
+                return None
+            held = needed = -(-(length + 1) // size)
+        else:  # its last token is computed with each choice
+            held, needed = (length - 1) // size, -(-(length + max(map(len, request.choices))) // size)
+        shared = self.prefixes.lookup(prompt.token_ids, min(self._shared_tokens(prompt), held * size))
+        if needed - len(shared) > self._num_available():
             self.pool.release(shared)
             return None
-        blocks = shared + self._allocate(needed)
-        # Each further sample has a last block of its own.
-        samples = samples[: 1 + self._num_available()]
-        sample_blocks = self._allocate(len(samples) - 1)
-        del request.samples[: len(samples)]
-        if not request.samples:
-            self.waiting.popleft()
-        cached = len(shared) * self.block_size
-        self.stats.shared_tokens += cached
-        return PrefillRequest(prompt, samples, blocks, sample_blocks, cached)
-
-    def _start_scoring(self, request: WaitingRequest, choices: list[list[int]]) -> ScoringRequest | None:
-        """None where the prompt and its longest choice do not find blocks."""
-        prompt, size = request.prompt, self.block_size
-        longest = -(-(len(prompt.token_ids) + max(map(len, choices))) // size)
-        if longest > self._num_available():
-            return None
+        request.blocks, request.computed = shared + self._allocate(held - len(shared)), len(shared) * size
+        if request.choices is None:
+            samples = samples[: 1 + self._num_available()]  # each further sample has a last block of its own
+            request.sample_blocks = self._allocate(len(samples) - 1)
+        else:
+            request.num_pending, request.logprobs = len(request.choices), np.zeros(len(request.choices))
         self.waiting.popleft()
-        count = (len(prompt.token_ids) - 1) // size
-        shared = min(prompt.shared_tokens, count * size)
-        cached = self.prefixes.lookup(prompt.token_ids, shared) if self.prefixes is not None else []
-        self.stats.shared_tokens += len(cached) * size
-        blocks = cached + self._allocate(count - len(cached))
-        return ScoringRequest(
-            prompt, request.samples, blocks, [], len(cached) * size, choices, request.end_tokens, 0, len(choices),
-            np.zeros(len(choices)),
-        )  # fmt: skip
+        if len(samples) < len(request.samples):
+            self.waiting.appendleft(Request(prompt, request.samples[len(samples) :]))
+            request.samples = samples
+        self.stats.shared_tokens += request.computed
+        return request
 
     def start_samples(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
         """Give a slot to each sample of a prompt whose last chunk is in the step. Blocks to copy, (from, to) each."""
@@ -408,46 +362,33 @@ class Scheduler:
                 copies.append((blocks[-1], request.sample_blocks[number - 1]))
                 blocks[-1] = request.sample_blocks[number - 1]
             slot = self.batch.add(prompt, sample, limit)
-            self.batch.add_blocks(slot, blocks)
-            self.running.append(RunningSequence(prompt, sample, self.num_started, blocks))
+            self.batch.add_blocks(np.full(len(blocks), slot), blocks)
+            self.running.append(RunningSequence(prompt, sample, self.num_started))
             self.num_started += 1
         return copies
-
-    def finish_scoring(self, request: ScoringRequest) -> None:
-        """All log-probabilities are known."""
-        self.scoring.remove(request)
-        self.pool.release(request.blocks)
 
     # Blocks.
 
     def _num_available(self) -> int:
         """Blocks that are free, or can be: prefixes stay in the cache only for as long as there is room."""
-        return self.pool.num_free + (self.prefixes.num_unused() if self.prefixes is not None else 0)
+        return self.pool.num_free + self.prefixes.num_unused()
 
     def _allocate(self, count: int) -> list[int]:
         """`count` blocks; OutOfBlocks if fewer are available."""
-        if self.prefixes is not None:
-            self.prefixes.release(count - self.pool.num_free)
+        self.prefixes.release(count - self.pool.num_free)
         return self.pool.take(count)
 
     # Out of memory.
 
     def requeue_all(self, step: Step) -> int:
-        """Let every request that runs, is in prefill or starts in `step` wait again, in the order of their start.
-
-        How many prompts these are.
-        """
-        again: dict[int, WaitingRequest] = {}
+        """Let all that runs, is in prefill or starts in `step` wait again, in the order of its start; count prompts."""
+        again: dict[int, Request] = {}
         sequences = sorted(self.running, key=lambda sequence: sequence.order)
-        found = [WaitingRequest(sequence.prompt, [sequence.sample]) for sequence in sequences]
-        requests = [chunk.request for chunk in step.chunks if chunk.is_last]  # their samples may not have started
-        for request in [*requests, *self.scoring, *([self.prefilling] if self.prefilling else [])]:
-            if isinstance(request, ScoringRequest):
-                found.append(WaitingRequest(request.prompt, request.samples, request.choices, request.end_tokens))
-            else:
-                found.append(WaitingRequest(request.prompt, request.samples))
+        found = [Request(sequence.prompt, [sequence.sample]) for sequence in sequences]
+        found += [chunk.request for chunk in step.chunks if chunk.is_last]  # their samples may not have started
+        found += [*self.scoring, *([self.prefilling] if self.prefilling else [])]
         for one in found:
-            known = again.setdefault(id(one.prompt), WaitingRequest(one.prompt, [], one.choices, one.end_tokens))
+            known = again.setdefault(id(one.prompt), Request(one.prompt, [], one.choices, one.end_tokens))
             known.samples += [sample for sample in one.samples if sample not in known.samples]
         self.waiting.extendleft(reversed(again.values()))
         return len(again)

@@ -1,4 +1,4 @@
-"""How host and device reach each other's memory, so that neither waits: all copies are queued with the device's work."""
+"""How host and device reach each other's memory without waiting: copies are queued with the device's work."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ def async_copy_to_gpu(data: np.ndarray | Tensor, device: torch.device) -> Tensor
 
 
 class AsyncCopy:
-    """From a device that is the host itself: copies are there at once.
+    """From a device that is the host itself: copies are there at once."""
 
-    `late`: results are read one step late, once the next one is queued, so that the device always has
-    work. Where the host does the work it would only keep rows that have ended in the batch.
-    """
-
+    # Whether results are read one step late, once the next one is queued, so that the device always has work. Where the
+    # host does the work it would only keep rows that have ended in the batch.
     late = False
 
     def __init__(self, device: torch.device) -> None:

@@ -1,12 +1,12 @@
 """What a backend brings: the operators of the model and of the engine's step. Everything above them is shared.
 
-Legend: T tokens of a step, R rows, D hidden, F expert hidden, E experts, K experts per token, H heads, G kv heads, C head
-dim, V vocabulary.
+Legend: T tokens of a step, L of them generated, R rows, D hidden, F expert hidden, E experts, H heads, G kv heads, C
+head dim, V vocabulary, W blocks of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,12 +15,16 @@ from torch import Tensor
 
 from batchmix.kernels.row_state import RowTensors
 from batchmix.models.expert_load import LayerLoad
-from batchmix.models.host_rows import HostRows, Logprobs
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.quantized import Weight
+from batchmix.structured_output.grammar import TokenSet
 
 if TYPE_CHECKING:
     from batchmix.models.mixtral import Mixtral
+
+# A layer's attention in one step: rotate queries and keys, write keys and values to the cache, attend.
+# (layer, qkv [T, (H + 2G) C]) -> [T, H C].
+Attend = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,11 @@ class PrefillChunk:
     length: int
     blocks: Sequence[int]  # the prompt's blocks, in order
 
-    @property
-    def end(self) -> int:
-        """Of the step's tokens, the first behind it."""
-        return self.offset + self.length
-
 
 @dataclass(frozen=True)
 class DecodeTokens:
-    """The generated tokens of a step, which are its first: one of each row, then jump-forward tokens, then padding.
-
-    L of them, each with its row's blocks: to the attention a jump-forward token is a row at its own position. Device and
-    host agree, but that the host may not know yet which rows have ended.
-    """
+    """The generated tokens of a step: one of each row, then jump-forward tokens, each as a row at its own position,
+    then padding. The host may not know yet which rows have ended, nor positions after the first of several steps."""
 
     positions: Tensor  # int64 [L]: where each token stands in its row
     running: Tensor  # bool [L]: the others write to the scratch block and attend to nothing
@@ -53,11 +49,42 @@ class DecodeTokens:
     host_blocks: np.ndarray  # int32 [tokens that are no padding, W]
 
 
-class Attend(Protocol):
-    """One step's attention: which tokens are whose, and where they lie, for every layer."""
+@dataclass(frozen=True)
+class StepTokens:
+    """The tokens of a step: generated ones first, then packed prompt chunks, then padding."""
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """Rotate queries and keys, write keys and values to the cache, attend. qkv [T, (H + 2G) C] -> [T, H C]."""
+    size: int
+    decode: DecodeTokens | None
+    chunks: Sequence[PrefillChunk] = ()
+    shared: object = None  # KV blocks that rows have in common: see `Operators.find_shared`
+
+    def prompt_places(self, block_size: int) -> np.ndarray:
+        """Position, block and offset in the block of each prompt token, int64 [3, tokens]."""
+        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in self.chunks]
+        blocks = [np.asarray(c.blocks)[p // block_size] for c, p in zip(self.chunks, positions, strict=True)]
+        position = np.concatenate([np.zeros(0, np.int64), *positions])
+        return np.stack((position, np.concatenate([np.zeros(0, np.int64), *blocks]), position % block_size))
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """What only the host knows of the rows 0..R-1 whose tokens are sampled."""
+
+    num_logprobs: np.ndarray  # int64 [R]: most likely tokens that are logged with the one chosen; -1: nothing is logged
+    # Of a row with a grammar, in a state of it and with so many tokens left after the next: what may come next.
+    allowed_tokens: Callable[[int, int, int], TokenSet]
+    # Writes what may come next into grammar_classes, for rows whose text the host follows; not waited for.
+    fill_bitmask: Callable[[Tensor], None]
+
+
+@dataclass
+class Logprobs:
+    """Of the rows `rows` (ordinals within the step): log-probabilities of the chosen and of the most likely tokens."""
+
+    rows: np.ndarray  # int64 [N]
+    chosen: Tensor  # float32 [N]
+    top_ids: Tensor  # int64 [N, k], k the most that a row asks for
+    top: Tensor  # float32 [N, k]
 
 
 class Operators(Protocol):
@@ -85,37 +112,19 @@ class Operators(Protocol):
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 
-        Where the experts are quantised to fp8, what they are multiplied with is too, by row. Tokens that `load` takes for
-        padding go to no expert: they get the residual alone. It counts the others.
+        Inputs of experts in fp8 are rounded to fp8, by row. Padding, as `load` has it, gets the residual alone.
         """
 
-    def attend(
-        self,
-        model: Mixtral,
-        cache: KVCache,
-        decode: DecodeTokens | None,
-        chunks: Sequence[PrefillChunk],
-        num_tokens: int,
-        shared: object = None,
-    ) -> Attend:
-        """Attention of a step of `num_tokens` tokens: generated ones first, then packed prompt chunks, then padding.
-
-        `shared`: what `find_shared` found for `decode`.
-        """
+    def attend(self, model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:
+        """Lay out a step's attention, for every layer."""
 
     def find_shared(
-        self,
-        model: Mixtral,
-        cache: KVCache,
-        block_table: np.ndarray,
-        prompt_tokens: np.ndarray,
-        version: int,
-        keep: bool,
+        self, model: Mixtral, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
     ) -> object:
-        """The KV blocks that rows have in common, for `attend`; outside of captured steps.
+        """The KV blocks that rows have in common, for `StepTokens`; called outside of captured steps.
 
         block_table int32 [L, W] and prompt_tokens int64 [L] of the step's decode tokens; `version`: another one when
-        these change. `keep`: in memory that stays where it is for all steps of L tokens, for a captured one.
+        these change. Lies where it is for all steps of L tokens, so that captured ones can read it.
         """
 
     def sample(self, logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:

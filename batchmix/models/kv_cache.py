@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import FP8, fp8_values
 
 if TYPE_CHECKING:
-    from batchmix.models.backend import Attend, DecodeTokens, PrefillChunk
+    from batchmix.models.backend import Attend, StepTokens
 
 _E4M3_MAX = 448.0
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64
@@ -22,12 +23,12 @@ SCRATCH_BLOCK = 0  # where padding tokens write; no row ever owns it
 
 
 class KVCache:
-    """Keys and values of every layer, [layers, blocks, G, block_size, C] each.
+    """Keys and values of every layer, [layers, blocks, G, block_size, C] each: a head's part of a block is dense.
 
-    The layout puts one kv head's keys of a block next to each other, so that attention reads them as one dense
-    matrix without a copy. The scales of a cache of float8_e4m3fn are 1, as vLLM's where a checkpoint brings none:
-    values are rounded as they are, and cut off at ±448.
+    The scales of a cache of float8_e4m3fn are 1, as vLLM's where a checkpoint brings none; values are cut off at ±448.
     """
+
+    streamed_bytes = 0  # copied to the device so far
 
     def __init__(
         self, config: MixtralConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -35,15 +36,12 @@ class KVCache:
         shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self._hold(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
 
-    @property
-    def streamed_bytes(self) -> int:
-        """Copied to the device so far."""
-        return 0
-
-    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         ones = torch.ones(1, device=keys.device)
-        self.scales = (ones, ones) if keys.dtype == FP8 else (None, None)  # of keys, of values
+        self.scales: tuple[Tensor | None, ...] = (
+            (ones, ones) if keys.dtype == FP8 else (None, None)
+        )  # of keys, of values
         _, self.num_blocks, _, self.block_size, _ = keys.shape
 
     @staticmethod
@@ -52,30 +50,30 @@ class KVCache:
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
         return per_token * block_size
 
-    def write(self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [T, G, C] at (block, offset), int64 [T] each."""
         keys, values = self.layer(layer)
         words(keys)[blocks, :, offsets] = words(self._narrow(k))
         words(values)[blocks, :, offsets] = words(self._narrow(v))
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """One layer's keys and values, on the device."""
         return self.keys[layer], self.values[layer]
 
-    def around_step(self, attend: Attend, decode: DecodeTokens | None, chunks: Sequence[PrefillChunk]) -> Attend:
+    def around_step(self, attend: Attend, step: StepTokens) -> Attend:
         """`attend`, and around it whatever the cache does to have each layer on the device."""
         return attend
 
-    def as_stored(self, x: torch.Tensor) -> torch.Tensor:
+    def as_stored(self, x: Tensor) -> Tensor:
         """x as it will be read from the cache, in its own dtype."""
         return x if self.keys.dtype == x.dtype else self._narrow(x).to(x.dtype)
 
-    def read(self, cached: torch.Tensor, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
+    def read(self, cached: Tensor, blocks: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """Blocks of one layer's keys or values [blocks, G, S, C], as `dtype`."""
         stored = words(cached)[blocks].view(cached.dtype)
         return fp8_values(stored).to(dtype) if cached.dtype == FP8 else stored
 
-    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+    def _narrow(self, x: Tensor) -> Tensor:
         """x in the cache's dtype, cut off at what fp8 can hold: its cast would give NaN."""
         return (x.clamp(-_E4M3_MAX, _E4M3_MAX) if self.keys.dtype == FP8 else x).to(self.keys.dtype)
 
@@ -87,12 +85,12 @@ class KVCache:
             stored.index_copy_(1, async_copy_to_gpu(np.array(targets), device), copied)
 
 
-def words(tensor: torch.Tensor) -> torch.Tensor:
+def words(tensor: Tensor) -> Tensor:
     """Of float8 its bytes: torch indexes few things of float8."""
     return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, since scores over stale memory have to be finite. On the CPU memory is only taken where it is written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,7 +1,6 @@
 """Attention over the paged cache in plain torch.
 
-Each class lays its share of a step out once, and runs in every layer on the step's queries, keys and values. As in
-`torch_ops`, a row has the same result whatever other rows are in the batch: a prompt is padded to a length that depends on itself
+A row has the same result whatever other rows are in the batch: a prompt is padded to a length that depends on itself
 alone, a decoding row is split at block boundaries, and the splits are summed as a fixed binary tree.
 
 Legend: T packed tokens, B rows, H heads, G kv heads, R = H / G heads per kv head, C head dim, S block size.
@@ -31,25 +30,20 @@ class PrefillAttention:
 
     def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk]) -> None:
         self.cache = cache
-        device = cache.keys.device
         by_length: dict[int, list[PrefillChunk]] = defaultdict(list)
         for chunk in chunks:
             if chunk.start == 0:
                 by_length[-(-chunk.length // _LENGTH_TILE) * _LENGTH_TILE].append(chunk)
-        self.groups = [self._lay_out(group, padded, device) for padded, group in by_length.items()]
+        # Packed index of each padded place [B, padded], and for each real token its flat place and packed index.
+        self.groups: list[tuple[Tensor, ...]] = []
+        for padded, group in by_length.items():
+            offsets = np.array([chunk.offset for chunk in group])[:, None]
+            lengths = np.array([chunk.length for chunk in group])[:, None]
+            column = np.arange(padded)
+            gather = offsets + np.minimum(column, lengths - 1)  # past the end: the last token, whose result is dropped
+            real = np.flatnonzero(column < lengths)
+            self.groups.append(tuple(map(torch.from_numpy, (gather, real, gather.ravel()[real]))))
         self.later = [chunk for chunk in chunks if chunk.start > 0]
-
-    @staticmethod
-    def _lay_out(group: list[PrefillChunk], padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed index of each padded place [B, padded], and for each real token its flat place and packed index."""
-        offsets = np.array([chunk.offset for chunk in group])[:, None]
-        lengths = np.array([chunk.length for chunk in group])[:, None]
-        column = np.arange(padded)[None]
-        gather = offsets + np.minimum(column, lengths - 1)  # past the end: the last token, whose result is dropped
-        real = np.flatnonzero((column < lengths).ravel())
-        packed = gather.ravel()[real]
-        return (torch.from_numpy(gather).to(device), torch.from_numpy(real).to(device),
-                torch.from_numpy(packed).to(device))  # fmt: skip
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """q [T, H, C], k and v [T, G, C] of the step -> the chunks' tokens of out [T, H, C]."""
@@ -60,13 +54,11 @@ class PrefillAttention:
             queries = q[gather].transpose(1, 2)  # [B, H, padded, C]
             keys, values = k[gather].transpose(1, 2), v[gather].transpose(1, 2)  # [B, G, padded, C]
             # One call for each head of the groups: no copy of a group's keys for each of its heads.
-            attended = torch.stack(
-                [
-                    F.scaled_dot_product_attention(queries[:, head::repeat], keys, values, is_causal=True)
-                    for head in range(repeat)
-                ],
-                dim=2,
-            ).flatten(1, 2)  # [B, H, padded, C]
+            heads = [
+                F.scaled_dot_product_attention(queries[:, head::repeat], keys, values, is_causal=True)
+                for head in range(repeat)
+            ]
+            attended = torch.stack(heads, dim=2).flatten(1, 2)  # [B, H, padded, C]
             out[packed] = attended.transpose(1, 2).flatten(0, 1)[real]
         for chunk in self.later:
             span = slice(chunk.offset, chunk.offset + chunk.length)
@@ -74,22 +66,17 @@ class PrefillAttention:
 
     def _attend_later(self, layer: int, q: Tensor, chunk: PrefillChunk) -> Tensor:
         """A chunk that is not its row's first: its keys come from the cache. q [t, H, C] -> [t, H, C]."""
-        size = self.cache.block_size
         end = chunk.start + chunk.length
-        blocks = torch.tensor(chunk.blocks[: -(-end // size)], device=q.device)
+        blocks = torch.tensor(chunk.blocks[: -(-end // self.cache.block_size)])
         repeat = q.shape[1] // self.cache.keys.shape[2]
-
-        def gathered(cache: Tensor) -> Tensor:
-            stored = self.cache.read(cache, blocks, q.dtype)
-            return stored.transpose(0, 1).flatten(1, 2).repeat_interleave(repeat, 0)  # [H, blocks S, C]
-
-        keys, values = (gathered(part) for part in self.cache.layer(layer))
-        column = torch.arange(keys.shape[1], device=q.device)
-        parts = []
+        keys, values = (
+            self.cache.read(part, blocks, q.dtype).transpose(0, 1).flatten(1, 2).repeat_interleave(repeat, 0)
+            for part in self.cache.layer(layer)
+        )  # [H, blocks S, C]
+        column, parts = torch.arange(keys.shape[1]), []
         for low in range(0, chunk.length, _QUERY_TILE):
             queries = q[low : low + _QUERY_TILE].transpose(0, 1)  # [H, t, C]
-            position = chunk.start + low + torch.arange(queries.shape[1], device=q.device)
-            visible = column <= position[:, None]
+            visible = column <= chunk.start + low + torch.arange(queries.shape[1])[:, None]
             parts.append(F.scaled_dot_product_attention(queries[None], keys[None], values[None], attn_mask=visible)[0])
         return torch.cat(parts, 1).transpose(0, 1)
 
@@ -97,10 +84,8 @@ class PrefillAttention:
 class DecodeAttention:
     """Attention of one new token per row over its paged context.
 
-    Each block is one split: its softmax is taken alone, then a row's blocks are merged by their log-sum-exp, as
-    FlashDecoding does. So no keys are copied: one batched product runs over the leading blocks of the cache as they
-    lie there, whoever owns them. Only where blocks are shared between rows, or few of them are in use, are the
-    needed ones gathered.
+    Each block is one split, whose softmax is taken alone; then a row's blocks are merged by their log-sum-exp, as
+    FlashDecoding does. So blocks are read where they lie, but where rows share them or few are in use.
     """
 
     def __init__(self, cache: KVCache, block_table: np.ndarray, context: np.ndarray) -> None:
@@ -110,8 +95,7 @@ class DecodeAttention:
         self.num_rows = rows = len(context)
         num_blocks = -(-context // size)  # [B]
         width = 1 << int(num_blocks.max() - 1).bit_length()  # blocks per row, padded to a power of two
-        column = np.arange(width)[None]
-        row, place = np.nonzero(column < num_blocks[:, None])
+        row, place = np.nonzero(np.arange(width) < num_blocks[:, None])
         block = block_table[row, place]
         length = np.minimum(context[row] - place * size, size)
         last = int(block.max())
@@ -125,15 +109,12 @@ class DecodeAttention:
         else:
             owner, valid, item = row, length, np.arange(len(block))
             self.blocks = torch.from_numpy(block)
-        device = cache.keys.device
-        self.owner = torch.from_numpy(owner).to(device)  # [I] row of each item; an item is a block that is scored
-        hidden = np.arange(size)[None] >= valid[:, None]
-        self.bias = torch.zeros(hidden.shape, device=device).masked_fill_(
-            torch.from_numpy(hidden).to(device), float("-inf")
-        )[:, None, None]  # [I, 1, 1, S]
+        self.owner = torch.from_numpy(owner)  # [I] row of each item; an item is a block that is scored
+        hidden = torch.from_numpy(np.arange(size) >= valid[:, None])
+        self.bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]  # [I, 1, 1, S]
         items = np.full((rows, width), len(owner), np.int64)  # the last item stands for "no block"
         items[row, place] = item
-        self.items = torch.from_numpy(items).to(device)  # [B, width]
+        self.items = torch.from_numpy(items)  # [B, width]
 
     def __call__(self, layer: int, q: Tensor, out: Tensor) -> None:
         """q [T, H, C] of the step -> the rows' tokens, which are the first, of out [T, H, C]."""
@@ -144,7 +125,7 @@ class DecodeAttention:
         keys, values = self.cache.layer(layer)
         num_items = len(self.owner)
         partial = queries.new_empty(num_items + 1, kv_heads, heads // kv_heads, dim)  # [I + 1, G, R, C]
-        lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device)
+        lse = torch.empty(partial.shape[:3], dtype=torch.float32)
         partial[-1], lse[-1] = 0, float("-inf")
         in_place = self.in_place and keys.dtype == q.dtype  # a copy widened from fp8 is made in parts
         step = num_items if in_place else _GATHER_ITEMS

@@ -1,7 +1,6 @@
 """The torch backend's form of a grammar's mask: which tokens a row may choose from.
 
-Most states allow few tokens (a key, a digit): such rows choose among those logits alone, which costs a fraction of a
-row's usual sampling. Most others forbid few (inside a string): only those are set to -inf.
+Rows whose state allows few tokens choose among those logits alone, at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ class FewTokens:
 def apply_grammars(
     logits: Tensor, rows: RowTensors, allowed_tokens: Callable[[int, int, int], TokenSet]
 ) -> tuple[Tensor, list[FewTokens]]:
-    """Split the rows of a step: those that choose from all of `logits` [R, V], and those that choose from few of them.
-
-    Of the first, int64 [N], the logits that a grammar forbids become -inf, in place. allowed_tokens: see `HostRows`.
-    """
+    """Split the rows of a step: those that choose from all of `logits` [R, V], int64 [N], where what a grammar forbids
+    becomes -inf in place; and those that choose from few of them. allowed_tokens: see `HostRows`."""
     state, numbers = rows.state.numpy(), rows.numbers.numpy()
     guided = np.flatnonzero((numbers[Number.GRAMMAR_BASE] >= 0) & (state[State.FINISH] == Finish.RUNNING))
     if not len(guided):

@@ -1,7 +1,6 @@
 """Mixtral's operators in plain torch: the CPU backend, and what other backends are compared with.
 
-Every operator gives a token the same bits whatever the other tokens are. What that takes on a CPU: matrix products
-are those of `torch_products`, and no reduction runs over tokens.
+A token has the same bits whatever the others are: products are `torch_products`', and no reduction runs over tokens.
 """
 
 from __future__ import annotations
@@ -37,34 +36,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, in float32 up to the product with `up`. [P, 2F] -> [P, F].
-
-    Not F.silu: its scalar code, which runs where a thread's share ends, rounds otherwise than its vector code, so an
-    element's bits would depend on how many threads share how many rows.
-    """
+    """silu(gate) * up, in float32 up to the product with `up`. [P, 2F] -> [P, F]. Not F.silu: where a thread's share
+    ends it rounds otherwise, so an element's bits would depend on how many threads share how many rows."""
     gate, up = gate_up.chunk(2, dim=-1)
     scale = gate.float().neg().exp_().add_(1)
     return torch.div(gate, scale, out=scale).to(up.dtype).mul_(up)
 
 
 def moe(
-    x: Tensor,
-    router: Tensor,
-    w13: Weight,
-    w2: Weight,
-    top_k: int,
-    residual: Tensor | None = None,
+    x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor | None = None,
     load: LayerLoad | None = None,
-) -> Tensor:
-    """Top-k of E SwiGLU experts, their outputs weighted by the renormalised router probabilities.
-
-    x [T, D], router float32 [E, D], w13 [E, 2F, D] (gate, then up), w2 [E, D, F] -> [T, D], plus the residual [T, D].
-    Tokens that `load` takes for padding get the residual alone. (token, expert) pairs are sorted by expert, each expert runs once over its tokens, and each token sums its k outputs
-    in router order.
-
-    Quantised experts are widened to x's dtype one at a time, as they run. With those of fp8 their inputs are rounded to
-    fp8 by row too, which is what the kernels multiply: x, and between the two products silu(gate) * up.
-    """
+) -> Tensor:  # fmt: skip
+    """Top-k of E SwiGLU experts, weighted by the renormalised router probabilities, see `Operators`; w13 is gate, then
+    up. Each expert runs once over its tokens, widened where it is quantised; each token sums its k outputs in router
+    order."""
     num_experts = len(router)
     probabilities = product(x.float(), router).softmax(-1)  # [T, E]
     if load is not None and load.num_valid is not None:

@@ -1,13 +1,14 @@
 """The torch backend's form of sampling and of what a token does to its row, for all rows at once, on the CPU.
 
 The order is vLLM's: logit bias and allowed tokens, minimum length, penalties, the tokens that a grammar allows, then
-temperature, min-p, top-k, top-p. Rows that do not use a step are not touched by it, so what one row asks for never changes
-another's answer. Log-probabilities are those of the model, before any of this.
+temperature, min-p, top-k, top-p. Rows that do not use a step are not touched by it, so what one row asks for never
+changes another's answer. Log-probabilities are those of the model, before any of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.kernels.row_state import Finish, Flag, Number, Real, RowTensors, State
-from batchmix.models.host_rows import HostRows, Logprobs
+from batchmix.models.backend import HostRows, Logprobs
 from batchmix.models.philox import uniform
 from batchmix.models.torch_grammar import FewTokens, apply_grammars
 
@@ -58,12 +59,15 @@ def _sample_among(logits: Tensor, places: Tensor, rows: RowTensors, which: Tenso
         scaled, drawing = logits[places[random]], which[random]
         scaled -= scaled.amax(-1, keepdim=True)  # before the division, which a tiny temperature would make overflow
         scaled /= temperature[random, None]
-        columns[random] = _draw(_filter(scaled, rows, drawing), _uniform(rows, drawing))
+        seed, row_key, number = rows.numbers[Number.SEED : Number.SAMPLE + 1, drawing]
+        u = uniform(seed, row_key, number, rows.state[State.GENERATED, drawing])
+        columns[random] = _draw(_filter(scaled, rows, drawing), u)
     return columns
 
 
 def _untouched(logits: Tensor, rows: RowTensors) -> dict[int, Tensor]:
-    """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes them."""
+    """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes
+    them."""
     if rows.logprob_history is None:
         return {}
     early = rows.state[State.GENERATED] < rows.numbers[Number.MIN_TOKENS]
@@ -73,19 +77,19 @@ def _untouched(logits: Tensor, rows: RowTensors) -> dict[int, Tensor]:
 
 
 def _among_allowed(
-    logits: Tensor,
-    tokens: Tensor,
-    wide: Tensor,
-    narrow: Sequence[FewTokens],
-    untouched: dict[int, Tensor],
+    logits: Tensor, tokens: Tensor, wide: Tensor, narrow: Sequence[FewTokens], untouched: dict[int, Tensor],
     rows: RowTensors,
-) -> Tensor | None:
-    """The log-probability of each chosen token among those whose logits are not -inf, float32 [R]; 0 where not asked for."""
+) -> Tensor | None:  # fmt: skip
+    """Each chosen token's log-probability among those whose logits are not -inf, float32 [R]; 0 where not asked for."""
     if rows.logprob_history is None:
         return None
-    found = torch.zeros(len(logits))
-    asked = rows.flags[Flag.PROCESSED_LOGPROBS]
-    for which, allowed, ids in _rows_by_width(logits, wide[asked[wide]], narrow, asked):
+    found, asked = torch.zeros(len(logits)), rows.flags[Flag.PROCESSED_LOGPROBS]
+    # Rows, copies of their logits, and which tokens those are of, None: of all. As many together as the cache holds.
+    groups = chain(
+        ((few.rows, few.logits, few.token_ids) for few in narrow),
+        ((some, logits[some], None) for some in torch.split(wide[asked[wide]], _CACHED_ROWS) if len(some)),
+    )
+    for which, allowed, ids in groups:
         for place, row in enumerate(which.tolist()):
             if row in untouched:
                 own = untouched[row] if ids is None else untouched[row][ids[place]]
@@ -95,27 +99,12 @@ def _among_allowed(
         allowed -= allowed.amax(-1, keepdim=True)
         chosen = allowed.gather(1, column[:, None])[:, 0]
         found[which] = chosen - _sum(allowed.exp_()).log()
-    return found
-
-
-def _rows_by_width(
-    logits: Tensor, wide: Tensor, narrow: Sequence[FewTokens], asked: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Rows, copies of their logits, and which tokens those are of; None: of all. As many together as the cache holds."""
-    for first in range(0, len(wide), _CACHED_ROWS):
-        rows = wide[first : first + _CACHED_ROWS]
-        yield rows, logits[rows], None
-    for few in narrow:
-        here = asked[few.rows]
-        if here.any():
-            yield few.rows[here], few.logits[here], few.token_ids[here]
+    return found.masked_fill_(~asked, 0.0)
 
 
 def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each.
-
-    Rows of one count at a time, because which ones of tied tokens topk takes depends on how many it is asked for.
-    """
+    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each. Rows of
+    one count at a time, because which ones of tied tokens topk takes depends on how many it is asked for."""
     values = logprobs.new_zeros(len(logprobs), int(counts.max()))
     ids = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for count in np.unique(counts).tolist():
@@ -125,19 +114,12 @@ def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """The first of the largest logits of each row, [R, V] -> int64 [R].
-
-    By buckets, because torch's argmax on a CPU compares one number at a time: 10 ms for 256 rows of 32,000, this 1.5.
-    """
+    """The first of the largest logits of each row, [R, V] -> int64 [R]. By buckets: torch's argmax on a CPU compares
+    one number at a time, 10 ms for 256 rows of 32,000, this 1.5."""
     buckets = F.pad(logits, (0, -logits.shape[1] % _BUCKET), value=float("-inf")).view(len(logits), -1, _BUCKET)
     bucket = buckets.amax(-1).argmax(-1)  # [R]
     inside = buckets.gather(1, bucket[:, None, None].expand(-1, 1, _BUCKET))[:, 0]  # [R, 128]
     return bucket * _BUCKET + inside.argmax(-1)
-
-
-def _uniform(rows: RowTensors, which: Tensor) -> Tensor:
-    seed, row_key, sample = (rows.numbers[key, which] for key in (Number.SEED, Number.ROW_KEY, Number.SAMPLE))
-    return uniform(seed, row_key, sample, rows.state[State.GENERATED, which])
 
 
 def _apply_bias(logits: Tensor, rows: RowTensors) -> None:
@@ -177,10 +159,8 @@ def _apply_penalties(logits: Tensor, rows: RowTensors) -> None:
 
 
 def _filter(scaled: Tensor, rows: RowTensors, which: Tensor) -> Tensor:
-    """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token. [N, V], changed in place -> [N, V].
-
-    `scaled` are logits of the rows `which`, int64 [N], over the temperature, each row's largest 0.
-    """
+    """Unnormalised probabilities, zero where min-p, top-k or top-p drops a token, in place. `scaled` [N, V]: logits of
+    the rows `which` int64 [N] over the temperature, each row's largest 0."""
     weights = scaled.exp_()
     top_p, min_p = rows.reals[Real.TOP_P, which], rows.reals[Real.MIN_P, which]
     top_k = rows.numbers[Number.TOP_K, which]
@@ -234,10 +214,7 @@ def _sum(weights: Tensor) -> Tensor:
 
 
 def _draw(weights: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first token at which the running sum passes u times the total.
-
-    weights float32 [R, V], u float64 [R] in (0, 1) -> int64 [R].
-    """
+    """The first token where the running sum of `weights` float32 [R, V] passes u float64 [R] times the total."""
     buckets, sums = _bucket_sums(weights)
     running = sums.cumsum(-1)
     target = u[:, None] * running[:, -1:]
@@ -284,7 +261,7 @@ def post_update(tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | N
 
 
 def _search_stop_strings(tokens: Tensor, rows: RowTensors, finish: Tensor, reason: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the tokens in the rows' automata; `finish` and `reason` with the rows whose text has a stop string, [R] each."""
+    """Take the tokens in the rows' automata; `finish` and `reason` [R] with the rows that have a stop string."""
     base, old = rows.numbers[Number.STOP_BASE], rows.state[State.STOP_STATE]
     if not bool((base >= 0).any()):
         return finish, reason

@@ -1,8 +1,9 @@
-"""The Triton backend: the kernels of batchmix/kernels as the engine's operators, on a GPU or under Triton's interpreter."""
+"""The Triton backend: batchmix/kernels as the engine's operators, on a GPU or under Triton's interpreter.
+
+Legend: T tokens of a step, L of them generated, H heads, G kv heads, C head dim.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,26 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.kernels import linear, moe, norm, post_update, sampling
-from batchmix.kernels.attention_decode import SharedSplits, find_shared_splits
+from batchmix.kernels.attention_decode import DecodePlan, SharedSplits, attend_decode, find_shared_splits, plan_decode
+from batchmix.kernels.attention_prefill import PrefillPlan, attend_prefill, plan_prefill
+from batchmix.kernels.rotary import rotate_and_cache
 from batchmix.kernels.row_state import RowTensors
 from batchmix.models.async_copy import async_copy_to_gpu
-from batchmix.models.backend import Attend, DecodeTokens, PrefillChunk
+from batchmix.models.backend import Attend, HostRows, Logprobs, StepTokens
 from batchmix.models.expert_load import LayerLoad
-from batchmix.models.host_rows import HostRows, Logprobs
-from batchmix.models.kv_cache import KVCache
+from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.quantized import Quantized, Weight
 from batchmix.models.torch_sampler import largest
-from batchmix.models.triton_attention import StepAttention
-
-_SHARED_SPLITS = 1  # items of shared splits for each row of a step; what does not fit is left to the rows
 
 
 class TritonOperators:
-    """See `Operators`. With `batch_invariant` other rows in the batch change no bit of a row's products, by construction.
-
-    With `share_prefix` KV blocks that rows have in common are attended to once for all of them.
-    """
+    """See `Operators`. With `batch_invariant` other rows in the batch change no bit of a row's products; with
+    `share_prefix` KV blocks that rows have in common are attended to once for all of them."""
 
     row_tile = 1
     cuts_prompts = True
@@ -40,15 +37,13 @@ class TritonOperators:
         self._shared: dict[int, tuple[int, SharedSplits]] = {}  # by tokens of a step: found for which version
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed: Tensor = norm.rms_norm(x, weight, eps)
-        return normed
+        return norm.rms_norm(x, weight, eps)
 
     def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return residual, norm.add_rms_norm(x, residual, weight, eps)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        product: Tensor = linear.linear(x, weight) if self.batch_invariant else F.linear(x, weight)
-        return product
+        return linear.linear(x, weight) if self.batch_invariant else F.linear(x, weight)
 
     def moe(
         self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
@@ -60,55 +55,35 @@ class TritonOperators:
             batch_invariant=self.batch_invariant, counts=load.counts, num_valid=load.num_valid,
         )  # fmt: skip
 
-    def attend(
-        self,
-        model: Mixtral,
-        cache: KVCache,
-        decode: DecodeTokens | None,
-        chunks: Sequence[PrefillChunk],
-        num_tokens: int,
-        shared: object = None,
-    ) -> Attend:
-        assert shared is None or isinstance(shared, SharedSplits)
-        return StepAttention(model, cache, decode, chunks, num_tokens, shared)
+    def attend(self, model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:
+        return StepAttention(model, cache, step)
 
     def find_shared(
-        self,
-        model: Mixtral,
-        cache: KVCache,
-        block_table: np.ndarray,
-        prompt_tokens: np.ndarray,
-        version: int,
-        keep: bool,
+        self, model: Mixtral, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
     ) -> SharedSplits | None:
         if not self.share_prefix:
             return None
-        num_tokens, device = len(block_table), cache.keys.device
-        known = self._shared.get(num_tokens)
-        if keep and known is not None and known[0] == version:
-            return known[1]
-        ratio = model.config.num_attention_heads // model.config.num_key_value_heads
-        # Rows share what is of their prompts.
-        found = find_shared_splits(
-            torch.from_numpy(block_table), torch.from_numpy(prompt_tokens), cache.block_size, ratio,
-            capacity=_SHARED_SPLITS * num_tokens,
-        )  # fmt: skip
-        splits = SharedSplits(*(async_copy_to_gpu(tensor, device) for tensor in found))
-        if not keep:
-            return splits
-        if known is not None:  # into the same memory, which a captured step reads
-            for kept, new in zip(known[1], splits, strict=True):
-                kept.copy_(new)
-            splits = known[1]
-        self._shared[num_tokens] = version, splits
-        return splits
+        num_tokens = len(block_table)
+        known, kept = self._shared.get(num_tokens, (None, None))
+        if known != version:
+            ratio = model.config.num_attention_heads // model.config.num_key_value_heads
+            # Rows share what is of their prompts. An item for each row; what does not fit is left to the rows.
+            found = find_shared_splits(
+                torch.from_numpy(block_table), torch.from_numpy(prompt_tokens), cache.block_size, ratio, num_tokens
+            )
+            splits = SharedSplits(*(async_copy_to_gpu(tensor, cache.keys.device) for tensor in found))
+            if kept is not None:  # into the same memory, which a captured step reads
+                for target, new in zip(kept, splits, strict=True):
+                    target.copy_(new)
+            self._shared[num_tokens] = version, kept or splits
+        return self._shared[num_tokens][1]
 
     def sample(self, logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:
         if rows.grammar_classes is not None:
             host.fill_bitmask(rows.grammar_classes)
         tokens, chosen = sampling.sample(
-            logits, rows.state, rows.numbers, rows.reals, rows.flags, rows.eos_token_ids, rows.stop_token_ids, rows.biases,
-            rows.output_counts, rows.in_prompt, rows.grammar_states, rows.grammar_classes,
+            logits, rows.state, rows.numbers, rows.reals, rows.flags, rows.eos_token_ids, rows.stop_token_ids,
+            rows.biases, rows.output_counts, rows.in_prompt, rows.grammar_states, rows.grammar_classes,
         )  # fmt: skip
         processed_logprobs = None if rows.logprob_history is None else chosen
         wanted = np.flatnonzero(host.num_logprobs >= 0)
@@ -119,9 +94,62 @@ class TritonOperators:
         return tokens, Logprobs(wanted, chosen[which], top_ids, top), processed_logprobs
 
     def post_update(self, tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | None = None) -> None:
-        kept = processed_logprobs is not None and rows.logprob_history is not None
+        history = None if processed_logprobs is None else rows.logprob_history
         post_update.post_update(
-            tokens, processed_logprobs if kept else None, rows.state, rows.numbers, rows.flags, rows.history,
-            rows.logprob_history if kept else None, rows.output_counts, rows.eos_token_ids, rows.stop_token_ids,
-            rows.automata, rows.grammar_states, rows.grammar_classes,
+            tokens, processed_logprobs, rows.state, rows.numbers, rows.flags, rows.history, history, rows.output_counts,
+            rows.eos_token_ids, rows.stop_token_ids, rows.automata, rows.grammar_states, rows.grammar_classes,
         )  # fmt: skip
+
+
+class StepAttention:
+    """One step's attention: generated tokens by the decode kernels, prompt chunks by the prefill kernel.
+
+    The two differ in bits, so a generated token never goes through the second, nor a prompt's through the first. A step
+    of generated tokens alone is laid out on the device, so a CUDA graph of it follows the rows.
+    """
+
+    def __init__(self, model: Mixtral, cache: KVCache, step: StepTokens) -> None:
+        self.model, self.cache = model, cache
+        ratio, size = model.config.num_attention_heads // model.config.num_key_value_heads, cache.block_size
+        decode, self.num_decode = step.decode, 0
+        self.decode: DecodePlan | None = None
+        self.prefill: PrefillPlan | None = None
+        places: list[tuple[Tensor, ...]] = []  # position, block and offset in the block of tokens, int64 each
+        if decode is not None:
+            assert step.shared is None or isinstance(step.shared, SharedSplits)
+            self.num_decode = len(decode.positions)
+            position = decode.positions * decode.running
+            block = decode.block_table.gather(1, (position // size)[:, None])[:, 0].long()
+            places.append((position, torch.where(decode.running, block, SCRATCH_BLOCK), position % size))
+            context = position + decode.running
+            self.decode = plan_decode(decode.block_table, context, size, ratio, step.shared)
+        if num_prompt := step.size - self.num_decode:
+            of_prompts = step.prompt_places(size)
+            of_prompts = np.pad(of_prompts, ((0, 0), (0, num_prompt - of_prompts.shape[1])))  # to the scratch block
+            places.append(async_copy_to_gpu(of_prompts, cache.keys.device).unbind())
+            # Rows of a table end at different places; a chunk is read only up to its own end.
+            chunks, width = step.chunks, max((len(chunk.blocks) for chunk in step.chunks), default=1)
+            table = np.full((len(chunks), width), SCRATCH_BLOCK, np.int32)
+            for row, chunk in enumerate(chunks):
+                table[row, : len(chunk.blocks)] = chunk.blocks
+            spans = [(chunk.offset - self.num_decode, chunk.start, chunk.length) for chunk in chunks]
+            dtype = model.weights.embedding.dtype
+            self.prefill = plan_prefill(spans, async_copy_to_gpu(table, cache.keys.device), num_prompt, ratio, dtype)
+        joined = places[0] if len(places) == 1 else tuple(map(torch.cat, zip(*places, strict=True)))
+        self.positions, self.blocks, self.offsets = joined
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `Attend`."""
+        keys, values = self.cache.layer(layer)
+        k_scale, v_scale = self.cache.scales
+        cos, sin = self.model.cos, self.model.sin
+        q = rotate_and_cache(
+            qkv, cos, sin, self.positions, self.blocks, self.offsets, keys, values, k_scale, v_scale
+        )  # [T, H, C]
+        out = torch.empty_like(q)
+        generated, prompts = slice(0, self.num_decode), slice(self.num_decode, len(q))
+        if self.decode is not None:
+            attend_decode(q[generated], keys, values, *self.decode, k_scale, v_scale, out[generated])
+        if self.prefill is not None:
+            attend_prefill(q[prompts], keys, values, *self.prefill, k_scale, v_scale, out[prompts])
+        return out.flatten(1)

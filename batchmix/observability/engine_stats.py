@@ -28,9 +28,7 @@ class EngineStats:
     capture_seconds: float = 0.0  # of the host, in which the device has work as long as it lasts
     kernels_compiled: int = 0  # in the run itself: none where all were compiled before
     compile_seconds: float = 0.0  # for them
-    decode_steps: dict[int, list[float]] | None = (
-        None  # captured size: steps, and seconds of the device; see expert_tokens
-    )
+    decode_steps: dict[int, list[float]] | None = None  # by captured size: steps, and seconds of the device
     out_of_memory: int = 0  # steps that failed for want of memory; after each the batch is half as large
     first_prefill_time: float | None = None
     last_token_time: float | None = None
@@ -49,23 +47,21 @@ class EngineStats:
                 setattr(self, field.name, _UNITE.get(field.name, sum)(values))
 
 
-def _add(tables: Iterable[list[list[int]]]) -> list[list[int]]:
+def _add_tables(tables: Iterable[list[list[int]]]) -> list[list[int]]:
     """Tables of one shape, added up."""
     return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
 
 def _add_steps(tables: Iterable[dict[int, list[float]]]) -> dict[int, list[float]]:
     """Steps and seconds by size, added up."""
-    total: dict[int, list[float]] = {}
-    for table in tables:
-        for size, numbers in table.items():
-            total[size] = [a + b for a, b in zip(total.get(size, [0, 0.0]), numbers, strict=True)]
-    return dict(sorted(total.items()))
+    tables = list(tables)
+    sizes = sorted({size for table in tables for size in table})
+    return {
+        size: [sum(column) for column in zip(*(table[size] for table in tables if size in table), strict=True)]
+        for size in sizes
+    }
 
 
 _UNITE: dict[str, Callable[[Any], Any]] = {
-    "first_prefill_time": min,
-    "last_token_time": max,
-    "expert_tokens": _add,
-    "decode_steps": _add_steps,
-}
+    "first_prefill_time": min, "last_token_time": max, "expert_tokens": _add_tables, "decode_steps": _add_steps,
+}  # fmt: skip

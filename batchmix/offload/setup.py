@@ -42,10 +42,8 @@ def plan_offload(
     dtypes: tuple[torch.dtype, torch.dtype],
     tp: TensorParallel,
 ) -> Placement | None:
-    """None where all fits the device. `dtypes`: of weights and of cached values.
-
-    Of several ranks, all choose the same. BatchmixError where there is no way to run the model.
-    """
+    """What to stream, the same on all ranks; None where all fits the device. BatchmixError where there is no way to run
+    the model. `dtypes`: of weights and of cached values."""
     sliced = tp.slice_config(checkpoint.config)
     model = footprint(sliced, dtypes[0].itemsize, checkpoint.quantization, dtypes[1].itemsize)
     device_bytes = tp.all_reduce_min(gpu_cache_bytes(*link.memory(), 0, config.gpu_memory_utilization))

@@ -15,7 +15,7 @@ from batchmix.checkpoints.config import ModelConfig
 from batchmix.engine.build import start_engine
 from batchmix.engine.config import EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
-from batchmix.engine.workspace import run_step
+from batchmix.engine.model_runner import run_largest_step
 from batchmix.models import triton_ops
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.prompts.stop_strings import build_stop_table
@@ -180,7 +180,7 @@ def test_batch_invariant_products(folder):
 
 def test_the_steps_that_memory_is_measured_with_run(model):
     for rows, tokens in ((3, 40), (1, 0)):
-        run_step(model, rows, tokens, max_model_len=32, block_size=4, kv_dtype=torch.float32)
+        run_largest_step(model, rows, tokens, max_model_len=32, block_size=4, kv_dtype=torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 on the interpreter")

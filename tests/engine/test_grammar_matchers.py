@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from links import FakeLink
 
 from batchmix.engine.engine import Engine
-from batchmix.engine.grammar_matchers import GrammarMatchers
+from batchmix.engine.grammars import RowGrammars
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig, StructuredOutputs
@@ -156,18 +156,18 @@ def test_masks_are_found_while_the_model_runs(model, grammars, mixed, monkeypatc
     """The model's part of a step is queued before the host waits for the tokens of the step before it."""
     rows = [row for row in mixed if row.row % 5 == 0 and row.sampling.logprobs is None]
     tried, order = engine(model, grammars, async_copy=LateAsyncCopy()), []
-    original, accepted = model.logits, GrammarMatchers.accept_tokens
+    original, accepted = model.logits, RowGrammars.accept_tokens
 
     def logits(hidden):
         order.append("model")
         return original(hidden)
 
-    def accept_tokens(self, answers, is_running, is_cut):
+    def accept_tokens(self, outputs):
         order.append("masks")
-        return accepted(self, answers, is_running, is_cut)
+        accepted(self, outputs)
 
     monkeypatch.setattr(model, "logits", logits)
-    monkeypatch.setattr(GrammarMatchers, "accept_tokens", accept_tokens)
+    monkeypatch.setattr(RowGrammars, "accept_tokens", accept_tokens)
     run(tried, rows)
     steps = "".join(name[1] for name in order)
     assert re.fullmatch("oo(ao){8,}a+", steps), "the prefill, then each decode step's model before the masks for it"

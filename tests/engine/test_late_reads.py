@@ -60,8 +60,8 @@ class Device:
                 result = found(*arguments, **options)
             if not callable(result):
                 return result
-            if name == "attend" and arguments[2] is not None:
-                self.check_blocks(arguments[1], arguments[2])
+            if name == "attend" and arguments[2].decode is not None:
+                self.check_blocks(arguments[1], arguments[2].decode)
             self.steps += 1
             if self.steps in self.out_of_memory:
                 raise torch.OutOfMemoryError("CUDA out of memory")

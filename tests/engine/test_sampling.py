@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.row_state import Finish, Number, State
 from batchmix.models.async_copy import AsyncCopy
-from batchmix.models.host_rows import Logprobs
+from batchmix.models.backend import Logprobs
 from batchmix.models.philox import row_key
 from batchmix.models.torch_sampler import _draw, _filter, post_update, sample
 from batchmix.prompts.stop_strings import build_stop_table

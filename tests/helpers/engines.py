@@ -19,7 +19,7 @@ from batchmix.engine.engine import Engine
 from batchmix.engine.model_runner import pad
 from batchmix.models import torch_backend
 from batchmix.models.async_copy import AsyncCopy, CopyEvent
-from batchmix.models.backend import Operators, PrefillChunk
+from batchmix.models.backend import Operators, PrefillChunk, StepTokens
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.offload.expert_stream import ExpertStream, Offload
@@ -125,13 +125,12 @@ def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict
     scheduler = engine.scheduler
     limits = Limits(
         scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, sort_window,
-        share_prefix=scheduler.prefixes is not None,
+        share_prefix=scheduler.share_prefix,
     )  # fmt: skip
     found = list(engine.generate(plan(rows, limits)))
     by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
     assert len(by_key) == len(found), "a sample came out twice"
-    kept = 0 if scheduler.prefixes is None else scheduler.prefixes.num_unused()
-    assert scheduler.pool.num_used == kept, "blocks were not returned"
+    assert scheduler.pool.num_used == scheduler.prefixes.num_unused(), "blocks were not returned"
     assert scheduler.batch.num_active == 0
     return by_key
 
@@ -162,6 +161,6 @@ def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list
         start += len(row)
     hidden = model(
         torch.from_numpy(tokens).to(model.weights.embedding.device),
-        model.ops.attend(model, engine.cache, None, chunks, len(tokens)),
+        model.ops.attend(model, engine.cache, StepTokens(len(tokens), None, chunks)),
     )
     return list(model.logits(hidden)[:total].cpu().split([len(row) for row in rows]))

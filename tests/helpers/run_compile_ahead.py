@@ -19,7 +19,7 @@ def main() -> None:
     from triton.runtime.driver import driver
 
     from batchmix.engine.compile_ahead import CompileAhead, CompileClock, Steps
-    from batchmix.engine.workspace import run_step
+    from batchmix.engine.model_runner import run_largest_step
     from batchmix.kernels.gpu import H200, assume_gpu
     from batchmix.models.mixtral import Mixtral
     from batchmix.models.mixtral_config import MixtralConfig
@@ -50,9 +50,9 @@ def main() -> None:
         operators = TritonOperators(False, True)
         model = Mixtral(config, empty_weights(config, dtype, torch.device("cpu")), operators, 2048)
         for rows in (1, 7, 40, 129, 200):
-            run_step(model, rows, 0, 2048, 64, dtype)
+            run_largest_step(model, rows, 0, 2048, dtype)
         for tokens in (1, 33, 150, 600):
-            run_step(model, 1, tokens, 2048, 64, dtype)
+            run_largest_step(model, 1, tokens, 2048, dtype)
         found["missed"] = list(missed)
         triton.knobs.compilation.listener = clock
         Mixtral(config, empty_weights(config, torch.float16, torch.device("cpu")), operators, 2048)

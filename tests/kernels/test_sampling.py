@@ -18,7 +18,7 @@ from batchmix.kernels.row_state import Flag, Number, Real, RowTensors, State
 from batchmix.kernels.sampling import sample
 from batchmix.models import torch_backend
 from batchmix.models.async_copy import AsyncCopy
-from batchmix.models.host_rows import Logprobs
+from batchmix.models.backend import Logprobs
 from batchmix.models.philox import uniform
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
