@@ -28,7 +28,7 @@ from batchmix.dtypes import Dtype
 from batchmix.engine.build import start_engine
 from batchmix.engine.config import EngineConfig
 from batchmix.engine.engine import Engine
-from batchmix.engine.scheduler import Step
+from batchmix.engine.request import Step
 from batchmix.measure.result import save_result
 from batchmix.planning.planner import Limits, plan
 from batchmix.prompts.tokenizer import load_tokenizer

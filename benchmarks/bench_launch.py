@@ -30,10 +30,10 @@ from triton.runtime.driver import driver
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.gpu import H200, assume_gpu
 from batchmix.models.async_copy import AsyncCopy
-from batchmix.models.backend import StepTokens
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.mixtral_config import MixtralConfig
+from batchmix.models.step_tokens import StepTokens
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.models.weights import empty_weights
 

@@ -26,8 +26,9 @@ from common import RESULTS
 from batchmix.engine.cuda_graphs import capture_sizes, pad_to_capture_size
 from batchmix.engine.engine import PREFILL_CHUNK
 from batchmix.engine.input_batch import InputBatch, PendingStep
+from batchmix.engine.request import RunningSequence
 from batchmix.engine.scheduler import Request as WaitingRequest
-from batchmix.engine.scheduler import RunningSequence, Scheduler
+from batchmix.engine.scheduler import Scheduler
 from batchmix.measure.result import save_result
 from batchmix.measure.workloads import INSTRUCTION, draw_sizes
 from batchmix.models.async_copy import AsyncCopy

@@ -18,7 +18,8 @@ from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
 from batchmix.engine.model_runner import ModelRunner
 from batchmix.engine.output_processor import process_outputs, wait_for_steps
-from batchmix.engine.scheduler import Request, Scheduler, Step
+from batchmix.engine.request import Request, Step
+from batchmix.engine.scheduler import Scheduler
 from batchmix.errors import BatchmixError
 from batchmix.models.async_copy import AsyncCopy, async_copy_from
 from batchmix.models.kv_cache import KVCache

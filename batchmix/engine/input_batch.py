@@ -25,9 +25,10 @@ from batchmix.engine.grammars import RowGrammars
 from batchmix.engine.output_buffers import OutputBuffers
 from batchmix.kernels.row_state import Finish, Flag, Number, Real, RowTensors, State
 from batchmix.models.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
-from batchmix.models.backend import DecodeTokens, HostRows
+from batchmix.models.backend import HostRows
 from batchmix.models.kv_cache import SCRATCH_BLOCK
 from batchmix.models.philox import row_key
+from batchmix.models.step_tokens import DecodeTokens
 from batchmix.prompts.stop_strings import INSIDE, START, StopTable
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.row_state import State
 from batchmix.models.async_copy import async_copy_to_gpu
-from batchmix.models.backend import DecodeTokens
+from batchmix.models.step_tokens import DecodeTokens
 
 
 def may_jump_forward(batch: InputBatch) -> bool:

@@ -13,11 +13,12 @@ from torch import Tensor
 from batchmix.engine.cuda_graphs import StepGraphs, capture_sizes, pad_to_capture_size
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import append_jump_forward
-from batchmix.engine.scheduler import Request, Scheduler, Step
+from batchmix.engine.request import Request, Step
+from batchmix.engine.scheduler import Scheduler
 from batchmix.models.async_copy import async_copy_from, async_copy_to_gpu
-from batchmix.models.backend import PrefillChunk, StepTokens
 from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
+from batchmix.models.step_tokens import PrefillChunk, StepTokens
 from batchmix.observability.device_clock import DeviceClock
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig

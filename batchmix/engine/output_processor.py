@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.scheduler import Request, RunningSequence, Scheduler
+from batchmix.engine.request import Request, RunningSequence
+from batchmix.engine.scheduler import Scheduler
 from batchmix.kernels.row_state import Finish
 from batchmix.models.philox import row_key, uniform
 from batchmix.records import Completion, FinishReason

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from batchmix.engine.block_manager import BlockPool, OutOfBlocks, PrefixCache
 from batchmix.engine.input_batch import InputBatch
+from batchmix.engine.request import Request, RunningSequence, ScheduledChunk, Step
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.records import Completion, Prompt
 
@@ -25,62 +25,6 @@ _RAMP = 1 / 3  # share of startable among running and startable sequences from w
 _RESERVE = 0.25
 _FIRST_MEAN = 256.0  # tokens of an answer, before there are any
 _NEW_MEAN = 0.1  # weight of the completions of one step in the mean length of answers
-
-
-@dataclass
-class RunningSequence:
-    """A sample of a prompt that decodes: what the host knows of a slot."""
-
-    prompt: Prompt
-    sample: int
-    order: int  # of its start; the most recently started is preempted first
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and samples of it that start together, waiting or in prefill. With `choices` these are scored instead:
-    the prompt's whole blocks are computed once, the rest of it with each choice."""
-
-    prompt: Prompt
-    samples: list[int]
-    choices: list[list[int]] | None = None  # texts to score after the prompt, instead of decoding
-    end_tokens: list[int] = field(default_factory=list)  # any of which ends a choice
-    # In prefill:
-    blocks: list[int] = field(default_factory=list)  # of the prompt and the first sample's first token
-    sample_blocks: list[int] = field(default_factory=list)  # last block of each further sample, which shares the others
-    computed: int = 0  # tokens whose keys and values are in the cache, or will be once what is queued is done
-    next_choice: int = 0
-    num_pending: int = 0  # choices whose log-probabilities are not known
-    logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64, of each choice
-
-
-@dataclass
-class ScheduledChunk:
-    """Tokens of a prompt, or the rest of it and one choice, that one step computes."""
-
-    request: Request
-    token_ids: list[int]
-    start: int  # position of the first
-    blocks: list[int]  # the request's, then those of a choice, which are free again once the step is queued
-    choice: int | None = None  # the one whose tokens' logits are wanted
-    is_last: bool = False  # of its prompt: the logits of its last token start the samples
-
-
-@dataclass
-class Step:
-    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks. Without the
-    latter two it may run `num_steps` times before the host looks at the outcome."""
-
-    num_decode: int
-    num_steps: int = 1
-    jump_forward: list[list[int]] = field(default_factory=list)  # of each slot; empty where there are none
-    chunks: list[ScheduledChunk] = field(default_factory=list)
-    num_starting: int = 0  # samples that the last chunks of their prompts start
-
-    @property
-    def num_jump_forward(self) -> int:
-        """Tokens that grammars leave no choice about."""
-        return sum(map(len, self.jump_forward))
 
 
 class Scheduler:

@@ -6,9 +6,9 @@ head dim, V vocabulary, W blocks of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -16,54 +16,20 @@ from torch import Tensor
 from batchmix.kernels.row_state import RowTensors
 from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import KVCache
+from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Weight
+from batchmix.models.step_tokens import Attend, StepTokens
+from batchmix.models.weights import Weights
 from batchmix.structured_output.grammar import TokenSet
 
-if TYPE_CHECKING:
-    from batchmix.models.mixtral import Mixtral
 
-# A layer's attention in one step: rotate queries and keys, write keys and values to the cache, attend.
-# (layer, qkv [T, (H + 2G) C]) -> [T, H C].
-Attend = Callable[[int, Tensor], Tensor]
+class AttentionModel(Protocol):
+    """What attention needs to know of a `Mixtral`."""
 
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens start..start+length-1 of one prompt, packed at `offset` of the step's tokens."""
-
-    offset: int
-    start: int
-    length: int
-    blocks: Sequence[int]  # the prompt's blocks, in order
-
-
-@dataclass(frozen=True)
-class DecodeTokens:
-    """The generated tokens of a step: one of each row, then jump-forward tokens, each as a row at its own position,
-    then padding. The host may not know yet which rows have ended, nor positions after the first of several steps."""
-
-    positions: Tensor  # int64 [L]: where each token stands in its row
-    running: Tensor  # bool [L]: the others write to the scratch block and attend to nothing
-    block_table: Tensor  # int32 [L, W]
-    host_positions: np.ndarray  # int64 [tokens that are no padding]
-    host_blocks: np.ndarray  # int32 [tokens that are no padding, W]
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """The tokens of a step: generated ones first, then packed prompt chunks, then padding."""
-
-    size: int
-    decode: DecodeTokens | None
-    chunks: Sequence[PrefillChunk] = ()
-    shared: object = None  # KV blocks that rows have in common: see `Operators.find_shared`
-
-    def prompt_places(self, block_size: int) -> np.ndarray:
-        """Position, block and offset in the block of each prompt token, int64 [3, tokens]."""
-        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in self.chunks]
-        blocks = [np.asarray(c.blocks)[p // block_size] for c, p in zip(self.chunks, positions, strict=True)]
-        position = np.concatenate([np.zeros(0, np.int64), *positions])
-        return np.stack((position, np.concatenate([np.zeros(0, np.int64), *blocks]), position % block_size))
+    config: MixtralConfig
+    weights: Weights
+    cos: Tensor  # float32 [max_model_len, C/2]
+    sin: Tensor
 
 
 @dataclass(frozen=True)
@@ -115,11 +81,11 @@ class Operators(Protocol):
         Inputs of experts in fp8 are rounded to fp8, by row. Padding, as `load` has it, gets the residual alone.
         """
 
-    def attend(self, model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:
+    def attend(self, model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
         """Lay out a step's attention, for every layer."""
 
     def find_shared(
-        self, model: Mixtral, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
+        self, model: AttentionModel, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
     ) -> object:
         """The KV blocks that rows have in common, for `StepTokens`; called outside of captured steps.
 

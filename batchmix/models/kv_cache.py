@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor
 from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import FP8, fp8_values
-
-if TYPE_CHECKING:
-    from batchmix.models.backend import Attend, StepTokens
+from batchmix.models.step_tokens import Attend, StepTokens
 
 _E4M3_MAX = 448.0
 BLOCK_SIZE = 64  # tokens; decode's batched products run fastest on CPU at 32 to 64

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from batchmix.models.backend import Attend, Operators
+from batchmix.models.backend import Operators
 from batchmix.models.expert_load import ExpertLoad
 from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Weight
+from batchmix.models.step_tokens import Attend
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.models.weights import Weights
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.models.backend import PrefillChunk
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
+from batchmix.models.step_tokens import PrefillChunk
 
 _LENGTH_TILE = 32  # prompts are padded to a multiple of it
 _QUERY_TILE = 256  # queries of a later chunk that are scored at once

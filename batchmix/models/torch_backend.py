@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.models.backend import Attend, StepTokens
+from batchmix.models.backend import AttentionModel
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.models.mixtral import Mixtral
+from batchmix.models.step_tokens import Attend, StepTokens
 from batchmix.models.torch_attention import DecodeAttention, PrefillAttention
 from batchmix.models.torch_ops import add_rms_norm, moe, rms_norm, rotate
 from batchmix.models.torch_products import ROW_TILE as row_tile
@@ -24,12 +24,12 @@ cuts_prompts = False  # a later chunk is rounded otherwise than a first one
 
 
 def find_shared(
-    model: Mixtral, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
+    model: AttentionModel, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
 ) -> None:
     """See `Operators`. Every row attends to its blocks on its own here."""
 
 
-def attend(model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:
+def attend(model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
     """See `Operators`."""
     config, size = model.config, cache.block_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

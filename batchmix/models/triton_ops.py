@@ -16,11 +16,11 @@ from batchmix.kernels.attention_prefill import PrefillPlan, attend_prefill, plan
 from batchmix.kernels.rotary import rotate_and_cache
 from batchmix.kernels.row_state import RowTensors
 from batchmix.models.async_copy import async_copy_to_gpu
-from batchmix.models.backend import Attend, HostRows, Logprobs, StepTokens
+from batchmix.models.backend import AttentionModel, HostRows, Logprobs
 from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.models.mixtral import Mixtral
 from batchmix.models.quantized import Quantized, Weight
+from batchmix.models.step_tokens import Attend, StepTokens
 from batchmix.models.torch_sampler import largest
 
 
@@ -55,11 +55,11 @@ class TritonOperators:
             batch_invariant=self.batch_invariant, counts=load.counts, num_valid=load.num_valid,
         )  # fmt: skip
 
-    def attend(self, model: Mixtral, cache: KVCache, step: StepTokens) -> Attend:
+    def attend(self, model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
         return StepAttention(model, cache, step)
 
     def find_shared(
-        self, model: Mixtral, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
+        self, model: AttentionModel, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
     ) -> SharedSplits | None:
         if not self.share_prefix:
             return None
@@ -108,7 +108,7 @@ class StepAttention:
     of generated tokens alone is laid out on the device, so a CUDA graph of it follows the rows.
     """
 
-    def __init__(self, model: Mixtral, cache: KVCache, step: StepTokens) -> None:
+    def __init__(self, model: AttentionModel, cache: KVCache, step: StepTokens) -> None:
         self.model, self.cache = model, cache
         ratio, size = model.config.num_attention_heads // model.config.num_key_value_heads, cache.block_size
         decode, self.num_decode = step.decode, 0

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.models.backend import Attend, StepTokens
 from batchmix.models.kv_cache import KVCache, words
 from batchmix.models.mixtral_config import MixtralConfig
+from batchmix.models.step_tokens import Attend, StepTokens
 from batchmix.offload.transfer_stream import TransferStream
 from batchmix.planning.placement import BUFFERS
 

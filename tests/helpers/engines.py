@@ -19,9 +19,10 @@ from batchmix.engine.engine import Engine
 from batchmix.engine.model_runner import pad
 from batchmix.models import torch_backend
 from batchmix.models.async_copy import AsyncCopy, CopyEvent
-from batchmix.models.backend import Operators, PrefillChunk, StepTokens
+from batchmix.models.backend import Operators
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
+from batchmix.models.step_tokens import PrefillChunk, StepTokens
 from batchmix.offload.expert_stream import ExpertStream, Offload
 from batchmix.offload.staged_cache import StagedKVCache
 from batchmix.offload.transfer_stream import TransferStream

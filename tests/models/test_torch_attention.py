@@ -12,8 +12,8 @@ import pytest
 import torch
 from engines import threads
 
-from batchmix.models.backend import PrefillChunk
 from batchmix.models.kv_cache import KVCache
+from batchmix.models.step_tokens import PrefillChunk
 from batchmix.models.torch_attention import DecodeAttention, PrefillAttention
 
 # kv heads, query heads per kv head, head dim, block size
