@@ -41,7 +41,7 @@ class Report:
         return self.seconds.get("prefill", 0.0) + self.seconds.get("decode", 0.0)
 
 
-Answers = tuple[list[Completion], Report]
+WorkerOutput = tuple[list[Completion], Report]
 
 
 class EngineWorker:
@@ -86,7 +86,7 @@ class EngineWorker:
     def close(self) -> None:
         self._opened.close()
 
-    def run(self, wait: bool = False) -> Iterator[Answers]:
+    def run(self, wait: bool = False) -> Iterator[WorkerOutput]:
         """The answers, without the input's columns, as they come. Ends when all rows that were there are answered;
         `wait`: for the first of them."""
         engine = self._engine

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 
 from batchmix import __version__
 from batchmix.config import Config
-from batchmix.distributed.engine_worker import Answers, EngineWorker
+from batchmix.distributed.engine_worker import EngineWorker, WorkerOutput
 from batchmix.distributed.worker_pool import PAUSE, PoolWorker, WorkerPool
 from batchmix.distributed.workers import Parent, SendLog, Worker
 from batchmix.engine.device import nth_device, select_device
@@ -66,7 +66,7 @@ class ProcessPool(WorkerPool):
         with suppress(OSError):  # it is gone; `_listen` hears why
             worker.handle.send(rows)
 
-    def _listen(self) -> Iterator[tuple[PoolWorker, Answers]]:
+    def _listen(self) -> Iterator[tuple[PoolWorker, WorkerOutput]]:
         Worker.wait([worker.handle for worker in self._workers], PAUSE)
         for worker in list(self._workers):
             for message in worker.handle.messages():

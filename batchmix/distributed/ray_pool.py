@@ -18,7 +18,7 @@ from typing import Any
 
 from batchmix import __version__
 from batchmix.config import Config
-from batchmix.distributed.engine_worker import Answers, EngineWorker
+from batchmix.distributed.engine_worker import EngineWorker, WorkerOutput
 from batchmix.distributed.worker_pool import PAUSE, PoolWorker, WorkerPool
 from batchmix.engine.config import Backend
 from batchmix.errors import BatchmixError
@@ -112,7 +112,7 @@ class RayPool(WorkerPool):
     def _send(self, worker: PoolWorker, rows: list[InputRow]) -> None:
         worker.handle.actor.feed.remote(rows)
 
-    def _listen(self) -> Iterator[tuple[PoolWorker, Answers]]:
+    def _listen(self) -> Iterator[tuple[PoolWorker, WorkerOutput]]:
         for worker in self._workers:
             if worker.rows and worker.handle.answers is None:
                 worker.handle.answers = worker.handle.actor.run.options(num_returns="streaming").remote()
@@ -127,7 +127,7 @@ class RayPool(WorkerPool):
             if answers is not None:
                 yield waited[reference], answers
 
-    def _receive(self, worker: PoolWorker) -> Answers | None:
+    def _receive(self, worker: PoolWorker) -> WorkerOutput | None:
         """What a worker that has something to say says. One that is lost says nothing."""
         from ray.exceptions import RayError, RayTaskError
 
@@ -140,7 +140,7 @@ class RayPool(WorkerPool):
             if reference is None:
                 worker.handle.answers = None
                 return None
-            answers: Answers = self._ray.get(reference)
+            answers: WorkerOutput = self._ray.get(reference)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, BatchmixError):

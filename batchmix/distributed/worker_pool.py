@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from batchmix.config import Config
-from batchmix.distributed.engine_worker import Answers, Report
+from batchmix.distributed.engine_worker import Report, WorkerOutput
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.prompts.buffers import num_bytes, take
@@ -79,7 +79,7 @@ class WorkerPool(ABC):
         """Give a unit to a worker that is loaded."""
 
     @abstractmethod
-    def _listen(self) -> Iterator[tuple[PoolWorker, Answers]]:
+    def _listen(self) -> Iterator[tuple[PoolWorker, WorkerOutput]]:
         """What workers have to say; waits PAUSE for it. Sets `loaded` of those that are."""
 
     @abstractmethod

@@ -25,8 +25,8 @@ def check_not_all_failed(parts: Parts) -> None:
             return
         if len(keys):
             rows.add_many(keys.row)
-            smallest = int(np.min(keys.row)), name
-            first = smallest if first is None else min(first, smallest)
+            first_row = int(np.min(keys.row)), name
+            first = first_row if first is None else min(first, first_row)
     if first is not None:
         row, name = first
         raise AllRowsFailed(
