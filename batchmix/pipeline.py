@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -67,16 +68,17 @@ def generate(config: Config) -> None:
 def _execute(run: Run, signals: StopSignals, rows: Iterator[InputRow]) -> RunStatistics:
     """The rows' way through the engine into the sink, as its user sees it. Interrupted where a signal ended it early."""
     config, source, output = run.config, run.source, run.output
-    started = time.monotonic()
     with _executor(run, signals) as executor:
         signals.defer()
+        started = time.monotonic()
         with (
             Progress(source.shard_rows, output.num_done, executor.stats) as progress,
             Metrics(output.storage, executor.stats, progress.totals, config.shard.index),
             _sink(run, executor) as sink,
+            closing(executor.run(rows)) as completions,
         ):
             output.report(partial(_progress_of, source, progress.totals))
-            for completion in executor.run(rows):
+            for completion in completions:
                 if completion.error is not None and config.data.on_error is OnError["raise"]:
                     raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
                 sink.write(completion)
