@@ -42,10 +42,9 @@ def explain(error: Exception, job: str) -> str:
     if ambiguous := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
         key, _, value = ambiguous[1].partition("=")
         return f"{key}={value}: quote it if it is one text, \"{key}='{value}'\", write {key}=[{value}] if it is a list"
-    if match := re.match(
-        r"Could not override '(\w+)'", str(error)
-    ):  # a choice of a group that is not in the defaults list
-        return unread(match[1], job) if match[1] not in JOBS[job] else f"{match[1]}: has no choices"
+    choice = re.match(r"Could not override '(\w+)'", str(error))  # of a group that is not in the defaults list
+    if choice and choice[1] in known_keys() and choice[1] not in JOBS[job]:
+        return unread(choice[1], job)
     cause = next((link for link in _chain(error) if isinstance(link, OmegaConfBaseException) and link.full_key), None)
     message = _explain_key(cause, job) if cause else _explain_shape(error) or _one_line(_without_footer(str(error)))
     source = re.match(r"In '([^']*)': ", str(error))
