@@ -34,7 +34,7 @@ def test_the_pods_of_the_job_are_its_shards(job: dict[str, Any], monkeypatch: py
         shards = []
         for index in range(job["spec"]["completions"]):
             monkeypatch.setenv("JOB_COMPLETION_INDEX", str(index))  # as Kubernetes does for Indexed Jobs
-            config = to_config(compose(name, overrides=overrides))
+            config = to_config(compose(name, overrides=overrides), name)
             shards.append((config.shard.index, config.shard.count))
     assert shards == [(index, len(shards)) for index in range(len(shards))]
     assert config.output.dir.startswith(container["volumeMounts"][0]["mountPath"])

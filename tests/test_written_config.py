@@ -27,15 +27,17 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def config_of(**groups: Any) -> Any:
     given: dict[str, Any] = {"data": {"path": "x"}, "output": {"dir": "${oc.env:FOLDER}/out"}}
-    return to_config(OmegaConf.create(OmegaConf.to_container(OmegaConf.merge(given, groups), resolve=False)))  # type: ignore[arg-type]
+    return to_config(
+        OmegaConf.create(OmegaConf.to_container(OmegaConf.merge(given, groups), resolve=False)), "annotate"
+    )  # type: ignore[arg-type]
 
 
 def test_the_interpolation_is_written_also_where_it_comes_through_another_key() -> None:
     config = config_of(
-        data={"path": ["${output.dir}/a.jsonl", "b.jsonl"], "limit": "${oc.env:SIZE}", "columns": ["${oc.env:FOLDER}"]},
+        data={"path": ["${output.dir}/a.jsonl", "b.jsonl"], "limit": "${oc.env:SIZE}", "columns": ["${oc.env:FOLDER}"],
+              "split": "${data.limit}"},
         output={"format": "${oc.env:FORM,parquet}", "compression": "${oc.env:COMPRESSION,lz4}"},
-        export={"dir": "${data.limit}"},
-    )
+    )  # fmt: skip
     assert config.data.path == ["/somewhere/secret/out/a.jsonl", "b.jsonl"]
     assert config.output.dir == "/somewhere/secret/out"
     plain = to_plain(config)
@@ -44,7 +46,7 @@ def test_the_interpolation_is_written_also_where_it_comes_through_another_key() 
     assert plain["output"]["dir"] == "${oc.env:FOLDER}/out"
     # Numbers and choices are what they are, and so is what a finished run is read back by.
     assert (plain["data"]["limit"], plain["output"]["format"], plain["output"]["compression"]) == (7, "parquet", "lz4")
-    assert set(hidden_texts(config)) == {"data.path[0]", "data.columns[0]", "output.dir", "export.dir"}
+    assert set(hidden_texts(config)) == {"data.path[0]", "data.columns[0]", "output.dir", "data.split"}
 
 
 def test_a_task_from_the_environment_is_written_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -52,7 +52,9 @@ def prompt(task: AnnotateConfig, columns: dict[str, Any]) -> str:
 def test_every_task_that_ships_makes_a_prompt(name: str) -> None:
     register()
     with initialize_config_module("batchmix.conf", version_base="1.3"):
-        config = to_config(compose("annotate", overrides=["data.path=x", "output.dir=out", f"annotate={name}"]))
+        config = to_config(
+            compose("annotate", overrides=["data.path=x", "output.dir=out", f"annotate={name}"]), "annotate"
+        )
     prepared = prepare(config)
     answer = answer_of(prepared.annotate)
     assert answer is not None

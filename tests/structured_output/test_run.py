@@ -139,7 +139,7 @@ def hydra() -> Iterator[None]:
 )  # fmt: skip
 def test_keys_on_the_command_line(hydra, override, expected):
     overrides = ["data.path=rows.jsonl", "output.dir=out", override]
-    assert to_config(compose("generate", overrides=overrides)).sampling.structured_outputs == expected
+    assert to_config(compose("generate", overrides=overrides), "generate").sampling.structured_outputs == expected
 
 
 @pytest.mark.parametrize("value", [5, {"choice": "a"}, {"regex": 5}, {"json": [1]}, {"choice": ["\ud800"]}])
