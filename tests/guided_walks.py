@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from batchmix.guided.dfa import ByteAutomaton, build_automaton
+from batchmix.guided.automata import ByteAutomaton
+from batchmix.guided.dfa import build_automaton
 from batchmix.guided.json_schema import json_schema_grammar
 
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from batchmix.guided.dfa import ByteAutomaton
+from batchmix.guided.automata import ByteAutomaton
 from batchmix.guided.trie import TokenTrie
 
 Encode: TypeAlias = Callable[[Sequence[str]], list[list[int]]]

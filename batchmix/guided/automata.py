@@ -1,0 +1,138 @@
+"""Deterministic automata over bytes: products, and the smallest automaton of the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from batchmix.guided.pattern import TooLarge
+
+_MAX_PRODUCT = 8_192  # states of a product before it is made small: a second or so
+
+
+@dataclass(frozen=True)
+class ByteAutomaton:
+    """`state = goto[state, byte]` from state 0, -1 where no text goes on like that; `accepts[state]`: a whole text."""
+
+    goto: npt.NDArray[np.int32]  # [num_states, 256]
+    accepts: npt.NDArray[np.bool_]  # [num_states]
+
+    def has(self, text: str) -> bool:
+        """Whether this is one of the texts."""
+        state = 0 if len(self.accepts) else -1
+        for byte in text.encode(errors="surrogatepass"):
+            state = int(self.goto[state, byte]) if state >= 0 else -1
+        return state >= 0 and bool(self.accepts[state])
+
+
+def byte_ranges(row: npt.NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
+    """The runs of bytes that lead to one state: (first byte, last byte, state)."""
+    cuts = np.flatnonzero(np.diff(row)) + 1
+    for low, beyond in zip([0, *cuts.tolist()], [*cuts.tolist(), 256], strict=True):
+        if row[low] >= 0:
+            yield low, beyond - 1, int(row[low])
+
+
+def product(items: Sequence[ByteAutomaton], without: Sequence[ByteAutomaton]) -> ByteAutomaton:
+    """The smallest automaton of the texts that all `items` have and none of `without`; no states where there is none.
+
+    TooLarge where it has too many states on the way there.
+    """
+    start = (0,) * (len(items) + len(without))
+    numbers, queue = {start: 0}, [start]
+    rows: list[npt.NDArray[np.int32]] = []
+    accepts: list[bool] = []
+    all_of, none_of = list(items), list(without)
+    for states in queue:  # grows while it is read
+        inside = list(zip(all_of, states, strict=False))
+        outside = [(one, state) for one, state in zip(none_of, states[len(all_of) :], strict=True) if state >= 0]
+        accepts.append(
+            all(one.accepts[state] for one, state in inside) and not any(one.accepts[s] for one, s in outside)
+        )
+        following = np.stack(
+            [
+                one.goto[state] if state >= 0 else _NOWHERE
+                for one, state in zip([*all_of, *none_of], states, strict=True)
+            ]
+        )
+        row = np.full(256, -1, np.int32)
+        alive = np.all(following[: len(all_of)] >= 0, axis=0)
+        cuts = [0, *(np.flatnonzero((following[:, 1:] != following[:, :-1]).any(0)) + 1).tolist(), 256]
+        for low, beyond in pairwise(cuts):
+            if alive[low]:
+                after = tuple(following[:, low].tolist())
+                if after not in numbers:
+                    if len(queue) >= _MAX_PRODUCT:
+                        raise TooLarge("the automaton of limits that hold at once is too large; shorten them")
+                    numbers[after] = len(queue)
+                    queue.append(after)
+                row[low:beyond] = numbers[after]
+        rows.append(row)
+    return smallest(ByteAutomaton(np.stack(rows), np.array(accepts)))
+
+
+_NOWHERE = np.full(256, -1, np.int32)
+
+
+def smallest(automaton: ByteAutomaton) -> ByteAutomaton:
+    """The automaton of the same texts with the fewest states, none where it has no text."""
+    goto, accepts = automaton.goto, automaton.accepts
+    leads = accepts.copy()
+    while True:
+        more = leads | (leads[goto] & (goto >= 0)).any(1)
+        if (more == leads).all():
+            break
+        leads = more
+    if not leads[0]:
+        return ByteAutomaton(np.zeros((0, 256), np.int32), np.zeros(0, np.bool_))
+    goto = np.where((goto >= 0) & leads[goto], goto, -1)
+    _, byte_class = np.unique(goto, axis=1, return_inverse=True)
+    byte_class = byte_class.reshape(-1)
+    first_byte = np.array([np.flatnonzero(byte_class == number)[0] for number in range(byte_class.max() + 1)])
+    narrow = goto[:, first_byte]  # [S, classes of bytes]
+    labels = (accepts & leads).astype(np.int64) + leads
+    while True:  # Moore: states of one label whose next states have the same labels
+        signature = np.column_stack((labels, np.where(narrow >= 0, labels[narrow], -1)))
+        _, finer = np.unique(signature, axis=0, return_inverse=True)
+        finer = finer.reshape(-1)
+        if len(np.unique(finer)) == len(np.unique(labels)):
+            break
+        labels = finer
+    # Numbered as they are met, from the start.
+    order, numbers = [0], {int(labels[0]): 0}
+    for state in order:
+        for after in dict.fromkeys(narrow[state].tolist()):
+            if after >= 0 and int(labels[after]) not in numbers:
+                numbers[int(labels[after])] = len(order)
+                order.append(after)
+    renumber = np.full(int(labels.max()) + 2, -1, np.int32)
+    for label, number in numbers.items():
+        renumber[label] = number
+    small = np.where(narrow[order] >= 0, renumber[labels[narrow[order]]], -1).astype(np.int32)
+    return ByteAutomaton(small[:, byte_class], accepts[order])
+
+
+def finite_texts(automaton: ByteAutomaton, most: int) -> list[str] | None:
+    """All texts in the order of their bytes, None where there are more than `most`."""
+    found: list[str] = []
+    todo: list[tuple[int, bytes]] = [(0, b"")]
+    small = smallest(automaton)
+    if not len(small.accepts):
+        return found
+    while todo:
+        state, text = todo.pop()
+        if len(text) > len(small.accepts) or len(todo) > 256 * most:  # a loop, or too many
+            return None
+        if small.accepts[state]:
+            found.append(text.decode())
+            if len(found) > most:
+                return None
+        todo += [
+            (int(small.goto[state, byte]), text + bytes([byte]))
+            for byte in np.flatnonzero(small.goto[state] >= 0)[::-1]
+        ]
+    return found
