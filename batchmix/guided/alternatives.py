@@ -8,7 +8,7 @@ alternatives are then a part of what the schema allows, never more.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -33,6 +33,7 @@ class Atom:
     base: str  # the address of the document that it stands in
     path: str  # where it stands, for messages
     negated: bool = False
+    silent: bool = False  # what it declares does not count as evaluated, as within `not`
 
     @property
     def key(self) -> tuple[int, bool]:
@@ -46,6 +47,7 @@ class Limits:
     keywords: Mapping[str, Any]
     base: str
     path: str
+    silent: bool = False  # it only says what must not be
 
     @property
     def declares(self) -> bool:
@@ -153,8 +155,11 @@ class Alternatives:
                     state.choices.append((options, led))
                 continue
             holding, choices = self._parts(atom)
+            if atom.silent:
+                holding = [replace(one, silent=True) for one in holding]
+                choices = [[[replace(one, silent=True) for one in option] for option in choice] for choice in choices]
             state.choices += [(choice, led) for choice in choices]
-            state.limits.append(Limits(self._reader.read(atom.schema, atom.path), atom.base, atom.path))
+            state.limits.append(Limits(self._reader.read(atom.schema, atom.path), atom.base, atom.path, atom.silent))
             state.todo = [*((one, led) for one in holding), *state.todo]
         return True
 
@@ -234,7 +239,10 @@ class Alternatives:
         """Ways for a schema not to hold, as far as keywords can say them."""
         if id(atom.schema) not in self._opposites:
             self._opposites[id(atom.schema)] = [
-                [one if isinstance(one, Atom) else self._make(one, atom.base, atom.path) for one in option]
+                [
+                    replace(one, silent=True) if isinstance(one, Atom) else self._make(one, atom.base, atom.path)
+                    for one in option
+                ]
                 for option in self._forbidden(atom)
             ]
         return self._opposites[id(atom.schema)]

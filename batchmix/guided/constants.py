@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from batchmix.guided.ecma_regex import found_automaton
@@ -179,7 +180,10 @@ def _keeps_bounds(value: Decimal, words: Mapping[str, Any], path: str) -> bool:
         return False
     if limits.high is not None and (value > limits.high or (limits.open_high and value == limits.high)):
         return False
-    return "multipleOf" not in words or value % decimal(words["multipleOf"], f"{path}/multipleOf") == 0
+    if "multipleOf" not in words:
+        return True
+    step = Fraction(decimal(words["multipleOf"], f"{path}/multipleOf"))
+    return step > 0 and Fraction(value) % step == 0
 
 
 def number_bounds(limits: Sequence[Limits]) -> Bounds:

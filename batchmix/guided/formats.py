@@ -1,7 +1,6 @@
 """The formats of JSON Schema as regular expressions, each narrow enough for every validator's reading of it.
 
-https://json-schema.org/draft/2020-12/json-schema-validation#section-7. Not among them: `regex`, and names that no draft
-has, which are annotations.
+https://json-schema.org/draft/2020-12/json-schema-validation#section-7. Names that no draft has are annotations.
 """
 
 from __future__ import annotations
@@ -43,6 +42,21 @@ _IRI, _IRI_REFERENCE = _addresses(r"\u00a0-\ud7ff\uf900-\ufdcf\ufdf0-\uffef")
 _IN_TEMPLATE = r"([A-Za-z0-9._~!$&()*+,;=:@/?#-]|%[0-9A-Fa-f]{2})"
 _SECONDS = r"(\d+H(\d+M(\d+S)?)?|\d+M(\d+S)?|\d+S)"
 _DAYS = r"(\d+Y(\d+M(\d+D)?)?|\d+M(\d+D)?|\d+D)"
+
+
+def _regexes() -> str:
+    """Regexes that ECMA-262 and Python's `re` both read: characters, classes, anchors, and groups in groups in groups."""
+    character = r"([^\\^$.*+?()\[\]{}|/\s\x00-\x1f]|\\[dDwWsSnrtfv^$.*+?()\[\]{}|/\\]|\.)"
+    member = r"([^\\\[\]^&~|\s\x00-\x1f-]|\\[dDwWsSnrt.\[\]\\^-]|a-z|A-Z|0-9)"
+    atom = rf"({character}|\[\^?{member}+\])"
+    one = rf"({atom}|{atom}([*+?]|\{{\d{{1,3}},?\}})\??|\^|\$)"
+    found = rf"{one}*(\|{one}*)*"
+    for _ in range(2):
+        group = rf"\((\?:)?{found}\)([*+?]|\{{\d{{1,3}},?\}})?"
+        found = rf"({one}|{group})*(\|({one}|{group})*)*"
+    return found
+
+
 _POINTER = "(/([^/~]|~[01])*)*"
 FORMATS = {
     "date": _DAY,
@@ -62,6 +76,7 @@ FORMATS = {
     "uri-reference": _URI_REFERENCE,
     "iri-reference": _IRI_REFERENCE,
     "uri-template": rf"({_IN_TEMPLATE}|\{{[A-Za-z0-9_]+(,[A-Za-z0-9_]+)*\}})*",
+    "regex": _regexes(),
     "json-pointer": _POINTER,
     "relative-json-pointer": rf"(0|[1-9]\d*)(#|{_POINTER})",
 }

@@ -32,6 +32,12 @@ def array_pattern(translation: Translation, limits: Sequence[Limits], path: str,
     low = max((one.get("minItems", 0) for one in words), default=0)
     high = min((one["maxItems"] for one in words if "maxItems" in one), default=None)
     count = max((len(one.get("prefixItems", ())) for one in words), default=0)
+    closed = any(one.get("unevaluatedItems", True) is not True for one in words)
+    if closed:  # only what a schema that holds says something of
+        known = [one.keywords for one in limits if one.declares and not one.silent]
+        if not any("items" in one for one in known):
+            count = max((len(one.get("prefixItems", ())) for one in known), default=0)
+            high = count if high is None else min(high, count)
     if count and not any("items" in one for one in words):
         high = count if high is None else min(high, count)  # items that nothing is said of are not written
     first: list[Pattern] = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from batchmix.guided.alternatives import Atom, Limits, required_names
 from batchmix.guided.automata import finite_texts
 from batchmix.guided.dfa import both, build_automaton
+from batchmix.guided.ecma_regex import found_automaton
 from batchmix.guided.json_members import Member, members_graph
 from batchmix.guided.json_strings import any_string, string_of
 from batchmix.guided.json_values import dumps, refusal
@@ -93,9 +94,24 @@ class _Object:
         if not all(constants.holds(name, atom) for atom in self._names):
             return NEVER
         atoms = self._translation.alternatives.member(self._limits, name)
-        if atoms is None or (self._closed and not atoms and name not in self._declared):
+        if atoms is None or (self._closed and not self._is_evaluated(name)):
             return NEVER
         return self._translation.schema(atoms, f"{self._path}/properties/{name}", self._depth + 1)
+
+    def _is_evaluated(self, name: str) -> bool:
+        """Whether a schema that holds says something of the property, so that `unevaluatedProperties` does not."""
+        for one in self._limits:
+            words = one.keywords
+            if one.silent or not one.declares:
+                continue
+            if name in words.get("properties", ()) or "additionalProperties" in words:
+                return True
+            if any(
+                (found := found_automaton(regex)) is not None and found.has(name)
+                for regex in words.get("patternProperties", ())
+            ):
+                return True
+        return False
 
     def _open(self, names: Sequence[str]) -> list[tuple[Pattern, Pattern]]:
         """Names that are not declared, by the patterns that they match, with their values."""
@@ -109,6 +125,8 @@ class _Object:
                 atoms = self._schemas(matched)
                 if atoms is None or (not atoms and (self._declared or self._patterns or self._closed)):
                     continue
+                if self._closed and any(one.silent or not one.declares for one in self._limits):
+                    continue  # which of them count is not worth telling
                 value = self._translation.schema(atoms, f"{self._path}/additionalProperties", self._depth + 1)
                 if value == NEVER:
                     continue

@@ -72,8 +72,10 @@ def any_number() -> Pattern:
 
 
 def any_fraction() -> Pattern:
-    """Numbers that are no integers."""
-    return seq([optional(_MINUS), _NATURAL, literal("."), _NOT_ZEROS])
+    """Numbers that are no integers, with so few digits that they are none as floats."""
+    whole = alt([_digit(0, 0), seq([_digit(1), repeat(_digit(), 0, 8)])])
+    digits = both([_NOT_ZEROS, repeat(_digit(), 1, 6)])
+    return seq([optional(_MINUS), whole, literal("."), digits])
 
 
 def integers_between(low: Decimal | None, open_low: bool, high: Decimal | None, open_high: bool) -> Pattern:

@@ -9,7 +9,8 @@ from guided_strategies import REGEXES, TEXTS
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from batchmix.guided.dfa import ByteAutomaton, build_automaton
+from batchmix.guided.automata import ByteAutomaton
+from batchmix.guided.dfa import build_automaton
 from batchmix.guided.pattern import Unsupported
 from batchmix.guided.regex import regex_pattern, searched_pattern
 
