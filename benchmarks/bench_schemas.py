@@ -35,10 +35,13 @@ from batchmix.measure.result import save_result
 
 LIMIT_SECONDS = 30  # for a schema
 BUDGET = 400  # tokens of a walk
+# The Test Suite's folders whose schemas do not say their draft.
+_DRAFTS = {f"draft{number}": f"http://json-schema.org/draft-0{number}/schema#" for number in (4, 6, 7)}
 
 
 def schemas(folder: Path) -> Iterator[tuple[str, Any, list[dict[str, Any]]]]:
     """Name, schema and tests."""
+    draft = _DRAFTS.get(folder.resolve().name)
     for path in sorted(folder.rglob("*.json")):
         try:
             data = json.loads(path.read_text())
@@ -47,7 +50,10 @@ def schemas(folder: Path) -> Iterator[tuple[str, Any, list[dict[str, Any]]]]:
         name = str(path.relative_to(folder))
         if isinstance(data, list):
             for group in data:
-                yield f"{name}: {group['description']}", group["schema"], group["tests"]
+                schema = group["schema"]
+                if draft is not None and isinstance(schema, dict):
+                    schema = {"$schema": draft, **schema}
+                yield f"{name}: {group['description']}", schema, group["tests"]
         else:
             yield name, data, []
 

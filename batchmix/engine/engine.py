@@ -25,6 +25,7 @@ from batchmix.engine.scheduler import Scheduler, Step, WaitingRequest
 from batchmix.engine.stats import EngineStats
 from batchmix.errors import BatchmixError
 from batchmix.guided.compile import GrammarCompiler
+from batchmix.guided.host_grammar import HostGrammar
 from batchmix.model.async_copy import AsyncCopy, async_copy_from
 from batchmix.model.kv_cache import KVCache
 from batchmix.model.mixtral import Mixtral
@@ -134,7 +135,19 @@ class Engine:
                 choices, ends = self.grammars.choice_tokens(prompt.sampling), self.grammars.end_tokens(prompt.sampling)
                 self.scheduler.add(WaitingRequest(prompt, samples, choices, ends))
             else:
+                if structured is not None:
+                    self._count_guided(prompt.sampling)
                 self.scheduler.add(WaitingRequest(prompt, samples))
+
+    def _count_guided(self, sampling: SamplingConfig) -> None:
+        assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
+        grammar = self.grammars.get(sampling)
+        if not isinstance(grammar, HostGrammar):
+            self.stats.rows_guided_by_table += 1
+        elif grammar.of_schema:
+            self.stats.rows_guided_by_llguidance += 1
+        else:
+            self.stats.rows_guided_on_host += 1
 
     def step(self) -> None:
         """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued before.

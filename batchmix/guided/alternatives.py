@@ -17,7 +17,7 @@ from batchmix.guided.ecma_regex import found_automaton
 from batchmix.guided.json_values import normal, refusal
 from batchmix.guided.keywords import ONLY, SINCE, TYPES, Made, Negated, Reader
 from batchmix.guided.opposites import forbidden_by_limits
-from batchmix.guided.pattern import Unsupported
+from batchmix.guided.pattern import BeyondUs
 from batchmix.guided.references import References
 
 _MAX_ALTERNATIVES = 256
@@ -100,7 +100,7 @@ class Alternatives:
         """What a schema refers to."""
         for key in ("$ref", "$dynamicRef", "$recursiveRef"):
             if key in keywords:
-                if key != "$ref" and len(self._references.documents) > 1:
+                if key != "$ref" and len({id(document) for document in self._references.documents.values()}) > 1:
                     raise refusal(path, f"has the keyword {key!r}, which is supported only without $id in the parts")
                 target = self._references.target(keywords[key], base, f"{path}/{key}")
                 return self.atom(target.schema, target.base, str(keywords[key]).removeprefix("#"))
@@ -118,7 +118,7 @@ class Alternatives:
             if not state.choices:
                 count += 1
                 if count > _MAX_ALTERNATIVES:
-                    raise Unsupported("has more than 256 ways to hold (anyOf, oneOf, not, if, dependencies); use fewer")
+                    raise BeyondUs("has more than 256 ways to hold (anyOf, oneOf, not, if, dependencies); use fewer")
                 yield tuple(state.limits)
                 continue
             (choice, led), *rest = state.choices
@@ -131,7 +131,7 @@ class Alternatives:
         while state.todo:
             self._steps += 1
             if self._steps > _MAX_STEPS:
-                raise Unsupported("has too many ways to hold (anyOf, oneOf, not, if, dependencies); use fewer")
+                raise BeyondUs("has too many ways to hold (anyOf, oneOf, not, if, dependencies); use fewer")
             atom, led = state.todo.pop(0)
             if atom.schema is True or atom.schema is False or atom.schema == {}:
                 if (atom.schema is False) != atom.negated:

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,11 +17,13 @@ from batchmix.data.messages import PromptError
 from batchmix.data.tokenizer import Tokenizer
 from batchmix.data.vocabulary import join, strip_start
 from batchmix.guided.canonical import Encode, canonical_tokens, canonical_within
+from batchmix.guided.delegated import delegated_schema
 from batchmix.guided.dfa import build_automaton
 from batchmix.guided.grammar import CompiledGrammar, compile_grammar
 from batchmix.guided.host_grammar import HostGrammar, HostVocabulary, host_grammar
 from batchmix.guided.json_schema import json_schema_grammar
-from batchmix.guided.pattern import Grammar, Pattern, TooLarge, Unsupported, alt, literal
+from batchmix.guided.keywords import unknown_line
+from batchmix.guided.pattern import NEVER, BeyondUs, Grammar, Pattern, TooLarge, Unsupported, alt, literal
 from batchmix.guided.regex import regex_pattern
 from batchmix.guided.trie import TokenTrie
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_DELEGATED = "too large for our compiler, so that llguidance reads the schema itself"
 _RECURSIVE = "recursive (any value, or a schema within itself)"
 _KEPT = 64  # grammars that are kept for rows to come
 _MAX_CHARS = (
@@ -59,6 +62,7 @@ class GrammarCompiler:
         self._tries: dict[Hashable, TokenTrie] = {}
         self._compiled: OrderedDict[Hashable, CompiledGrammar | HostGrammar] = OrderedDict()
         self._host_vocabulary: HostVocabulary | None = None
+        self._named_unknown = False  # whether a line of the log has named keywords that are read past
         self._encode = encode
         self._choice_tokens: OrderedDict[Hashable, list[list[int]]] = OrderedDict()
         self._lock = threading.Lock()  # of what is kept
@@ -124,7 +128,9 @@ class GrammarCompiler:
         outputs = sampling.structured_outputs
         name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
         try:
-            grammar = _grammar(outputs)
+            grammar = _grammar(outputs, self._read_past)
+            if grammar.schema is not None:
+                return self._on_host(grammar, sampling, name, _DELEGATED)
             if grammar.rules:
                 return self._on_host(grammar, sampling, name, _RECURSIVE)
             try:
@@ -135,6 +141,16 @@ class GrammarCompiler:
             raise Unsupported(f"sampling.structured_outputs.{name}: {error}") from None
         except RecursionError:
             raise Unsupported(f"sampling.structured_outputs.{name}: nested too deeply") from None
+
+    def _read_past(self, unknown: Iterable[str]) -> None:
+        """Name keywords that say nothing to us, in one line for all schemas of the run."""
+        names = [name for name in unknown if not name.startswith("x-")]
+        if names and not self._named_unknown:
+            self._named_unknown = True
+            _log.warning(
+                "sampling.structured_outputs.json: keywords that JSON Schema does not have are read past, as validators do: %s",
+                unknown_line(names[:8]),
+            )
 
     def _as_table(self, pattern: Pattern, sampling: SamplingConfig) -> CompiledGrammar:
         ends = self.end_tokens(sampling)
@@ -223,8 +239,11 @@ def _encode_answers(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int
     return found
 
 
-def _grammar(outputs: StructuredOutputs) -> Grammar:
-    """The texts that are allowed. Unsupported, before any work, where they are written in too long a text."""
+def _grammar(outputs: StructuredOutputs, read_past: Callable[[Iterable[str]], None]) -> Grammar:
+    """The texts that are allowed; `read_past` is told a schema's unknown keywords.
+
+    Unsupported, before any work, where they are written in too long a text.
+    """
     written = outputs.choice or (outputs.json if outputs.regex is None else outputs.regex)
     written = written if isinstance(written, str | list | tuple) else json.dumps(written)
     size = len(written) if isinstance(written, str) else sum(map(len, written))
@@ -238,4 +257,13 @@ def _grammar(outputs: StructuredOutputs) -> Grammar:
         schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
     except ValueError as error:
         raise Unsupported(f"no JSON ({error}); give a mapping or JSON text, a file is not read") from None
-    return json_schema_grammar(schema)
+    unknown: dict[str, None] = {}
+    try:
+        return json_schema_grammar(schema, unknown)
+    except BeyondUs as error:
+        try:
+            return Grammar(NEVER, schema=delegated_schema(schema))
+        except Unsupported as other:
+            raise Unsupported(f"{error}; llguidance is not asked, since {other}") from None
+    finally:
+        read_past(unknown)

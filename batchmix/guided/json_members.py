@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchmix.guided.pattern import EMPTY, Pattern, Unsupported, graph, literal, repeat, seq
+from batchmix.guided.pattern import EMPTY, BeyondUs, Pattern, graph, literal, repeat, seq
 
 COMMA = literal(", ")
 _MAX_NODES = 4_000
@@ -31,7 +31,7 @@ def members_graph(members: Sequence[Member], more: Pattern | None, low: int, hig
         high = None
     cap = high if high is not None else low if low > 1 else 1  # counts beyond it are told apart no more
     if (len(members) + 2) * (cap + 1) > _MAX_NODES:
-        raise Unsupported("has too many properties or items to count; leave out the limits of their number")
+        raise BeyondUs("has too many properties or items to count; leave out the limits of their number")
     nodes: dict[tuple[int, int, str], int] = {(0, 0, "after"): 0}
 
     def node(place: int, count: int, kind: str = "after") -> int:

@@ -16,7 +16,7 @@ from batchmix.guided.json_members import Member, members_graph
 from batchmix.guided.json_strings import any_string, string_of
 from batchmix.guided.json_values import dumps, refusal
 from batchmix.guided.keywords import ONLY, Made
-from batchmix.guided.pattern import NEVER, Pattern, alt, literal, seq
+from batchmix.guided.pattern import NEVER, BeyondUs, Pattern, alt, literal, seq
 
 if TYPE_CHECKING:
     from batchmix.guided.json_schema import Translation
@@ -116,8 +116,8 @@ class _Object:
     def _open(self, names: Sequence[str]) -> list[tuple[Pattern, Pattern]]:
         """Names that are not declared, by the patterns that they match, with their values."""
         if len(self._patterns) > _MAX_PATTERNS:
-            raise refusal(
-                self._path, f"has more than {_MAX_PATTERNS} patterns in 'patternProperties', which is not supported"
+            raise BeyondUs(
+                f"{self._path or 'the schema'} has more than {_MAX_PATTERNS} patterns in 'patternProperties'"
             )
         found = []
         for count in range(len(self._patterns) + 1):

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batchmix.guided.alternatives import Alternatives, Atom, Limits, types_of
+from batchmix.guided.automata import finite_texts
 from batchmix.guided.constants import fractions_only, integers_only, number_bounds, string_pattern
-from batchmix.guided.dfa import both
+from batchmix.guided.dfa import both, build_automaton
 from batchmix.guided.json_arrays import array_of, array_pattern
 from batchmix.guided.json_members import Member, members_graph
 from batchmix.guided.json_objects import object_of, object_pattern
@@ -20,7 +21,7 @@ from batchmix.guided.json_strings import any_string
 from batchmix.guided.json_values import decimal, dumps, normal, refusal
 from batchmix.guided.keywords import KEYWORDS, TYPE_OF_KEYWORD, TYPES, Reader
 from batchmix.guided.numbers import any_fraction, any_integer, any_number, integers_between, multiples, numbers_between
-from batchmix.guided.pattern import NEVER, Grammar, Named, Pattern, Unsupported, alt, literal, seq
+from batchmix.guided.pattern import NEVER, BeyondUs, Grammar, Named, NoText, Pattern, Unsupported, alt, literal, seq
 from batchmix.guided.references import References, draft_of
 
 _MAX_DEPTH = 48  # of schemas in one another, references followed
@@ -57,7 +58,7 @@ class Translation:
     def schema(self, atoms: Sequence[Atom], path: str, depth: int) -> Pattern:
         """The values for which all of the schemas hold; `path` is where they stand, for messages."""
         if depth > _MAX_DEPTH:
-            raise refusal(path, "is nested too deeply")
+            raise BeyondUs(f"{path} is nested too deeply")
         key = frozenset(atom.key for atom in atoms)
         if key in self._open:
             self._recursive.add(self._open[key])
@@ -78,7 +79,7 @@ class Translation:
         try:
             found = self.alternatives.of(atoms)
         except Unsupported as error:
-            raise error if str(error).startswith("/") else refusal(path, str(error)) from None
+            raise error if str(error).startswith("/") else type(error)(f"{path or 'the schema'} {error}") from None
         root = (
             self.reader.read(atoms[0].schema, path) if len(atoms) == 1 and isinstance(atoms[0].schema, dict) else None
         )
@@ -104,8 +105,12 @@ class Translation:
         try:
             return alt(one for name in TYPES if name in types
                        if (one := getattr(self, f"_{name}")(limits, path, depth)) != NEVER)  # fmt: skip
+        except NoText:
+            raise
         except Unsupported as error:
-            raise error if str(error).startswith(("/", "the ")) else refusal(path, str(error)) from None
+            raise (
+                error if str(error).startswith(("/", "the ")) else type(error)(f"{path or 'the schema'} {error}")
+            ) from None
 
     def finite(self, atoms: Sequence[Atom]) -> list[Any] | None:
         """All values of the schemas, each once, None where they are too many or not all known."""
@@ -121,11 +126,16 @@ class Translation:
                 found = number_bounds(limits)
                 if found.low is None or found.high is None or found.high - found.low > _MAX_FINITE:
                     return None
-                inside = integers_between(found.low, found.open_low, found.high, found.open_high)
-                known = [] if inside == NEVER else None  # too seldom to be worth more
+                inside = self._number(limits, "", 0)
+                if inside == NEVER:
+                    continue
+                known = [
+                    int(text) for text in finite_texts(build_automaton(inside), 2 * _MAX_FINITE) or () if text != "-0"
+                ]
             if known is None:
                 return None
-            values |= {normal(value): value for value in known}
+            for value in known:
+                values.setdefault(normal(value), value)
         return list(values.values()) if len(values) <= _MAX_FINITE else None
 
     def anything(self) -> Pattern:

@@ -17,6 +17,9 @@ _TOO_LONG = "it is too large without tables too"
 
 def lark(grammar: Grammar, before: str = "") -> str:
     """The texts of the grammar, each with the text `before` in front of it. Unsupported where that would be too long."""
+    if grammar.schema is not None:
+        head = f"TERMINAL_0 schema\nTERMINAL_0: /{_literal(before)}/" if before else "schema"
+        return f"start: {head}\nschema: %json {grammar.schema}\n"
     writer = _Writer({name: f"rule_{number}" for number, name in enumerate(grammar.rules)})
     lines = [f"{writer.names[name]}: {writer.rule(pattern)}" for name, pattern in grammar.rules.items()]
     head = writer.terminal(f"/{_literal(before)}/") if before else ""
@@ -26,6 +29,14 @@ def lark(grammar: Grammar, before: str = "") -> str:
     if len(found) > _MAX_TEXT:
         raise Unsupported(_TOO_LONG)
     return found
+
+
+def regex_text(pattern: Pattern) -> str:
+    """A pattern without names as a regex of sets and groups, which all engines read alike. Unsupported where none says it."""
+    part = _Writer({}).part(pattern)
+    if part.kind != _REGEX:
+        raise Unsupported("has limits that hold at once, which no regex says")
+    return part.text
 
 
 _REGEX, _TERMINAL, _RULE = range(3)  # what a part can stand in, and in all that come after
@@ -51,7 +62,7 @@ class _Writer:
         self._parts: dict[Pattern, _Part] = {}
 
     def rule(self, pattern: Pattern) -> str:
-        return self._in_rule(self._part(pattern))
+        return self._in_rule(self.part(pattern))
 
     def terminal(self, expression: str) -> str:
         return self.terminals.setdefault(expression, f"TERMINAL_{len(self.terminals)}")
@@ -61,7 +72,8 @@ class _Writer:
             return part.text
         return self.terminal(part.terminal) if part.text else '""'
 
-    def _part(self, pattern: Pattern) -> _Part:
+    def part(self, pattern: Pattern) -> _Part:
+        """A pattern, written once."""
         if pattern not in self._parts:
             part = self._parts[pattern] = self._written(pattern)
             if len(part.text) > _MAX_TEXT or len(self.nodes) > _MAX_NODES:
@@ -78,10 +90,10 @@ class _Writer:
         if isinstance(pattern, Both):
             return self._both(pattern)
         if isinstance(pattern, Repeat):
-            item = self._part(pattern.item)
+            item = self.part(pattern.item)
             times = f"{{{pattern.low},{'' if pattern.high is None else pattern.high}}}"
             return _Part(f"(?:{item.text}){times}" if item.kind == _REGEX else f"({item.text}){times}", item.kind)
-        parts = [self._part(item) for item in pattern.items]
+        parts = [self.part(item) for item in pattern.items]
         kind = max((part.kind for part in parts), default=_REGEX)
         texts = [part.text for part in parts]
         if kind == _REGEX:
@@ -102,8 +114,8 @@ class _Writer:
         return _Part(" ".join(map(self._in_rule, joined)), _RULE)
 
     def _both(self, pattern: Both) -> _Part:
-        parts = [self._part(item) for item in pattern.items]
-        without = [self._part(item) for item in pattern.without]
+        parts = [self.part(item) for item in pattern.items]
+        without = [self.part(item) for item in pattern.without]
         if any(part.kind == _RULE for part in parts + without):
             raise Unsupported("has limits that hold at once which need tables")
         return _Part(

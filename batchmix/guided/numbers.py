@@ -163,7 +163,12 @@ def _closed(bound: Decimal | None, is_open: bool, step: int) -> tuple[Decimal | 
     """An open bound as a closed one at a distance that floats tell apart; one of 0, which they do, stays open."""
     if bound is None or not is_open or not bound:
         return bound, is_open
-    return _EXACT.add(bound, step * Decimal(1).scaleb(bound.adjusted() - _FLOAT_DIGITS + 1, _EXACT)), False
+    return closed_bound(bound, step), False
+
+
+def closed_bound(bound: Decimal, step: int) -> Decimal:
+    """The number next to a bound that is not 0, upwards for a `step` of 1 and downwards for -1, which floats tell from it."""
+    return _EXACT.add(bound, step * Decimal(1).scaleb(bound.adjusted() - _FLOAT_DIGITS + 1, _EXACT))
 
 
 def _positive(low: Decimal, open_low: bool, high: Decimal | None, open_high: bool) -> Pattern:

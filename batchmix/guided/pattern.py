@@ -101,6 +101,7 @@ class Grammar:
 
     pattern: Pattern
     rules: Mapping[str, Pattern] = field(default_factory=dict)
+    schema: str | None = None  # a JSON Schema that llguidance is to read, in the place of pattern and rules
 
 
 class Unsupported(ValueError):
@@ -116,6 +117,10 @@ class NoText(Unsupported):
 
 class TooLarge(Unsupported):
     """More than tables can hold."""
+
+
+class BeyondUs(Unsupported):
+    """A JSON Schema that is right, but more than our compiler can work out."""
 
 
 def chars(ranges: Iterable[Range]) -> Pattern:

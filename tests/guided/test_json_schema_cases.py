@@ -10,19 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guided_walks import automaton_of, texts
+from guided_walks import accepts_on_host, automaton_of, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.config import SamplingConfig, StructuredOutputs
-from batchmix.guided.compile import GrammarCompiler
 from batchmix.guided.dfa import build_automaton
-from batchmix.guided.host_grammar import HostGrammar
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.pattern import Unsupported
 
 CASES = json.loads((Path(__file__).parent.parent / "fixtures" / "json_schema_cases.json").read_text())
-GRAMMARS = GrammarCompiler([b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0])
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"
 
@@ -37,13 +33,6 @@ def is_valid(schema: Any, text: str) -> bool:
     check = JUDGE.validator(schema)
     assert check is not None
     return bool(JUDGE.is_valid(check, text))
-
-
-def accepts_on_host(schema: Any, text: str) -> bool:
-    grammar = GRAMMARS.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
-    assert isinstance(grammar, HostGrammar)
-    matcher = grammar.matcher.deep_copy()
-    return all(matcher.consume_token(1 + byte) for byte in text.encode()) and matcher.is_accepting()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
