@@ -194,6 +194,13 @@ def _byte_edges(ranges: tuple[Range, ...]) -> tuple[tuple[tuple[int, int, int, i
     return tuple(edges), len(shared)
 
 
+def _overlap(edges: list[tuple[int, int, int]]) -> bool:
+    """Whether two edges have a byte in common."""
+    if len(edges) < 2:
+        return False
+    return any(left[1] >= right[0] for left, right in pairwise(sorted(edges)))
+
+
 def _determinise(nfa: _Nfa, start: int, end: int) -> ByteAutomaton:
     numbers: dict[frozenset[int], int] = {}
     queue: list[frozenset[int]] = []
@@ -220,7 +227,7 @@ def _determinise(nfa: _Nfa, start: int, end: int) -> ByteAutomaton:
     for subset in queue:
         row = np.full(256, -1, np.int32)
         edges = [edge for state in subset for edge in nfa.edges[state]]
-        if len(subset) == 1 or len(edges) == 1:  # a state's own edges do not overlap, unless two have one target
+        if not _overlap(edges):
             work += len(edges)
             for low, high, target in edges:
                 row[low : high + 1] = number(frozenset((target,)))
