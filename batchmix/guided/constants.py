@@ -25,10 +25,18 @@ class Constants:
 
     def __init__(self, alternatives: Alternatives, reader: Reader) -> None:
         self._alternatives, self._reader = alternatives, reader
+        # By identity of the keywords, which are kept alive.
+        self._values: dict[frozenset[int], tuple[Sequence[Limits], list[Any] | None]] = {}
         self._normal: dict[int, set[str]] = {}  # by identity of an enum, which the schema keeps alive
 
     def of(self, limits: Sequence[Limits]) -> list[Any] | None:
         """The only values that the limits allow, where they name constants."""
+        key = frozenset(id(one.keywords) for one in limits)
+        if key not in self._values:
+            self._values[key] = limits, self._found(limits)
+        return self._values[key][1]
+
+    def _found(self, limits: Sequence[Limits]) -> list[Any] | None:
         given = []
         for one in limits:
             if "const" in one.keywords:

@@ -32,7 +32,7 @@ from batchmix.guided.pattern import (
 )
 
 MAX_STATES = 16_384  # of an automaton; a string of up to 1,000 characters takes 9,000
-_MAX_NFA_STATES = 150_000
+_MAX_NFA_STATES = 100_000
 _MAX_WORK = 20_000_000  # edges looked at for each range of bytes: a few seconds; a string of up to 1,000 characters takes 2 % of it
 _TOO_LARGE = "the automaton is too large; shorten counted repetitions (maxLength, maxItems, {low,high}) or the choices"
 
@@ -41,6 +41,8 @@ def build_automaton(pattern: Pattern) -> ByteAutomaton:
     """The automaton of the UTF-8 texts of a pattern. Unsupported where there is none or it would be too large."""
     if pattern == NEVER:
         raise NoText
+    if _size(pattern, {}) > _MAX_NFA_STATES:
+        raise TooLarge(_TOO_LARGE)
     nfa = _Nfa()
     start, end = nfa.state(), nfa.state()
     nfa.add(pattern, start, end)
@@ -61,6 +63,24 @@ def both(items: Iterable[Pattern], without: Iterable[Pattern] = ()) -> Pattern:
 @lru_cache(maxsize=1024)
 def _both_automaton(pattern: Both) -> ByteAutomaton:
     return product([build_automaton(one) for one in pattern.items], [build_automaton(one) for one in pattern.without])
+
+
+def _size(pattern: Pattern, known: dict[Pattern, int]) -> int:
+    """States that the pattern takes before they are made deterministic, about; parts that are one object are looked at once."""
+    if isinstance(pattern, Chars | Named):
+        return 1
+    found = known.get(pattern)
+    if found is None:
+        if isinstance(pattern, Repeat):
+            found = (_size(pattern.item, known) + 1) * (pattern.low + 1 if pattern.high is None else pattern.high)
+        elif isinstance(pattern, Graph):
+            found = sum(_size(item, known) + 1 for _, item, _ in pattern.edges)
+        elif isinstance(pattern, Both):
+            found = len(_both_automaton(pattern).accepts)
+        else:
+            found = sum(_size(item, known) for item in pattern.items) + 2 * len(pattern.items) * isinstance(pattern, Alt)
+        known[pattern] = found
+    return found
 
 
 class _Nfa:
