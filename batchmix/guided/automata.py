@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from batchmix.guided.pattern import TooLarge
 
-_MAX_PRODUCT = 8_192  # states of a product before it is made small: a second or so
+_MAX_PRODUCT = 4_096  # states of a product before it is made small
 
 
 @dataclass(frozen=True)
@@ -42,40 +41,35 @@ def product(items: Sequence[ByteAutomaton], without: Sequence[ByteAutomaton]) ->
 
     TooLarge where it has too many states on the way there.
     """
-    start = (0,) * (len(items) + len(without))
+    automata = [*items, *without]
+    kinds = np.zeros(256, np.int64)  # of bytes: those that no automaton tells apart
+    for one in automata:
+        _, found = np.unique(one.goto, axis=1, return_inverse=True)
+        _, kinds = np.unique(kinds * 256 + found.reshape(-1), return_inverse=True)
+    first = np.unique(kinds, return_index=True)[1]
+    narrow = [one.goto[:, first].tolist() for one in automata]
+    nowhere = [-1] * len(first)
+    start = (0,) * len(automata)
     numbers, queue = {start: 0}, [start]
-    rows: list[npt.NDArray[np.int32]] = []
+    rows: list[list[int]] = []
     accepts: list[bool] = []
-    all_of, none_of = list(items), list(without)
     for states in queue:  # grows while it is read
-        inside = list(zip(all_of, states, strict=False))
-        outside = [(one, state) for one, state in zip(none_of, states[len(all_of) :], strict=True) if state >= 0]
-        accepts.append(
-            all(one.accepts[state] for one, state in inside) and not any(one.accepts[s] for one, s in outside)
-        )
-        following = np.stack(
-            [
-                one.goto[state] if state >= 0 else _NOWHERE
-                for one, state in zip([*all_of, *none_of], states, strict=True)
-            ]
-        )
-        row = np.full(256, -1, np.int32)
-        alive = np.all(following[: len(all_of)] >= 0, axis=0)
-        cuts = [0, *(np.flatnonzero((following[:, 1:] != following[:, :-1]).any(0)) + 1).tolist(), 256]
-        for low, beyond in pairwise(cuts):
-            if alive[low]:
-                after = tuple(following[:, low].tolist())
-                if after not in numbers:
-                    if len(queue) >= _MAX_PRODUCT:
-                        raise TooLarge("the automaton of limits that hold at once is too large; shorten them")
-                    numbers[after] = len(queue)
-                    queue.append(after)
-                row[low:beyond] = numbers[after]
+        accepting = [state >= 0 and bool(one.accepts[state]) for one, state in zip(automata, states, strict=True)]
+        accepts.append(all(accepting[: len(items)]) and not any(accepting[len(items) :]))
+        row = []
+        columns = [one[state] if state >= 0 else nowhere for one, state in zip(narrow, states, strict=True)]
+        for after in zip(*columns, strict=True):
+            if min(after[: len(items)]) < 0:
+                row.append(-1)
+                continue
+            if after not in numbers:
+                if len(queue) >= _MAX_PRODUCT:
+                    raise TooLarge("the automaton of limits that hold at once is too large; shorten them")
+                numbers[after] = len(queue)
+                queue.append(after)
+            row.append(numbers[after])
         rows.append(row)
-    return smallest(ByteAutomaton(np.stack(rows), np.array(accepts)))
-
-
-_NOWHERE = np.full(256, -1, np.int32)
+    return smallest(ByteAutomaton(np.array(rows, np.int32)[:, kinds], np.array(accepts)))
 
 
 def smallest(automaton: ByteAutomaton) -> ByteAutomaton:

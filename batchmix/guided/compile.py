@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from batchmix.guided.canonical import Encode, canonical_tokens, canonical_within
 from batchmix.guided.delegated import delegated_schema
 from batchmix.guided.dfa import build_automaton
 from batchmix.guided.grammar import CompiledGrammar, compile_grammar
+from batchmix.guided.grammar_cache import GrammarCache
 from batchmix.guided.host_grammar import HostGrammar, HostVocabulary, host_grammar
 from batchmix.guided.json_schema import json_schema_grammar
 from batchmix.guided.keywords import unknown_line
@@ -34,6 +36,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _DELEGATED = "too large for our compiler, so that llguidance reads the schema itself"
 _RECURSIVE = "recursive (any value, or a schema within itself)"
+_WORTH_KEEPING = 0.05  # seconds of compiling: reading a table takes less
 _KEPT = 64  # grammars that are kept for rows to come
 _MAX_CHARS = (
     2**18
@@ -53,9 +56,11 @@ class GrammarCompiler:
         drops_leading_space: bool,
         eos_token_ids: Sequence[int],
         encode: Encode | None = None,
+        cache: GrammarCache | None = None,
     ) -> None:
         """`encode`: texts as the tokens that would be generated for them; without it, choices cannot be
-        scored, and a forced text may be said in any tokens."""
+        scored, and a forced text may be said in any tokens. `cache` has tables of earlier runs."""
+        self._cache = cache
         self._pieces = pieces
         self._drops_leading_space = drops_leading_space
         self._eos_token_ids = tuple(eos_token_ids)
@@ -69,8 +74,11 @@ class GrammarCompiler:
         self._making = threading.Lock()  # held for as long as making takes: what is kept can be had meanwhile
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarCompiler:
-        """Those of a tokenizer, for a model whose vocabulary may be larger or smaller."""
+    def of(
+        cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int], *, on_disk: bool = False
+    ) -> GrammarCompiler:
+        """Those of a tokenizer, for a model whose vocabulary may be larger or smaller. `on_disk`: tables are kept for
+        other runs."""
         pieces = tokenizer.token_bytes(True)[:vocab_size]
         pieces = pieces + [b""] * (vocab_size - len(pieces))
         return cls(
@@ -78,6 +86,7 @@ class GrammarCompiler:
             drops_leading_space=tokenizer.drops_leading_space,
             eos_token_ids=eos_token_ids,
             encode=partial(_encode_answers, tokenizer),
+            cache=GrammarCache.of(pieces, tokenizer.drops_leading_space, tuple(eos_token_ids)) if on_disk else None,
         )
 
     def get(self, sampling: SamplingConfig) -> CompiledGrammar | HostGrammar:
@@ -127,14 +136,25 @@ class GrammarCompiler:
         assert sampling.structured_outputs is not None
         outputs = sampling.structured_outputs
         name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
+        key = grammar_key(sampling)
+        kept = self._cache.get(key) if self._cache is not None else None
+        if kept is not None:
+            self._read_past(kept[1])
+            return kept[0]
+        unknown: dict[str, None] = {}
+        started = time.perf_counter()
         try:
-            grammar = _grammar(outputs, self._read_past)
+            grammar = _grammar(outputs, unknown)
+            self._read_past(unknown)
             if grammar.schema is not None:
                 return self._on_host(grammar, sampling, name, _DELEGATED)
             if grammar.rules:
                 return self._on_host(grammar, sampling, name, _RECURSIVE)
             try:
-                return self._as_table(grammar.pattern, sampling)
+                found = self._as_table(grammar.pattern, sampling)
+                if self._cache is not None and time.perf_counter() - started > _WORTH_KEEPING:
+                    self._cache.put(key, found, unknown)
+                return found
             except TooLarge as error:
                 return self._on_host(grammar, sampling, name, str(error))
         except Unsupported as error:
@@ -211,7 +231,9 @@ def open_grammars(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Gramma
     """The grammars of a checkpoint's vocabulary; None without a tokenizer. Compiles nothing yet."""
     if tokenizer is None:
         return None
-    return GrammarCompiler.of(tokenizer, checkpoint.config.vocab_size, checkpoint.end_tokens(tokenizer.eos_id))
+    return GrammarCompiler.of(
+        tokenizer, checkpoint.config.vocab_size, checkpoint.end_tokens(tokenizer.eos_id), on_disk=True
+    )
 
 
 def grammar_key(sampling: SamplingConfig) -> tuple[Any, ...]:
@@ -239,8 +261,8 @@ def _encode_answers(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int
     return found
 
 
-def _grammar(outputs: StructuredOutputs, read_past: Callable[[Iterable[str]], None]) -> Grammar:
-    """The texts that are allowed; `read_past` is told a schema's unknown keywords.
+def _grammar(outputs: StructuredOutputs, unknown: dict[str, None]) -> Grammar:
+    """The texts that are allowed; `unknown` collects keywords of a schema that are read past.
 
     Unsupported, before any work, where they are written in too long a text.
     """
@@ -257,7 +279,6 @@ def _grammar(outputs: StructuredOutputs, read_past: Callable[[Iterable[str]], No
         schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
     except ValueError as error:
         raise Unsupported(f"no JSON ({error}); give a mapping or JSON text, a file is not read") from None
-    unknown: dict[str, None] = {}
     try:
         return json_schema_grammar(schema, unknown)
     except BeyondUs as error:
@@ -265,5 +286,3 @@ def _grammar(outputs: StructuredOutputs, read_past: Callable[[Iterable[str]], No
             return Grammar(NEVER, schema=delegated_schema(schema))
         except Unsupported as other:
             raise Unsupported(f"{error}; llguidance is not asked, since {other}") from None
-    finally:
-        read_past(unknown)

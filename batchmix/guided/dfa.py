@@ -50,19 +50,33 @@ def build_automaton(pattern: Pattern) -> ByteAutomaton:
 
 
 def both(items: Iterable[Pattern], without: Iterable[Pattern] = ()) -> Pattern:
-    """The texts of all `items` that none of `without` has, NEVER where there is none. TooLarge where that takes too much."""
+    """The texts of all `items` that none of `without` has, NEVER where it is seen that there is none."""
     items, without = tuple(dict.fromkeys(items)), tuple(one for one in dict.fromkeys(without) if one != NEVER)
     if NEVER in items:
         return NEVER
     if len(items) == 1 and not without:
         return items[0]
     found = Both(items, without)
-    return found if len(_both_automaton(found).accepts) else NEVER
+    automaton = _found_automaton(found)
+    return found if isinstance(automaton, str) or len(automaton.accepts) else NEVER
+
+
+def _both_automaton(pattern: Both) -> ByteAutomaton:
+    found = _found_automaton(pattern)
+    if isinstance(found, str):
+        raise TooLarge(found)
+    return found
 
 
 @lru_cache(maxsize=1024)
-def _both_automaton(pattern: Both) -> ByteAutomaton:
-    return product([build_automaton(one) for one in pattern.items], [build_automaton(one) for one in pattern.without])
+def _found_automaton(pattern: Both) -> ByteAutomaton | str:
+    """The automaton, or why it is too large."""
+    try:
+        return product(
+            [build_automaton(one) for one in pattern.items], [build_automaton(one) for one in pattern.without]
+        )
+    except TooLarge as error:
+        return str(error)
 
 
 def _size(pattern: Pattern, known: dict[Pattern, int]) -> int:
@@ -78,7 +92,9 @@ def _size(pattern: Pattern, known: dict[Pattern, int]) -> int:
         elif isinstance(pattern, Both):
             found = len(_both_automaton(pattern).accepts)
         else:
-            found = sum(_size(item, known) for item in pattern.items) + 2 * len(pattern.items) * isinstance(pattern, Alt)
+            found = sum(_size(item, known) for item in pattern.items) + 2 * len(pattern.items) * isinstance(
+                pattern, Alt
+            )
         known[pattern] = found
     return found
 

@@ -8,6 +8,7 @@ digit: a float64 tells apart what 15 digits do (C's DBL_DIG), and validators com
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from functools import lru_cache
 
 from batchmix.guided.dfa import both
 from batchmix.guided.pattern import (
@@ -27,10 +28,12 @@ from batchmix.guided.pattern import (
 _FLOAT_DIGITS = 15
 _MAX_EXPONENT = 299
 _MAX_DIGITS = 1_000  # of a bound
+_LONG = 40  # digits of an integer below a bound that has more
 _MAX_RESIDUES = 1_000  # states of the multiples of a number
 _EXACT = Context(prec=_MAX_DIGITS + 50, Emax=10**6, Emin=-(10**6))
 
 
+@lru_cache(maxsize=128)
 def _digit(low: int = 0, high: int = 9) -> Pattern:
     return chars([(48 + low, 48 + high)]) if low <= high else NEVER
 
@@ -114,6 +117,8 @@ def _naturals(low: int, high: int | None) -> Pattern:
         same = _same_length(str(low), "9" * len(str(low)))
         return alt([same, longer])
     parts = []
+    if high >= 10**_LONG and low < 10 ** (_LONG - 1):  # longer ones are written with an exponent
+        return alt([_naturals(low, 10 ** (_LONG - 1) - 1), seq([_digit(1), repeat(_digit(), _LONG - 1, _LONG - 1)])])
     for length in range(len(str(low)), len(str(high)) + 1):
         first = max(low, 10 ** (length - 1) if length > 1 else 0)
         last = min(high, 10**length - 1)

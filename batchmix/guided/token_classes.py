@@ -12,10 +12,12 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from batchmix.guided.pattern import TooLarge
 from batchmix.guided.trie import Ints, TokenTrie
 
 Words = npt.NDArray[np.uint64]
 _BLOCK_STATES = 256  # walked together
+_MAX_ENTRIES = 4_000_000  # states by tokens: half a second
 _PLAIN = [byte for byte in range(0x20, 0x80) if byte not in b'"\\']
 _ESCAPED = list(b'"\\bfnrt')
 # Bytes of UTF-8 by what follows them: (first bytes, second, third, fourth).
@@ -38,15 +40,18 @@ def token_classes(
 
     `goto` [S, 256] is the automaton; the last state is that of a text without bytes, which differs from state 0 where a
     leading space is dropped. A state that `only` has, and the text's start if `only_first` is given, allows that token alone,
-    unless it does not allow it at all.
+    unless it does not allow it at all. TooLarge where it takes too long.
     """
     num_states = len(goto)
     step = character_steps(goto)
     step[[0, *only]] = -1  # these are looked at token by token
     inside = np.flatnonzero(step >= 0)
     others = np.flatnonzero(step < 0)
-    parts = [_kept(_walked(trie, goto, others[low : low + _BLOCK_STATES]), only, num_states)
-             for low in range(0, len(others), _BLOCK_STATES)]  # fmt: skip
+    parts: list[Triples] = []
+    for low in range(0, len(others), _BLOCK_STATES):
+        parts.append(_kept(_walked(trie, goto, others[low : low + _BLOCK_STATES]), only, num_states))
+        if sum(len(part[0]) for part in parts) > _MAX_ENTRIES:
+            raise TooLarge("the token tables take too long; shorten patterns, counted repetitions or choices")
     parts.append(_start(trie, goto, drops_leading_space, only_first))
     reached = _reached(step, inside, int(trie.string_tokens.characters.max(initial=0)))  # [characters, inside]
     parts += _irregular(trie, goto, inside, reached)
