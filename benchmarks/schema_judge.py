@@ -49,9 +49,10 @@ class Judge:
     def __init__(self) -> None:
         self._engine = MiniRacer()
         self._engine.eval(_TEST)
-        _keywords.re = _utils.re = SimpleNamespace(search=self._search)
+        _keywords.re = _utils.re = SimpleNamespace(search=self.found)
 
-    def _search(self, regex: str, text: str) -> bool:
+    def found(self, regex: str, text: str) -> bool:
+        """Whether JavaScript finds the regex in the text. ValueError where it has no such regex."""
         found = self._engine.call("found", regex, text)
         if found is None:
             raise ValueError(f"JavaScript has no such regex: {regex}")

@@ -83,6 +83,7 @@ class Syntax:
         self.legacy = False
         self._at = 0
         self._depth = 0
+        self._names: set[str] = set()
         self.node = self._choice()
         if self._at < len(regex):
             raise Unsupported("has a ) without (")
@@ -195,8 +196,10 @@ class Syntax:
                 raise Unsupported("look-behind (?<=...) is not supported")
             elif self._take("<"):
                 end = self.regex.find(">", self._at)
-                if end < 0 or not self.regex[self._at : end].isidentifier():
-                    raise Unsupported("has a group with a name that is none")
+                name = self.regex[self._at : end]
+                if end < 0 or not name.isidentifier() or name in self._names:
+                    raise Unsupported("has a group whose name is none, or another's")
+                self._names.add(name)
                 self._at = end + 1
             elif not self._take(":"):
                 raise Unsupported("has a group (?...) that ECMA-262 does not have or that is not supported")

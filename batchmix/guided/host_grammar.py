@@ -53,7 +53,7 @@ class HostVocabulary:
         try:
             import llguidance
         except ImportError:
-            raise Unsupported("needs a library that is not installed: pip install 'batchmix[guided]'") from None
+            raise Unsupported("needs llguidance, which is not installed: pip install llguidance") from None
         if not _BYTES.issubset(pieces[token] for token in np.flatnonzero(tokens)):
             # The library would take the rest of a forced text for said, and allow what comes after it.
             raise Unsupported("needs a vocabulary with a token for each byte, and the model's has none for some")

@@ -24,7 +24,7 @@ from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
 
 jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
-pytest.importorskip("llguidance")  # of the `guided` extra
+pytest.importorskip("llguidance")
 
 TREE = {"type": "object", "properties": {"n": {"type": "boolean"}, "more": {"type": "array", "items": {"$ref": "#"}}},
         "required": ["n"]}  # fmt: skip

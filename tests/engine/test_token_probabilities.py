@@ -17,7 +17,7 @@ from batchmix.guided.host_grammar import GrammarMatcher, HostGrammar, follow
 from batchmix.model.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
 
-pytest.importorskip("llguidance")  # of the `guided` extra
+pytest.importorskip("llguidance")
 
 TICKET = {"type": "object", "properties": {"mood": {"enum": ["good", "bad", "mixed"]}, "note": {"type": "string"}},
           "required": ["mood"]}  # fmt: skip

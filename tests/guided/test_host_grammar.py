@@ -25,7 +25,7 @@ from batchmix.guided.regex import regex_pattern
 from batchmix.guided.trie import TokenTrie
 
 jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
-pytest.importorskip("llguidance")  # of the `guided` extra
+pytest.importorskip("llguidance")
 
 # Control tokens, single bytes as SentencePiece has them, then pieces that overlap.
 WORDS = ["a", "b", "ab", "aa", " a", " ", "  ", "é", "a b", "x1", "1", "日本", '"', '{"', '": ', '", "', '"}', "]]"]
@@ -253,5 +253,5 @@ def test_keys_that_need_a_table(wish, reason):
 def test_without_the_library_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     fresh = GrammarCompiler(PIECES, drops_leading_space=True, eos_token_ids=[EOS])
-    with pytest.raises(Unsupported, match=r"json: recursive \(.*\); .*pip install 'batchmix\[guided\]'"):
+    with pytest.raises(Unsupported, match=r"json: recursive \(.*\); .*pip install llguidance"):
         fresh.get(SamplingConfig(structured_outputs=StructuredOutputs(json=TREE)))
