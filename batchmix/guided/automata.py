@@ -69,10 +69,10 @@ def product(items: Sequence[ByteAutomaton], without: Sequence[ByteAutomaton]) ->
                 queue.append(after)
             row.append(numbers[after])
         rows.append(row)
-    return smallest(ByteAutomaton(np.array(rows, np.int32)[:, kinds], np.array(accepts)))
+    return minimised(ByteAutomaton(np.array(rows, np.int32)[:, kinds], np.array(accepts)))
 
 
-def smallest(automaton: ByteAutomaton) -> ByteAutomaton:
+def minimised(automaton: ByteAutomaton) -> ByteAutomaton:
     """The automaton of the same texts with the fewest states, none where it has no text."""
     goto, accepts = automaton.goto, automaton.accepts
     leads = accepts.copy()
@@ -89,13 +89,14 @@ def smallest(automaton: ByteAutomaton) -> ByteAutomaton:
     first_byte = np.array([np.flatnonzero(byte_class == number)[0] for number in range(byte_class.max() + 1)])
     narrow = goto[:, first_byte]  # [S, classes of bytes]
     labels = (accepts & leads).astype(np.int64) + leads
-    while True:  # Moore: states of one label whose next states have the same labels
-        signature = np.column_stack((labels, np.where(narrow >= 0, labels[narrow], -1)))
-        _, finer = np.unique(signature, axis=0, return_inverse=True)
-        finer = finer.reshape(-1)
-        if len(np.unique(finer)) == len(np.unique(labels)):
+    for salt in range(8):  # other random words if two states that differ have one sum
+        labels = _refined(narrow, labels, salt)
+        first = np.unique(labels, return_index=True)[1]
+        after = np.where(narrow >= 0, labels[narrow], -1)
+        if (after == after[first][labels]).all() and (accepts == accepts[first][labels]).all():
             break
-        labels = finer
+    else:
+        raise AssertionError("states that differ have one sum, eight times")
     # Numbered as they are met, from the start.
     order, numbers = [0], {int(labels[0]): 0}
     for state in order:
@@ -110,11 +111,25 @@ def smallest(automaton: ByteAutomaton) -> ByteAutomaton:
     return ByteAutomaton(small[:, byte_class], accepts[order])
 
 
+def _refined(narrow: npt.NDArray[np.int32], labels: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.int64]:
+    """Labels that states share whose next states have the same labels (Moore), by sums of random words; [S]."""
+    words = np.random.default_rng(salt).integers(1, 2**63, (narrow.shape[1] + 1, len(narrow) + 2), np.uint64)
+    column = np.arange(narrow.shape[1])
+    while True:
+        after = np.where(narrow >= 0, labels[narrow], -1)  # -1 is the last word
+        sums = words[-1][labels] + words[column, after].sum(1, dtype=np.uint64)
+        _, finer = np.unique(sums, return_inverse=True)
+        finer = finer.reshape(-1).astype(np.int64)
+        if finer.max() == labels.max() and len(np.unique(labels)) == finer.max() + 1:
+            return finer
+        labels = finer
+
+
 def finite_texts(automaton: ByteAutomaton, most: int) -> list[str] | None:
     """All texts in the order of their bytes, None where there are more than `most`."""
     found: list[str] = []
     todo: list[tuple[int, bytes]] = [(0, b"")]
-    small = smallest(automaton)
+    small = minimised(automaton)
     if not len(small.accepts):
         return found
     while todo:
