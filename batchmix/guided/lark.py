@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchmix.guided.automaton_regex import automaton_regex
+from batchmix.guided.dfa import build_automaton
 from batchmix.guided.pattern import EMPTY, Alt, Both, Chars, Grammar, Graph, Named, Pattern, Repeat, Seq, Unsupported
 
 _MAX_TEXT = 2_000_000  # characters; 30,000 short choices have 600,000, and take the library a tenth of a second
@@ -114,13 +116,11 @@ class _Writer:
         return _Part(" ".join(map(self._in_rule, joined)), _RULE)
 
     def _both(self, pattern: Both) -> _Part:
-        parts = [self.part(item) for item in pattern.items]
-        without = [self.part(item) for item in pattern.without]
-        if any(part.kind == _RULE for part in parts + without):
-            raise Unsupported("has limits that hold at once which need tables")
-        return _Part(
-            f"({' & '.join([part.terminal for part in parts] + [f'~{part.terminal}' for part in without])})", _TERMINAL
-        )
+        if _has_graph(pattern):
+            return _Part(automaton_regex(build_automaton(pattern)), _REGEX)
+        parts = [self.part(item).terminal for item in pattern.items]
+        without = [f"~{self.part(item).terminal}" for item in pattern.without]
+        return _Part(f"({' & '.join(parts + without)})", _TERMINAL)
 
     def _graph(self, pattern: Graph) -> _Part:
         """A rule for each node: the ways from it."""
@@ -131,6 +131,13 @@ class _Writer:
             ways.setdefault(start, []).append(f"{self.rule(item) if item != EMPTY else ''} {name}_{to}")
         self.nodes += [f"{name}_{node}: {' | '.join(texts)}" for node, texts in ways.items()]
         return _Part(f"{name}_0", _RULE)
+
+
+def _has_graph(pattern: Pattern) -> bool:
+    """Whether a graph is one of the limits, which no expression of terminals says."""
+    if isinstance(pattern, Both):
+        return any(map(_has_graph, (*pattern.items, *pattern.without)))
+    return isinstance(pattern, Graph)
 
 
 def _set(pattern: Chars) -> str:
