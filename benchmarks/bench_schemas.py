@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--walks", type=int, default=20)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--list", type=Path, help="write each schema's result into this JSON file")
-    parser.add_argument("--save", action="store_true", help="write <date>-cpu-schemas.json into --save-folder")
+    parser.add_argument("--save", action="store_true", help="write <date>-cpu-schemas-FOLDER.json into --save-folder")
     parser.add_argument("--save-folder", type=Path, default=RESULTS)
     args = parser.parse_args()
     cases = list(schemas(args.folder))
@@ -183,7 +183,7 @@ def main() -> None:
     if args.list:
         args.list.write_text(json.dumps(listed, indent=1))
     if args.save:
-        path = save_result(args.save_folder, "cpu", "schemas", {"machine": machine(), "folder": args.folder.name,
+        path = save_result(args.save_folder, "cpu", f"schemas-{args.folder.name}", {"machine": machine(), "folder": args.folder.name,
                            "sample": args.sample, "seed": args.seed, "walks": args.walks, "engines": found})  # fmt: skip
         print(f"written: {path.name}")
 

@@ -75,7 +75,7 @@ def test_each_state_leads_where_the_bytes_of_a_token_lead(schema):
      {"type": "string", "pattern": "^.{2,5}$"}, {"properties": {"a": {"type": "string"}, "b": {"maxLength": 3}}}],
 )  # fmt: skip
 def test_strings_of_any_and_of_few_characters(schema):
-    check(automaton_of(schema))
+    check(build_automaton(json_schema_grammar(schema).pattern))
 
 
 @settings(max_examples=30, deadline=None)
