@@ -14,10 +14,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from batchmix import __version__
 from batchmix.guided.grammar import CompiledGrammar
 
-_FORMAT = 1  # changes with what a table means
 _MAX_FILES = 1_000  # of which the oldest go
 
 
@@ -31,8 +29,10 @@ class GrammarCache:
     @classmethod
     def of(cls, pieces: Sequence[bytes], *others: Any) -> GrammarCache:
         """In the user's cache folder, for a vocabulary and whatever else all tables depend on."""
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        digest = hashlib.sha256(repr((_FORMAT, __version__, others)).encode())
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        digest = hashlib.sha256(repr((np.__version__, others)).encode())
+        for source in sorted(Path(__file__).parent.glob("*.py")):  # what a table means is what this code makes of it
+            digest.update(source.read_bytes())
         for piece in pieces:
             digest.update(len(piece).to_bytes(4, "little") + piece)
         return cls(Path(home) / "batchmix" / "grammars", digest.hexdigest())
