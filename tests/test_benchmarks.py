@@ -89,3 +89,18 @@ def test_many_workers_share_one_folder(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("sys.argv", ["bench_workers.py", "--workers", "2", "--rows", "2000", "--ideal", "1"])
     importlib.import_module("bench_workers").main()
     assert capsys.readouterr().out.startswith("2,000 rows, 2 workers of 1,000 rows/s on ")
+
+
+def test_schemas_are_compiled_and_their_texts_are_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("py_mini_racer")  # of the `dev` extra
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    bench = importlib.import_module("bench_schemas")
+    test = {"description": "a year", "data": "2024", "valid": False}
+    groups = [{"description": "digits", "schema": {"type": "string", "pattern": "^\\d{3}$"}, "tests": [test]}]
+    (tmp_path / "suite.json").write_text(json.dumps(groups))
+    (tmp_path / "whole.json").write_text(json.dumps({"contains": {}}))
+    results = bench.run("batchmix", list(bench.schemas(tmp_path)), 3)
+    found = bench.summary(results)
+    assert (found["schemas"], found["compiled"], found["tables"], found["texts"]) == (2, 1, 1, 3)
+    assert found["schemas_with_wrong_texts"] == found["invalid_instances_accepted"] == 0
+    assert "contains" in results[1]["refused"]

@@ -263,7 +263,7 @@ def test_a_run_that_left_no_rows_binds_nobody(tmp_path, rows, monkeypatch):
         raise Interrupted("SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr("batchmix.pipeline.start_engine", interrupt)
+        patch.setattr("batchmix.distributed.executor.start_engine", interrupt)
         with pytest.raises(Interrupted):
             generate(job(data, out))
     other = {"sampling": {"temperature": 0.0, "max_tokens": 2}}

@@ -31,6 +31,7 @@ from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
+from batchmix.structured_output.host_grammar import HostGrammar
 
 if TYPE_CHECKING:
     from batchmix.engine.compile_ahead import CompileClock
@@ -134,7 +135,19 @@ class Engine:
                 assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
                 request.choices = self.grammars.choice_tokens(prompt.sampling)
                 request.end_tokens = self.grammars.end_tokens(prompt.sampling)
+            elif structured is not None:
+                self._count_guided(prompt.sampling)
             self.scheduler.add(request)
+
+    def _count_guided(self, sampling: SamplingConfig) -> None:
+        assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
+        grammar = self.grammars.get(sampling)
+        if not isinstance(grammar, HostGrammar):
+            self.stats.rows_guided_by_table += 1
+        elif grammar.of_schema:
+            self.stats.rows_guided_by_llguidance += 1
+        else:
+            self.stats.rows_guided_on_host += 1
 
     def step(self) -> None:
         """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued

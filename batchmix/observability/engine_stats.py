@@ -15,6 +15,9 @@ class EngineStats:
     shared_tokens: int = 0  # of prompts, not prefilled because an earlier prompt begins alike
     completion_tokens: int = 0
     jump_forward_tokens: int = 0  # of guided rows, appended without a decode step of their own
+    rows_guided_by_table: int = 0
+    rows_guided_on_host: int = 0  # by llguidance, with our grammar
+    rows_guided_by_llguidance: int = 0  # which read the JSON Schema itself
     running: int = 0  # rows in the last decode step
     waiting: int = 0  # prompts in the engine without a slot
     kv_blocks_used: int = 0

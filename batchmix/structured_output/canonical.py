@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from batchmix.structured_output.dfa import ByteAutomaton
+from batchmix.structured_output.automata import ByteAutomaton
 from batchmix.structured_output.trie import TokenTrie
 
 Encode: TypeAlias = Callable[[Sequence[str]], list[list[int]]]
@@ -30,12 +30,13 @@ def canonical_tokens(
     stretches = _stretches(automaton)
     texts = sorted(set(stretches.values()))
     found: dict[str, int | None] = {}
-    for text, ids in zip(texts, encode([_BREAK + text for text in texts]), strict=True):
+    *encoded, first = encode([*(_BREAK + text for text in texts), stretches.get(0, _BREAK)])
+    for text, ids in zip(texts, encoded, strict=True):
         found[text] = _first_token(text, _behind_break(ids, pieces, drops_leading_space), trie, pieces)
     tokens = {state: token for state, text in stretches.items() if (token := found[text]) is not None}
     start = None
     if 0 in stretches:
-        ids = encode([stretches[0]])[0]
+        ids = first
         if ids and drops_leading_space and pieces[ids[0]].startswith(b" "):
             # One space at the start is not part of the text.
             start = ids[0] if _is_safe(stretches[0], len(pieces[ids[0]]) - 1, trie) else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,18 +17,23 @@ from batchmix.prompts.tokenizer import Tokenizer
 from batchmix.prompts.vocabulary import join, strip_start
 from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.canonical import Encode, canonical_tokens, canonical_within
+from batchmix.structured_output.delegated import delegated_schema
 from batchmix.structured_output.dfa import build_automaton
 from batchmix.structured_output.grammar import CompiledGrammar, compile_grammar
+from batchmix.structured_output.grammar_cache import GrammarCache
 from batchmix.structured_output.host_grammar import HostGrammar, HostVocabulary, host_grammar
 from batchmix.structured_output.json_schema import json_schema_grammar
-from batchmix.structured_output.pattern import Grammar, Pattern, TooLarge, Unsupported, alt, literal
+from batchmix.structured_output.keywords import unknown_line
+from batchmix.structured_output.pattern import NEVER, BeyondUs, Grammar, Pattern, TooLarge, Unsupported, alt, literal
 from batchmix.structured_output.regex import regex_pattern
 from batchmix.structured_output.trie import TokenTrie
 from batchmix.templates.messages import PromptError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_DELEGATED = "too large for our compiler, so that llguidance reads the schema itself"
 _RECURSIVE = "recursive (any value, or a schema within itself)"
+_WORTH_KEEPING = 0.05  # seconds of compiling: reading a table takes less
 _KEPT = 64  # grammars that are kept for rows to come
 _MAX_CHARS = (
     2**18
@@ -47,23 +53,29 @@ class GrammarCompiler:
         drops_leading_space: bool,
         eos_token_ids: Sequence[int],
         encode: Encode | None = None,
+        cache: GrammarCache | None = None,
     ) -> None:
         """`encode`: texts as the tokens that would be generated for them; without it, choices cannot be
-        scored, and a forced text may be said in any tokens."""
+        scored, and a forced text may be said in any tokens. `cache` has tables of earlier runs."""
+        self._cache = cache
         self._pieces = pieces
         self._drops_leading_space = drops_leading_space
         self._eos_token_ids = tuple(eos_token_ids)
         self._tries: dict[Hashable, TokenTrie] = {}
         self._compiled: OrderedDict[Hashable, CompiledGrammar | HostGrammar] = OrderedDict()
         self._host_vocabulary: HostVocabulary | None = None
+        self._named_unknown = False  # whether a line of the log has named keywords that are read past
         self._encode = encode
         self._choice_tokens: OrderedDict[Hashable, list[list[int]]] = OrderedDict()
         self._lock = threading.Lock()  # of what is kept
         self._making = threading.Lock()  # held for as long as making takes: what is kept can be had meanwhile
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarCompiler:
-        """Those of a tokenizer, for a model whose vocabulary may be larger or smaller."""
+    def of(
+        cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int], *, on_disk: bool = False
+    ) -> GrammarCompiler:
+        """Those of a tokenizer, for a model whose vocabulary may be larger or smaller. `on_disk`: tables are kept for
+        other runs."""
         pieces = tokenizer.token_bytes(True)[:vocab_size]
         pieces = pieces + [b""] * (vocab_size - len(pieces))
         return cls(
@@ -71,6 +83,7 @@ class GrammarCompiler:
             drops_leading_space=tokenizer.drops_leading_space,
             eos_token_ids=eos_token_ids,
             encode=partial(_encode_answers, tokenizer),
+            cache=GrammarCache.of(pieces, tokenizer.drops_leading_space, tuple(eos_token_ids)) if on_disk else None,
         )
 
     def get(self, sampling: SamplingConfig) -> CompiledGrammar | HostGrammar:
@@ -133,18 +146,41 @@ class GrammarCompiler:
         assert sampling.structured_outputs is not None
         outputs = sampling.structured_outputs
         name = next(name for name in ("choice", "regex", "json") if getattr(outputs, name) is not None)
+        key = grammar_key(sampling)
+        kept = self._cache.get(key) if self._cache is not None else None
+        if kept is not None:
+            self._read_past(kept[1])
+            return kept[0]
+        unknown: dict[str, None] = {}
+        started = time.perf_counter()
         try:
-            grammar = _grammar(outputs)
+            grammar = _grammar(outputs, unknown)
+            self._read_past(unknown)
+            if grammar.schema is not None:
+                return self._on_host(grammar, sampling, name, _DELEGATED)
             if grammar.rules:
                 return self._on_host(grammar, sampling, name, _RECURSIVE)
             try:
-                return self._as_table(grammar.pattern, sampling)
+                found = self._as_table(grammar.pattern, sampling)
+                if self._cache is not None and time.perf_counter() - started > _WORTH_KEEPING:
+                    self._cache.put(key, found, unknown)
+                return found
             except TooLarge as error:
                 return self._on_host(grammar, sampling, name, str(error))
         except Unsupported as error:
             raise Unsupported(f"sampling.structured_outputs.{name}: {error}") from None
         except RecursionError:
             raise Unsupported(f"sampling.structured_outputs.{name}: nested too deeply") from None
+
+    def _read_past(self, unknown: Iterable[str]) -> None:
+        """Name keywords that say nothing to us, in one line for all schemas of the run."""
+        names = [name for name in unknown if not name.startswith("x-")]
+        if names and not self._named_unknown:
+            self._named_unknown = True
+            _log.warning(
+                "sampling.structured_outputs.json: keywords that JSON Schema does not have are read past, as validators do: %s",
+                unknown_line(names[:8]),
+            )
 
     def _as_table(self, pattern: Pattern, sampling: SamplingConfig) -> CompiledGrammar:
         ends = self.end_tokens(sampling)
@@ -203,7 +239,7 @@ class GrammarCompiler:
 
 def open_grammars(tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarCompiler | None:
     """The grammars of a model's vocabulary; None without a tokenizer. Compiles nothing yet."""
-    return None if tokenizer is None else GrammarCompiler.of(tokenizer, vocab_size, eos_token_ids)
+    return None if tokenizer is None else GrammarCompiler.of(tokenizer, vocab_size, eos_token_ids, on_disk=True)
 
 
 def grammar_key(sampling: SamplingConfig) -> tuple[Any, ...]:
@@ -231,8 +267,11 @@ def _encode_answers(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int
     return found
 
 
-def _grammar(outputs: StructuredOutputs) -> Grammar:
-    """The texts that are allowed. Unsupported, before any work, where they are written in too long a text."""
+def _grammar(outputs: StructuredOutputs, unknown: dict[str, None]) -> Grammar:
+    """The texts that are allowed; `unknown` collects keywords of a schema that are read past.
+
+    Unsupported, before any work, where they are written in too long a text.
+    """
     written = outputs.choice or (outputs.json if outputs.regex is None else outputs.regex)
     written = written if isinstance(written, str | list | tuple) else json.dumps(written)
     size = len(written) if isinstance(written, str) else sum(map(len, written))
@@ -246,4 +285,10 @@ def _grammar(outputs: StructuredOutputs) -> Grammar:
         schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
     except ValueError as error:
         raise Unsupported(f"no JSON ({error}); give a mapping or JSON text, a file is not read") from None
-    return json_schema_grammar(schema)
+    try:
+        return json_schema_grammar(schema, unknown)
+    except BeyondUs as error:
+        try:
+            return Grammar(NEVER, schema=delegated_schema(schema))
+        except Unsupported as other:
+            raise Unsupported(f"{error}; llguidance is not asked, since {other}") from None

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.structured_output.dfa import ByteAutomaton
+from batchmix.structured_output.automata import ByteAutomaton
 from batchmix.structured_output.pattern import TooLarge, Unsupported
+from batchmix.structured_output.token_classes import token_classes
 from batchmix.structured_output.trie import TokenTrie
 
 NEVER_ENDS = 2**30  # tokens needed where there is no way to an end
 _MAX_TABLE_BYTES = 64 * 2**20
-_BLOCK_STATES = 128  # walked together: a block is states by vocabulary
 _CACHED_SETS = 2048  # of allowed tokens, a byte for each token of the vocabulary
 _LONGEST_RUN = 256  # forced tokens appended at once
 _FEW = 2048  # tokens of a set that is kept as ids too
@@ -141,7 +141,9 @@ def compile_grammar(
     text's start if `only_first` is given, allows that token alone (canonical.py). Unsupported where the
     vocabulary cannot say any of the texts, or where the tables would be too large.
     """
-    following, token_class = _classes(automaton, trie, drops_leading_space, only or {}, only_first)  # [S, C], [V]
+    following, token_class = token_classes(
+        automaton.goto, trie, drops_leading_space, only or {}, only_first
+    )  # [S, C], [V]
     accepts = np.append(automaton.accepts, automaton.accepts[0])
     end_tokens = list(end_tokens)
     distance = _distance(following, accepts)
@@ -177,88 +179,19 @@ def compile_grammar(
     )  # fmt: skip
 
 
-def _classes(
-    automaton: ByteAutomaton,
-    trie: TokenTrie,
-    drops_leading_space: bool,
-    only: Mapping[int, int],
-    only_first: int | None,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The state after each class of tokens, [S + 1, C], -1: none, and the class of each token, [V].
-
-    The last state is that of a text without bytes, which differs from state 0 where a leading space is dropped.
-    """
-    goto = automaton.goto
-    blocks: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] = []  # a block's classes, and each token's
-    for low in range(0, len(goto), _BLOCK_STATES):
-        states = np.arange(low, min(low + _BLOCK_STATES, len(goto)))
-        following = np.full((len(states), trie.num_tokens), -1, np.int32)
-        for origin, token, after in trie.walk(goto, states):
-            following[origin, token] = after
-        if low == 0:
-            start = following[:1].copy()
-        for state in states.tolist():
-            if state in only:
-                _keep(following[state - low], only[state])
-        blocks.append(_classed(following))
-    space = trie.child(ord(" ")) if drops_leading_space else None
-    if space is not None:
-        spaced = np.full(trie.num_tokens, -1, np.int32)
-        for _, token, after in trie.walk(goto, np.zeros(1, np.int64), space):
-            spaced[token] = after
-        begins_so = _tokens_below(trie, space)
-        start[0, begins_so] = spaced[begins_so]
-        if trie.token[space] >= 0:
-            start[0, trie.token[space]] = 0
-    if only_first is not None:
-        _keep(start[0], only_first)
-    blocks.append(_classed(start))
-    # Tokens are of one class if they are in every block.
-    place = np.stack([columns for _, columns in blocks])
-    representative, token_class = _distinct(place.astype(np.int32))
-    table = np.concatenate([block[:, columns[representative]] for block, columns in blocks])
-    return table, token_class
-
-
-def _keep(row: npt.NDArray[np.int32], token: int) -> None:
-    """Forbid all other tokens, unless the vocabulary at hand lacks this one."""
-    if row[token] >= 0:
-        row[np.arange(len(row)) != token] = -1
-
-
-def _tokens_below(trie: TokenTrie, node: int) -> npt.NDArray[np.int64]:
-    """The tokens whose text begins with that of `node` and goes on."""
-    everything = np.zeros((1, 256), np.int32)
-    parts = [token for _, token, _ in trie.walk(everything, np.zeros(1, np.int64), node)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def _classed(following: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The distinct columns of [S, V], and which one each column is, [V]."""
-    first, inverse = _distinct(following)
-    return following[:, first], inverse
-
-
-def _distinct(matrix: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where each distinct column is found first, and the number of that place for every column."""
-    rows = np.ascontiguousarray(matrix.T)
-    keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return first.astype(np.int64), inverse.reshape(-1).astype(np.int64)
-
-
 def _distance(following: npt.NDArray[np.int32], accepts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """The fewest tokens from each state to an accepting one, NEVER_ENDS where there is none. [S]."""
     source, column = np.nonzero(following >= 0)
-    edges = np.unique(np.stack((following[source, column], source)), axis=1)  # (to, from), by `to`
-    first = np.searchsorted(edges[0], np.arange(len(accepts) + 1))
+    edges = np.unique(following[source, column].astype(np.int64) << 32 | source)  # (to, from), by `to`
+    first = np.searchsorted(edges >> 32, np.arange(len(accepts) + 1))
+    edges &= 2**32 - 1
     distance = np.full(len(accepts), NEVER_ENDS, np.int64)
     frontier = np.flatnonzero(accepts)
     steps = 0
     while len(frontier):
         distance[frontier] = steps
         steps += 1
-        spans = [edges[1, first[state] : first[state + 1]] for state in frontier]
+        spans = [edges[first[state] : first[state + 1]] for state in frontier]
         before = np.unique(np.concatenate(spans))
         frontier = before[distance[before] == NEVER_ENDS]
     return distance

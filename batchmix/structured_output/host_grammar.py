@@ -53,7 +53,7 @@ class HostVocabulary:
         try:
             import llguidance
         except ImportError:
-            raise Unsupported("needs a library that is not installed: pip install 'batchmix[guided]'") from None
+            raise Unsupported("needs llguidance, which is not installed: pip install llguidance") from None
         if not _BYTES.issubset(pieces[token] for token in np.flatnonzero(tokens)):
             # The library would take the rest of a forced text for said, and allow what comes after it.
             raise Unsupported("needs a vocabulary with a token for each byte, and the model's has none for some")
@@ -74,7 +74,12 @@ class HostVocabulary:
     def matcher(self, grammar: Grammar, before: str) -> LLMatcher:
         """At the start of the grammar's texts with `before` in front of them. Unsupported where the library refuses it."""
         text = self._library.LLMatcher.grammar_from_lark(lark(grammar, before))
-        found: LLMatcher = self._library.LLMatcher(self._tokenizer, text, log_level=0)
+        try:
+            found: LLMatcher = self._library.LLMatcher(self._tokenizer, text, log_level=0)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust; it is no Exception
+                raise
+            raise Unsupported(f"llguidance failed: {_line(str(error))}") from None
         if found.is_error():
             raise Unsupported(_line(found.get_error()))
         return found
@@ -114,6 +119,7 @@ class HostGrammar:
     after_space: LLMatcher | None  # of the grammar with a space in front of it, where the tokenizer puts one there
     first: Packed  # [V / 8]: tokens that a text may begin with
     end_tokens: tuple[int, ...]
+    of_schema: bool  # of a JSON Schema that llguidance reads itself
 
     def tokens_needed(self, min_tokens: int) -> int:
         """Of a row's text at least. What it takes to end one is not known beforehand."""
@@ -157,9 +163,10 @@ class GrammarMatcher:
 
 def host_grammar(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Sequence[int]) -> HostGrammar:
     """The grammar of a grammar's texts. Unsupported where there are none, or where the library refuses it."""
-    grammar = without_dead_ends(grammar)
-    if grammar.pattern == NEVER:
-        raise NoText
+    if grammar.schema is None:
+        grammar = without_dead_ends(grammar)
+        if grammar.pattern == NEVER:
+            raise NoText
     matcher = vocabulary.matcher(grammar, "")
     first = vocabulary.masks([matcher.deep_copy()])[0]
     spaced = None
@@ -169,7 +176,7 @@ def host_grammar(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Seque
         with_space = vocabulary.masks([spaced.deep_copy()])[0]
         forced = np.bitwise_count(with_space).sum() == 1  # the way that the tokenizer itself begins
         first = with_space if forced else with_space | (first & ~pack(vocabulary.begins_with_space))
-    return HostGrammar(vocabulary, matcher, spaced, first, tuple(end_tokens))
+    return HostGrammar(vocabulary, matcher, spaced, first, tuple(end_tokens), grammar.schema is not None)
 
 
 def follow(texts: Sequence[GrammarMatcher]) -> None:

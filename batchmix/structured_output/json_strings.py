@@ -1,4 +1,4 @@
-"""JSON strings as patterns: any text, what matches a regex, and the formats of JSON Schema.
+"""JSON strings as patterns: any text, what matches regexes, formats and lengths at once.
 
 A character is written as itself, or as the short escape that JSON has for it; there are no \\u escapes, so control
 characters without a short escape cannot be written.
@@ -7,12 +7,16 @@ characters without a short escape cannot be written.
 from __future__ import annotations
 
 import sys
-from functools import cache
-from typing import Any
+from collections.abc import Iterable
+from functools import cache, lru_cache
 
+from batchmix.structured_output.dfa import both
+from batchmix.structured_output.ecma_regex import found_pattern
+from batchmix.structured_output.formats import FORMATS
 from batchmix.structured_output.pattern import (
     NEVER,
     Alt,
+    Both,
     Chars,
     Pattern,
     Repeat,
@@ -26,47 +30,56 @@ from batchmix.structured_output.pattern import (
     repeat,
     seq,
 )
-from batchmix.structured_output.regex import regex_pattern, searched_pattern
 
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _PLAIN = complement([(0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\"))])
-_DAY = r"([1-9]\d{3}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8])))"
-_TIME = r"(([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d))"
-_BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_FORMATS = {
-    "date": f"(?a){_DAY}",
-    "time": f"(?a){_TIME}",
-    "date-time": f"(?a){_DAY}T{_TIME}",
-    "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "ipv4": rf"(?a){_BYTE}(\.{_BYTE}){{3}}",
-    "email": r"[a-z0-9_+-]{1,20}(\.[a-z0-9_+-]{1,20}){0,2}@[a-z0-9]{1,20}(\.[a-z0-9]{1,20}){1,3}",
-}
 
 
-def any_string(low: int, high: int | None) -> Pattern:
+def any_string(low: int = 0, high: int | None = None) -> Pattern:
     """A JSON string of `low` to `high` characters (None: any number)."""
-    return _quoted(repeat(_character(), low, high))
+    return quoted(_text(low, high))
 
 
-def pattern_string(regex: Any) -> Pattern:
-    """A JSON string in whose text the regex is found, as JSON Schema's `pattern` asks."""
-    if not isinstance(regex, str):
-        raise Unsupported(f"has the pattern {regex!r}, which is no text")
-    try:
-        return _quoted(_encoded(searched_pattern(regex)))
-    except Unsupported as error:
-        raise Unsupported(f"has the pattern {error}") from None
+def string_of(
+    low: int,
+    high: int | None,
+    regexes: Iterable[str],
+    formats: Iterable[str],
+    other_than: Iterable[str] = (),
+    unlike: Iterable[str] = (),
+) -> Pattern:
+    """A JSON string that keeps all of these limits, in which no regex of `unlike` is found; NEVER where there is none.
+
+    Unsupported for a regex that no automaton can do; formats that are not known are none.
+    """
+    parts = [_found(regex) for regex in dict.fromkeys(regexes)]
+    parts += [_whole(FORMATS[name]) for name in dict.fromkeys(formats) if name in FORMATS]
+    if low or high is not None or not parts:
+        parts.append(_text(low, high))
+    without = [_encoded(literal(text)) for text in other_than] + [_found(regex) for regex in dict.fromkeys(unlike)]
+    return quoted(both(parts, without))
 
 
-def format_string(name: Any) -> Pattern:
-    """A JSON string of a format; years have four digits, and addresses no rare characters."""
-    if not isinstance(name, str) or name not in _FORMATS:
-        raise Unsupported(f"has the format {name!r}; supported are {', '.join(sorted(_FORMATS))}")
-    return _quoted(_encoded(regex_pattern(_FORMATS[name])))
-
-
-def _quoted(text: Pattern) -> Pattern:
+def quoted(text: Pattern) -> Pattern:
+    """The text between quotation marks."""
     return seq([literal('"'), text, literal('"')])
+
+
+def _text(low: int, high: int | None) -> Pattern:
+    return repeat(_character(), low, high)
+
+
+@lru_cache(maxsize=512)
+def _found(regex: str) -> Pattern:
+    try:
+        return _encoded(found_pattern(regex))
+    except Unsupported as error:
+        raise type(error)(f"has the pattern {error}") from None
+
+
+@cache
+def _whole(regex: str) -> Pattern:
+    return _encoded(found_pattern(f"^(?:{regex})$"))
 
 
 @cache
@@ -89,5 +102,7 @@ def _encoded(pattern: Pattern) -> Pattern:
         return seq(map(_encoded, pattern.items))
     if isinstance(pattern, Alt):
         return alt([part for part in map(_encoded, pattern.items) if part != NEVER])
+    if isinstance(pattern, Both):
+        return both(map(_encoded, pattern.items), map(_encoded, pattern.without))
     assert isinstance(pattern, Repeat)
     return repeat(_encoded(pattern.item), pattern.low, pattern.high)

@@ -1,10 +1,11 @@
-"""What a JSON Schema's keywords hold: bounds, counts and constants, checked."""
+"""What a JSON Schema's keywords hold: bounds and constants, checked."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -16,47 +17,51 @@ TYPE_OF: dict[type, str] = {
 }  # fmt: skip
 
 
-def bounds(schema: Mapping[str, Any], path: str) -> tuple[Decimal | None, bool, Decimal | None, bool]:
-    """The lower bound, whether it is exclusive, and the upper one likewise."""
-    values: dict[str, Decimal] = {}
-    for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
-        if key in schema:
-            value = schema[key]
-            finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-            if isinstance(value, bool) or not finite:
-                raise refusal(f"{path}/{key}", f"must be a number, not {value!r}")
-            values[key] = Decimal(repr(value))
-    low, open_low = max(
-        [(values[key], key == "exclusiveMinimum") for key in ("minimum", "exclusiveMinimum") if key in values],
-        default=(None, False),
-    )
-    high, closed = min(
-        [(values[key], key == "maximum") for key in ("maximum", "exclusiveMaximum") if key in values],
-        default=(None, True),
-    )
-    return low, open_low, high, not closed
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of a number."""
+
+    low: Decimal | None
+    open_low: bool
+    high: Decimal | None
+    open_high: bool
+
+    @property
+    def exclude_each_other(self) -> bool:
+        """Whether no number is between them."""
+        if self.low is None or self.high is None:
+            return False
+        return self.low > self.high or (self.low == self.high and (self.open_low or self.open_high))
 
 
-def count(schema: Mapping[str, Any], key: str, path: str, default: int | None) -> int | None:
-    """A length or a number of items."""
-    value = schema.get(key, default)
-    if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise refusal(f"{path}/{key}", f"must be a count, not {value!r}")
-    return value
+def bounds(keywords: Iterable[tuple[Mapping[str, Any], str]]) -> Bounds:
+    """The narrowest of all bounds; `keywords` with their paths."""
+    low, open_low, high, open_high = None, False, None, False
+    for words, path in keywords:
+        for key, exclusive in (("minimum", False), ("exclusiveMinimum", True)):
+            if key in words:
+                value = decimal(words[key], f"{path}/{key}")
+                if low is None or (value, exclusive) > (low, open_low):
+                    low, open_low = value, exclusive
+        for key, exclusive in (("maximum", False), ("exclusiveMaximum", True)):
+            if key in words:
+                value = decimal(words[key], f"{path}/{key}")
+                if high is None or (value, not exclusive) < (high, not open_high):
+                    high, open_high = value, exclusive
+    return Bounds(low, open_low, high, open_high)
 
 
-def has_type(value: Any, types: Any, whole_is_integer: bool = True) -> bool:
-    """Whether a constant is of the schema's type, where that gives one. `whole_is_integer`: 1.0 is, as 1 is."""
-    if types is None:
-        return True
-    names = types if isinstance(types, list) else [types]
-    own = TYPE_OF.get(type(value), "")
-    whole = whole_is_integer and own == "number" and float(value).is_integer()
-    return own in names or (own == "integer" and "number" in names) or (whole and "integer" in names)
+def decimal(value: Any, path: str) -> Decimal:
+    """A number of a schema."""
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not finite:
+        raise refusal(path, f"must be a number, not {value!r}")
+    return Decimal(value) if isinstance(value, int) else Decimal(repr(value))
 
 
-def kind_of(name: str) -> str:
-    """The type that tells values apart: an integer is a number."""
+def type_of(value: Any) -> str:
+    """The type of a constant, "number" for integers too."""
+    name = TYPE_OF.get(type(value), "object" if isinstance(value, Mapping) else "")
     return "number" if name == "integer" else name
 
 

@@ -8,70 +8,148 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchmix.structured_output.pattern import Alt, Chars, Grammar, Named, Pattern, Repeat, Seq, Unsupported
+from batchmix.structured_output.automaton_regex import automaton_regex
+from batchmix.structured_output.dfa import build_automaton
+from batchmix.structured_output.pattern import (
+    EMPTY,
+    Alt,
+    Both,
+    Chars,
+    Grammar,
+    Graph,
+    Named,
+    Pattern,
+    Repeat,
+    Seq,
+    Unsupported,
+)
 
 _MAX_TEXT = 2_000_000  # characters; 30,000 short choices have 600,000, and take the library a tenth of a second
+_MAX_NODES = 20_000  # of graphs
+_TOO_LONG = "it is too large without tables too"
 
 
 def lark(grammar: Grammar, before: str = "") -> str:
     """The texts of the grammar, each with the text `before` in front of it. Unsupported where that would be too long."""
+    if grammar.schema is not None:
+        head = f"TERMINAL_0 schema\nTERMINAL_0: /{_literal(before)}/" if before else "schema"
+        return f"start: {head}\nschema: %json {grammar.schema}\n"
     writer = _Writer({name: f"rule_{number}" for number, name in enumerate(grammar.rules)})
     lines = [f"{writer.names[name]}: {writer.rule(pattern)}" for name, pattern in grammar.rules.items()]
-    start = f"start: {writer.terminal(_literal(before)) if before else ''} {writer.rule(grammar.pattern)}"
-    terminals = [f"{name}: /{regex}/" for regex, name in writer.terminals.items()]
-    return "\n".join([start, *lines, *terminals, ""])
+    head = writer.terminal(f"/{_literal(before)}/") if before else ""
+    start = f"start: {head} {writer.rule(grammar.pattern)}"
+    terminals = [f"{name}: {text}" for text, name in writer.terminals.items()]
+    found = "\n".join([start, *lines, *writer.nodes, *terminals, ""])
+    if len(found) > _MAX_TEXT:
+        raise Unsupported(_TOO_LONG)
+    return found
+
+
+def regex_text(pattern: Pattern) -> str:
+    """A pattern without names as a regex of sets and groups, which all engines read alike. Unsupported where none says it."""
+    part = _Writer({}).part(pattern)
+    if part.kind != _REGEX:
+        raise Unsupported("has limits that hold at once, which no regex says")
+    return part.text
+
+
+_REGEX, _TERMINAL, _RULE = range(3)  # what a part can stand in, and in all that come after
 
 
 @dataclass(frozen=True)
 class _Part:
     text: str
-    is_regex: bool  # otherwise what a rule consists of
+    kind: int
+
+    @property
+    def terminal(self) -> str:
+        """As an expression of terminals."""
+        return f"/{self.text or '(?:)'}/" if self.kind == _REGEX else self.text  # `//` is a comment
 
 
 class _Writer:
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names  # of rules
-        self.terminals: dict[str, str] = {}  # names by regex
+        self.terminals: dict[str, str] = {}  # names by expression
+        self.nodes: list[str] = []  # rules of graphs
+        self._graphs = 0
         self._parts: dict[Pattern, _Part] = {}
 
     def rule(self, pattern: Pattern) -> str:
-        return self._in_rule(self._part(pattern))
+        return self._in_rule(self.part(pattern))
 
-    def terminal(self, regex: str) -> str:
-        return self.terminals.setdefault(regex, f"TERMINAL_{len(self.terminals)}")
+    def terminal(self, expression: str) -> str:
+        return self.terminals.setdefault(expression, f"TERMINAL_{len(self.terminals)}")
 
     def _in_rule(self, part: _Part) -> str:
-        return self.terminal(part.text) if part.is_regex else part.text
+        if part.kind == _RULE:
+            return part.text
+        return self.terminal(part.terminal) if part.text else '""'
 
-    def _part(self, pattern: Pattern) -> _Part:
+    def part(self, pattern: Pattern) -> _Part:
+        """A pattern, written once."""
         if pattern not in self._parts:
             part = self._parts[pattern] = self._written(pattern)
-            if len(part.text) > _MAX_TEXT:
-                raise Unsupported("it is too large without tables too")
+            if len(part.text) > _MAX_TEXT or len(self.nodes) > _MAX_NODES:
+                raise Unsupported(_TOO_LONG)
         return self._parts[pattern]
 
     def _written(self, pattern: Pattern) -> _Part:
         if isinstance(pattern, Chars):
-            return _Part(_set(pattern), True)
+            return _Part(_set(pattern), _REGEX)
         if isinstance(pattern, Named):
-            return _Part(self.names[pattern.name], False)
+            return _Part(self.names[pattern.name], _RULE)
+        if isinstance(pattern, Graph):
+            return self._graph(pattern)
+        if isinstance(pattern, Both):
+            return self._both(pattern)
         if isinstance(pattern, Repeat):
-            item = self._part(pattern.item)
+            item = self.part(pattern.item)
             times = f"{{{pattern.low},{'' if pattern.high is None else pattern.high}}}"
-            return _Part(f"(?:{item.text}){times}", True) if item.is_regex else _Part(f"({item.text}){times}", False)
-        parts = [self._part(item) for item in pattern.items]
-        if all(part.is_regex for part in parts):
-            texts = [part.text for part in parts]
-            return _Part("".join(texts) if isinstance(pattern, Seq) else f"(?:{'|'.join(texts)})", True)
+            return _Part(f"(?:{item.text}){times}" if item.kind == _REGEX else f"({item.text}){times}", item.kind)
+        parts = [self.part(item) for item in pattern.items]
+        kind = max((part.kind for part in parts), default=_REGEX)
+        texts = [part.text for part in parts]
+        if kind == _REGEX:
+            return _Part("".join(texts) if isinstance(pattern, Seq) else f"(?:{'|'.join(texts)})", _REGEX)
         if isinstance(pattern, Alt):
-            return _Part(f"({' | '.join(map(self._in_rule, parts))})", False)
-        joined: list[_Part] = []
+            each = [part.terminal if kind == _TERMINAL else self._in_rule(part) for part in parts]
+            return _Part(f"({' | '.join(each)})", kind)
+        joined: list[_Part] = []  # neighbours that are one terminal
         for part in parts:
-            if joined and joined[-1].is_regex and part.is_regex:
-                joined[-1] = _Part(joined[-1].text + part.text, True)
+            if joined and joined[-1].kind == part.kind == _REGEX:
+                joined[-1] = _Part(joined[-1].text + part.text, _REGEX)
+            elif joined and max(joined[-1].kind, part.kind) == _TERMINAL:
+                joined[-1] = _Part(f"{joined[-1].terminal} {part.terminal}", _TERMINAL)
             else:
                 joined.append(part)
-        return _Part(" ".join(map(self._in_rule, joined)), False)
+        if kind == _TERMINAL:
+            return _Part(f"({joined[0].text})", _TERMINAL)
+        return _Part(" ".join(map(self._in_rule, joined)), _RULE)
+
+    def _both(self, pattern: Both) -> _Part:
+        if _has_graph(pattern):
+            return _Part(automaton_regex(build_automaton(pattern)), _REGEX)
+        parts = [self.part(item).terminal for item in pattern.items]
+        without = [f"~{self.part(item).terminal}" for item in pattern.without]
+        return _Part(f"({' & '.join(parts + without)})", _TERMINAL)
+
+    def _graph(self, pattern: Graph) -> _Part:
+        """A rule for each node: the ways from it."""
+        self._graphs += 1
+        name = f"graph_{self._graphs}"
+        ways: dict[int, list[str]] = {pattern.end: ['""']}
+        for start, item, to in pattern.edges:
+            ways.setdefault(start, []).append(f"{self.rule(item) if item != EMPTY else ''} {name}_{to}")
+        self.nodes += [f"{name}_{node}: {' | '.join(texts)}" for node, texts in ways.items()]
+        return _Part(f"{name}_0", _RULE)
+
+
+def _has_graph(pattern: Pattern) -> bool:
+    """Whether a graph is one of the limits, which no expression of terminals says."""
+    if isinstance(pattern, Both):
+        return any(map(_has_graph, (*pattern.items, *pattern.without)))
+    return isinstance(pattern, Graph)
 
 
 def _set(pattern: Chars) -> str:

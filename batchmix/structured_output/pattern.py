@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Range: TypeAlias = tuple[int, int]  # code points, both ends included
 _LAST = 0x10FFFF
@@ -24,11 +24,17 @@ class Chars:
     ranges: tuple[Range, ...]
 
 
-def _hash(pattern: Seq | Alt | Repeat) -> int:
+def _hash(pattern: Seq | Alt | Repeat | Both | Graph) -> int:
     """Found once for each object: parts of a pattern are often the same object, so that walking it takes too long."""
     known: int | None = pattern.__dict__.get("_hash")
     if known is None:
-        parts = (pattern.item, pattern.low, pattern.high) if isinstance(pattern, Repeat) else pattern.items
+        parts: tuple[Any, ...]
+        if isinstance(pattern, Repeat):
+            parts = pattern.item, pattern.low, pattern.high
+        elif isinstance(pattern, Graph):
+            parts = pattern.edges, pattern.end
+        else:
+            parts = (*pattern.items, None, *pattern.without) if isinstance(pattern, Both) else pattern.items
         known = pattern.__dict__["_hash"] = hash((type(pattern).__name__, parts))
     return known
 
@@ -60,13 +66,31 @@ class Repeat:
 
 
 @dataclass(frozen=True)
+class Both:
+    """The texts of all `items` that none of `without` has. No names stand in it; products.py makes it."""
+
+    items: tuple[Pattern, ...]
+    without: tuple[Pattern, ...]
+    __hash__ = _hash
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The texts along the ways from node 0 to node `end`: members that may be left out share what follows them."""
+
+    edges: tuple[tuple[int, Pattern, int], ...]  # from a node, a text, to a node
+    end: int
+    __hash__ = _hash
+
+
+@dataclass(frozen=True)
 class Named:
     """The texts of a grammar's rule, in which the name may stand again."""
 
     name: str
 
 
-Pattern: TypeAlias = Chars | Seq | Alt | Repeat | Named
+Pattern: TypeAlias = Chars | Seq | Alt | Repeat | Both | Graph | Named
 EMPTY: Pattern = Seq(())
 NEVER: Pattern = Alt(())
 
@@ -77,6 +101,7 @@ class Grammar:
 
     pattern: Pattern
     rules: Mapping[str, Pattern] = field(default_factory=dict)
+    schema: str | None = None  # a JSON Schema that llguidance is to read, in the place of pattern and rules
 
 
 class Unsupported(ValueError):
@@ -92,6 +117,10 @@ class NoText(Unsupported):
 
 class TooLarge(Unsupported):
     """More than tables can hold."""
+
+
+class BeyondUs(Unsupported):
+    """A JSON Schema that is right, but more than our compiler can work out."""
 
 
 def chars(ranges: Iterable[Range]) -> Pattern:
@@ -170,6 +199,33 @@ def optional(item: Pattern) -> Pattern:
     return repeat(item, 0, 1)
 
 
+def graph(edges: Iterable[tuple[int, Pattern, int]], end: int) -> Pattern:
+    """The texts along the ways from node 0 to `end`, without ways that lead nowhere; NEVER where there is none."""
+    kept = [edge for edge in edges if edge[1] != NEVER]
+    reached, leading = {0}, {end}
+    while more := {to for start, _, to in kept if start in reached} - reached:
+        reached |= more
+    while more := {start for start, _, to in kept if to in leading} - leading:
+        leading |= more
+    if end not in reached:
+        return NEVER
+    return Graph(tuple(edge for edge in kept if edge[0] in reached and edge[2] in leading), end)
+
+
+def nullable(pattern: Pattern) -> bool:
+    """Whether the empty text is one of the pattern's, which has no names and no graphs."""
+    if isinstance(pattern, Seq):
+        return all(map(nullable, pattern.items))
+    if isinstance(pattern, Alt):
+        return any(map(nullable, pattern.items))
+    if isinstance(pattern, Repeat):
+        return pattern.low == 0 or nullable(pattern.item)
+    if isinstance(pattern, Both):
+        return all(map(nullable, pattern.items)) and not any(map(nullable, pattern.without))
+    assert isinstance(pattern, Chars)
+    return False
+
+
 def separated(items: Iterable[Pattern], separator: Pattern) -> Pattern:
     """All of `items`, with the separator between them."""
     parts: list[Pattern] = []
@@ -203,7 +259,10 @@ class _Ending:
             return all(map(self.has_text, pattern.items))
         if isinstance(pattern, Alt):
             return any(map(self.has_text, pattern.items))
-        return isinstance(pattern, Chars) or pattern.low == 0 or self.has_text(pattern.item)
+        if isinstance(pattern, Graph):
+            kept = [(start, EMPTY, to) for start, item, to in pattern.edges if self.has_text(item)]
+            return graph(kept, pattern.end) != NEVER
+        return isinstance(pattern, Chars | Both) or pattern.low == 0 or self.has_text(pattern.item)
 
     def _only(self, pattern: Pattern) -> Pattern:
         """The pattern's texts in which no other names stand."""
@@ -213,7 +272,11 @@ class _Ending:
             return seq(map(self.only, pattern.items))
         if isinstance(pattern, Alt):
             return alt([found for item in pattern.items if (found := self.only(item)) != NEVER])
-        return pattern if isinstance(pattern, Chars) else repeat(self.only(pattern.item), pattern.low, pattern.high)
+        if isinstance(pattern, Graph):
+            return graph([(start, self.only(item), to) for start, item, to in pattern.edges], pattern.end)
+        if isinstance(pattern, Chars | Both):
+            return pattern
+        return repeat(self.only(pattern.item), pattern.low, pattern.high)
 
 
 @cache

@@ -16,9 +16,22 @@ _DRAFTS = {
     "json-schema.org/draft/2019-09/schema": 2019,
     "json-schema.org/draft/2020-12/schema": 2020,
 }
-_ONE = ("items", "additionalProperties")  # keywords of a schema, of those that are supported
-_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
-_NAMED = ("properties", "$defs", "definitions")
+_OLD = ("json-schema.org/draft-00", "json-schema.org/draft-01", "json-schema.org/draft-02", "json-schema.org/draft-03")
+_ONE = (
+    "items",
+    "additionalProperties",
+    "additionalItems",
+    "contains",
+    "not",
+    "if",
+    "then",
+    "else",
+    "propertyNames",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+)  # keywords of a schema
+_LISTS = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions")
 _MAX_DEPTH = 64
 
 
@@ -32,14 +45,12 @@ class Target:
 
 
 def draft_of(schema: Any) -> int:
-    """4, 6, 7, 2019 or 2020, which a schema without `$schema` is. Unsupported for others."""
+    """4, 6, 7, 2019 or 2020, which a schema without `$schema`, or with one that is no draft, is. Unsupported for older ones."""
     name = schema.get("$schema") if isinstance(schema, Mapping) else None
-    if name is None:
-        return 2020
-    plain = name.removesuffix("#").partition("://")[2] if isinstance(name, str) else ""
-    if plain not in _DRAFTS:
+    plain = name.removesuffix("#").rstrip("/").partition("://")[2] if isinstance(name, str) else ""
+    if plain.startswith(_OLD):
         raise refusal("/$schema", f"is {name!r}; drafts 4, 6, 7, 2019-09 and 2020-12 of json-schema.org are supported")
-    return _DRAFTS[plain]
+    return _DRAFTS.get(plain, 2020)
 
 
 class References:
@@ -48,7 +59,7 @@ class References:
     def __init__(self, root: Any, draft: int) -> None:
         self.draft = draft
         self._id = "id" if draft == 4 else "$id"
-        self._documents: dict[str, Any] = {"": root}
+        self.documents: dict[str, Any] = {"": root}
         self._anchors: dict[tuple[str, str], Any] = {}
         self._bases: dict[int, str] = {}  # by identity of the schema, which the root keeps alive
         self._find(root, "", "", 0)
@@ -65,14 +76,14 @@ class References:
             raise refusal(path, f"must be a text, not {reference!r}")
         address, fragment = urldefrag(reference)
         address = urljoin(base, address) if address else base
-        if address not in self._documents:
+        if address not in self.documents:
             raise refusal(path, f"{reference!r}: only references within the schema, #/..., are supported")
         fragment = unquote(fragment)
         if fragment and not fragment.startswith("/"):
             if (address, fragment) not in self._anchors:
                 raise refusal(path, f"{reference!r} is not there: no schema has this anchor")
             return Target(self._anchors[address, fragment], address, f"{address}#{fragment}")
-        schema, inner = self._documents[address], address
+        schema, inner = self.documents[address], address
         for step in fragment.split("/")[1:]:
             inner = self._bases.get(id(schema), inner)
             step = step.replace("~1", "/").replace("~0", "~")
@@ -96,9 +107,9 @@ class References:
         if self._bases.setdefault(id(schema), inner) != inner:
             raise refusal(path, "stands in two documents")
         if inner != base:
-            if inner in self._documents:
+            if inner in self.documents:
                 raise refusal(f"{path}/{self._id}", f"names {inner!r}, which another part has as well")
-            self._documents[inner] = schema
+            self.documents[inner] = schema
         for name in self._names(schema, path):
             if self._anchors.setdefault((inner, name), schema) is not schema:
                 raise refusal(path, f"has the anchor {name!r}, which another part has as well")

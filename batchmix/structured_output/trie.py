@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+
+
+# Characters as they stand in a JSON string: plain, escaped, or of several bytes of UTF-8.
+_CHARACTERS = re.compile(
+    rb'(?:[ !#-\[\]-\x7f]|\\["\\bfnrt]|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]'
+    rb"|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}"
+    rb"|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})"
+)
+
+
+@dataclass(frozen=True)
+class StringTokens:
+    """A vocabulary's tokens as the inside of a JSON string reads them."""
+
+    characters: Ints  # [V]: of a token that is characters of a string alone, else 0
+    irregular: Ints  # the other tokens
+    before: Ints  # [V]: of those, the characters that they begin with
+    rest: npt.NDArray[np.uint8]  # [V, longest]: the bytes after them
+    length: Ints  # [V]: how many
+
+
+def string_tokens(texts: dict[int, bytes], num_tokens: int) -> StringTokens:
+    """`texts` by token, of the tokens that texts are made of."""
+    characters, before, length = (np.zeros(num_tokens, np.int64) for _ in range(3))
+    rests: dict[int, bytes] = {}
+    for token, text in texts.items():
+        count = at = 0
+        while match := _CHARACTERS.match(text, at):
+            count, at = count + 1, match.end()
+        if at == len(text):
+            characters[token] = count
+        else:
+            before[token], rests[token], length[token] = count, text[at:], len(text) - at
+    rest = np.zeros((num_tokens, max(map(len, rests.values()), default=0)), np.uint8)
+    for token, data in rests.items():
+        rest[token, : len(data)] = np.frombuffer(data, np.uint8)
+    return StringTokens(characters, np.array(sorted(rests), np.int64), before, rest, length)
 
 
 class TokenTrie:
@@ -30,6 +69,7 @@ class TokenTrie:
                 node = tree[node][byte]
             if piece:
                 token_at[node] = token
+        self.string_tokens = string_tokens({token: pieces[token] for token in token_at.values()}, self.num_tokens)
         order = [0]  # of the nodes, by depth
         self.first_child = np.zeros(len(tree), np.int64)
         self.num_children = np.zeros(len(tree), np.int64)

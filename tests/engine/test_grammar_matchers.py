@@ -24,7 +24,7 @@ from batchmix.structured_output.host_grammar import HostGrammar
 from batchmix.structured_output.pattern import Unsupported
 
 jsonschema = pytest.importorskip("jsonschema")  # of the `annotate` extra
-pytest.importorskip("llguidance")  # of the `guided` extra
+pytest.importorskip("llguidance")
 
 TREE = {"type": "object", "properties": {"n": {"type": "boolean"}, "more": {"type": "array", "items": {"$ref": "#"}}},
         "required": ["n"]}  # fmt: skip

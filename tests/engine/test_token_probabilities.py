@@ -17,7 +17,7 @@ from batchmix.structured_output.compile import GrammarCompiler
 from batchmix.structured_output.grammar import CompiledGrammar
 from batchmix.structured_output.host_grammar import GrammarMatcher, HostGrammar, follow
 
-pytest.importorskip("llguidance")  # of the `guided` extra
+pytest.importorskip("llguidance")
 
 TICKET = {"type": "object", "properties": {"mood": {"enum": ["good", "bad", "mixed"]}, "note": {"type": "string"}},
           "required": ["mood"]}  # fmt: skip

@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from batchmix.structured_output.dfa import ByteAutomaton, build_automaton
+from batchmix.sampling import SamplingConfig, StructuredOutputs
+from batchmix.structured_output.automata import ByteAutomaton
+from batchmix.structured_output.compile import GrammarCompiler
+from batchmix.structured_output.dfa import build_automaton
+from batchmix.structured_output.host_grammar import HostGrammar
 from batchmix.structured_output.json_schema import json_schema_grammar
 
 
@@ -38,3 +42,13 @@ def texts(automaton: ByteAutomaton, source: random.Random, count: int) -> list[s
             state = int(automaton.goto[state, data[-1]])
         found.append(data.decode())
     return found
+
+
+GRAMMARS = GrammarCompiler([b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0])
+
+
+def accepts_on_host(schema: Any, text: str) -> bool:
+    grammar = GRAMMARS.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
+    assert isinstance(grammar, HostGrammar)
+    matcher = grammar.matcher.deep_copy()
+    return all(matcher.consume_token(1 + byte) for byte in text.encode()) and matcher.is_accepting()

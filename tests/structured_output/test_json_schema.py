@@ -74,29 +74,31 @@ def test_bounds_leave_out_no_number(kind, bounds):
 @pytest.mark.parametrize(
     ("schema", "feature"),
     [
-        ({"type": "integer", "multipleOf": 2}, "the keyword 'multipleOf'"),
-        ({"type": "array", "items": {"type": "null"}, "uniqueItems": True}, "the keyword 'uniqueItems'"),
+        ({"type": "integer", "multipleOf": 1009}, "/multipleOf is 1009, whose multiples are too many"),
+        ({"type": "integer", "multipleOf": 0}, "/multipleOf must be above 0"),
+        (
+            {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+            "the keyword 'uniqueItems'.*leave it out",
+        ),
         ({"type": "array", "items": {"type": "null"}, "contains": {}}, "the keyword 'contains'"),
-        ({"not": {}}, "the keyword 'not'"),
-        ({"if": {}, "type": "object", "properties": {"a": {"const": 1}}}, "the keyword 'if'"),
-        ({"type": "object", "properties": {"a": {"patternProperties": {}}}}, "/properties/a has the keyword"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf is supported only for"),
-        ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "/oneOf is supported only for"),
-        ({"allOf": [{"type": "integer"}, {"type": "number"}]}, "/allOf of more than one"),
+        ({"not": {}}, "no text fits"),
+        ({"type": "array", "items": {"const": 1}, "not": {"uniqueItems": False}}, "no text fits"),
+        ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "no text fits"),
         ({"$ref": "http://x/y"}, "only references within the schema"),
         ({"$ref": "#/$defs/none"}, "is not there"),
-        ({"type": "string", "format": "hostname"}, "the format 'hostname'; supported are date"),
-        ({"type": "string", "pattern": "(?=a)"}, "the pattern .*look-around"),
-        ({"type": "string", "pattern": "a", "maxLength": 3}, "together with other limits"),
-        ({"type": "number", "minimum": 1e10}, "the bound 1"),
+        ({"type": "string", "pattern": "(?<=a)"}, "the pattern .*look-behind"),
+        ({"type": "string", "pattern": r"(a)\1"}, "the pattern .*a back-reference"),
+        (
+            {"type": "string", "pattern": r"\p{Script=Greek}"},
+            "the pattern .*the property 'Script=Greek'; supported are",
+        ),
+        ({"properties": {"a": {"pattern": "("}}}, r"^/properties/a has the pattern '\(': has a \( without \)"),
         ({"type": "text"}, "has type 'text'"),
-        ({"minimum": 3}, "has no type; give type: integer"),
-        ({"type": "object", "properties": {}, "required": ["q"]}, "names 'q', which properties does not have"),
+        ({"type": "object", "required": True}, "/required must be a list of names"),
         ({"type": "string", "maxLength": 1_000_000}, "the automaton is too large"),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "no text fits: an enum is empty, bounds exclude each other"),
         ([1], "is no schema"),
         ({"type": {}}, "has type {}"),
-        ({"type": "string", "format": []}, "the format"),
         ({"type": "object", "properties": {1: {"const": 1}}}, "texts as names"),
     ],
 )
@@ -142,14 +144,14 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("schema", [doubling(15), doubling(30), nested(30)], ids=["doubling", "deep", "nested"])
-def test_small_schemas_of_large_patterns_are_refused_at_once(schema):
+def test_small_schemas_of_large_patterns_are_answered_at_once(schema):
     """Each would take minutes, or all of the memory, if it was written out."""
-    pytest.importorskip("llguidance")  # which refuses the last one
+    pytest.importorskip("llguidance")
     grammars = GrammarCompiler(
         [b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0]
     )
     started = time.process_time()
-    with pytest.raises(Unsupported, match=r"too large|more than 100,000 parts|nested too deeply"):
+    with contextlib.suppress(Unsupported):
         grammars.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
     assert time.process_time() - started < 10
 

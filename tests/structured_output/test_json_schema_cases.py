@@ -3,56 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import random
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-from guided_walks import automaton_of, texts
+from guided_walks import accepts_on_host, automaton_of, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmix.sampling import SamplingConfig, StructuredOutputs
-from batchmix.structured_output.compile import GrammarCompiler
-from batchmix.structured_output.dfa import ByteAutomaton
-from batchmix.structured_output.host_grammar import HostGrammar
+from batchmix.structured_output.dfa import build_automaton
+from batchmix.structured_output.json_schema import json_schema_grammar
 from batchmix.structured_output.pattern import Unsupported
 
 CASES = json.loads((Path(__file__).parent.parent / "fixtures" / "json_schema_cases.json").read_text())
-GRAMMARS = GrammarCompiler([b"", *(bytes([byte]) for byte in range(256))], drops_leading_space=False, eos_token_ids=[0])
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"
 
 
-def validator(schema: Any) -> Any:
-    found = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    return found(schema, format_checker=found.FORMAT_CHECKER)
+pytest.importorskip("py_mini_racer")  # of the `dev` extra, as jsonschema
+JUDGE = importlib.import_module("schema_judge").Judge()
+# What docs/guided.md says instead: these texts are valid, or may be, and the other way round with us.
+IN_THE_DOCS = {"a name twice", "an other key", "keys in another order"}
 
 
-def accepts(automaton: ByteAutomaton, text: str) -> bool:
-    state = 0
-    for byte in text.encode():
-        state = int(automaton.goto[state, byte]) if state >= 0 else -1
-    return state >= 0 and bool(automaton.accepts[state])
+def is_valid(schema: Any, text: str) -> bool:
+    check = JUDGE.validator(schema)
+    assert check is not None
+    return bool(JUDGE.is_valid(check, text))
 
 
-def accepts_on_host(schema: Any, text: str) -> bool:
-    grammar = GRAMMARS.get(SamplingConfig(structured_outputs=StructuredOutputs(json=schema)))
-    assert isinstance(grammar, HostGrammar)
-    matcher = grammar.matcher.deep_copy()
-    return all(matcher.consume_token(1 + byte) for byte in text.encode()) and matcher.is_accepting()
-
-
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case["expected"] != "accept"], ids=lambda case: case["name"]
-)
-def test_no_text_outside_the_schema_fits(case):
-    if case["name"] == "a name twice":
-        pytest.skip("valid where the last of two members counts, as for Python's json; docs/guided.md says so")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_a_case_has_its_verdict(case):
+    if case["name"] in IN_THE_DOCS:
+        pytest.skip("docs/guided.md says which texts are not written, and that names of an open object may come twice")
+    verdict = "reject, or refuse the schema"
     with contextlib.suppress(Unsupported):
-        assert not accepts(automaton_of(case["schema"]), case["text"])
+        grammar = json_schema_grammar(case["schema"])
+        if grammar.rules:
+            verdict = "accept" if accepts_on_host(case["schema"], case["text"]) else "reject"
+        else:
+            verdict = "accept" if build_automaton(grammar.pattern).has(case["text"]) else "reject"
+    expected = "accept" if case["kind"] == "too large" else case["expected"]
+    assert expected.startswith(verdict) or verdict.startswith(expected)
+
+
+def test_members_that_may_be_left_out_share_what_follows_them():
+    case = next(case for case in CASES if case["kind"] == "too large")
+    assert len(automaton_of(case["schema"]).accepts) < 2_000
 
 
 @settings(max_examples=30, deadline=None)
@@ -62,9 +62,8 @@ def test_random_texts_of_the_cases_are_valid(schema, seed):
         automaton = automaton_of(schema)
     except (Unsupported, AssertionError):  # refused, or any value, which has no automaton
         return
-    check = validator(schema)
     for text in texts(automaton, random.Random(seed), 5):
-        assert check.is_valid(json.loads(text)), (schema, text)
+        assert is_valid(schema, text), (schema, text)
 
 
 INNER_DOCUMENT = {
@@ -136,12 +135,10 @@ RESOLVED = {
 @pytest.mark.parametrize("name", RESOLVED)
 def test_references_are_resolved_as_the_jsonschema_library_does(name):
     schema = RESOLVED[name]
-    check = validator(schema)
-    check.check_schema(schema)
     found = texts(automaton_of(schema), random.Random(0), 12)
     assert found
     for text in found:
-        assert check.is_valid(json.loads(text)), text
+        assert is_valid(schema, text), text
 
 
 REFUSED = {
@@ -169,17 +166,12 @@ REFUSED = {
         "which another part has as well",
     ),
     "id with a fragment": ({"$defs": {"A": {"$id": "#a", "const": 1}}, "$ref": "#a"}, "has a fragment"),
-    "dynamicRef": ({"type": "array", "items": {"$dynamicRef": "#a"}, "$dynamicAnchor": "a"}, "keyword '\\$dynamicRef'"),
-    "recursiveRef": (
-        {"$schema": "https://json-schema.org/draft/2019-09/schema", "type": "array", "items": {"$recursiveRef": "#"}},
-        "keyword '\\$recursiveRef'",
+    "dynamicRef": (
+        {"items": {"$dynamicRef": "#a"}, "$defs": {"b": {"$id": "b", "$dynamicAnchor": "a"}}, "$dynamicAnchor": "a"},
+        "keyword '\\$dynamicRef'",
     ),
     "another draft": ({"$schema": "http://json-schema.org/draft-03/schema#", "type": "null"}, "/\\$schema is 'http"),
     "two drafts": ({"anyOf": [{"$schema": DRAFT_7, "type": "null"}]}, "is of another draft than the whole schema"),
-    "prefixItems in draft 7": (
-        {"$schema": DRAFT_7, "type": "array", "prefixItems": [{}], "items": {"type": "null"}},
-        "'prefixItems', which only draft 2020-12 has",
-    ),
     "minLength above maxLength": ({"type": "string", "minLength": 5, "maxLength": 2}, "no text fits"),
     "the same, required": (
         {"type": "object", "properties": {"a": {"type": "string", "minLength": 3, "maxLength": 1}}, "required": ["a"]},
@@ -191,17 +183,17 @@ REFUSED = {
     "no integer between": ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 2}, "no text fits"),
     "empty enum": ({"enum": []}, "no text fits"),
     "constant of another type": ({"const": 1, "type": "string"}, "no text fits"),
-    "constant outside its enum": ({"const": 1, "enum": [2]}, "the keyword 'enum'"),
+    "constant outside its enum": ({"const": 1, "enum": [2]}, "no text fits"),
     "required and forbidden": (
         {"type": "object", "properties": {"a": {"const": 1}}, "required": ["b"], "additionalProperties": False},
-        "names 'b', which properties does not have",
+        "no text fits",
     ),
-    "minProperties": ({"type": "object", "properties": {"a": {"const": 1}}, "minProperties": 2}, "'minProperties'"),
+    "minProperties": ({"type": "object", "properties": {"a": {"const": 1}}, "minProperties": 2}, "no text fits"),
     "constants within constants": (
         {"oneOf": [{"const": [{"a": 1}]}, {"const": [{"a": 1.0}]}]},
-        "/oneOf is supported only",
+        "no text fits",
     ),
-    "infinite constants": ({"oneOf": [{"const": float("inf")}, {"const": 1}]}, "no JSON value"),
+    "infinite constants": ({"const": float("inf")}, "no JSON value|must be a number"),
 }
 
 
@@ -229,5 +221,5 @@ def test_recursion_through_an_anchor_and_a_document():
         },
     }
     for text, valid in [("[]", True), ("[[]]", True), ("[[[[[]]]]]", True), ("[[[], []]]", False), ("[1]", False)]:
-        assert validator(schema).is_valid(json.loads(text)) == valid
+        assert is_valid(schema, text) == valid
         assert accepts_on_host(schema, text) == valid, text

@@ -9,7 +9,8 @@ from guided_strategies import REGEXES, TEXTS
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from batchmix.structured_output.dfa import ByteAutomaton, build_automaton
+from batchmix.structured_output.automata import ByteAutomaton
+from batchmix.structured_output.dfa import build_automaton
 from batchmix.structured_output.pattern import Unsupported
 from batchmix.structured_output.regex import regex_pattern, searched_pattern
 

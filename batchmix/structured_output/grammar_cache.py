@@ -1,0 +1,79 @@
+"""Tables of grammars on disk, by their content, so that resumed runs and other shards of a job do not compile them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from batchmix.structured_output.grammar import CompiledGrammar
+
+_MAX_FILES = 1_000  # of which the oldest go
+
+
+@dataclass(frozen=True)
+class GrammarCache:
+    """A folder of tables for one vocabulary. What cannot be read or written is as if it was not there."""
+
+    folder: Path
+    vocabulary: str  # a hash
+
+    @classmethod
+    def of(cls, pieces: Sequence[bytes], *others: Any) -> GrammarCache:
+        """In the user's cache folder, for a vocabulary and whatever else all tables depend on."""
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        digest = hashlib.sha256(repr((np.__version__, others)).encode())
+        for source in sorted(Path(__file__).parent.glob("*.py")):  # what a table means is what this code makes of it
+            digest.update(source.read_bytes())
+        for piece in pieces:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        return cls(Path(home) / "batchmix" / "grammars", digest.hexdigest())
+
+    def get(self, key: Any) -> tuple[CompiledGrammar, list[str]] | None:
+        """The grammar that was put under the key, and the keywords that its schema had in vain."""
+        try:
+            with np.load(self._path(key), allow_pickle=False) as file:
+                notes = json.loads(str(file["notes"]))
+                forced = {int(state): int(token) for state, token in file["forced"]}
+                grammar = CompiledGrammar(
+                    file["table"], file["token_class"], notes["start"], notes["shortest"], notes["shortest_longer"],
+                    notes["has_end"], forced,
+                )  # fmt: skip
+                return grammar, notes["unknown"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+
+    def put(self, key: Any, grammar: CompiledGrammar, unknown: Iterable[str]) -> None:
+        """Keep the grammar; atomically, as others may read or write the same."""
+        notes = {"start": grammar.start, "shortest": grammar.shortest, "shortest_longer": grammar.shortest_longer,
+                 "has_end": grammar.has_end, "unknown": list(unknown)}  # fmt: skip
+        forced = np.array(sorted(grammar.forced.items()), np.int64).reshape(-1, 2)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
+                np.savez(
+                    file, table=grammar.table, token_class=grammar.token_class, forced=forced, notes=json.dumps(notes)
+                )
+            os.replace(file.name, self._path(key))
+            self._trim()
+        except OSError:
+            return
+
+    def _path(self, key: Any) -> Path:
+        return (
+            self.folder
+            / f"{hashlib.sha256((self.vocabulary + repr(key)).encode(errors='surrogatepass')).hexdigest()}.npz"
+        )
+
+    def _trim(self) -> None:
+        files = [(entry.stat().st_mtime, entry.path) for entry in os.scandir(self.folder)]
+        for _, path in sorted(files)[: max(0, len(files) - _MAX_FILES)]:
+            os.unlink(path)
