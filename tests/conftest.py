@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
+_CACHE = tempfile.TemporaryDirectory(prefix="batchmix-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name  # tables of grammars are kept there: none of another run's, and none for it
 os.environ["PYTHONSAFEPATH"] = "1"  # subprocesses: the repository's own folders are not importable by their bare names
 if os.environ.get("PYTEST_XDIST_WORKER"):  # processes that share the machine's cores
     os.environ["OMP_NUM_THREADS"] = "1"
