@@ -1,8 +1,7 @@
 """What the driver of several workers does: it reads the rows, hands them out in units and puts the answers together.
 
 The next unit goes to whichever worker has least left to do. The driver alone writes the output, so a row that comes twice,
-or from a worker that was given up, cannot be committed twice. One driver detokenises and commits 1.6 M output tokens in a
-second of one core, what eight GPUs decode in seven (benchmarks/bench_workers.py).
+or from a worker that was given up, cannot be committed twice. One driver is enough: docs/parallel.md has what was measured.
 """
 
 from __future__ import annotations
