@@ -15,8 +15,9 @@ from batchmix.dtypes import KVCacheDtype
 from batchmix.engine.config import Backend, EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
-from batchmix.engine.engine import PREFILL_CHUNK, Engine
+from batchmix.engine.engine import Engine
 from batchmix.engine.model_runner import run_largest_step
+from batchmix.engine.request import PREFILL_CHUNK, EngineLimits
 from batchmix.errors import BatchmixError
 from batchmix.memory import free_bytes, keep_freed_memory
 from batchmix.models import torch_backend, torch_ops, torch_products
@@ -108,23 +109,25 @@ def start_engine(
         cache: KVCache = StagedKVCache(sliced, num_blocks + 1, BLOCK_SIZE, kv_dtype, link, step)
     else:
         cache = KVCache(sliced, num_blocks + 1, BLOCK_SIZE, kv_dtype, device)
+    limits = EngineLimits(
+        rows, config.max_num_batched_tokens, checkpoint.max_model_len, cache.num_blocks, cache.block_size,
+        model.ops.row_tile, model.ops.cuts_prompts,
+        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show what others begin with.
+        share_prefix=config.share_prefix and place.backend is Backend.triton,
+        # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
+        steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
+    )  # fmt: skip
     _log.info(_start_line(checkpoint, place, processes, model, cache, rows, workspace, plan, loaded - started))
     eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
     return Engine(
         model,
         cache,
-        max_num_seqs=rows,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=checkpoint.max_model_len,
+        limits,
         eos_token_ids=eos_token_ids,
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
-        # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
-        steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
         # No graphs where weights are streamed: the host has to begin each copy.
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
-        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show what others begin with.
-        share_prefix=config.share_prefix and place.backend is Backend.triton,
         grammars=grammars or open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
         compile_clock=compile_clock,
     )
@@ -203,7 +206,7 @@ def _measure_memory(
         free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
     else:
         graphs = config.cuda_graphs and not plan
-        workspace = measure_workspace(model, rows, prefill_tokens, checkpoint.max_model_len, graphs, kv_dtype)
+        workspace = measure_workspace(model, rows, prefill_tokens, graphs, kv_dtype)
         free = gpu_cache_bytes(*link.memory(), workspace, config.gpu_memory_utilization)
         if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device; the scratch block is on the host too
             landings = StagedKVCache.landing_bytes(model.config, kv_dtype, prefill_tokens + rows)
@@ -213,15 +216,13 @@ def _measure_memory(
     return workspace, model.tp.all_reduce_min(kv_blocks(free, block_bytes, longest, rows))
 
 
-def measure_workspace(
-    model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, graphs: bool, kv_dtype: torch.dtype
-) -> int:
+def measure_workspace(model: Mixtral, rows: int, prefill_tokens: int, graphs: bool, kv_dtype: torch.dtype) -> int:
     """Bytes that a GPU's largest step takes, and the memory that CUDA graphs of decode keep. Compiles kernels too."""
     device, total = model.weights.embedding.device, 0
     for tokens in (prefill_tokens, 0) if graphs else (prefill_tokens,):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run_largest_step(model, rows, tokens, max_model_len, kv_dtype)
+        run_largest_step(model, rows, tokens, kv_dtype)
         torch.cuda.synchronize(device)
         total += torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()  # so that what is free afterwards is what the KV cache may have

@@ -61,9 +61,9 @@ def record_steps(steps: Steps) -> None:
     weights = empty_weights(config, steps.dtype, torch.device("meta"), steps.quantization)
     model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)
     for rows in capture_sizes(steps.max_num_seqs):
-        run_largest_step(model, rows, 0, steps.max_model_len, steps.kv_dtype)
+        run_largest_step(model, rows, 0, steps.kv_dtype)
     for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
-        run_largest_step(model, 1, tokens - 1, steps.max_model_len, steps.kv_dtype)
+        run_largest_step(model, 1, tokens - 1, steps.kv_dtype)
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:

@@ -50,9 +50,9 @@ def main() -> None:
         operators = TritonOperators(False, True)
         model = Mixtral(config, empty_weights(config, dtype, torch.device("cpu")), operators, 2048)
         for rows in (1, 7, 40, 129, 200):
-            run_largest_step(model, rows, 0, 2048, dtype)
+            run_largest_step(model, rows, 0, dtype)
         for tokens in (1, 33, 150, 600):
-            run_largest_step(model, 1, tokens, 2048, dtype)
+            run_largest_step(model, 1, tokens, dtype)
         found["missed"] = list(missed)
         triton.knobs.compilation.listener = clock
         Mixtral(config, empty_weights(config, torch.float16, torch.device("cpu")), operators, 2048)
