@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from batchmix.engine.block_manager import BlockPool, OutOfBlocks, PrefixCache
+from batchmix.engine.block_manager import BlockPool, PrefixCache
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.request import EngineLimits, Request, RunningSequence, ScheduledChunk, Step
 from batchmix.observability.engine_stats import EngineStats
@@ -145,14 +145,12 @@ class Scheduler:
             missing = last // self.block_size + 1 - batch.num_blocks[:active]
             slots = np.flatnonzero(missing > 0)
             slots = np.repeat(slots, missing[slots])  # a slot as often as it needs blocks
-            try:
+            if len(slots) <= self._num_available():
                 batch.add_blocks(slots, self._allocate(len(slots)))
-            except OutOfBlocks:
-                if batch.pending:  # some may have ended
-                    return 0
-                self.preempt(max(range(active), key=lambda slot: self.running[slot].order))
-                continue
-            return steps
+                return steps
+            if batch.pending:  # some may have ended
+                return 0
+            self.preempt(max(range(active), key=lambda slot: self.running[slot].order))
         return 0
 
     def preempt(self, slot: int) -> None:
@@ -200,7 +198,9 @@ class Scheduler:
             self._record_chunk(step, chunk)
 
     def _next_chunk(self, request: Request, room: int, is_first: bool) -> ScheduledChunk | None:
-        ids, start, end = request.prompt.token_ids, request.computed, self._computed_once(request)
+        ids, start = request.prompt.token_ids, request.computed
+        # What is computed once: of a prompt that choices follow only whole blocks, the rest with each choice.
+        end = len(ids) if request.choices is None else len(request.blocks) * self.block_size
         if start == end and request.choices is not None:
             return self._next_choice(request, request.choices[request.next_choice], room, is_first)
         limits = self.limits
@@ -224,10 +224,6 @@ class Scheduler:
             return None
         blocks = request.blocks + self._allocate(needed)
         return ScheduledChunk(request, ids, request.computed, blocks, request.next_choice)
-
-    def _computed_once(self, request: Request) -> int:
-        """Tokens of the prompt that are computed once: of a scoring request those in whole blocks."""
-        return len(request.prompt.token_ids) if request.choices is None else len(request.blocks) * self.block_size
 
     def _record_chunk(self, step: Step, chunk: ScheduledChunk) -> None:
         """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer
@@ -298,10 +294,10 @@ class Scheduler:
 
     def _num_available(self) -> int:
         """Blocks that are free, or can be: prefixes stay in the cache only for as long as there is room."""
-        return self.pool.num_free + self.prefixes.num_unused()
+        return self.pool.num_free + self.pool.num_only_kept
 
     def _allocate(self, count: int) -> list[int]:
-        """`count` blocks; OutOfBlocks if fewer are available."""
+        """`count` of the blocks that are available."""
         self.prefixes.release(count - self.pool.num_free)
         return self.pool.take(count)
 

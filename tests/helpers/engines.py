@@ -137,7 +137,7 @@ def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict
     found = list(engine.generate(plan(rows, limits)))
     by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
     assert len(by_key) == len(found), "a sample came out twice"
-    assert scheduler.pool.num_used == scheduler.prefixes.num_unused(), "blocks were not returned"
+    assert scheduler.pool.num_used == scheduler.pool.num_only_kept, "blocks were not returned"
     assert scheduler.batch.num_active == 0
     return by_key
 
