@@ -27,6 +27,7 @@ from batchmix.models.mixtral import Mixtral
 from batchmix.models.quantized import FP8, Weight
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.models.weights import Weights
+from batchmix.observability.engine_stats import EngineStats
 from batchmix.offload.expert_stream import ExpertStream, Offload, spread
 from batchmix.offload.setup import open_transfer_stream, plan_offload
 from batchmix.offload.staged_cache import StagedKVCache
@@ -81,12 +82,12 @@ def start_engine(
         plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), tp)
         rows = config.max_num_seqs or (plan.max_num_seqs if plan else RESIDENT_ROWS)
         offload = Offload(link, spread(plan.streamed, sliced.num_hidden_layers)) if plan else None
-    compile_ahead, compile_clock = None, None
+    compile_ahead, stats = None, EngineStats()
     if device.type == "cuda":
         from batchmix.engine.compile_ahead import CompileAhead, CompileClock, Steps
         from batchmix.kernels.gpu import current_gpu
 
-        compile_clock = CompileClock()
+        CompileClock(stats)  # Triton keeps it
         if tp.rank == 0:  # the others' kernels are the same
             steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, rows, prefill_tokens,
                           checkpoint.max_model_len, config.batch_invariant, config.share_prefix)  # fmt: skip
@@ -129,7 +130,7 @@ def start_engine(
         # No graphs where weights are streamed: the host has to begin each copy.
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
         grammars=grammars or open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
-        compile_clock=compile_clock,
+        stats=stats,
     )
 
 
@@ -170,17 +171,16 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_tokens: int) -> None:
     """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where
     not: a warning, with engine.batch_invariant=true a BatchmixError."""
-    layer, tokens, dtype = weights.layers[0], rows + prefill_tokens, weights.lm_head.dtype
-
-    def shape(weight: Weight, dtype: torch.dtype = dtype) -> torch_products.Shape:
-        out, width = weight.shape[-2:]
-        return out, width, dtype
-
+    layer, tokens = weights.layers[0], rows + prefill_tokens
+    products: dict[str, tuple[Weight, int]] = {  # weights, and the most rows they are multiplied with
+        "wqkv": (layer.wqkv, tokens), "wo": (layer.wo, tokens), "router": (layer.router, tokens),
+        "w13": (layer.w13, torch_ops.EXPERT_CHUNK), "w2": (layer.w2, torch_ops.EXPERT_CHUNK),
+        "lm_head": (weights.lm_head, rows),
+    }  # fmt: skip
+    dtype = weights.lm_head.dtype  # of experts too, once they are widened
     fixed, unsteady = torch_products.hold_bits({
-        "wqkv": (shape(layer.wqkv), tokens), "wo": (shape(layer.wo), tokens),
-        "router": (shape(layer.router, torch.float32), tokens),
-        "w13": (shape(layer.w13), torch_ops.EXPERT_CHUNK), "w2": (shape(layer.w2), torch_ops.EXPERT_CHUNK),
-        "lm_head": (shape(weights.lm_head), rows),
+        name: ((*weight.shape[-2:], torch.float32 if name == "router" else dtype), most)
+        for name, (weight, most) in products.items()
     })  # fmt: skip
     if fixed:
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"

@@ -34,6 +34,7 @@ from batchmix.models.mixtral import Mixtral
 from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.models.weights import empty_weights
+from batchmix.observability.engine_stats import EngineStats
 
 _DONE = "compiled_ahead"
 _log = logging.getLogger(__name__)
@@ -131,14 +132,14 @@ def _main() -> None:
 class CompileClock:
     """Counts what Triton compiles in this process from now on, and how long it takes: a hook of Triton's."""
 
-    def __init__(self) -> None:
-        self.kernels, self.seconds = 0, 0.0
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
         triton.knobs.compilation.listener = self
 
     def __call__(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
-            self.kernels += 1
-            self.seconds += times.total / 1e6
+            self._stats.kernels_compiled += 1
+            self._stats.compile_seconds += times.total / 1e6
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from batchmix.engine.cuda_graphs import Capture
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
+from batchmix.engine.jump_forward import find_jump_forward
 from batchmix.engine.model_runner import ModelRunner
 from batchmix.engine.output_processor import process_outputs
 from batchmix.engine.request import EngineLimits, Request, Step
@@ -26,15 +25,11 @@ from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.observability.clock import StageClock
-from batchmix.observability.device_clock import DeviceClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
-
-if TYPE_CHECKING:
-    from batchmix.engine.compile_ahead import CompileClock
 
 _log = logging.getLogger(__name__)
 
@@ -54,22 +49,21 @@ class Engine:
         capture: Capture | None = None,
         async_copy: AsyncCopy | None = None,
         grammars: GrammarCompiler | None = None,
-        compile_clock: CompileClock | None = None,
+        stats: EngineStats | None = None,
     ) -> None:
         """`capture` makes a CUDA graph of a step. `async_copy`, from the cache's device, says when what was copied is
-        read."""
+        read. `stats`: those in which the start of the engine was counted."""
         if (cache.num_blocks - 1) * cache.block_size < limits.max_model_len:
             raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {limits.max_model_len} tokens")
-        self.model, self.cache, self.grammars, self.compile_clock = model, cache, grammars, compile_clock
-        self.should_stop = should_stop
+        self.model, self.cache, self.grammars, self.should_stop = model, cache, grammars, should_stop
         model.expert_load.reset()
-        self.stats = EngineStats(kv_blocks_total=cache.num_blocks - 1)
+        self.stats = stats or EngineStats()
+        self.stats.kv_blocks_total = cache.num_blocks - 1
         self.clock = StageClock()
-        self.device_clock = DeviceClock(cache.keys.device)
         vocab_size, async_copy = model.config.vocab_size, async_copy or AsyncCopy(cache.keys.device)
         make_batch = partial(InputBatch, vocab_size, eos_token_ids, stop_table, async_copy, grammars)
         self.scheduler = Scheduler(make_batch, limits, self.stats)
-        self.runner = ModelRunner(model, cache, self.scheduler, self.device_clock, capture)
+        self.runner = ModelRunner(model, cache, self.scheduler, capture)
 
     @torch.inference_mode()
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
@@ -112,7 +106,7 @@ class Engine:
         before. Where the device has no memory, go on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         jump_forward: list[list[int]] = []
-        wants_logprobs, may_jump = batch.wants_logprobs(), may_jump_forward(batch)
+        wants_logprobs, may_jump = batch.wants_logprobs(), batch.grammars.num_forced > 0
         if wants_logprobs or may_jump:
             process_outputs(scheduler, wait_for_all=True)
             if may_jump:
@@ -163,11 +157,10 @@ class Engine:
 
     def read_totals(self) -> float | None:
         """Read the device's totals into `stats`, waiting for it. The seconds that it worked; None on a CPU."""
-        seconds, stats = self.device_clock.seconds(), self.stats
+        clock, stats = self.runner.device_clock, self.stats
+        seconds = clock.seconds()
         stats.expert_tokens = self.model.expert_load.counts.tolist()
-        stats.decode_steps = self.device_clock.steps()
-        if self.compile_clock is not None:
-            stats.kernels_compiled, stats.compile_seconds = self.compile_clock.kernels, self.compile_clock.seconds
+        stats.decode_steps = clock.steps()
         if stats.decode_steps:
             steps = stats.decode_steps.items()
             sizes = ", ".join(f"{size}: {count:,.0f} of {took / count * 1e3:.1f} ms" for size, (count, took) in steps)

@@ -60,6 +60,7 @@ class RowGrammars:
         self.classes = DeviceTableCache(vocab_size, torch.int32, device)
         self.rows: list[GuidedRow | None] = [None] * size
         self.num_texts = 0  # that the host follows
+        self.num_forced = 0  # rows whose grammar may leave no choice
         self.used = False  # whether there has been a row with a grammar: without any, steps do not look for them
 
     def acquire(self, slot: int, sampling: SamplingConfig, max_tokens: int) -> tuple[int, int, int]:
@@ -74,6 +75,7 @@ class RowGrammars:
             self.num_texts += 1
         else:
             row = GuidedRow((key, key), grammar, None, grammar.start)
+            self.num_forced += bool(grammar.forced)
             table, classes = torch.from_numpy(grammar.table), torch.from_numpy(grammar.token_class)[None]
         self.rows[slot], self.used = row, True
         base = self.states.acquire(row.keys[0], lambda: table)
@@ -83,6 +85,7 @@ class RowGrammars:
         """The slot's row goes."""
         if (row := self.rows[slot]) is not None:
             self.num_texts -= row.text is not None
+            self.num_forced -= row.grammar is not None and bool(row.grammar.forced)
             self.states.release(row.keys[0])
             self.classes.release(row.keys[1])
 

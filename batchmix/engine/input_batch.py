@@ -193,17 +193,6 @@ class InputBatch:
             tensors.append(self.logprob_history[:count])
         self.pending.append(PendingStep(np.arange(count), self.async_copy.to_host(tensors), scored))
 
-    def wait_for_step(self) -> int:
-        """Wait for the oldest recorded step and take it into `outputs`. Returns how many tokens are new."""
-        step = self.pending.popleft()
-        state, ring, *logprobs = step.event()
-        if step.scored is not None:
-            step.scored()
-        new = self.outputs.append(step.slots, state, ring, *logprobs)
-        if self.grammars.num_texts:
-            self.grammars.accept_tokens(self.outputs)
-        return new
-
     def decode_tokens(self, rows: int, size: int, width: int) -> DecodeTokens:
         """The last tokens of slots 0..rows-1, and with those of free slots `size` tokens. `width`: blocks of a row."""
         return DecodeTokens(
@@ -231,7 +220,9 @@ class InputBatch:
         if bias := bias_key(sampling):
             host["bias_row"][slot] = self.biases.acquire(bias, lambda: bias_table(sampling, self.vocab_size))
         if stop := stop_key(sampling):
-            host["stop_base"][slot] = self.automata.acquire(stop, lambda: self._automaton(sampling))
+            build = self._build_stop_table
+            assert build is not None, "rows with stop strings are refused where there is no tokenizer"
+            host["stop_base"][slot] = self.automata.acquire(stop, lambda: automaton(build(sampling)))
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
         if sampling.structured_outputs is not None:
             found = self.grammars.acquire(slot, sampling, max_tokens)
@@ -313,7 +304,3 @@ class InputBatch:
         self.output_counts[slot] = 0
         self.in_prompt[slot] = False
         self.in_prompt[slot].index_fill_(0, async_copy_to_gpu(np.array(prompt.token_ids, np.int64), device), True)
-
-    def _automaton(self, sampling: SamplingConfig) -> Tensor:
-        assert self._build_stop_table is not None, "rows with stop strings are refused where there is no tokenizer"
-        return automaton(self._build_stop_table(sampling))

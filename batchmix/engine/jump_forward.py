@@ -16,14 +16,6 @@ from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.models.step_tokens import DecodeTokens
 
 
-def may_jump_forward(batch: InputBatch) -> bool:
-    """Whether a row is there whose grammar may leave no choice."""
-    return batch.grammars.used and any(
-        row is not None and row.grammar is not None and row.grammar.forced
-        for row in batch.grammars.rows[: batch.num_active]
-    )
-
-
 def find_jump_forward(batch: InputBatch, most: int) -> list[list[int]]:
     """The tokens that must come next, of each active row, `most` in all; all that was queued has been read back.
 
@@ -46,8 +38,10 @@ def append_jump_forward(batch: InputBatch, runs: list[list[int]], width: int) ->
     """Append each row's run to its answer, on host and device: what the step computes, and its token ids, int64 [L]."""
     outputs, device, rows = batch.outputs, batch.async_copy.device, len(runs)
     owners, tokens, positions, changes = list[int](), list[int](), list[int](), list[tuple[int, ...]]()
-    for slot in filter(runs.__getitem__, range(rows)):
-        run, count, row = runs[slot], int(outputs.count[slot]), batch.grammars.rows[slot]
+    for slot, run in enumerate(runs):
+        if not run:
+            continue
+        count, row = int(outputs.count[slot]), batch.grammars.rows[slot]
         assert row is not None
         assert row.grammar is not None
         changes.append((slot, len(run), run[-1], row.grammar.after(row.follow(outputs.tokens[slot], count), run)))

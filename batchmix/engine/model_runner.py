@@ -74,16 +74,9 @@ def run_largest_step(
 class ModelRunner:
     """Queues steps. Steps that only decode are CUDA graphs where there are any."""
 
-    def __init__(
-        self,
-        model: Mixtral,
-        cache: KVCache,
-        scheduler: Scheduler,
-        device_clock: DeviceClock,
-        capture: Capture | None,
-    ) -> None:
-        self.model, self.cache, self.scheduler, self.device_clock = model, cache, scheduler, device_clock
-        self._capture = capture
+    def __init__(self, model: Mixtral, cache: KVCache, scheduler: Scheduler, capture: Capture | None) -> None:
+        self.model, self.cache, self.scheduler, self._capture = model, cache, scheduler, capture
+        self.device_clock = DeviceClock(cache.keys.device)
         self.renew()
 
     def renew(self) -> None:

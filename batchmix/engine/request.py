@@ -23,7 +23,7 @@ class EngineLimits:
     row_tile: int = 1  # of the operators, as the next
     cuts_prompts: bool = False  # also where a step's budget ends, not only at multiples of `prefill_chunk`
     prefill_chunk: int = PREFILL_CHUNK
-    share_prefix: bool = False
+    share_prefix: bool = False  # whether prompts are planned with `shared_tokens`, which are computed once
     steps_per_read: int = 1  # decode steps between two copies of what they did to the host
 
 
