@@ -10,7 +10,7 @@ from batchmix.checkpoints.config import OffloadMode
 from batchmix.config import Config
 from batchmix.dtypes import Quantization
 from batchmix.engine.build import cache_dtype
-from batchmix.engine.engine import PREFILL_CHUNK
+from batchmix.engine.request import PREFILL_CHUNK
 from batchmix.errors import BatchmixError
 from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source

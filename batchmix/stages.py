@@ -55,7 +55,7 @@ def planned_batches(
     built = prompts.builder.build(rows, keep=keep, clock=engine.clock, stopping=engine.should_stop, buffers=buffers)
     limits = Limits(
         scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, config.engine.sort_window,
-        window_bytes=buffers.window, batch_bytes=buffers.batch, share_prefix=scheduler.share_prefix,
+        window_bytes=buffers.window, batch_bytes=buffers.batch, share_prefix=scheduler.limits.share_prefix,
     )  # fmt: skip
     with closing(built):
         yield from in_flight.admit(plan(built, limits))

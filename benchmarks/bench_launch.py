@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from batchmix.engine.input_batch import InputBatch
+from batchmix.engine.request import EngineLimits
 from batchmix.kernels.gpu import H200, assume_gpu
 from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.kv_cache import KVCache
@@ -109,7 +110,9 @@ def layer_seconds(rows: int, turns: int) -> tuple[list[float], float]:
         # Looking up embeddings would touch memory.
         model.weights.embedding = Embedding(torch.empty(rows, CONFIG.hidden_size, dtype=torch.bfloat16))  # type: ignore[assignment]
         cache = KVCache(replace(CONFIG, num_hidden_layers=LAYERS), 1, 64, torch.bfloat16, cpu)
-        batch = InputBatch(rows, CONFIG.vocab_size, WIDTH, (), None, AsyncCopy(cpu))
+        batch = InputBatch(
+            CONFIG.vocab_size, (), None, AsyncCopy(cpu), None, EngineLimits(rows, rows, WIDTH * 64, 1, 64)
+        )
         tokens = torch.zeros(rows, dtype=torch.int64)
         attend = ops.attend(model, cache, StepTokens(rows, batch.decode_tokens(0, rows, WIDTH)))
         model(tokens, attend)  # compiles

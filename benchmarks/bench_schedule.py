@@ -24,9 +24,8 @@ import torch
 from common import RESULTS
 
 from batchmix.engine.cuda_graphs import capture_sizes, pad_to_capture_size
-from batchmix.engine.engine import PREFILL_CHUNK
 from batchmix.engine.input_batch import InputBatch, PendingStep
-from batchmix.engine.request import RunningSequence
+from batchmix.engine.request import PREFILL_CHUNK, EngineLimits, RunningSequence
 from batchmix.engine.scheduler import Request as WaitingRequest
 from batchmix.engine.scheduler import Scheduler
 from batchmix.measure.result import save_result
@@ -301,15 +300,11 @@ def _prefill(batch: OldBatch, first: int) -> Iterator[ScheduledStep]:
 def new_schedule(workload: Workload) -> Iterator[ScheduledStep]:
     """The engine's own scheduler, told of what ends one step late."""
     longest = max(request.prompt + request.answer for request in workload.requests)
-    scheduler = Scheduler(
-        partial(
-            InputBatch, vocab_size=1, blocks_per_row=-(-longest // BLOCK_SIZE), eos_token_ids=(), stop_table=None,
-            async_copy=AsyncCopy(torch.device("cpu")),
-        ),
-        max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, max_model_len=longest,
-        num_blocks=KV_TOKENS // BLOCK_SIZE + 1, block_size=BLOCK_SIZE, prefill_chunk=PREFILL_CHUNK, cuts_prompts=True,
-        share_prefix=bool(workload.shared), stats=EngineStats(),
-    )  # fmt: skip
+    limits = EngineLimits(
+        MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, longest, KV_TOKENS // BLOCK_SIZE + 1, BLOCK_SIZE, cuts_prompts=True
+    )
+    make_batch = partial(InputBatch, 1, (), None, AsyncCopy(torch.device("cpu")), None)
+    scheduler = Scheduler(make_batch, limits, EngineStats())
     for row, request in enumerate(workload.requests):
         sampling = SamplingConfig(max_tokens=request.answer, ignore_eos=True)
         prompt = Prompt(row, str(row), {}, range(request.prompt), sampling, shared_tokens=workload.shared)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from batchmix.engine.engine import Engine
+from batchmix.engine.request import EngineLimits
 from batchmix.memory import keep_freed_memory
 from batchmix.models import torch_backend
 from batchmix.models.expert_load import ExpertLoad
@@ -106,8 +107,8 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
     for name in BACKEND:
         setattr(model.ops, name, operators.timed(name))
     engine = Engine(
-        model, cache, max_num_seqs=rows, max_num_batched_tokens=8192, max_model_len=2048, eos_token_ids=(2,),
-        stop_table=None,
+        model, cache, EngineLimits(rows, 8192, 2048, cache.num_blocks, 64, model.ops.row_tile, model.ops.cuts_prompts),
+        eos_token_ids=(2,), stop_table=None,
     )  # type: ignore[arg-type]  # fmt: skip
     lengths = np.linspace(100, 1100, rows).astype(int)
     prompts = [Prompt(i, str(i), {}, np.full(length, 5), sampling) for i, length in enumerate(lengths)]

@@ -102,5 +102,5 @@ def traced(config: Config, engine: Engine, name: str) -> Iterator[None]:
         yield
         return
     with open_storage(config.output.dir).local_file(name) as path, Trace(path) as trace:
-        engine.clock.trace = engine.device_clock.trace = trace
+        engine.clock.trace = engine.runner.device_clock.trace = trace
         yield

@@ -16,10 +16,6 @@ import numpy as np
 from batchmix.models.kv_cache import SCRATCH_BLOCK
 
 
-class OutOfBlocks(Exception):
-    """Fewer blocks are free than were asked for."""
-
-
 class BlockPool:
     """Counted references to blocks; low numbers go first, so that those in use stay dense. A prefix cache's reference
     is told from a row's, so that blocks that only it holds are counted as they come and go."""
@@ -28,7 +24,7 @@ class BlockPool:
         self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK
         self._references = np.zeros(num_blocks, np.int32)
         self._kept = np.zeros(num_blocks, np.bool_)  # one of the references is the prefix cache's
-        self.num_only_kept = 0  # blocks that no row holds
+        self.num_only_kept = 0  # blocks that no row reads, which `PrefixCache.release` could free
         self.num_blocks = num_blocks - 1
 
     @property
@@ -40,9 +36,8 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """`count` blocks with one reference each; OutOfBlocks, and none taken, if fewer are free."""
-        if count > len(self._free):
-            raise OutOfBlocks
+        """`count` blocks with one reference each, of those that are free."""
+        assert count <= len(self._free), count
         blocks = [heapq.heappop(self._free) for _ in range(count)]
         self._references[blocks] = 1
         return blocks
@@ -113,10 +108,6 @@ class PrefixCache:
                 self._pool.keep(block)
         self._touch(keys)
 
-    def num_unused(self) -> int:
-        """Blocks that no row reads, which `release` could free."""
-        return self._pool.num_only_kept
-
     def release(self, count: int) -> None:
         """Free up to `count` blocks that no row reads."""
         for key, block in list(self._blocks.items()) if count > 0 else []:
@@ -129,9 +120,8 @@ class PrefixCache:
 
     def _tokens(self, token_ids: Sequence[int], shared_tokens: int) -> list[bytes]:
         size = self._size
-        return [
-            array("i", token_ids[low : low + size]).tobytes() for low in range(0, shared_tokens // size * size, size)
-        ]
+        ends = range(size, shared_tokens + 1, size)  # of whole blocks
+        return [array("i", token_ids[end - size : end]).tobytes() for end in ends]
 
     def _touch(self, keys: list[tuple[int, bytes]]) -> None:
         for key in reversed(keys):

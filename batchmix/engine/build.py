@@ -15,8 +15,9 @@ from batchmix.dtypes import KVCacheDtype
 from batchmix.engine.config import Backend, EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
-from batchmix.engine.engine import PREFILL_CHUNK, Engine
+from batchmix.engine.engine import Engine
 from batchmix.engine.model_runner import run_largest_step
+from batchmix.engine.request import PREFILL_CHUNK, EngineLimits
 from batchmix.errors import BatchmixError
 from batchmix.memory import free_bytes, keep_freed_memory
 from batchmix.models import torch_backend, torch_ops, torch_products
@@ -26,6 +27,7 @@ from batchmix.models.mixtral import Mixtral
 from batchmix.models.quantized import FP8, Weight
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.models.weights import Weights
+from batchmix.observability.engine_stats import EngineStats
 from batchmix.offload.expert_stream import ExpertStream, Offload, spread
 from batchmix.offload.setup import open_transfer_stream, plan_offload
 from batchmix.offload.staged_cache import StagedKVCache
@@ -80,12 +82,12 @@ def start_engine(
         plan = plan_offload(checkpoint, config, link, place.name, prefill_tokens, (dtype, kv_dtype), tp)
         rows = config.max_num_seqs or (plan.max_num_seqs if plan else RESIDENT_ROWS)
         offload = Offload(link, spread(plan.streamed, sliced.num_hidden_layers)) if plan else None
-    compile_ahead, compile_clock = None, None
+    compile_ahead, stats = None, EngineStats()
     if device.type == "cuda":
         from batchmix.engine.compile_ahead import CompileAhead, CompileClock, Steps
         from batchmix.kernels.gpu import current_gpu
 
-        compile_clock = CompileClock()
+        CompileClock(stats)  # Triton keeps it
         if tp.rank == 0:  # the others' kernels are the same
             steps = Steps(sliced, dtype, kv_dtype, checkpoint.quantization, rows, prefill_tokens,
                           checkpoint.max_model_len, config.batch_invariant, config.share_prefix)  # fmt: skip
@@ -108,25 +110,27 @@ def start_engine(
         cache: KVCache = StagedKVCache(sliced, num_blocks + 1, BLOCK_SIZE, kv_dtype, link, step)
     else:
         cache = KVCache(sliced, num_blocks + 1, BLOCK_SIZE, kv_dtype, device)
+    limits = EngineLimits(
+        rows, config.max_num_batched_tokens, checkpoint.max_model_len, cache.num_blocks, cache.block_size,
+        model.ops.row_tile, model.ops.cuts_prompts,
+        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show what others begin with.
+        share_prefix=config.share_prefix and place.backend is Backend.triton,
+        # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
+        steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
+    )  # fmt: skip
     _log.info(_start_line(checkpoint, place, processes, model, cache, rows, workspace, plan, loaded - started))
     eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
     return Engine(
         model,
         cache,
-        max_num_seqs=rows,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=checkpoint.max_model_len,
+        limits,
         eos_token_ids=eos_token_ids,
         stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
         should_stop=should_stop,
-        # A step with streamed weights takes as long as many others, and a staged cache needs to know where each row is.
-        steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
         # No graphs where weights are streamed: the host has to begin each copy.
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
-        # torch's prefill rounds a prompt otherwise where it is cut, so a row would show what others begin with.
-        share_prefix=config.share_prefix and place.backend is Backend.triton,
         grammars=grammars or open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
-        compile_clock=compile_clock,
+        stats=stats,
     )
 
 
@@ -167,17 +171,16 @@ def open_backend(backend: Backend, config: EngineConfig) -> Operators:
 def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_tokens: int) -> None:
     """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where
     not: a warning, with engine.batch_invariant=true a BatchmixError."""
-    layer, tokens, dtype = weights.layers[0], rows + prefill_tokens, weights.lm_head.dtype
-
-    def shape(weight: Weight, dtype: torch.dtype = dtype) -> torch_products.Shape:
-        out, width = weight.shape[-2:]
-        return out, width, dtype
-
+    layer, tokens = weights.layers[0], rows + prefill_tokens
+    products: dict[str, tuple[Weight, int]] = {  # weights, and the most rows they are multiplied with
+        "wqkv": (layer.wqkv, tokens), "wo": (layer.wo, tokens), "router": (layer.router, tokens),
+        "w13": (layer.w13, torch_ops.EXPERT_CHUNK), "w2": (layer.w2, torch_ops.EXPERT_CHUNK),
+        "lm_head": (weights.lm_head, rows),
+    }  # fmt: skip
+    dtype = weights.lm_head.dtype  # of experts too, once they are widened
     fixed, unsteady = torch_products.hold_bits({
-        "wqkv": (shape(layer.wqkv), tokens), "wo": (shape(layer.wo), tokens),
-        "router": (shape(layer.router, torch.float32), tokens),
-        "w13": (shape(layer.w13), torch_ops.EXPERT_CHUNK), "w2": (shape(layer.w2), torch_ops.EXPERT_CHUNK),
-        "lm_head": (shape(weights.lm_head), rows),
+        name: ((*weight.shape[-2:], torch.float32 if name == "router" else dtype), most)
+        for name, (weight, most) in products.items()
     })  # fmt: skip
     if fixed:
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"
@@ -203,7 +206,7 @@ def _measure_memory(
         free = int(free_bytes() // processes * config.gpu_memory_utilization) - workspace
     else:
         graphs = config.cuda_graphs and not plan
-        workspace = measure_workspace(model, rows, prefill_tokens, checkpoint.max_model_len, graphs, kv_dtype)
+        workspace = measure_workspace(model, rows, prefill_tokens, graphs, kv_dtype)
         free = gpu_cache_bytes(*link.memory(), workspace, config.gpu_memory_utilization)
         if plan and plan.kv_on_host:  # of which BUFFERS layers are on the device; the scratch block is on the host too
             landings = StagedKVCache.landing_bytes(model.config, kv_dtype, prefill_tokens + rows)
@@ -213,15 +216,13 @@ def _measure_memory(
     return workspace, model.tp.all_reduce_min(kv_blocks(free, block_bytes, longest, rows))
 
 
-def measure_workspace(
-    model: Mixtral, rows: int, prefill_tokens: int, max_model_len: int, graphs: bool, kv_dtype: torch.dtype
-) -> int:
+def measure_workspace(model: Mixtral, rows: int, prefill_tokens: int, graphs: bool, kv_dtype: torch.dtype) -> int:
     """Bytes that a GPU's largest step takes, and the memory that CUDA graphs of decode keep. Compiles kernels too."""
     device, total = model.weights.embedding.device, 0
     for tokens in (prefill_tokens, 0) if graphs else (prefill_tokens,):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run_largest_step(model, rows, tokens, max_model_len, kv_dtype)
+        run_largest_step(model, rows, tokens, kv_dtype)
         torch.cuda.synchronize(device)
         total += torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()  # so that what is free afterwards is what the KV cache may have

@@ -34,6 +34,7 @@ from batchmix.models.mixtral import Mixtral
 from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.models.weights import empty_weights
+from batchmix.observability.engine_stats import EngineStats
 
 _DONE = "compiled_ahead"
 _log = logging.getLogger(__name__)
@@ -61,9 +62,9 @@ def record_steps(steps: Steps) -> None:
     weights = empty_weights(config, steps.dtype, torch.device("meta"), steps.quantization)
     model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)
     for rows in capture_sizes(steps.max_num_seqs):
-        run_largest_step(model, rows, 0, steps.max_model_len, steps.kv_dtype)
+        run_largest_step(model, rows, 0, steps.kv_dtype)
     for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
-        run_largest_step(model, 1, tokens - 1, steps.max_model_len, steps.kv_dtype)
+        run_largest_step(model, 1, tokens - 1, steps.kv_dtype)
 
 
 def _prefill_sizes(most: int) -> Iterable[int]:
@@ -131,14 +132,14 @@ def _main() -> None:
 class CompileClock:
     """Counts what Triton compiles in this process from now on, and how long it takes: a hook of Triton's."""
 
-    def __init__(self) -> None:
-        self.kernels, self.seconds = 0, 0.0
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
         triton.knobs.compilation.listener = self
 
     def __call__(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
-            self.kernels += 1
-            self.seconds += times.total / 1e6
+            self._stats.kernels_compiled += 1
+            self._stats.compile_seconds += times.total / 1e6
 
 
 if __name__ == "__main__":

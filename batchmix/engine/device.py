@@ -38,7 +38,9 @@ def select_device(engine: EngineConfig) -> DevicePlan:
         raise BatchmixError(
             f"engine.backend=torch runs on the CPU, not on engine.device={engine.device}; leave one of the two out"
         )
-    if backend is Backend.triton and device.type == "cpu" and not _interprets():
+    # Whether Triton will interpret its kernels; read as Triton does, without importing it.
+    interprets = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+    if backend is Backend.triton and device.type == "cpu" and not interprets:
         raise BatchmixError(
             "engine.backend=triton: needs a GPU; use engine.backend=torch"
             " (or set TRITON_INTERPRET=1 to try the kernels on the CPU, very slowly)"
@@ -117,8 +119,3 @@ def _device(engine: EngineConfig) -> torch.device:
     if int(index or 0) >= torch.cuda.device_count():
         raise BatchmixError(f"engine.device={engine.device}: torch sees {torch.cuda.device_count()} GPUs, from cuda:0")
     return torch.device("cuda", int(index) if index else torch.cuda.current_device())
-
-
-def _interprets() -> bool:
-    """Whether Triton will interpret its kernels; read as Triton does, without importing it."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
-from batchmix.engine.cuda_graphs import Capture, StepGraphs
+from batchmix.engine.cuda_graphs import Capture
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.jump_forward import find_jump_forward, may_jump_forward
+from batchmix.engine.jump_forward import find_jump_forward
 from batchmix.engine.model_runner import ModelRunner
-from batchmix.engine.output_processor import process_outputs, wait_for_steps
-from batchmix.engine.request import Request, Step
+from batchmix.engine.output_processor import process_outputs
+from batchmix.engine.request import EngineLimits, Request, Step
 from batchmix.engine.scheduler import Scheduler
 from batchmix.errors import BatchmixError
-from batchmix.models.async_copy import AsyncCopy, async_copy_from
+from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.observability.clock import StageClock
-from batchmix.observability.device_clock import DeviceClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
@@ -33,73 +32,39 @@ from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
 from batchmix.structured_output.host_grammar import HostGrammar
 
-if TYPE_CHECKING:
-    from batchmix.engine.compile_ahead import CompileClock
-
 _log = logging.getLogger(__name__)
-PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
 
 
 class Engine:
-    """Runs prompts through the model, `max_num_seqs` rows at a time."""
+    """Runs prompts through the model, `limits.max_num_seqs` rows at a time."""
 
     def __init__(
         self,
         model: Mixtral,
         cache: KVCache,
+        limits: EngineLimits,
         *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
         eos_token_ids: Sequence[int],
         stop_table: Callable[[SamplingConfig], StopTable] | None,
         should_stop: Callable[[], bool] = lambda: False,
-        prefill_chunk: int = PREFILL_CHUNK,
-        steps_per_read: int = 1,
         capture: Capture | None = None,
-        share_prefix: bool = False,
         async_copy: AsyncCopy | None = None,
         grammars: GrammarCompiler | None = None,
-        compile_clock: CompileClock | None = None,
+        stats: EngineStats | None = None,
     ) -> None:
-        """`steps_per_read`: decode steps between two copies of what they did to the host. `capture` makes a CUDA graph
-        of a step. `async_copy`, from the cache's device, says when what was copied is read."""
-        blocks_per_row = -(-max_model_len // cache.block_size)
-        if blocks_per_row > cache.num_blocks - 1:
-            raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {max_model_len} tokens")
-        self.model, self.cache, self.grammars, self.compile_clock = model, cache, grammars, compile_clock
-        self.should_stop, self.steps_per_read = should_stop, steps_per_read
+        """`capture` makes a CUDA graph of a step. `async_copy`, from the cache's device, says when what was copied is
+        read. `stats`: those in which the start of the engine was counted."""
+        if (cache.num_blocks - 1) * cache.block_size < limits.max_model_len:
+            raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {limits.max_model_len} tokens")
+        self.model, self.cache, self.grammars, self.should_stop = model, cache, grammars, should_stop
         model.expert_load.reset()
-        self.stats = EngineStats(kv_blocks_total=cache.num_blocks - 1)
+        self.stats = stats or EngineStats()
+        self.stats.kv_blocks_total = cache.num_blocks - 1
         self.clock = StageClock()
-        self.device_clock = DeviceClock(cache.keys.device)
-        make_batch = partial(
-            InputBatch,
-            vocab_size=model.config.vocab_size,
-            blocks_per_row=blocks_per_row,
-            eos_token_ids=eos_token_ids,
-            stop_table=stop_table,
-            async_copy=async_copy or async_copy_from(cache.keys.device),
-            row_tile=model.ops.row_tile,
-            steps_per_read=steps_per_read,
-            grammars=grammars,
-        )
-        self.scheduler = Scheduler(
-            make_batch,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            num_blocks=cache.num_blocks,
-            block_size=cache.block_size,
-            prefill_chunk=prefill_chunk,
-            cuts_prompts=model.ops.cuts_prompts,
-            share_prefix=share_prefix,
-            stats=self.stats,
-        )
-        self.runner = ModelRunner(
-            model, cache, self.scheduler, self.device_clock, partial(StepGraphs, capture, self.stats),
-            wait_for_outputs=partial(wait_for_steps, self.scheduler, wait_for_all=True),
-        )  # fmt: skip
+        vocab_size, async_copy = model.config.vocab_size, async_copy or AsyncCopy(cache.keys.device)
+        make_batch = partial(InputBatch, vocab_size, eos_token_ids, stop_table, async_copy, grammars)
+        self.scheduler = Scheduler(make_batch, limits, self.stats)
+        self.runner = ModelRunner(model, cache, self.scheduler, capture)
 
     @torch.inference_mode()
     def generate(self, batches: Iterable[Batch]) -> Iterator[Completion]:
@@ -154,13 +119,13 @@ class Engine:
         before. Where the device has no memory, go on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         jump_forward: list[list[int]] = []
-        wants_logprobs, may_jump = batch.wants_logprobs(), may_jump_forward(batch)
+        wants_logprobs, may_jump = batch.wants_logprobs(), batch.grammars.num_forced > 0
         if wants_logprobs or may_jump:
             process_outputs(scheduler, wait_for_all=True)
             if may_jump:
-                jump_forward = find_jump_forward(batch, scheduler.max_num_batched_tokens)
+                jump_forward = find_jump_forward(batch, scheduler.limits.max_num_batched_tokens)
         one_by_one = jump_forward or wants_logprobs or batch.grammars.num_texts
-        step = scheduler.schedule(jump_forward, 1 if one_by_one else self.steps_per_read)
+        step = scheduler.schedule(jump_forward, 1 if one_by_one else scheduler.limits.steps_per_read)
         if step is None:
             process_outputs(scheduler, wait_for_all=True)
             return
@@ -178,21 +143,21 @@ class Engine:
 
     def _retry_with_half_the_batch(self, name: str, step: Step) -> None:
         """Let every row wait again, and go on with half as many. Rows, keyed as they are, end the same."""
-        scheduler = self.scheduler
-        capacity, batched = scheduler.batch.capacity, scheduler.max_num_batched_tokens
+        scheduler, limits = self.scheduler, self.scheduler.limits
+        capacity, batched = limits.max_num_seqs, limits.max_num_batched_tokens
         if self.model.tp.size > 1:  # the other ranks know nothing of it
             raise BatchmixError(
                 f"out of memory in a {name} step with {capacity} rows at once, on one of several ranks;"
                 " lower engine.max_num_seqs or engine.gpu_memory_utilization"
             )
-        if capacity == 1 and batched <= scheduler.prefill_chunk:
+        if capacity == 1 and batched <= limits.prefill_chunk:
             raise BatchmixError(
                 "out of memory with one row at a time; lower engine.gpu_memory_utilization or model.max_model_len"
             )
         self.stats.completion_tokens -= int(scheduler.batch.outputs.count[: scheduler.batch.num_active].sum())
         rows = scheduler.requeue_all(step)
-        scheduler.max_num_batched_tokens = max(scheduler.prefill_chunk, batched // 2)
-        scheduler.renew(max(1, capacity // 2))
+        batched_now, capacity_now = max(limits.prefill_chunk, batched // 2), max(1, capacity // 2)
+        scheduler.renew(replace(limits, max_num_seqs=capacity_now, max_num_batched_tokens=batched_now))
         self.runner.renew()
         if self.cache.keys.is_cuda:
             torch.cuda.empty_cache()
@@ -200,17 +165,15 @@ class Engine:
         self.stats.running, self.stats.waiting = 0, len(scheduler.waiting)
         _log.warning(
             "out of memory in a %s step: %d rows wait again; going on with %d rows at once (was %d) and %s tokens in a"
-            " step (was %s)", name, rows, scheduler.batch.capacity, capacity,
-            f"{scheduler.max_num_batched_tokens:,}", f"{batched:,}",
+            " step (was %s)", name, rows, capacity_now, capacity, f"{batched_now:,}", f"{batched:,}",
         )  # fmt: skip
 
     def read_totals(self) -> float | None:
         """Read the device's totals into `stats`, waiting for it. The seconds that it worked; None on a CPU."""
-        seconds, stats = self.device_clock.seconds(), self.stats
+        clock, stats = self.runner.device_clock, self.stats
+        seconds = clock.seconds()
         stats.expert_tokens = self.model.expert_load.counts.tolist()
-        stats.decode_steps = self.device_clock.steps()
-        if self.compile_clock is not None:
-            stats.kernels_compiled, stats.compile_seconds = self.compile_clock.kernels, self.compile_clock.seconds
+        stats.decode_steps = clock.steps()
         if stats.decode_steps:
             steps = stats.decode_steps.items()
             sizes = ", ".join(f"{size}: {count:,.0f} of {took / count * 1e3:.1f} ms" for size, (count, took) in steps)

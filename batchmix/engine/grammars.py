@@ -60,6 +60,7 @@ class RowGrammars:
         self.classes = DeviceTableCache(vocab_size, torch.int32, device)
         self.rows: list[GuidedRow | None] = [None] * size
         self.num_texts = 0  # that the host follows
+        self.num_forced = 0  # rows whose grammar may leave no choice
         self.used = False  # whether there has been a row with a grammar: without any, steps do not look for them
 
     def acquire(self, slot: int, sampling: SamplingConfig, max_tokens: int) -> tuple[int, int, int]:
@@ -74,18 +75,17 @@ class RowGrammars:
             self.num_texts += 1
         else:
             row = GuidedRow((key, key), grammar, None, grammar.start)
+            self.num_forced += bool(grammar.forced)
             table, classes = torch.from_numpy(grammar.table), torch.from_numpy(grammar.token_class)[None]
         self.rows[slot], self.used = row, True
-        base, class_row = (
-            self.states.acquire(row.keys[0], lambda: table),
-            self.classes.acquire(row.keys[1], lambda: classes),
-        )
-        return base, class_row, row.state
+        base = self.states.acquire(row.keys[0], lambda: table)
+        return base, self.classes.acquire(row.keys[1], lambda: classes), row.state
 
     def release(self, slot: int) -> None:
         """The slot's row goes."""
         if (row := self.rows[slot]) is not None:
             self.num_texts -= row.text is not None
+            self.num_forced -= row.grammar is not None and bool(row.grammar.forced)
             self.states.release(row.keys[0])
             self.classes.release(row.keys[1])
 
@@ -117,8 +117,6 @@ class RowGrammars:
     def fill_bitmask(self, first: int, class_rows: np.ndarray, classes: Tensor) -> None:
         """Write what may come next in slots `first`, ... into rows `class_rows` [N] of `classes` int32 [grammars, V],
         in the order of the device's work. Rows that the host does not follow are left alone."""
-        if not self.num_texts:
-            return
         texts = [
             (place, row) for place in range(len(class_rows))
             if (row := self.rows[first + place]) is not None and row.text is not None
@@ -129,6 +127,5 @@ class RowGrammars:
         packed = async_copy_to_gpu(masks, classes.device)
         bits = packed[:, :, None] >> torch.arange(8, device=classes.device, dtype=torch.uint8) & 1
         rows = async_copy_to_gpu(class_rows[[place for place, _ in texts]], classes.device)
-        classes.index_copy_(
-            0, rows, bits.flatten(1)[:, : classes.shape[1]].int() * (_ALLOWED - _FORBIDDEN) + _FORBIDDEN
-        )
+        allowed = bits.flatten(1)[:, : classes.shape[1]].int()
+        classes.index_copy_(0, rows, allowed * (_ALLOWED - _FORBIDDEN) + _FORBIDDEN)

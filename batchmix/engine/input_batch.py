@@ -23,6 +23,7 @@ from torch import Tensor
 from batchmix.engine.device_tables import DeviceTableCache, automaton, bias_key, bias_table, stop_key
 from batchmix.engine.grammars import RowGrammars
 from batchmix.engine.output_buffers import OutputBuffers
+from batchmix.engine.request import EngineLimits
 from batchmix.kernels.row_state import Finish, Flag, Number, Real, RowTensors, State
 from batchmix.models.async_copy import AsyncCopy, CopyEvent, async_copy_to_gpu
 from batchmix.models.backend import HostRows
@@ -72,23 +73,20 @@ class PendingStep:
 
 
 class InputBatch:
-    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise, rounded up to `row_tile`:
-    a step may run over free slots. `steps_per_read` is how many steps may run before a `record_step`."""
+    """State of up to `capacity` rows. Tensors are [capacity] unless a comment says otherwise, rounded up to the row
+    tile: a step may run over free slots. Up to `limits.steps_per_read` steps run before a `record_step`."""
 
     def __init__(
         self,
-        capacity: int,
         vocab_size: int,
-        blocks_per_row: int,
         eos_token_ids: Sequence[int],
         stop_table: Callable[[SamplingConfig], StopTable] | None,
         async_copy: AsyncCopy,
-        row_tile: int = 1,
-        steps_per_read: int = 1,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarCompiler | None,
+        limits: EngineLimits,
     ) -> None:
-        size, device = -(-capacity // row_tile) * row_tile, async_copy.device
-        self.capacity, self.vocab_size, self.async_copy = capacity, vocab_size, async_copy
+        size, device = -(-limits.max_num_seqs // limits.row_tile) * limits.row_tile, async_copy.device
+        self.capacity, self.vocab_size, self.async_copy = limits.max_num_seqs, vocab_size, async_copy
         self._build_stop_table = stop_table
         self.num_active = 0
         self.version, self._uploaded = next(_versions), -1  # another one when rows have come, gone or moved
@@ -103,6 +101,7 @@ class InputBatch:
         self.state, self.numbers, self.reals, self.flags = (buffer.tensor for buffer in self._columns)
         self.token, self.context = self.state[State.TOKEN], self.state[State.CONTEXT]
         self.generated, self.finish = self.state[State.GENERATED], self.state[State.FINISH]
+        blocks_per_row = -(-limits.max_model_len // limits.block_size)
         self._blocks = CpuGpuBuffer((size, blocks_per_row), torch.int32, device, SCRATCH_BLOCK)
         self.block_table, self.device_blocks = self._blocks.array, self._blocks.tensor
         self.num_blocks = np.zeros(size, np.int64)  # of the row's in block_table
@@ -115,7 +114,7 @@ class InputBatch:
         self.output_counts: Tensor | None = None
         self.in_prompt: Tensor | None = None
         # The n-th token in column n % steps. It does not move with its row: a step is recorded before rows do.
-        self.history = torch.zeros(size, steps_per_read, dtype=torch.int32, device=device)
+        self.history = torch.zeros(size, limits.steps_per_read, dtype=torch.int32, device=device)
         self.logprob_history: Tensor | None = None  # float32, likewise; made when a row first needs it
         self.outputs = OutputBuffers(size)
         self.pending: deque[PendingStep] = deque()  # the oldest first
@@ -194,17 +193,6 @@ class InputBatch:
             tensors.append(self.logprob_history[:count])
         self.pending.append(PendingStep(np.arange(count), self.async_copy.to_host(tensors), scored))
 
-    def wait_for_step(self) -> int:
-        """Wait for the oldest recorded step and take it into `outputs`. Returns how many tokens are new."""
-        step = self.pending.popleft()
-        state, ring, *logprobs = step.event()
-        if step.scored is not None:
-            step.scored()
-        new = self.outputs.append(step.slots, state, ring, *logprobs)
-        if self.grammars.num_texts:
-            self.grammars.accept_tokens(self.outputs)
-        return new
-
     def decode_tokens(self, rows: int, size: int, width: int) -> DecodeTokens:
         """The last tokens of slots 0..rows-1, and with those of free slots `size` tokens. `width`: blocks of a row."""
         return DecodeTokens(
@@ -232,7 +220,9 @@ class InputBatch:
         if bias := bias_key(sampling):
             host["bias_row"][slot] = self.biases.acquire(bias, lambda: bias_table(sampling, self.vocab_size))
         if stop := stop_key(sampling):
-            host["stop_base"][slot] = self.automata.acquire(stop, lambda: self._automaton(sampling))
+            build = self._build_stop_table
+            assert build is not None, "rows with stop strings are refused where there is no tokenizer"
+            host["stop_base"][slot] = self.automata.acquire(stop, lambda: automaton(build(sampling)))
             host["stop_state"][slot] = INSIDE if sampling.min_tokens else START
         if sampling.structured_outputs is not None:
             found = self.grammars.acquire(slot, sampling, max_tokens)
@@ -314,7 +304,3 @@ class InputBatch:
         self.output_counts[slot] = 0
         self.in_prompt[slot] = False
         self.in_prompt[slot].index_fill_(0, async_copy_to_gpu(np.array(prompt.token_ids, np.int64), device), True)
-
-    def _automaton(self, sampling: SamplingConfig) -> Tensor:
-        assert self._build_stop_table is not None, "rows with stop strings are refused where there is no tokenizer"
-        return automaton(self._build_stop_table(sampling))

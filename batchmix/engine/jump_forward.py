@@ -16,14 +16,6 @@ from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.models.step_tokens import DecodeTokens
 
 
-def may_jump_forward(batch: InputBatch) -> bool:
-    """Whether a row is there whose grammar may leave no choice."""
-    return batch.grammars.used and any(
-        row is not None and row.grammar is not None and row.grammar.forced
-        for row in batch.grammars.rows[: batch.num_active]
-    )
-
-
 def find_jump_forward(batch: InputBatch, most: int) -> list[list[int]]:
     """The tokens that must come next, of each active row, `most` in all; all that was queued has been read back.
 
@@ -45,29 +37,21 @@ def find_jump_forward(batch: InputBatch, most: int) -> list[list[int]]:
 def append_jump_forward(batch: InputBatch, runs: list[list[int]], width: int) -> tuple[DecodeTokens, Tensor]:
     """Append each row's run to its answer, on host and device: what the step computes, and its token ids, int64 [L]."""
     outputs, device, rows = batch.outputs, batch.async_copy.device, len(runs)
-    jumping = [slot for slot in range(rows) if runs[slot]]
-    owners, tokens, positions, states = list[int](), list[int](), list[int](), list[int]()
-    for slot in jumping:
-        run, count, row = runs[slot], int(outputs.count[slot]), batch.grammars.rows[slot]
+    owners, tokens, positions, changes = list[int](), list[int](), list[int](), list[tuple[int, ...]]()
+    for slot, run in enumerate(runs):
+        if not run:
+            continue
+        count, row = int(outputs.count[slot]), batch.grammars.rows[slot]
         assert row is not None
         assert row.grammar is not None
-        states.append(row.grammar.after(row.follow(outputs.tokens[slot], count), run))
+        changes.append((slot, len(run), run[-1], row.grammar.after(row.follow(outputs.tokens[slot], count), run)))
         context = int(batch.prompt_tokens[slot]) + count - 1
         owners += [slot] * len(run)
         tokens += [int(outputs.tokens[slot, count - 1]), *run[:-1]]
         positions += range(context, context + len(run))
         outputs.append_jump_forward(slot, run)
-    index, more, last, state, behind, ids = (
-        async_copy_to_gpu(np.array(values), device)
-        for values in (
-            jumping,
-            [len(runs[s]) for s in jumping],
-            [runs[s][-1] for s in jumping],
-            states,
-            positions,
-            tokens,
-        )
-    )
+    index, more, last, state = async_copy_to_gpu(np.array(changes).T, device)
+    behind, ids = async_copy_to_gpu(np.array((positions, tokens)), device)
     batch.token.index_copy_(0, index, last)
     batch.state[State.GRAMMAR_STATE].index_copy_(0, index, state)
     batch.context.index_add_(0, index, more)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.engine.cuda_graphs import StepGraphs, capture_sizes, pad_to_capture_size
+from batchmix.engine.cuda_graphs import Capture, StepGraphs, capture_sizes, pad_to_capture_size
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import append_jump_forward
-from batchmix.engine.request import Request, Step
+from batchmix.engine.output_processor import wait_for_steps
+from batchmix.engine.request import EngineLimits, Request, Step
 from batchmix.engine.scheduler import Scheduler
-from batchmix.models.async_copy import async_copy_from, async_copy_to_gpu
+from batchmix.models.async_copy import AsyncCopy, async_copy_to_gpu
 from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.step_tokens import PrefillChunk, StepTokens
@@ -45,18 +46,15 @@ def sample(model: Mixtral, batch: InputBatch, logits: Tensor) -> None:
 
 @torch.inference_mode()
 def run_largest_step(
-    model: Mixtral,
-    rows: int,
-    prefill_tokens: int,
-    max_model_len: int,
-    kv_dtype: torch.dtype,
-    block_size: int = BLOCK_SIZE,
+    model: Mixtral, rows: int, prefill_tokens: int, kv_dtype: torch.dtype, block_size: int = BLOCK_SIZE
 ) -> None:
     """A token for `rows` rows of full length, sampled, and `prefill_tokens` prompt tokens, all in the scratch block."""
     device, ops = model.weights.embedding.device, model.ops
     cache = KVCache(model.config, 1, block_size, kv_dtype, device)
+    max_model_len = len(model.cos)
     width = -(-max_model_len // block_size)
-    batch = InputBatch(rows, model.config.vocab_size, width, (2,), None, async_copy_from(device), ops.row_tile)
+    limits = EngineLimits(rows, rows + prefill_tokens, max_model_len, 1, block_size, ops.row_tile)
+    batch = InputBatch(model.config.vocab_size, (2,), None, AsyncCopy(device), None, limits)
     prompt = Prompt(0, "", {}, range(max_model_len), SamplingConfig(temperature=1.0, top_p=0.9))
     for number in range(rows):
         batch.add(prompt, number, max_tokens=1)
@@ -76,23 +74,14 @@ def run_largest_step(
 class ModelRunner:
     """Queues steps. Steps that only decode are CUDA graphs where there are any."""
 
-    def __init__(
-        self,
-        model: Mixtral,
-        cache: KVCache,
-        scheduler: Scheduler,
-        device_clock: DeviceClock,
-        make_graphs: Callable[[], StepGraphs],
-        wait_for_outputs: Callable[[], None],
-    ) -> None:
-        """`wait_for_outputs` reads back what is queued, while the model runs, where the host finds the next masks."""
-        self.model, self.cache, self.scheduler, self.device_clock = model, cache, scheduler, device_clock
-        self._make_graphs, self._wait_for_outputs = make_graphs, wait_for_outputs
+    def __init__(self, model: Mixtral, cache: KVCache, scheduler: Scheduler, capture: Capture | None) -> None:
+        self.model, self.cache, self.scheduler, self._capture = model, cache, scheduler, capture
+        self.device_clock = DeviceClock(cache.keys.device)
         self.renew()
 
     def renew(self) -> None:
         """Drop all graphs: the scheduler has another batch."""
-        self.graphs = self._make_graphs()
+        self.graphs = StepGraphs(self._capture, self.scheduler.stats)
         self.capture_sizes = capture_sizes(self.scheduler.batch.capacity)
 
     def run(self, step: Step) -> None:
@@ -114,8 +103,8 @@ class ModelRunner:
 
     def _sample(self, logits: Tensor) -> None:
         batch = self.scheduler.batch
-        if batch.grammars.num_texts:  # while the model runs
-            self._wait_for_outputs()
+        if batch.grammars.num_texts:  # the host finds the next masks while the model runs
+            wait_for_steps(self.scheduler, wait_for_all=True)
         sample(self.model, batch, logits)
 
     # A token for each row.

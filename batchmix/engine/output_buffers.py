@@ -71,14 +71,13 @@ class OutputBuffers:
 
     def row_logprobs(self, slot: int, num_top: int) -> list[TokenLogprob]:
         """The log-probabilities of one row's tokens so far, each with those of the `num_top` most likely ones."""
-        ids, values = self.top_ids[slot, :, :num_top], self.top_logprobs[slot, :, :num_top]
+        count = int(self.count[slot])
+        columns = [array[slot, :count].tolist() for array in (
+            self.tokens, self.logprobs, self.top_ids[..., :num_top], self.top_logprobs[..., :num_top],
+        )]  # fmt: skip
         return [
-            TokenLogprob(
-                int(self.tokens[slot, i]),
-                float(self.logprobs[slot, i]),
-                tuple(zip(ids[i].tolist(), values[i].tolist(), strict=True)),
-            )
-            for i in range(int(self.count[slot]))
+            TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
+            for token, logprob, ids, values in zip(*columns, strict=True)
         ]
 
 

@@ -43,7 +43,13 @@ def wait_for_steps(scheduler: Scheduler, wait_for_all: bool) -> None:
     """Read back what steps have done, as `process_outputs` does; every row stays in its slot."""
     batch, stats = scheduler.batch, scheduler.stats
     while len(batch.pending) > (batch.async_copy.late and not wait_for_all):
-        stats.completion_tokens += batch.wait_for_step()
+        step = batch.pending.popleft()
+        state, ring, *logprobs = step.event()
+        if step.scored is not None:
+            step.scored()
+        stats.completion_tokens += batch.outputs.append(step.slots, state, ring, *logprobs)
+        if batch.grammars.num_texts:
+            batch.grammars.accept_tokens(batch.outputs)
         stats.last_token_time = time.time()
 
 
@@ -52,7 +58,13 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
     prompt, sampling, outputs = sequence.prompt, sequence.prompt.sampling, batch.outputs
     finish, count = int(outputs.finish[slot]), int(outputs.count[slot])
     if finish == Finish.FAILED:
-        return Completion.failed(prompt, _why_it_failed(batch, slot), sequence.sample, count)
+        row = batch.grammars.rows[slot]
+        assert row is not None
+        assert row.text is not None
+        cut = "the text was not whole; raise sampling.max_tokens or model.max_model_len"
+        why = cut if row.text.following.goes_on else row.text.error
+        error = f"sampling.structured_outputs: after {row.text.count} tokens {why}"
+        return Completion.failed(prompt, error, sequence.sample, count)
     stop_reason: str | int | None = None
     if finish in (Finish.STOP_TOKEN, Finish.STOP_STRING):
         reason = int(outputs.stop_reason[slot])
@@ -68,15 +80,6 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
         logprobs=logprobs,
         guided_logprobs=outputs.processed_logprobs[slot, :count].tolist() if wants_guided else None,
     )  # fmt: skip
-
-
-def _why_it_failed(batch: InputBatch, slot: int) -> str:
-    row = batch.grammars.rows[slot]
-    assert row is not None
-    assert row.text is not None
-    cut = "the text was not whole; raise sampling.max_tokens or model.max_model_len"
-    why = cut if row.text.following.goes_on else row.text.error
-    return f"sampling.structured_outputs: after {row.text.count} tokens {why}"
 
 
 def _choices(request: Request) -> list[Completion]:

@@ -1,4 +1,4 @@
-"""Requests, waiting and running, and what a step computes of them."""
+"""Requests, waiting and running, what a step computes of them, and how much there may be of each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from batchmix.records import Prompt
+
+PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine holds at once, and how its steps are cut."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int  # of a step
+    max_model_len: int  # tokens of a row
+    num_blocks: int  # of the KV cache, the scratch block among them
+    block_size: int  # tokens
+    row_tile: int = 1  # of the operators, as the next
+    cuts_prompts: bool = False  # also where a step's budget ends, not only at multiples of `prefill_chunk`
+    prefill_chunk: int = PREFILL_CHUNK
+    share_prefix: bool = False  # whether prompts are planned with `shared_tokens`, which are computed once
+    steps_per_read: int = 1  # decode steps between two copies of what they did to the host
 
 
 @dataclass

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from batchmix.engine.block_manager import BlockPool, OutOfBlocks, PrefixCache
+from batchmix.engine.block_manager import BlockPool, PrefixCache
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.request import Request, RunningSequence, ScheduledChunk, Step
+from batchmix.engine.request import EngineLimits, Request, RunningSequence, ScheduledChunk, Step
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.records import Completion, Prompt
 
@@ -31,40 +31,26 @@ class Scheduler:
     """The requests of a run: waiting, in prefill, running; their slots and KV blocks; and the next step."""
 
     def __init__(
-        self,
-        make_batch: Callable[[int], InputBatch],
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        num_blocks: int,
-        block_size: int,
-        prefill_chunk: int,
-        cuts_prompts: bool,
-        share_prefix: bool,
-        stats: EngineStats,
+        self, make_batch: Callable[[EngineLimits], InputBatch], limits: EngineLimits, stats: EngineStats
     ) -> None:
-        """`prefill_chunk`: prompts are cut at multiples of it; with `cuts_prompts` also where a step's budget ends."""
-        self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.prefill_chunk, self.cuts_prompts, self.share_prefix = prefill_chunk, cuts_prompts, share_prefix
-        self.stats = stats
+        self.block_size, self.stats = limits.block_size, stats
         self.waiting: deque[Request] = deque()
         self.completed: list[Completion] = []  # to be handed out
         self.num_started = 0
         self.mean_answer = 0.0  # tokens of the completions so far
         self._prompts, self._prompt_tokens = 0, 0  # so far, and their tokens that no prefix covers
         self._make_batch = make_batch
-        self.renew(max_num_seqs)
+        self.renew(limits)
 
-    def renew(self, max_num_seqs: int) -> None:
+    def renew(self, limits: EngineLimits) -> None:
         """Make room for `max_num_seqs` sequences, none of which is there; requests that wait stay."""
+        self.limits = limits
         self.running: list[RunningSequence] = []  # of slot 0, 1, ...
         self.prefilling: Request | None = None  # whose chunks do not fit one step; the only one
         self.scoring: list[Request] = []  # whose log-probabilities are on their way to the host
-        self.pool = BlockPool(self.num_blocks)
+        self.pool = BlockPool(limits.num_blocks)
         self.prefixes = PrefixCache(self.pool, self.block_size)
-        self.batch = self._make_batch(max_num_seqs)
+        self.batch = self._make_batch(limits)
 
     def add(self, request: Request) -> None:
         """Let a request wait."""
@@ -108,11 +94,11 @@ class Scheduler:
     def _budget(self, free: float) -> int:
         """Tokens of the next step. With R sequences of P prompt and A answer tokens R / A answers end a step, so R (1 +
         P / A) tokens keep the batch full."""
-        most, running = self.max_num_batched_tokens, len(self.running)
+        most, running = self.limits.max_num_batched_tokens, len(self.running)
         if not running or self._num_startable(running, free) >= running * _RAMP / (1 - _RAMP):
             return most
         prompt, answer = self._prompt_tokens / max(1, self._prompts), self.mean_answer or _FIRST_MEAN
-        held = self.num_blocks * self.block_size / (prompt + (answer + self.block_size) / 2)
+        held = self.limits.num_blocks * self.block_size / (prompt + (answer + self.block_size) / 2)
         rows = min(self.batch.capacity, held)
         return int(min(most, max(MIN_BUDGET, rows * (1 + prompt / answer))))
 
@@ -141,11 +127,7 @@ class Scheduler:
 
     def _uncached_tokens(self, prompt: Prompt) -> int:
         """The prompt's tokens that are likely not in the cache."""
-        return len(prompt.token_ids) - self._shared_tokens(prompt) // self.block_size * self.block_size
-
-    def _shared_tokens(self, prompt: Prompt) -> int:
-        """Tokens with which the prompt and others begin alike, where prefixes are shared."""
-        return prompt.shared_tokens if self.share_prefix else 0
+        return len(prompt.token_ids) - prompt.shared_tokens // self.block_size * self.block_size
 
     # Decoding sequences.
 
@@ -163,14 +145,12 @@ class Scheduler:
             missing = last // self.block_size + 1 - batch.num_blocks[:active]
             slots = np.flatnonzero(missing > 0)
             slots = np.repeat(slots, missing[slots])  # a slot as often as it needs blocks
-            try:
+            if len(slots) <= self._num_available():
                 batch.add_blocks(slots, self._allocate(len(slots)))
-            except OutOfBlocks:
-                if batch.pending:  # some may have ended
-                    return 0
-                self.preempt(max(range(active), key=lambda slot: self.running[slot].order))
-                continue
-            return steps
+                return steps
+            if batch.pending:  # some may have ended
+                return 0
+            self.preempt(max(range(active), key=lambda slot: self.running[slot].order))
         return 0
 
     def preempt(self, slot: int) -> None:
@@ -218,11 +198,14 @@ class Scheduler:
             self._record_chunk(step, chunk)
 
     def _next_chunk(self, request: Request, room: int, is_first: bool) -> ScheduledChunk | None:
-        ids, start, end = request.prompt.token_ids, request.computed, self._computed_once(request)
+        ids, start = request.prompt.token_ids, request.computed
+        # What is computed once: of a prompt that choices follow only whole blocks, the rest with each choice.
+        end = len(ids) if request.choices is None else len(request.blocks) * self.block_size
         if start == end and request.choices is not None:
             return self._next_choice(request, request.choices[request.next_choice], room, is_first)
-        length = min(self.prefill_chunk - start % self.prefill_chunk, end - start)
-        if length > room and self.cuts_prompts:  # at whole blocks, which others may share
+        limits = self.limits
+        length = min(limits.prefill_chunk - start % limits.prefill_chunk, end - start)
+        if length > room and limits.cuts_prompts:  # at whole blocks, which others may share
             length = (start + room) // self.block_size * self.block_size - start
         elif length > room and not is_first:
             return None
@@ -242,17 +225,13 @@ class Scheduler:
         blocks = request.blocks + self._allocate(needed)
         return ScheduledChunk(request, ids, request.computed, blocks, request.next_choice)
 
-    def _computed_once(self, request: Request) -> int:
-        """Tokens of the prompt that are computed once: of a scoring request those in whole blocks."""
-        return len(request.prompt.token_ids) if request.choices is None else len(request.blocks) * self.block_size
-
     def _record_chunk(self, step: Step, chunk: ScheduledChunk) -> None:
         """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer
         writes all keys and values before it attends."""
         request = chunk.request
         if chunk.choice is None:
             request.computed = chunk.start + len(chunk.token_ids)
-            shared = min(self._shared_tokens(request.prompt), request.computed)
+            shared = min(request.prompt.shared_tokens, request.computed)
             self.prefixes.keep(request.prompt.token_ids, shared, request.blocks)
         else:
             request.next_choice += 1
@@ -277,7 +256,7 @@ class Scheduler:
             held = needed = -(-(length + 1) // size)
         else:  # its last token is computed with each choice
             held, needed = (length - 1) // size, -(-(length + max(map(len, request.choices))) // size)
-        shared = self.prefixes.lookup(prompt.token_ids, min(self._shared_tokens(prompt), held * size))
+        shared = self.prefixes.lookup(prompt.token_ids, min(prompt.shared_tokens, held * size))
         if needed - len(shared) > self._num_available():
             self.pool.release(shared)
             return None
@@ -297,7 +276,7 @@ class Scheduler:
     def start_samples(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
         """Give a slot to each sample of a prompt whose last chunk is in the step. Blocks to copy, (from, to) each."""
         request, prompt = chunk.request, chunk.request.prompt
-        limit = min(prompt.sampling.max_tokens, self.max_model_len - len(prompt.token_ids))
+        limit = min(prompt.sampling.max_tokens, self.limits.max_model_len - len(prompt.token_ids))
         copies = []
         for number, sample in enumerate(request.samples):
             blocks = list(request.blocks)
@@ -315,10 +294,10 @@ class Scheduler:
 
     def _num_available(self) -> int:
         """Blocks that are free, or can be: prefixes stay in the cache only for as long as there is room."""
-        return self.pool.num_free + self.prefixes.num_unused()
+        return self.pool.num_free + self.pool.num_only_kept
 
     def _allocate(self, count: int) -> list[int]:
-        """`count` blocks; OutOfBlocks if fewer are available."""
+        """`count` of the blocks that are available."""
         self.prefixes.release(count - self.pool.num_free)
         return self.pool.take(count)
 

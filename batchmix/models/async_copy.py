@@ -21,32 +21,20 @@ def async_copy_to_gpu(data: np.ndarray | Tensor, device: torch.device) -> Tensor
 
 
 class AsyncCopy:
-    """From a device that is the host itself: copies are there at once."""
-
-    # Whether results are read one step late, once the next one is queued, so that the device always has work. Where the
-    # host does the work it would only keep rows that have ended in the batch.
-    late = False
+    """From a device to the host: a GPU's results come on a stream of their own, into pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # Whether results are read one step late, once the next one is queued, so that the device always has work. Where
+        # the host does the work it would only keep rows that have ended in the batch.
+        self.late = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self.late else None  # type: ignore[no-untyped-call]
 
     def to_host(self, tensors: Sequence[Tensor]) -> CopyEvent:
         """The tensors as they are once the device has done what is queued by now."""
-        copies = [tensor.clone().numpy() for tensor in tensors]
-        return lambda: copies
-
-
-class GpuAsyncCopy(AsyncCopy):
-    """From a GPU: results come back on a stream of their own, into pinned memory."""
-
-    late = True
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def to_host(self, tensors: Sequence[Tensor]) -> CopyEvent:
         copies = [tensor.clone() for tensor in tensors]  # what is queued behind may change the tensors meanwhile
+        if self._stream is None:
+            return lambda: [copy.numpy() for copy in copies]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         on_host = [torch.empty(copy.shape, dtype=copy.dtype, pin_memory=True) for copy in copies]
@@ -61,8 +49,3 @@ class GpuAsyncCopy(AsyncCopy):
             return [tensor.numpy() for tensor in on_host]
 
         return wait
-
-
-def async_copy_from(device: torch.device) -> AsyncCopy:
-    """What suits the device."""
-    return GpuAsyncCopy(device) if device.type == "cuda" else AsyncCopy(device)

@@ -36,9 +36,8 @@ class KVCache:
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         ones = torch.ones(1, device=keys.device)
-        self.scales: tuple[Tensor | None, ...] = (
-            (ones, ones) if keys.dtype == FP8 else (None, None)
-        )  # of keys, of values
+        # Of keys, of values.
+        self.scales: tuple[Tensor | None, Tensor | None] = (ones, ones) if keys.dtype == FP8 else (None, None)
         _, self.num_blocks, _, self.block_size, _ = keys.shape
 
     @staticmethod

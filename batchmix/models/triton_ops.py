@@ -56,7 +56,47 @@ class TritonOperators:
         )  # fmt: skip
 
     def attend(self, model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
-        return StepAttention(model, cache, step)
+        """See `Operators`. Generated tokens go through the decode kernels and prompt chunks through the prefill kernel,
+        never otherwise: the two differ in bits. A step of generated tokens alone is laid out on the device, so a CUDA
+        graph of it follows the rows."""
+        ratio, size = model.config.num_attention_heads // model.config.num_key_value_heads, cache.block_size
+        decode, num_decode, device = step.decode, 0, cache.keys.device
+        decode_plan: DecodePlan | None = None
+        prefill_plan: PrefillPlan | None = None
+        places: list[tuple[Tensor, ...]] = []  # position, block and offset in the block of tokens, int64 each
+        if decode is not None:
+            assert step.shared is None or isinstance(step.shared, SharedSplits)
+            num_decode = len(decode.positions)
+            position = decode.positions * decode.running
+            block = decode.block_table.gather(1, (position // size)[:, None])[:, 0].long()
+            places.append((position, torch.where(decode.running, block, SCRATCH_BLOCK), position % size))
+            decode_plan = plan_decode(decode.block_table, position + decode.running, size, ratio, step.shared)
+        if num_prompt := step.size - num_decode:
+            of_prompts = step.prompt_places(size)
+            of_prompts = np.pad(of_prompts, ((0, 0), (0, num_prompt - of_prompts.shape[1])))  # to the scratch block
+            places.append(async_copy_to_gpu(of_prompts, device).unbind())
+            # Rows of a table end at different places; a chunk is read only up to its own end.
+            chunks, width = step.chunks, max((len(chunk.blocks) for chunk in step.chunks), default=1)
+            table = np.full((len(chunks), width), SCRATCH_BLOCK, np.int32)
+            for row, chunk in enumerate(chunks):
+                table[row, : len(chunk.blocks)] = chunk.blocks
+            spans = [(chunk.offset - num_decode, chunk.start, chunk.length) for chunk in chunks]
+            dtype = model.weights.embedding.dtype
+            prefill_plan = plan_prefill(spans, async_copy_to_gpu(table, device), num_prompt, ratio, dtype)
+        positions, blocks, offsets = places[0] if len(places) == 1 else tuple(map(torch.cat, zip(*places, strict=True)))
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            keys, values = cache.layer(layer)
+            cos, sin = model.cos, model.sin
+            q = rotate_and_cache(qkv, cos, sin, positions, blocks, offsets, keys, values, *cache.scales)  # [T, H, C]
+            out = torch.empty_like(q)
+            if decode_plan is not None:
+                attend_decode(q[:num_decode], keys, values, *decode_plan, *cache.scales, out[:num_decode])
+            if prefill_plan is not None:
+                attend_prefill(q[num_decode:], keys, values, *prefill_plan, *cache.scales, out[num_decode:])
+            return out.flatten(1)
+
+        return attend
 
     def find_shared(
         self, model: AttentionModel, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
@@ -99,57 +139,3 @@ class TritonOperators:
             tokens, processed_logprobs, rows.state, rows.numbers, rows.flags, rows.history, history, rows.output_counts,
             rows.eos_token_ids, rows.stop_token_ids, rows.automata, rows.grammar_states, rows.grammar_classes,
         )  # fmt: skip
-
-
-class StepAttention:
-    """One step's attention: generated tokens by the decode kernels, prompt chunks by the prefill kernel.
-
-    The two differ in bits, so a generated token never goes through the second, nor a prompt's through the first. A step
-    of generated tokens alone is laid out on the device, so a CUDA graph of it follows the rows.
-    """
-
-    def __init__(self, model: AttentionModel, cache: KVCache, step: StepTokens) -> None:
-        self.model, self.cache = model, cache
-        ratio, size = model.config.num_attention_heads // model.config.num_key_value_heads, cache.block_size
-        decode, self.num_decode = step.decode, 0
-        self.decode: DecodePlan | None = None
-        self.prefill: PrefillPlan | None = None
-        places: list[tuple[Tensor, ...]] = []  # position, block and offset in the block of tokens, int64 each
-        if decode is not None:
-            assert step.shared is None or isinstance(step.shared, SharedSplits)
-            self.num_decode = len(decode.positions)
-            position = decode.positions * decode.running
-            block = decode.block_table.gather(1, (position // size)[:, None])[:, 0].long()
-            places.append((position, torch.where(decode.running, block, SCRATCH_BLOCK), position % size))
-            context = position + decode.running
-            self.decode = plan_decode(decode.block_table, context, size, ratio, step.shared)
-        if num_prompt := step.size - self.num_decode:
-            of_prompts = step.prompt_places(size)
-            of_prompts = np.pad(of_prompts, ((0, 0), (0, num_prompt - of_prompts.shape[1])))  # to the scratch block
-            places.append(async_copy_to_gpu(of_prompts, cache.keys.device).unbind())
-            # Rows of a table end at different places; a chunk is read only up to its own end.
-            chunks, width = step.chunks, max((len(chunk.blocks) for chunk in step.chunks), default=1)
-            table = np.full((len(chunks), width), SCRATCH_BLOCK, np.int32)
-            for row, chunk in enumerate(chunks):
-                table[row, : len(chunk.blocks)] = chunk.blocks
-            spans = [(chunk.offset - self.num_decode, chunk.start, chunk.length) for chunk in chunks]
-            dtype = model.weights.embedding.dtype
-            self.prefill = plan_prefill(spans, async_copy_to_gpu(table, cache.keys.device), num_prompt, ratio, dtype)
-        joined = places[0] if len(places) == 1 else tuple(map(torch.cat, zip(*places, strict=True)))
-        self.positions, self.blocks, self.offsets = joined
-
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """See `Attend`."""
-        keys, values = self.cache.layer(layer)
-        k_scale, v_scale = self.cache.scales
-        cos, sin = self.model.cos, self.model.sin
-        q = rotate_and_cache(
-            qkv, cos, sin, self.positions, self.blocks, self.offsets, keys, values, k_scale, v_scale
-        )  # [T, H, C]
-        out = torch.empty_like(q)
-        generated, prompts = slice(0, self.num_decode), slice(self.num_decode, len(q))
-        if self.decode is not None:
-            attend_decode(q[generated], keys, values, *self.decode, k_scale, v_scale, out[generated])
-        if self.prefill is not None:
-            attend_prefill(q[prompts], keys, values, *self.prefill, k_scale, v_scale, out[prompts])
-        return out.flatten(1)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 
 @dataclass
 class EngineStats:
@@ -50,11 +52,6 @@ class EngineStats:
                 setattr(self, field.name, _UNITE.get(field.name, sum)(values))
 
 
-def _add_tables(tables: Iterable[list[list[int]]]) -> list[list[int]]:
-    """Tables of one shape, added up."""
-    return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
-
-
 def _add_steps(tables: Iterable[dict[int, list[float]]]) -> dict[int, list[float]]:
     """Steps and seconds by size, added up."""
     tables = list(tables)
@@ -66,5 +63,6 @@ def _add_steps(tables: Iterable[dict[int, list[float]]]) -> dict[int, list[float
 
 
 _UNITE: dict[str, Callable[[Any], Any]] = {
-    "first_prefill_time": min, "last_token_time": max, "expert_tokens": _add_tables, "decode_steps": _add_steps,
+    "first_prefill_time": min, "last_token_time": max, "decode_steps": _add_steps,
+    "expert_tokens": lambda tables: np.sum(tables, axis=0).tolist(),
 }  # fmt: skip

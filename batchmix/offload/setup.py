@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -48,20 +49,16 @@ def plan_offload(
     model = footprint(sliced, dtypes[0].itemsize, checkpoint.quantization, dtypes[1].itemsize)
     device_bytes = tp.all_reduce_min(gpu_cache_bytes(*link.memory(), 0, config.gpu_memory_utilization))
     machine = Machine(device_bytes, 0.0, math.inf, math.inf, math.inf, checkpoint.offload_dir is not None)
-
-    def best(machine: Machine, stream: bool) -> Placement | None:
-        return select_placement(
-            model,
-            machine,
-            assumed(checkpoint.max_model_len),
-            longest=-(-checkpoint.max_model_len // BLOCK_SIZE) * BLOCK_SIZE,
-            prefill_tokens=prefill_tokens,
-            workspace=lambda rows: gpu_workspace_bytes(sliced, rows, prefill_tokens, dtypes[0].itemsize),
-            max_num_seqs=config.max_num_seqs,
-            stream=stream,
-        )
-
-    if best(machine, stream=False) is not None:
+    best = partial(
+        select_placement,
+        model,
+        rows=assumed(checkpoint.max_model_len),
+        longest=-(-checkpoint.max_model_len // BLOCK_SIZE) * BLOCK_SIZE,
+        prefill_tokens=prefill_tokens,
+        workspace=lambda rows: gpu_workspace_bytes(sliced, rows, prefill_tokens, dtypes[0].itemsize),
+        max_num_seqs=config.max_num_seqs,
+    )
+    if best(machine=machine, stream=False) is not None:
         return None
     sizes = f"the weights take {model.weight_bytes / 2**30:.1f} GiB, of the GPU {device_bytes / 2**30:.1f} GiB are free"
     if checkpoint.offload is OffloadMode.never:
@@ -77,7 +74,7 @@ def plan_offload(
     most = prefill_tokens + (config.max_num_seqs or MAX_NUM_SEQS)  # tokens of a step
     host_bytes = tp.all_reduce_min(link.host_room) - StagedKVCache.landing_bytes(sliced, dtypes[1], most)
     host_bytes -= BLOCK_SIZE * model.kv_bytes  # the scratch block
-    placement = best(replace(machine, host_bytes=host_bytes, link=bandwidth), stream=True)
+    placement = best(machine=replace(machine, host_bytes=host_bytes, link=bandwidth))
     if placement is None:
         raise BatchmixError(
             f"model.offload=auto: {sizes} and of the host {host_bytes / 2**30:.1f} GiB; use model.quantization,"

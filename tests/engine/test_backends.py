@@ -180,7 +180,7 @@ def test_batch_invariant_products(folder):
 
 def test_the_steps_that_memory_is_measured_with_run(model):
     for rows, tokens in ((3, 40), (1, 0)):
-        run_largest_step(model, rows, tokens, max_model_len=32, block_size=4, kv_dtype=torch.float32)
+        run_largest_step(model, rows, tokens, torch.float32, block_size=4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 on the interpreter")

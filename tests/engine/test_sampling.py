@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engines import make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.row_state import Finish, Number, State
-from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.backend import Logprobs
 from batchmix.models.philox import row_key
 from batchmix.models.torch_sampler import _draw, _filter, post_update, sample
@@ -27,10 +27,9 @@ PIECES = [b"", b"", b""] + [bytes([97 + i % 26]) * (1 + i // 26 % 3) for i in ra
 
 
 def slots_for(*samplings: SamplingConfig, vocab: int = V) -> InputBatch:
-    slots = InputBatch(
-        len(samplings), vocab, 4, (2,), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False),
-        AsyncCopy(torch.device("cpu")),
-    )  # fmt: skip
+    slots = make_batch(
+        len(samplings), vocab, (2,), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False)
+    )
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
     slots.upload()
@@ -327,6 +326,6 @@ def test_a_freed_slot_takes_everything_of_the_last_row():
 
 
 def test_stop_strings_need_a_tokenizer():
-    slots = InputBatch(1, V, 4, (2,), None, AsyncCopy(torch.device("cpu")))
+    slots = make_batch(1, V, (2,), None)
     with pytest.raises(AssertionError, match="no tokenizer"):
         slots.add(Prompt(0, "0", {}, [5], SamplingConfig(stop=["x"])), 0, 5)

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import make_batch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchmix.config import Config
 from batchmix.config_checks import check
-from batchmix.engine.input_batch import InputBatch
 from batchmix.errors import BatchmixError
-from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.torch_sampler import post_update, sample
 from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
@@ -39,10 +38,9 @@ INTEGERS = st.one_of(st.integers(), st.integers(-2, 400), st.sampled_from([2**31
 
 def chosen(sampling: SamplingConfig, logits: torch.Tensor, steps: int) -> list[list[int]]:
     """The tokens of every row; each row has the same wishes, and each step sees what the ones before chose."""
-    slots = InputBatch(
-        len(logits), V, 4, (2,), lambda s: build_stop_table(s.stop or [], [b"a"] * V, drops_leading_space=False),
-        AsyncCopy(torch.device("cpu")),
-    )  # fmt: skip
+    slots = make_batch(
+        len(logits), V, (2,), lambda s: build_stop_table(s.stop or [], [b"a"] * V, drops_leading_space=False)
+    )
     for row in range(len(logits)):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
     slots.upload()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from batchmix.checkpoints.config import ModelConfig
 from batchmix.checkpoints.loading import load_weights
 from batchmix.dtypes import Dtype, Quantization
 from batchmix.engine.engine import Engine
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.model_runner import pad
+from batchmix.engine.request import EngineLimits
 from batchmix.models import torch_backend
 from batchmix.models.async_copy import AsyncCopy, CopyEvent
 from batchmix.models.backend import Operators
@@ -27,6 +30,7 @@ from batchmix.offload.expert_stream import ExpertStream, Offload
 from batchmix.offload.staged_cache import StagedKVCache
 from batchmix.offload.transfer_stream import TransferStream
 from batchmix.planning.planner import Limits, plan
+from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig
 
@@ -70,23 +74,17 @@ def make_engine(model: Mixtral, host: TransferStream | None = None, **options: A
         if host is None
         else StagedKVCache(model.config, blocks + 1, block_size, kv_dtype, host, 1024)
     )
-    defaults: dict[str, Any] = {
-        "max_num_seqs": 32,
-        "max_num_batched_tokens": 512,
-        "max_model_len": 512,
-        "eos_token_ids": (2,),
-        "stop_table": None,
-    }
-    return Engine(model, cache, **{**defaults, **options})
+    limits = EngineLimits(32, 512, 512, blocks + 1, block_size, model.ops.row_tile, model.ops.cuts_prompts)
+    limited = {field.name: options.pop(field.name) for field in fields(EngineLimits) if field.name in options}
+    return Engine(model, cache, replace(limits, **limited), **{"eos_token_ids": (2,), "stop_table": None, **options})
 
 
 class LateAsyncCopy(AsyncCopy):
     """As from a GPU, on the CPU: what is read back is rubbish until it is waited for, and the host's looks are counted."""
 
-    late = True
-
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
+        self.late = True
         self.num_queued = 0
         self.queued_behind: list[int] = []  # at each wait: how many later windows the device had been given by then
 
@@ -103,6 +101,14 @@ class LateAsyncCopy(AsyncCopy):
             return seen
 
         return wait
+
+
+def make_batch(
+    rows: int, vocab_size: int, eos_token_ids: Sequence[int], stop_table: Callable[[SamplingConfig], StopTable] | None
+) -> InputBatch:
+    """Slots for rows of at most 64 tokens, on the CPU."""
+    limits = EngineLimits(rows, 512, 64, 1, 16)
+    return InputBatch(vocab_size, eos_token_ids, stop_table, AsyncCopy(torch.device("cpu")), None, limits)
 
 
 def prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 100, **sampling: Any) -> list[Prompt]:
@@ -126,12 +132,12 @@ def run(engine: Engine, rows: Sequence[Prompt], sort_window: int = 1000) -> dict
     scheduler = engine.scheduler
     limits = Limits(
         scheduler.batch.capacity, scheduler.pool.num_blocks, scheduler.block_size, sort_window,
-        share_prefix=scheduler.share_prefix,
+        share_prefix=scheduler.limits.share_prefix,
     )  # fmt: skip
     found = list(engine.generate(plan(rows, limits)))
     by_key = {(completion.prompt.id, completion.sample_index): completion for completion in found}
     assert len(by_key) == len(found), "a sample came out twice"
-    assert scheduler.pool.num_used == scheduler.prefixes.num_unused(), "blocks were not returned"
+    assert scheduler.pool.num_used == scheduler.pool.num_only_kept, "blocks were not returned"
     assert scheduler.batch.num_active == 0
     return by_key
 

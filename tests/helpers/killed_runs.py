@@ -162,7 +162,7 @@ class InstantEngine:
         self.clock, self.stats = StageClock(), EngineStats()
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000), weights=SimpleNamespace(fingerprint="w"))
         self.grammars = None
-        self.scheduler = SimpleNamespace(max_model_len=4096, block_size=16, prefixes=None, pool=SimpleNamespace(num_blocks=1000),
+        self.scheduler = SimpleNamespace(block_size=16, limits=SimpleNamespace(share_prefix=False), pool=SimpleNamespace(num_blocks=1000),
                                          batch=SimpleNamespace(capacity=64, eos_token_ids=np.array([2])))  # fmt: skip
 
     def should_stop(self) -> bool:

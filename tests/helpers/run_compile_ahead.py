@@ -25,6 +25,7 @@ def main() -> None:
     from batchmix.models.mixtral_config import MixtralConfig
     from batchmix.models.triton_ops import TritonOperators
     from batchmix.models.weights import empty_weights
+    from batchmix.observability.engine_stats import EngineStats
 
     said: list[str] = []
     handler = logging.Handler()
@@ -41,7 +42,8 @@ def main() -> None:
     for _ in range(2):
         CompileAhead(steps, H200, 2).finish()
 
-    clock = CompileClock()
+    stats = EngineStats()
+    clock = CompileClock(stats)
     missed: list[str] = []
     triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or missed.append(src.name)
     driver.set_active(_Driver("sm_90"))  # type: ignore[arg-type]
@@ -50,14 +52,14 @@ def main() -> None:
         operators = TritonOperators(False, True)
         model = Mixtral(config, empty_weights(config, dtype, torch.device("cpu")), operators, 2048)
         for rows in (1, 7, 40, 129, 200):
-            run_largest_step(model, rows, 0, 2048, dtype)
+            run_largest_step(model, rows, 0, dtype)
         for tokens in (1, 33, 150, 600):
-            run_largest_step(model, 1, tokens, 2048, dtype)
+            run_largest_step(model, 1, tokens, dtype)
         found["missed"] = list(missed)
         triton.knobs.compilation.listener = clock
         Mixtral(config, empty_weights(config, torch.float16, torch.device("cpu")), operators, 2048)
         operators.rms_norm(torch.empty(3, 256, dtype=torch.float16), torch.empty(256, dtype=torch.float16), 1e-5)
-    print(json.dumps(found | {"said": said, "counted": clock.kernels, "took": clock.seconds}))
+    print(json.dumps(found | {"said": said, "counted": stats.kernels_compiled, "took": stats.compile_seconds}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engines import make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_bitwise_equal, copied, poison, row_arguments, tensors_of
@@ -16,7 +17,6 @@ from batchmix.kernels.post_update import post_update
 from batchmix.kernels.row_state import Finish, Flag, Number, RowTensors, State
 from batchmix.kernels.sampling import sample
 from batchmix.models import torch_backend
-from batchmix.models.async_copy import AsyncCopy
 from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
@@ -37,10 +37,9 @@ SAMPLINGS = st.builds(
 
 
 def slots_for(samplings: list[SamplingConfig]) -> InputBatch:
-    slots = InputBatch(
-        len(samplings), V, 4, (2, 9), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False),
-        AsyncCopy(torch.device("cpu")),
-    )  # fmt: skip
+    slots = make_batch(
+        len(samplings), V, (2, 9), lambda s: build_stop_table(s.stop or [], PIECES, drops_leading_space=False)
+    )
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
     slots.upload()
@@ -111,7 +110,8 @@ def test_steps_equal_the_torch_backend(device, samplings, steps):
         post_update(chosen.to(device), None, **row_arguments(post_update, ours))
         torch_backend.post_update(chosen, slots.rows(0, len(samplings)))
         slots.record_step()
-        slots.wait_for_step()
+        step = slots.pending.popleft()
+        slots.outputs.append(step.slots, *step.event())
     assert_bitwise_equal(ours.state.cpu(), slots.state)
     for row, (count, finish, reason) in enumerate(ours.state[State.GENERATED : State.STOP_REASON + 1].T.tolist()):
         answers = slots.outputs

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engines import make_batch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_bitwise_equal, assert_close, copied, poisoned_allocations, row_arguments
@@ -17,7 +18,6 @@ from batchmix.kernels import reference
 from batchmix.kernels.row_state import Flag, Number, Real, RowTensors, State
 from batchmix.kernels.sampling import sample
 from batchmix.models import torch_backend
-from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.backend import Logprobs
 from batchmix.models.philox import uniform
 from batchmix.records import Prompt
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in divide")
 
 def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[int]] | None = None) -> InputBatch:
     """On the CPU, one slot a row: prompts of tokens 5, 6, 7, and outputs [steps][rows] already chosen."""
-    slots = InputBatch(len(samplings), vocab, 4, (2,), None, AsyncCopy(torch.device("cpu")))
+    slots = make_batch(len(samplings), vocab, (2,), None)
     for row, sampling in enumerate(samplings):
         slots.add(Prompt(row, str(row), {}, [5 % vocab, 6 % vocab, 7 % vocab], sampling), 0, 1000)
     slots.upload()
