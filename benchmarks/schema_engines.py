@@ -28,7 +28,7 @@ class Refused(Exception):
 
 @cache
 def tokenizer() -> Any:
-    return load_tokenizer(Path(batchmix.__file__).parent / "model" / "tiny")
+    return load_tokenizer(Path(batchmix.__file__).parent / "models" / "tiny")
 
 
 @cache

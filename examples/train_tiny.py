@@ -206,7 +206,7 @@ def main() -> None:
             rate = exact_match(model, encoded_examples[:200]) if step % 200 == 199 else float("nan")
             print(f"step {step + 1} loss {loss.item():.4f} match {rate:.3f} {time.time() - started:.0f} s", flush=True)
 
-    folder = REPO / "batchmix" / "model" / "tiny"
+    folder = REPO / "batchmix" / "models" / "tiny"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     save_file(model.checkpoint(), folder / "model.safetensors", metadata={"format": "pt"})

@@ -21,8 +21,8 @@ def test_the_wheel_runs_elsewhere(tmp_path):
     subprocess.run(build, check=True)
     wheel = next(tmp_path.glob("batchmix-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("kernels/reference.py", "kernels/configs/sm_90-nvidia_h200-bfloat16.json", "plan/measured/nvidia_h200-bfloat16.json", "conf/generate.yaml", "conf/annotate/sentiment.yaml", "jobs/generate.py",
-                 "model/tiny/model.safetensors", "report/page.html", "report/page.css", "report/page.js"):  # fmt: skip
+    for name in ("kernels/reference.py", "kernels/configs/sm_90-nvidia_h200-bfloat16.json", "planning/measured/nvidia_h200-bfloat16.json", "conf/generate.yaml", "conf/annotate/sentiment.yaml", "jobs/generate.py",
+                 "models/tiny/model.safetensors", "annotate/page.html", "annotate/page.css", "annotate/page.js"):  # fmt: skip
         assert f"batchmix/{name}" in names
     assert not [name for name in names if not name.startswith("batchmix")], "nothing at the top level"
     assert not [name for name in names if name == "batchmix/kernels/__init__.py"]
