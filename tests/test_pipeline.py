@@ -97,6 +97,7 @@ def test_answers_do_not_depend_on_how_the_job_is_run(tmp_path, rows, sampling, c
     assert answers(tmp_path / "resumed") == expected
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_a_trace_shows_every_stage_in_its_thread(tmp_path, rows):
     data = write(tmp_path / "rows.jsonl", rows)
     generate(job(data, tmp_path / "out", engine={"trace": True}))

@@ -178,6 +178,7 @@ def test_batch_invariant_products(folder):
     assert alone["row-1", 0] == together["row-1", 0], "bit by bit"
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_the_steps_that_memory_is_measured_with_run(model):
     for rows, tokens in ((3, 40), (1, 0)):
         run_largest_step(model, rows, tokens, torch.float32, block_size=4)

@@ -48,7 +48,9 @@ def ragged(reference):
     return rows, [greedy(reference, row.token_ids, 8) for row in rows]
 
 
-@pytest.mark.parametrize("save", [save_hub, save_fused, save_mistral])
+@pytest.mark.parametrize(
+    "save", [save_hub, *(pytest.param(save, marks=pytest.mark.slow) for save in (save_fused, save_mistral))]
+)
 def test_greedy_tokens_equal_transformers_on_200_ragged_prompts(reference, ragged, tmp_path, save):
     rows, expected = ragged
     found = run(make_engine(load(save(reference, tmp_path))), rows)
@@ -144,7 +146,9 @@ def undisturbed(model):
     return rows, answers(run(make_engine(model, prefill_chunk=64), rows))
 
 
-@pytest.mark.parametrize("calls", [{1}, {9}, {40}, {41}, {12, 13, 50}])
+@pytest.mark.parametrize(
+    "calls", [{1}, *(pytest.param(n, marks=pytest.mark.slow) for n in ({9}, {40}, {41})), {12, 13, 50}]
+)
 def test_out_of_memory_halves_the_batch_and_changes_no_answer(model, undisturbed, caplog, calls):
     """Two layers call `moe` once each: its calls fall into prefills and decode steps, early and late ones."""
     rows, expected = undisturbed

@@ -173,6 +173,7 @@ def test_masks_are_found_while_the_model_runs(model, grammars, mixed, monkeypatc
     assert re.fullmatch("oo(ao){8,}a+", steps), "the prefill, then each decode step's model before the masks for it"
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize(
     "capture", [None, pytest.param(lambda step: step, marks=pytest.mark.slow)], ids=["steps", "graphs"]
 )

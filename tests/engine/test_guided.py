@@ -222,6 +222,7 @@ def test_what_is_planned_of_a_row_is_what_it_gets(model, grammars, mixed):
     assert tried.stats.jump_forward_tokens
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize(
     "capture", [None, pytest.param(lambda step: step, marks=pytest.mark.slow)], ids=["steps", "graphs"]
 )

@@ -38,6 +38,7 @@ def test_answers_stay_the_same_and_the_prefix_is_computed_once(model, sampling):
     assert sharing.stats.prompt_tokens + sharing.stats.shared_tokens == plain.stats.prompt_tokens
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize(
     ("options", "lengths"),
     [

@@ -84,6 +84,7 @@ def test_head_dims_and_caches(device, dim, dtypes):
     check([70, 12], 4, 2, dim, 16, dtypes, device)
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @settings(max_examples=10, deadline=None)
 @given(
     st.lists(st.integers(0, SPLIT + 90), min_size=1, max_size=4),
@@ -107,6 +108,7 @@ def test_queries_may_be_a_slice_of_qkv(device):
     assert_bitwise_equal(run(qkv[:, :4], paged, [30, 40]), run(qkv[:, :4].contiguous(), paged, [30, 40]))
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.usefixtures("ordered_products")
 @pytest.mark.parametrize("dtypes", [HALF_PAIR, FP8_PAIR])
 def test_a_row_has_the_same_bits_alone_in_company_and_in_other_blocks(device, dtypes):
@@ -136,7 +138,9 @@ PREFIXES = [  # lengths of the rows, and (rows, tokens) that have these leading 
 
 @pytest.mark.usefixtures("ordered_products")
 @pytest.mark.parametrize("dtypes", [HALF_PAIR, FP8_PAIR])
-@pytest.mark.parametrize(("context", "prefixes"), PREFIXES)
+@pytest.mark.parametrize(
+    ("context", "prefixes"), [*PREFIXES[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in PREFIXES[2:])]
+)
 def test_sharing_a_prefix_changes_no_bit(device, context, prefixes, dtypes):
     query, stored = dtypes
     heads = 6 if len(context) < 10 else 2  # 6: a tile of (row, head) pairs is not full
@@ -150,6 +154,7 @@ def test_sharing_a_prefix_changes_no_bit(device, context, prefixes, dtypes):
     assert_bitwise_equal(out, run(q, paged, context, sharing(q, paged, context, capacity=1)))
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF_PAIR, FP8_PAIR])
 @pytest.mark.parametrize(("context", "prefixes"), PREFIXES[2:4])
 def test_a_shared_prefix_equals_the_oracle(device, context, prefixes, dtypes):

@@ -112,6 +112,7 @@ def test_queries_may_be_a_slice_of_qkv(device):
     assert_bitwise_equal(run(qkv[:, :4], paged, [(0, 0, 30)]), run(qkv[:, :4].contiguous(), paged, [(0, 0, 30)]))
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 90), st.integers(1, 40)), min_size=1, max_size=4),

@@ -111,6 +111,7 @@ def test_draws_at_the_very_ends_are_possible_tokens(device):
     assert [drawn(weights, u) for u in (0.0, 1 - 2.0**-52)] == [300, 700]
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_tiles_do_not_matter(device):
     weights = torch.rand(300, generator=torch.Generator().manual_seed(0)).to(device)
     weights[17] = 1

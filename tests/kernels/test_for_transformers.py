@@ -53,6 +53,7 @@ def random_ids(rows: int, length: int, device: torch.device) -> Tensor:
     return torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize("implementations", [BOTH, *({key: value} for key, value in BOTH.items())], ids=str)
 def test_logits(eager: MixtralForCausalLM, implementations: dict[str, str], device: torch.device) -> None:
     ids = random_ids(2, 21, device)
@@ -62,6 +63,7 @@ def test_logits(eager: MixtralForCausalLM, implementations: dict[str, str], devi
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "length", [13, pytest.param(64, marks=pytest.mark.slow)]
@@ -98,6 +100,7 @@ def test_generated_tokens(eager: MixtralForCausalLM, device: torch.device) -> No
     assert torch.equal(with_kernels(eager, **BOTH).generate(ids, **options), expected)
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_chunked_prompt(eager: MixtralForCausalLM, device: torch.device) -> None:
     ids = random_ids(2, 20, device)
     model = with_kernels(eager, **BOTH)
@@ -120,18 +123,21 @@ def test_models_that_the_kernels_do_not_compute(options: dict[str, Any], message
         model(random_ids(1, 8, device))
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_padding_inside_a_row(eager: MixtralForCausalLM, device: torch.device) -> None:
     mask = torch.tensor([[1, 0, 1, 1]], device=device)
     with pytest.raises(ValueError, match="not inside it"):
         with_kernels(eager, **BOTH)(random_ids(1, 4, device), attention_mask=mask)
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_a_mask_of_ones_own(eager: MixtralForCausalLM, device: torch.device) -> None:
     mask = torch.zeros(1, 1, 4, 4, device=device)
     with pytest.raises(ValueError, match="its own mask"):
         with_kernels(eager, **BOTH)(random_ids(1, 4, device), attention_mask=mask)
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_a_static_cache(eager: MixtralForCausalLM, device: torch.device) -> None:
     with pytest.raises(ValueError, match='cache_implementation="dynamic"'):
         with_kernels(eager, **BOTH).generate(

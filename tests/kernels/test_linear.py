@@ -32,6 +32,7 @@ def test_linear(count: int, columns: int, depth: int, dtype: torch.dtype, batch_
     assert_close(out, reference.linear(x, w))
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 15, 33, 130])
 def test_all_tiles(count: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -130,7 +130,12 @@ def test_sort_pairs_leaves_padding_out_and_counts_the_rest(valid: int, device: t
 @pytest.mark.usefixtures("ordered_products")
 @pytest.mark.parametrize(
     ("format", "count", "valid"),
-    [("dense", 150, 0), ("dense", 150, 3), ("dense", 150, 120), ("fp8", 20, 3), ("int4", 20, 3)],
+    [
+        ("dense", 150, 0),
+        *(pytest.param("dense", 150, n, marks=pytest.mark.slow) for n in (3, 120)),
+        ("fp8", 20, 3),
+        ("int4", 20, 3),
+    ],
 )  # 150: enough for x to be permuted
 def test_padding_reaches_no_expert(format: str, count: int, valid: int, device: torch.device) -> None:
     """Tokens have the bits that they have without padding, which itself gets the residual alone."""
@@ -204,6 +209,7 @@ def quantised(format: str, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale if format == "fp8_block" else scale[..., 0], values
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.usefixtures("ordered_products")  # under the interpreter, also the faster of two products of fp8
 @pytest.mark.parametrize("counts", COUNTS[2:3], ids=str)
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
@@ -339,6 +345,7 @@ def test_quantised_moe(format: str, device: torch.device) -> None:
     assert_close(out, expected, 5e-2 if format.startswith("fp8") else None)
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.usefixtures("ordered_products")
 @pytest.mark.parametrize("format", ["dense", *FORMATS])
 def test_a_row_has_the_same_bits_in_any_company(format: str, device: torch.device) -> None:

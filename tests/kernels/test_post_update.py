@@ -179,6 +179,7 @@ def decode_steps(device: torch.device, steps: int, graph: bool) -> RowTensors:
     return rows
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_decoding_equals_the_torch_backends(device):
     rows = decode_steps(device, 8, graph=False)
     assert len(set(rows.state[State.FINISH].tolist())) > 1

@@ -172,6 +172,7 @@ def test_what_is_not_finite_spoils_its_own_part_and_no_other(name: str, bad: flo
     assert values.isfinite().all()
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize("name", FORMATS)
 def test_stacked_experts(name: str, device: torch.device) -> None:
     forth, _, back, _ = FORMATS[name]

@@ -250,6 +250,7 @@ def test_the_overlapped_roofline_is_all_operations_or_all_bytes(tmp_path):
     assert prefill_alone.overlapped_seconds == prefill_alone.seconds
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workloads_are_seeded_and_as_long_as_they_should_be(tmp_path, name):
     model = open_random(tmp_path).config

@@ -109,6 +109,7 @@ def test_workers_side_by_side(tmp_path: Path) -> None:
         generate(job(data, tmp_path / "out", engine={"data_parallel_size": 2}))
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = write(tmp_path / "rows.jsonl", [EMPTY] * 2), tmp_path / "out"
     command = ["generate", f"data.path={data}", f"output.dir={out}", "engine.device=cpu"]

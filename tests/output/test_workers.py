@@ -205,6 +205,7 @@ STOPPED_AT_ITS_FIRST_COMMIT = [([0, 1], [Fate("stop", 6), None]), ([0], [None])]
 SWEPT_UP_WHILE_IT_MERGED = [([0, 1, 2], [Fate("die", 0), None, None]), ([0, 1, 2], [Fate("stop", 14), None, None])]
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @settings(max_examples=8, deadline=None)
 @given(runs=rounds, last=st.integers(1, 4), order=st.sampled_from(Order))
 @example(STOPPED_AT_ITS_FIRST_COMMIT, 1, Order.completion)
@@ -218,6 +219,7 @@ def test_every_row_once_in_a_folder(runs: list[Any], last: int, order: Order) ->
 DIED_WHEN_ALL_WAS_DONE = [([0], [None]), ([0, 1, 2], [None, None, Fate("die", 2)])]
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @settings(max_examples=25, deadline=None)
 @given(runs=rounds, last=st.integers(1, 4), order=st.sampled_from(Order))
 @example(DIED_WHEN_ALL_WAS_DONE, 3, Order.completion)

@@ -97,6 +97,7 @@ def bounded_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.slow  # seconds under the interpreter, or of processes
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_costly_template_is_an_error_of_its_row(name: str) -> None:
     template = RowTemplate(COSTLY[name])
