@@ -14,6 +14,7 @@ import yaml
 from many_commands import run_commands
 
 from batchmix import __version__, cli
+from batchmix.config import JOBS
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -270,10 +271,11 @@ def test_an_interruption_asks_to_be_requeued_and_ends_a_multirun(job_file: Path)
 
 @pytest.mark.slow  # 5 s and more
 def test_the_job_file_is_the_same_app(tmp_path: Path) -> None:
-    overrides = ("data.path=[a,b]", "output.dir=out", "sampling=greedy", "--cfg", "job")
+    overrides = {"data": "data.path=[a,b]", "output": "output.dir=out", "sampling": "sampling=greedy"}
     jobs = sorted((ROOT / "jobs").glob("*.py"))
-    by_file = run_commands([(str(job), *overrides) for job in jobs], tmp_path)
-    by_name = run_commands([("batchmix", job.stem, *overrides) for job in jobs], tmp_path)
+    given = [(*(text for group, text in overrides.items() if group in JOBS[job.stem]), "--cfg", "job") for job in jobs]
+    by_file = run_commands([(str(job), *some) for job, some in zip(jobs, given, strict=True)], tmp_path)
+    by_name = run_commands([("batchmix", job.stem, *some) for job, some in zip(jobs, given, strict=True)], tmp_path)
     for one, other in zip(by_file, by_name, strict=True):
         assert (one.returncode, one.stderr) == (0, "")
         assert one.stdout == other.stdout != ""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from types import TracebackType
 
 from batchmix import __version__
 from batchmix.checkpoints.checkpoint import open_checkpoint
@@ -83,8 +84,13 @@ class EngineWorker:
         self.stopped = True
         self._units.put(None)
 
-    def close(self) -> None:
-        self._opened.close()
+    def __enter__(self) -> EngineWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._opened.__exit__(kind, error, trace)  # which knows better why a rank's collective fails
 
     def run(self, wait: bool = False) -> Iterator[WorkerOutput]:
         """The answers, without the input's columns, as they come. Ends when all rows that were there are answered;

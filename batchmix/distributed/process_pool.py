@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 
 from batchmix import __version__
 from batchmix.config import Config
@@ -107,7 +107,7 @@ def _serve(parent: Parent, config: Config, model: str, place: int, trace_name: s
     logging.getLogger().addHandler(SendLog(parent, logging.INFO if place == 0 else logging.ERROR))  # all say the same
     worker = EngineWorker(config, parent.send, trace_name)
     threading.Thread(target=_receive, args=(parent, worker), name="receive", daemon=True).start()
-    with closing(worker):
+    with worker:
         parent.send(_Loaded(worker.load(__version__, model)))
         while not worker.stopped:
             for answers in worker.run(wait=True):

@@ -113,8 +113,8 @@ def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
         while True:
             for _ in engine.generate(iter(parent.receive, None)):
                 pass
-            if config.cluster.kind is not ClusterKind.ray:  # there a model answers many streams, until it is killed
-                break
+            if config.cluster.kind is not ClusterKind.ray and config.engine.data_parallel_size == 1:
+                break  # a worker of a pool answers many streams, until it is killed
 
 
 @contextmanager
