@@ -70,7 +70,7 @@ class SleepingEngine:
         self.scheduler = SimpleNamespace(
             max_model_len=4096,
             block_size=64,
-            prefixes=None,
+            limits=SimpleNamespace(share_prefix=False),
             pool=SimpleNamespace(num_blocks=100_000),
             batch=SimpleNamespace(capacity=ROWS_AT_ONCE, eos_token_ids=torch.tensor([2])),
         )
