@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,6 +13,8 @@ from typing import Any
 from batchmix.config import Config
 from batchmix.distributed.config import ClusterKind
 from batchmix.distributed.executor import Executor, LocalExecutor
+from batchmix.distributed.process_pool import ProcessPool
+from batchmix.distributed.ray_pool import RayPool
 from batchmix.errors import BatchmixError
 from batchmix.hydra_app import save_hydra_files
 from batchmix.input.config import OnError
@@ -23,7 +24,6 @@ from batchmix.observability.progress import Progress
 from batchmix.observability.summary import RunStatistics
 from batchmix.observability.totals import Totals
 from batchmix.output.all_failed import check_not_all_failed
-from batchmix.output.output_folder import trace_name, worker_trace_names
 from batchmix.output.run_info import accept_weights
 from batchmix.output.sink import Sink
 from batchmix.output.store_errors import output_errors_in_one_line
@@ -94,18 +94,10 @@ def _executor(run: Run, signals: StopSignals) -> Executor:
     config, output = run.config, run.output
     keep = run.source.schema.names
     accept = partial(accept_weights, output.storage)
-    pool = (config, run.checkpoint.fingerprint(), keep, signals.stopping, accept)
-    if config.cluster.kind is ClusterKind.ray:
-        from batchmix.distributed.ray_pool import RayPool
-
-        return RayPool(*pool)
-    if config.engine.data_parallel_size > 1:
-        from batchmix.distributed.process_pool import ProcessPool
-
-        return ProcessPool(*pool, worker_trace_names(config.shard, config.engine.data_parallel_size))
-    return LocalExecutor(
-        config, run.checkpoint, run.prompts, keep, signals.stopping, accept, _give_up, trace_name(config.shard)
-    )
+    if config.cluster.kind is ClusterKind.ray or config.engine.data_parallel_size > 1:
+        pool = RayPool if config.cluster.kind is ClusterKind.ray else ProcessPool
+        return pool(config, run.checkpoint.fingerprint(), keep, signals.stopping, accept)
+    return LocalExecutor(config, run.checkpoint, run.prompts, keep, signals.stopping, accept, output.trace_name)
 
 
 def _sink(run: Run, executor: Executor) -> Sink:
@@ -124,8 +116,3 @@ def _progress_of(source: Source, totals: Totals) -> dict[str, Any]:
     """What a heartbeat says: counts since this process began, and rows of the whole data set where known."""
     return {"rows": totals.rows, "error_rows": totals.error_rows, "completion_tokens": totals.completion_tokens,
             "num_rows": source.num_rows}  # fmt: skip
-
-
-def _give_up(error: BatchmixError) -> None:
-    """The last words of a process that hangs and will be ended."""
-    print(f"batchmix: error: {error}", file=sys.stderr, flush=True)

@@ -18,7 +18,6 @@ the stand-ins took: reading, handing out and receiving (pickled, as through a pi
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import pickle
@@ -128,8 +127,7 @@ class InstantPool(WorkerPool):
 
 def drive(rows: int, keep: bool) -> None:
     """Print, and with `keep` save, the output tokens that one driver commits in a second of one core."""
-    pipeline_pool = "batchmix.distributed.process_pool"
-    importlib.import_module(pipeline_pool).ProcessPool = lambda *given: InstantPool(*given[:-1])  # type: ignore[attr-defined]
+    pipeline.ProcessPool = InstantPool  # type: ignore[misc,assignment]
     with tempfile.TemporaryDirectory() as temporary:
         data, out = Path(temporary, "rows.jsonl"), Path(temporary, "out")
         write_rows(data, rows)

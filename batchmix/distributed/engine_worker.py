@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from types import TracebackType
+from typing import Any
 
 from batchmix import __version__
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import Config
 from batchmix.distributed.executor import traced
-from batchmix.distributed.tensor_parallel import tensor_parallel
+from batchmix.distributed.tensor_parallel import print_last_words, tensor_parallel
 from batchmix.engine.build import start_engine
 from batchmix.errors import BatchmixError
 from batchmix.observability.engine_stats import EngineStats
@@ -48,8 +48,10 @@ WorkerOutput = tuple[list[Completion], Report]
 class EngineWorker:
     """Two threads call it: `feed` and `stop` may come while `run` is at work."""
 
-    def __init__(self, config: Config, give_up: Callable[[BatchmixError], None], trace_name: str = "") -> None:
-        """`give_up` hears why this process hangs before it is ended."""
+    def __init__(
+        self, config: Config, give_up: Callable[[BatchmixError], None] = print_last_words, trace_name: str = ""
+    ) -> None:
+        """`give_up`: see `tensor_parallel`."""
         self._config, self._give_up, self._trace_name = config, give_up, trace_name
         self._units: SimpleQueue[list[InputRow] | None] = SimpleQueue()
         self._opened = ExitStack()
@@ -87,10 +89,8 @@ class EngineWorker:
     def __enter__(self) -> EngineWorker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self._opened.__exit__(kind, error, trace)  # which knows better why a rank's collective fails
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._opened.__exit__(*error)  # which knows better why a rank's collective fails
 
     def run(self, wait: bool = False) -> Iterator[WorkerOutput]:
         """The answers, without the input's columns, as they come. Ends when all rows that were there are answered;

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from batchmix.checkpoints.checkpoint import Checkpoint
 from batchmix.config import Config
 from batchmix.distributed.tensor_parallel import tensor_parallel
 from batchmix.engine.build import start_engine
 from batchmix.engine.engine import Engine
-from batchmix.errors import BatchmixError
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.observability.trace import Trace
@@ -32,9 +30,7 @@ class Executor(Protocol):
 
     def __enter__(self) -> Executor: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None: ...
+    def __exit__(self, *error: Any) -> bool | None: ...
 
     def run(self, rows: Iterator[InputRow]) -> Generator[Completion, None, None]:
         """Every sample of every row. Ends early once the run is asked to stop; BatchmixError where a worker is lost."""
@@ -55,18 +51,16 @@ class LocalExecutor:
         keep: Sequence[str],
         stopping: Callable[[], bool],
         accept: Callable[[str | None], None],
-        give_up: Callable[[BatchmixError], None],
         trace_name: str,
     ) -> None:
-        """`keep`: the input's columns that completions carry. `accept` is told the weights' fingerprint, and `give_up` why this
-        process hangs before it is ended."""
+        """`keep`: the input's columns that completions carry. `accept` is told the weights' fingerprint."""
         self._config, self._checkpoint, self._prompts, self._keep = config, checkpoint, prompts, keep
-        self._stopping, self._accept, self._give_up, self._trace_name = stopping, accept, give_up, trace_name
+        self._stopping, self._accept, self._trace_name = stopping, accept, trace_name
 
     def __enter__(self) -> LocalExecutor:
         config = self._config
         with ExitStack() as opened:
-            tp, self._tp_workers = opened.enter_context(tensor_parallel(config, self._give_up))
+            tp, self._tp_workers = opened.enter_context(tensor_parallel(config))
             self._engine = start_engine(
                 self._checkpoint, self._prompts.tokenizer, config.engine, self._stopping, tp, self._prompts.grammars
             )
@@ -76,10 +70,8 @@ class LocalExecutor:
         self.stats, self.clock = self._engine.stats, self._engine.clock
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self._opened.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._opened.__exit__(*error)
 
     def run(self, rows: Iterator[InputRow]) -> Generator[Completion, None, None]:
         """Every stage but the engine works in a thread of its own."""

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 
 from batchmix import __version__
@@ -19,6 +19,7 @@ from batchmix.distributed.engine_worker import EngineWorker, WorkerOutput
 from batchmix.distributed.worker_pool import PAUSE, PoolWorker, WorkerPool
 from batchmix.distributed.workers import Parent, SendLog, Worker
 from batchmix.engine.device import nth_device, select_device
+from batchmix.output.output_folder import worker_trace_names
 from batchmix.records import Completion, InputRow
 
 _PATIENCE = 120.0  # seconds for a worker to end its step, once asked to stop
@@ -30,33 +31,21 @@ class _Loaded:
 
 
 class ProcessPool(WorkerPool):
-    """A worker for each of `engine.data_parallel_size`; `trace_names` are those of their traces."""
-
-    def __init__(
-        self,
-        config: Config,
-        model: str,
-        keep: Sequence[str],
-        stopping: Callable[[], bool],
-        accept: Callable[[str | None], None],
-        trace_names: Sequence[str],
-    ) -> None:
-        super().__init__(config, model, keep, lambda: stopping() or self._failure is not None, accept)
-        self._trace_names = trace_names
-        self._failure: BaseException | None = None
+    """A worker for each of `engine.data_parallel_size`."""
 
     @property
     def _max_workers(self) -> int:
         return self._config.engine.data_parallel_size
 
     def _grow(self) -> None:
-        config, size = self._config, self._config.engine.data_parallel_size
+        config, size = self._config, self._max_workers
+        trace_names = worker_trace_names(config.shard, size)
         for place in range(len(self._all), size if self._pending else 0):
             device = nth_device(select_device(config.engine).device, place * config.model.tensor_parallel_size)
             engine = dataclasses.replace(config.engine, device=str(device))
             name = f"data-parallel worker {place} of {size}"
             process = Worker(
-                name, _serve, dataclasses.replace(config, engine=engine), self._model, place, self._trace_names[place]
+                name, _serve, dataclasses.replace(config, engine=engine), self._model, place, trace_names[place]
             )
             worker = PoolWorker(process)
             self._workers.append(worker)
@@ -94,8 +83,6 @@ class ProcessPool(WorkerPool):
         asked = time.monotonic()
         while self._workers and time.monotonic() - asked < _PATIENCE:
             yield from self._answers()
-        if self._failure is not None:
-            raise self._failure
 
     def _kill(self, worker: PoolWorker) -> None:
         worker.handle.kill()

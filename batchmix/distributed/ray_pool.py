@@ -7,17 +7,13 @@ how many nodes there are: a worker without a node is what asks it for one.
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from batchmix import __version__
-from batchmix.config import Config
 from batchmix.distributed.engine_worker import EngineWorker, WorkerOutput
 from batchmix.distributed.worker_pool import PAUSE, PoolWorker, WorkerPool
 from batchmix.engine.config import Backend
@@ -43,19 +39,6 @@ class _Actor:
 class RayPool(WorkerPool):
     """Connects to Ray, or starts it on this machine."""
 
-    def __init__(
-        self,
-        config: Config,
-        model: str,
-        keep: Sequence[str],
-        stopping: Callable[[], bool],
-        accept: Callable[[str | None], None],
-    ) -> None:
-        super().__init__(config, model, keep, stopping, accept)
-        self._losses, self._answered = 0, time.monotonic()
-        self._looked = float("-inf")
-        self._said = time.monotonic()
-
     def __enter__(self) -> RayPool:
         try:
             import ray
@@ -72,13 +55,13 @@ class RayPool(WorkerPool):
         finally:
             signal.signal(signal.SIGTERM, ours)
         self._ray = ray
+        self._losses, self._answered = 0, time.monotonic()
+        self._looked, self._said = float("-inf"), time.monotonic()
         self._gpus = self._gpus_per_worker()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *_: Any) -> bool | None:
+        super().__exit__()
         self._ray.shutdown()
         return None
 
@@ -99,7 +82,7 @@ class RayPool(WorkerPool):
             num_gpus=self._gpus, num_cpus=cluster.cpus_per_worker, max_concurrency=2, scheduling_strategy="SPREAD"
         )
         while len(self._workers) < wanted:
-            actor = remote.remote(self._config, _give_up)
+            actor = remote.remote(self._config)
             worker = PoolWorker(_Actor(actor, actor.load.remote(__version__, self._model)))
             self._workers.append(worker)
             self._all.append(worker)
@@ -175,9 +158,3 @@ class RayPool(WorkerPool):
         if engine.device == "auto" and not self._ray.cluster_resources().get("GPU"):
             return 0
         return self._config.model.tensor_parallel_size
-
-
-def _give_up(error: BatchmixError) -> None:
-    """A slice of the model is gone and this process hangs on it: it ends, and Ray says so to the driver."""
-    print(f"batchmix: error: {error}", file=sys.stderr, flush=True)
-    os._exit(1)

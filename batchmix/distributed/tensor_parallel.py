@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -57,9 +58,14 @@ class TPWorkers:
             worker.send(batch)
 
 
+def print_last_words(error: BatchmixError) -> None:
+    """Of a process that hangs and will be ended."""
+    print(f"batchmix: error: {error}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def tensor_parallel(
-    config: Config, give_up: Callable[[BatchmixError], None]
+    config: Config, give_up: Callable[[BatchmixError], None] = print_last_words
 ) -> Iterator[tuple[TensorParallel, TPWorkers]]:
     """The ranks of `model.tensor_parallel_size`, alive for the length of the block.
 

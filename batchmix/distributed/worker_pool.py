@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from batchmix.config import Config
@@ -58,13 +57,12 @@ class WorkerPool(ABC):
         self._all: list[PoolWorker] = []  # those that are gone, too
         self._pending: deque[InputRow] = deque()  # the next to be given; empty: none is left
         self._pending_bytes = 0
+        self._failure: BaseException | None = None  # why a worker ended early, where that ends the run
 
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    def __exit__(self, *_: Any) -> bool | None:
         for worker in list(self._workers):
             self._dismiss(worker)
         return None
@@ -97,7 +95,7 @@ class WorkerPool(ABC):
     def run(self, rows: Iterator[InputRow]) -> Generator[Completion, None, None]:
         self._rows = rows
         self._fill()
-        while not self._stopping():
+        while self._failure is None and not self._stopping():
             self._grow()
             self._feed()
             if not self._pending:  # who has nothing left is not needed any more, and may cost money
@@ -108,6 +106,8 @@ class WorkerPool(ABC):
                     break
             yield from self._answers()
         yield from self._drain()
+        if self._failure is not None:
+            raise self._failure
         for worker in self._all:
             for stage, seconds in worker.report.seconds.items():
                 self.clock.add(stage, seconds)

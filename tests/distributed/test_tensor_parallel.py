@@ -192,12 +192,11 @@ HANGS = """
 import os, signal, sys, time
 import batchmix.distributed.tensor_parallel as tensor
 from batchmix.config import Config
-from batchmix.pipeline import _give_up
 if __name__ == "__main__":
     tensor._GRACE = 0.5
     config = Config()
     config.model.tensor_parallel_size = 2
-    with tensor.tensor_parallel(config, _give_up) as (tp, tp_workers):
+    with tensor.tensor_parallel(config) as (tp, tp_workers):
         os.kill(tp_workers._workers[0].pid, signal.SIGKILL)
         time.sleep(60)
 """
