@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -24,18 +25,24 @@ class GrammarCache:
     """A folder of tables for one vocabulary. What cannot be read or written is as if it was not there."""
 
     folder: Path
-    vocabulary: str  # a hash
+    pieces: Sequence[bytes]  # of the vocabulary
+    others: tuple[Any, ...]  # whatever else all tables depend on
 
     @classmethod
     def of(cls, pieces: Sequence[bytes], *others: Any) -> GrammarCache:
-        """In the user's cache folder, for a vocabulary and whatever else all tables depend on."""
+        """In the user's cache folder."""
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        digest = hashlib.sha256(repr((np.__version__, others)).encode())
+        return cls(Path(home) / "batchmix" / "grammars", pieces, others)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """A hash of the pieces and the others; made only once a table is looked for."""
+        digest = hashlib.sha256(repr((np.__version__, self.others)).encode())
         for source in sorted(Path(__file__).parent.glob("*.py")):  # what a table means is what this code makes of it
             digest.update(source.read_bytes())
-        for piece in pieces:
+        for piece in self.pieces:
             digest.update(len(piece).to_bytes(4, "little") + piece)
-        return cls(Path(home) / "batchmix" / "grammars", digest.hexdigest())
+        return digest.hexdigest()
 
     def get(self, key: Any) -> tuple[CompiledGrammar, list[str]] | None:
         """The grammar that was put under the key, and the keywords that its schema had in vain."""
@@ -68,10 +75,8 @@ class GrammarCache:
             return
 
     def _path(self, key: Any) -> Path:
-        return (
-            self.folder
-            / f"{hashlib.sha256((self.vocabulary + repr(key)).encode(errors='surrogatepass')).hexdigest()}.npz"
-        )
+        name = hashlib.sha256((self.vocabulary + repr(key)).encode(errors="surrogatepass")).hexdigest()
+        return self.folder / f"{name}.npz"
 
     def _trim(self) -> None:
         files = [(entry.stat().st_mtime, entry.path) for entry in os.scandir(self.folder)]
