@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -65,7 +65,12 @@ def unread(key: str, job: str) -> str:
 
 def known_keys(job: str | None = None) -> dict[str, Any]:
     """Every key (of a job), groups included, with its type: `data` DataConfig, `data.path` Any ..."""
-    return {name: hint for name, hint in _flatten(Config, "") if job is None or name.partition(".")[0] in JOBS[job]}
+    return {key: hint for key, hint, _ in _flatten(Config, "") if job is None or key.partition(".")[0] in JOBS[job]}
+
+
+def descriptions() -> dict[str, str | None]:
+    """Of every key in one line; None of a group at the top."""
+    return {key: text for key, _, text in _flatten(Config, "")}
 
 
 def job_help(text: str, job: str) -> str:
@@ -81,35 +86,21 @@ def _reads(job: str, choice: str) -> bool:
 
 
 def _described(text: str) -> str:
-    lines, path = [], [""]
+    lines, path, texts = [], [""], descriptions()
     for line in text.splitlines(keepends=True):
         if found := re.match(r"( *)(\w+):(?: |$)", line):
             path[len(found[1]) // 2 :] = [found[2]]
-            if described := _description(path):
+            if described := texts.get(".".join(path)):
                 line = f"{line.rstrip()}  # {described}\n"
         lines.append(line)
     return "".join(lines)
 
 
-def _description(path: Sequence[str]) -> str | None:
-    """Of the key `path`; None for a group, and for what is none of our keys."""
-    group: Any = Config
-    for step, name in enumerate(path):
-        fields = {field.name: field for field in dataclasses.fields(group)}
-        if name not in fields:
-            return None
-        if step == len(path) - 1:
-            return fields[name].metadata.get("help")
-        hint = typing.get_type_hints(group)[name]
-        group = next((hint for hint in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(hint)), None)
-        if group is None:
-            return None
-    return None
-
-
-def _flatten(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
+def _flatten(cls: type, prefix: str) -> Iterable[tuple[str, Any, str | None]]:
+    """Of each key below a group: the key, its type and its description."""
+    texts = {field.name: field.metadata.get("help") for field in dataclasses.fields(cls)}
     for name, hint in typing.get_type_hints(cls).items():
-        yield prefix + name, hint
+        yield prefix + name, hint, texts[name]
         for group in (hint, *typing.get_args(hint)):  # a group may be null
             if dataclasses.is_dataclass(group):
                 yield from _flatten(typing.cast(type, group), f"{prefix}{name}.")

@@ -76,12 +76,11 @@ def first_is(key: str, argv: Sequence[str] | None) -> list[str]:
     return arguments
 
 
-def register() -> None:
-    """Put the schemas into Hydra's ConfigStore: `schema_JOB` has the groups that a job reads, `default` the keys of one."""
+def register(job_name: str) -> None:
+    """Put the schemas into Hydra's ConfigStore: `schema` has the groups that the job reads, `default` the keys of one."""
     store = ConfigStore.instance()
     schema = _schema()
-    for job_name, groups in JOBS.items():
-        store.store(name=f"schema_{job_name}", node=OmegaConf.masked_copy(schema, list(groups)))
+    store.store(name="schema", node=OmegaConf.masked_copy(schema, list(JOBS[job_name])))
     for group in ("data", "sampling", "engine", "output", "cluster"):
         store.store(group=group, name="default", node=schema[group])
 
@@ -182,7 +181,7 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
 
     forget()  # what an earlier job of this process hid
     redact_tracebacks()
-    register()
+    register(name)
     hydra.version.setbase("1.3")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and cut to a few frames
     with tempfile.TemporaryDirectory(prefix="batchmix-") as scratch:

@@ -29,7 +29,7 @@ def job() -> dict[str, Any]:
 def test_the_pods_of_the_job_are_its_shards(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     [container] = job["spec"]["template"]["spec"]["containers"]
     name, *overrides = container["args"]
-    register()
+    register(name)
     with initialize_config_module("batchmix.conf", version_base="1.3"):
         shards = []
         for index in range(job["spec"]["completions"]):

@@ -50,7 +50,7 @@ def prompt(task: AnnotateConfig, columns: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_that_ships_makes_a_prompt(name: str) -> None:
-    register()
+    register("annotate")
     with initialize_config_module("batchmix.conf", version_base="1.3"):
         config = to_config(
             compose("annotate", overrides=["data.path=x", "output.dir=out", f"annotate={name}"]), "annotate"

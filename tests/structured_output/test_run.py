@@ -122,7 +122,7 @@ def test_probabilities_of_scored_choices_are_a_column(tmp_path):
 
 @pytest.fixture
 def hydra() -> Iterator[None]:
-    register()
+    register("generate")
     with initialize_config_module("batchmix.conf", version_base="1.3"):
         yield
 
