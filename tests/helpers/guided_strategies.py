@@ -9,17 +9,20 @@ from hypothesis import strategies as st
 _ATOMS = ["a", "b", "é", "ab", ".", "[a-c]", "[^ab]", r"\d", r"\w", "[é日]", r"[\w-]", '"', "x"]
 
 
-def _combine(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+def combined(inner: st.SearchStrategy[str], *more: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """Regexes of regexes: one behind the other, choices, repeats, and `more`."""
     group = inner.map(lambda text: f"(?:{text})")
     return st.one_of(
         st.lists(inner, min_size=1, max_size=3).map("".join),
         st.lists(inner, min_size=2, max_size=3).map(lambda parts: f"({'|'.join(parts)})"),
         st.tuples(group, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,3}", "{0,2}?", "{2,}"])).map("".join),
-        inner.map(lambda text: f"(?i:{text})"),
+        *more,
     )
 
 
-REGEXES = st.recursive(st.sampled_from(_ATOMS), _combine, max_leaves=6)
+REGEXES = st.recursive(
+    st.sampled_from(_ATOMS), lambda inner: combined(inner, inner.map(lambda text: f"(?i:{text})")), max_leaves=6
+)
 TEXTS = st.text(st.sampled_from(list('abcABCx é日É1٣_-"\n')), max_size=6)
 
 _NUMBERS = st.one_of(st.integers(-200, 200), st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 3)))
