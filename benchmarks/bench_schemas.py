@@ -71,6 +71,8 @@ def work(
             result |= {"seconds": time.process_time() - started, "table": engine.has_table(grammar)}
         except Refused as error:
             result |= {"seconds": time.process_time() - started, "refused": str(error)}
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except Exception as error:  # of a library
             result |= {"seconds": time.process_time() - started, "refused": f"{type(error).__name__}: {error}"[:200]}
         except BaseException as error:  # a panic of a Rust library

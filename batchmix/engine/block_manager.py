@@ -110,13 +110,13 @@ class PrefixCache:
 
     def release(self, count: int) -> None:
         """Free up to `count` blocks that no row reads."""
-        for key, block in list(self._blocks.items()) if count > 0 else []:
-            if self._pool.is_only_kept([block]).any():
+        for key, block in list(self._blocks.items()):
+            if count <= 0:
+                return
+            if self._pool.is_only_kept([block])[0]:
                 del self._blocks[key]
                 self._pool.drop(block)
                 count -= 1
-            if count == 0:
-                return
 
     def _tokens(self, token_ids: Sequence[int], shared_tokens: int) -> list[bytes]:
         size = self._size

@@ -30,7 +30,8 @@ def check_not_all_failed(parts: Parts) -> None:
     if first is not None:
         row, name = first
         raise AllRowsFailed(
-            f"output.dir={parts.storage.url}: {len(rows):,} row{'s' * (len(rows) > 1)}, none could be run; row {row}: {_error(parts, name, row)}"
+            f"output.dir={parts.storage.url}: {len(rows):,} row{'s' * (len(rows) > 1)}, none could be run;"
+            f" row {row}: {_error(parts, name, row)}"
             " (mend that, and run with another output.dir or with output.overwrite=true)"
         )
 

@@ -23,6 +23,7 @@ _IPV6 = "|".join([
 ])  # fmt: skip
 _LABEL = "[A-Za-z0-9]+(-[A-Za-z0-9]+)*"
 _ATOM = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_EMAIL = rf"{_ATOM}(\.{_ATOM})*@{_LABEL}(\.{_LABEL})+"
 
 
 def _addresses(more: str) -> tuple[str, str]:
@@ -67,8 +68,8 @@ FORMATS = {
     "ipv4": _IPV4,
     "ip-address": _IPV4,  # draft 3's name
     "ipv6": _IPV6,
-    "email": rf"{_ATOM}(\.{_ATOM})*@{_LABEL}(\.{_LABEL})+",
-    "idn-email": rf"{_ATOM}(\.{_ATOM})*@{_LABEL}(\.{_LABEL})+",
+    "email": _EMAIL,
+    "idn-email": _EMAIL,
     "hostname": rf"(?=.{{1,63}}$)[A-Za-z]([A-Za-z0-9]|-[A-Za-z0-9])*(\.{_LABEL})*",
     "idn-hostname": rf"(?=.{{1,63}}$)[a-z]([a-z0-9]|-[a-z0-9])*(\.{_LABEL})*",
     "uri": _URI,

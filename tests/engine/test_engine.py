@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
-from engines import answers, load, make_engine, prompts, run, threads
+from engines import ShortOfMemory, answers, load, make_engine, prompts, run, threads
 
 from batchmix.errors import BatchmixError
-from batchmix.models import torch_backend
 from batchmix.models.mixtral import Mixtral
 from batchmix.planning.in_flight import InFlight
 from batchmix.planning.planner import Limits, plan
@@ -115,26 +114,6 @@ def test_rows_that_ask_for_different_things_do_not_meet(model):
         random.Random(seqs).shuffle(rows)
         engine = make_engine(model, stop_table=toy_stop_table, max_num_seqs=seqs, kv_blocks=blocks)
         assert answers(run(engine, rows, sort_window=17)) == expected
-
-
-class ShortOfMemory:
-    """The torch backend, whose `operator` fails at its n-th calls as torch does on a GPU that is full."""
-
-    def __init__(self, operator: str, calls: set[int]) -> None:
-        self.operator, self.calls, self.count = operator, calls, 0
-
-    def __getattr__(self, name: str):
-        found = getattr(torch_backend, name)
-        if name != self.operator:
-            return found
-
-        def run(*arguments):
-            self.count += 1
-            if self.count in self.calls:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return found(*arguments)
-
-        return run
 
 
 @pytest.fixture(scope="module")

@@ -171,3 +171,23 @@ def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list
         model.ops.attend(model, engine.cache, StepTokens(len(tokens), None, chunks)),
     )
     return list(model.logits(hidden)[:total].cpu().split([len(row) for row in rows]))
+
+
+class ShortOfMemory:
+    """The torch backend, whose `operator` fails at its n-th calls as torch does on a GPU that is full."""
+
+    def __init__(self, operator: str, calls: set[int]) -> None:
+        self.operator, self.calls, self.count = operator, calls, 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch_backend, name)
+        if name != self.operator:
+            return found
+
+        def run(*arguments: Any) -> Any:
+            self.count += 1
+            if self.count in self.calls:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found(*arguments)
+
+        return run

@@ -465,6 +465,18 @@ JSON = st.recursive(
 )
 
 
+def check_message(folder: Path) -> None:
+    """A checkpoint is opened, or refused in one line of no great length."""
+    message = ""
+    try:
+        found = find(folder)
+        open_tensors(found, TensorFiles(found.files))
+    except BatchmixError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 1000
+
+
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     file=st.sampled_from(["config.json", "params.json"]),
@@ -476,16 +488,10 @@ def test_any_value_of_any_key_is_run_or_refused_in_one_line(folders: dict[str, P
     whole = path.read_text()
     values = json.loads(whole) | {keys[k % len(keys)]: value for k, value in changes}
     path.write_text(json.dumps(values))
-    message = ""
     try:
-        found = find(folders[file])
-        open_tensors(found, TensorFiles(found.files))
-    except BatchmixError as error:
-        message = str(error)
+        check_message(folders[file])
     finally:
         path.write_text(whole)
-    assert "\n" not in message
-    assert len(message) < 1000
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -502,13 +508,7 @@ def test_any_value_of_a_header_is_read_or_refused_in_one_line(folders, which: in
     names = [name for name in header if name != "__metadata__"]
     header[names[which % len(names)]][key] = value
     write_header(path, json.dumps(header).encode(), data=whole[8 + length :])
-    message = ""
     try:
-        found = find(folders["config.json"])
-        open_tensors(found, TensorFiles(found.files))
-    except BatchmixError as error:
-        message = str(error)
+        check_message(folders["config.json"])
     finally:
         path.write_bytes(whole)
-    assert "\n" not in message
-    assert len(message) < 1000

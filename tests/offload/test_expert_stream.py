@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
-from engines import answers, load, make_engine, packed_logits, prompts, run
+from engines import ShortOfMemory, answers, load, make_engine, packed_logits, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
@@ -112,19 +112,11 @@ def test_answers_are_those_of_experts_at_hand(folder, tmp_path, streamed, buffer
     assert not list(tmp_path.iterdir()), "the file has no name"
 
 
-def test_out_of_memory_in_the_middle_of_a_step(folder, monkeypatch):
+def test_out_of_memory_in_the_middle_of_a_step(folder):
     rows = prompts(9, 128, longest=20, temperature=1.0, max_tokens=6)
     model = load(folder, offload=Offload(FakeLink(), spread(3, LAYERS)))
     expected = answers(run(make_engine(load(folder), max_num_seqs=4), rows))
-    moe, calls = model.ops.moe, []
-
-    def full_now_and_then(*arguments):
-        calls.append(arguments)
-        if len(calls) in (6, 21):
-            raise torch.OutOfMemoryError
-        return moe(*arguments)
-
-    monkeypatch.setattr(model.ops, "moe", full_now_and_then)
+    model.ops = ShortOfMemory("moe", {6, 21})
     engine = make_engine(model, max_num_seqs=4)
     assert answers(run(engine, rows)) == expected
     assert engine.stats.out_of_memory == 2

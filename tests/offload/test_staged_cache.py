@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import random_mixtral, save_hub
-from engines import LateAsyncCopy, answers, load, make_engine, prompts, run
+from engines import LateAsyncCopy, ShortOfMemory, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
@@ -87,18 +86,10 @@ def test_a_cache_in_fp8(folder, rows):
     assert answers(run(make_engine(load(folder), FakeLink(), kv_dtype=FP8, **OPTIONS), rows[:3])) == answers(expected)
 
 
-def test_out_of_memory_in_the_middle_of_a_step(folder, rows, expected, monkeypatch):
+def test_out_of_memory_in_the_middle_of_a_step(folder, rows, expected):
     link = FakeLink()
     model = load(folder, offload=Offload(link, spread(2, LAYERS)))
-    moe, calls = model.ops.moe, []
-
-    def full_now_and_then(*arguments):
-        calls.append(arguments)
-        if len(calls) in (7, 30):
-            raise torch.OutOfMemoryError
-        return moe(*arguments)
-
-    monkeypatch.setattr(model.ops, "moe", full_now_and_then)
+    model.ops = ShortOfMemory("moe", {7, 30})
     engine = make_engine(model, link, max_num_seqs=8, kv_blocks=60, **OPTIONS)
     assert answers(run(engine, rows)) == expected
     assert engine.stats.out_of_memory == 2
