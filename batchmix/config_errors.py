@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,8 @@ from omegaconf.errors import (
 )
 
 from batchmix.config import JOBS, Config
+from batchmix.install_hint import install_hint
+from batchmix.other_names import ABSENT, RENAMED, explain_other_name
 
 _EXAMPLES = {"data.path": "prompts.jsonl", "output.dir": "out"}
 _NEAR = 1.2  # of 2: likeness of the whole key plus likeness of its last name
@@ -38,10 +41,10 @@ def explain(error: Exception, job: str) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _explain_choice(error.missing_cfg_file or "", error.options)
     if isinstance(error, MissingConfigException) and "hydra/launcher" in str(error.missing_cfg_file):
-        return "hydra/launcher=slurm: needs submitit; pip install 'batchmix[cluster]'"
+        return f"hydra/launcher=slurm: needs submitit; {install_hint('cluster')}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
         key, _, value = ambiguous[1].partition("=")
-        return f"{key}={value}: quote it if it is one text, \"{key}='{value}'\", write {key}=[{value}] if it is a list"
+        return f"{key}={value}: quote it if it is one text, {quoted(key, value)}, write {key}=[{value}] if it is a list"
     choice = re.match(r"Could not override '(\w+)'", str(error))  # of a group that is not in the defaults list
     if choice and choice[1] in known_keys() and choice[1] not in JOBS[job]:
         return unread(choice[1], job)
@@ -56,6 +59,24 @@ def explain_missing(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     example = " ".join(f"{key}={_EXAMPLES.get(key, '...')}" for key in keys)
     return f"{' and '.join(keys)} must be given, for example {example}"
+
+
+def explain_flags(flags: Iterable[str], job: str) -> str:
+    """Of options that are none of Hydra's, such as --model: keys are given as key=value."""
+    return "; ".join(_explain_flag(flag, job) for flag in flags)
+
+
+def _explain_flag(flag: str, job: str) -> str:
+    name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+    if name in ABSENT:
+        return f"{flag}: {ABSENT[name]}"
+    keys = [key for key in known_keys(job) if key.rpartition(".")[2] == name and "." in key]
+    place = {"model": "model.path", "data": "data.path", "output": "output.dir"}.get(name) or RENAMED.get(name)
+    if place is None and keys:
+        place = keys[0]
+    if place is None:
+        return f"{flag}: no such option; keys are given as key=value, for example data.path=prompts.jsonl"
+    return f"{flag}: keys are given as key=value; write {place}{'' if '=' in place or ' ' in place else '=...'}"
 
 
 def unread(key: str, job: str) -> str:
@@ -133,6 +154,9 @@ def _explain_unknown(key: str, job: str) -> str:
     group = key.partition(".")[0]
     if group in known_keys() and group not in JOBS[job]:
         return unread(key, job)
+    name = key.rpartition(".")[2]
+    if name in ABSENT or RENAMED.get(name, "").partition(".")[0] in JOBS[job]:
+        return f"{key}: no such key; {explain_other_name(name)}"
     known = known_keys(job)
     best = max(known, key=lambda candidate: _likeness(key, candidate))
     if _likeness(key, best) >= _NEAR:
@@ -163,7 +187,17 @@ def _explain_syntax(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override}: not of the form key=value, for example data.path=prompts.jsonl"
-    return f"{override}: the value cannot be read; a text with special characters needs quotes, \"{key}='{value}'\""
+    return f"{override}: the value cannot be read; a text with special characters needs quotes, {quoted(key, value)}"
+
+
+def quoted(key: str, value: str) -> str:
+    """An override of a text, quoted for Hydra and around that for the shell: `"data.template='It\\'s {{ x }}'"`."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]  # quoted, but with such a quote within
+    # Hydra takes a backslash for one that escapes only before a quote and at the end.
+    text = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    override = f"{key}='{text}'"
+    return shlex.quote(override) if re.search(r'["$`!]|\\\\', override) else f'"{override}"'
 
 
 def _likeness(key: str, candidate: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import shlex
 import sys
 import tempfile
 import threading
@@ -22,6 +23,7 @@ import yaml
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from batchmix.config import JOBS, Config
 from batchmix.config_checks import check
-from batchmix.config_errors import explain, explain_missing, job_help, unread
+from batchmix.config_errors import explain, explain_flags, explain_missing, job_help, known_keys, unread
 from batchmix.config_files import check_config_files
 from batchmix.distributed import slurm
 from batchmix.errors import BatchmixError, Interrupted
@@ -189,6 +191,8 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             # Hydra wants a folder for its multirun.yaml before any job has accepted its output.dir.
             args.overrides.insert(0, f"hydra.sweep.dir={scratch}")
         try:
+            if args.multirun:
+                _check_multirun(args.overrides)
             for folder in filter(None, (args.config_dir, args.config_path)):
                 check_config_files(folder)
             with _described_help(name) if args.help else nullcontext():
@@ -232,6 +236,22 @@ def _described_help(job_name: str) -> Iterator[None]:
         print(job_help(text.getvalue(), job_name), end="")
 
 
+def _check_multirun(overrides: Sequence[str]) -> None:
+    """BatchmixError where jobs that differ would have the same output.dir."""
+    parser = OverridesParser.create()
+    given = [parser.parse_override(override) for override in overrides]
+    swept = [override.key_or_group for override in given if override.is_sweep_override()]
+    folder = next((override for override in given if override.key_or_group == "output.dir"), None)
+    differing = [key for key in swept if key in known_keys() and key not in ("shard.index", "shard.count")]
+    if differing and folder is not None and not folder.is_sweep_override() and "${" not in str(folder.value()):
+        key = differing[0] if "." in differing[0] else f"hydra:runtime.choices.{differing[0]}"
+        override = f"output.dir={folder.value()}/${{{key}}}"
+        raise BatchmixError(
+            f"output.dir={folder.value()}: each job of this --multirun needs a folder of its own, for example"
+            f" {shlex.quote(override)}"
+        )
+
+
 def _check_launcher() -> None:
     """BatchmixError where a launcher is given that would not be used: the model would run on the login node."""
     hydra_config = HydraConfig.get()
@@ -259,5 +279,8 @@ def _report(error: BatchmixError) -> None:
 
 
 def _usage_error(name: str, message: str) -> NoReturn:
+    unknown, _, flags = message.partition("unrecognized arguments: ")
+    if flags and not unknown:
+        message = explain_flags(flags.split(), name)
     print(f"batchmix: error: {redact(message)} (see batchmix {name} --help)", file=sys.stderr)
     sys.exit(EXIT_USAGE)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from batchmix.other_names import explain_other_name
 from batchmix.sampling import MAX_SCORED_CHOICES, SamplingConfig, StructuredOutputs
 
 _MANY = 2**31 - 1  # counts of tokens are 32-bit integers in the output
@@ -139,7 +140,8 @@ def override_sampling(base: SamplingConfig, overrides: Mapping[str, Any]) -> Sam
     given = {key: value for key, value in overrides.items() if value is not None}
     unknown = sorted(set(given) - set(_SAMPLING_KEYS))
     if unknown:
-        raise ValueError(f"sampling has no key {reprlib.repr(unknown[0])}")
+        other = explain_other_name(str(unknown[0]))
+        raise ValueError(f"sampling has no key {reprlib.repr(unknown[0])}" + (f"; {other}" if other else ""))
     for key, value in given.items():
         given[key] = _coerce(key, value)
     outputs = base.structured_outputs

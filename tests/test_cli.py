@@ -60,6 +60,11 @@ WRONG_OVERRIDES = {
     "shard.index=3": "shard.index=3: must be from 0 to shard.count - 1 = 0",
     "prompts.jsonl": "prompts.jsonl: not of the form key=value, for example data.path=prompts.jsonl",
     "data.path=[a": "data.path=[a: the value cannot be read; a text with special characters needs quotes",
+    "data.template=It's {{ x }}": "a text with special characters needs quotes, \"data.template='It\\'s {{ x }}'\"",
+    "best_of=3": "best_of: no such key; there is no best-of; sampling.n answers come out",
+    "sampling.guided_json=x": "sampling.guided_json: no such key; here it is sampling.structured_outputs.json",
+    "lora=adapter": "lora: no such key; LoRA adapters are not loaded; merge one first",
+    "data.text_column=x": "data.text_column: no such key; here it is data.prompt_column",
     "data.path=s3://b/day=1/x": "a text with special characters needs quotes, \"data.path='s3://b/day=1/x'\"",
     "data.path=a.jsonl,b.jsonl": "write data.path=[a.jsonl,b.jsonl] if it is a list",
     "data.system_prompt=Hello, you": "quote it if it is one text, \"data.system_prompt='Hello, you'\"",
@@ -85,7 +90,16 @@ WRONG_LINES = {
     ("plan",): (1, "data.path must be given, for example data.path=prompts.jsonl"),
     ("generate", *GIVEN, "--config-dir", "nowhere"): (1, "nowhere' not found"),
     ("generate", *GIVEN, "--config-name", "nowhere"): (1, "Cannot find primary config 'nowhere'"),
-    ("generate", *GIVEN, "--frobnicate"): (2, "unrecognized arguments: --frobnicate (see batchmix generate --help)"),
+    ("generate", *GIVEN, "--frobnicate"): (2, "--frobnicate: no such option; keys are given as key=value"),
+    ("generate", "--model=x"): (2, "--model=x: keys are given as key=value; write model.path=... (see batchmix"),
+    ("generate", *GIVEN, "--max-model-len=9"): (2, "--max-model-len=9: keys are given as key=value; write model.max"),
+    ("generate", *GIVEN, "--output-file=o"): (2, "--output-file=o: keys are given as key=value; write output.dir=..."),
+    ("generate", *GIVEN, "--lora-modules=a"): (2, "--lora-modules=a: LoRA adapters are not loaded"),
+    ("generate", *GIVEN, "--multirun", "sampling.temperature=0,0.7"): (
+        1,
+        "output.dir=out: each job of this --multirun needs a folder of its own, for example"
+        " 'output.dir=out/${sampling.temperature}'",
+    ),
     ("generate", *GIVEN, "--multirun", "shard.idx=0,1"): (1, "shard.idx: no such key, did you mean shard.index?"),
     ("annotate", *GIVEN): (1, "annotate.input is not set: name a task, as in batchmix annotate sentiment"),
     ("annotate", "sentimnt", *GIVEN): (1, "annotate=sentimnt: no such choice, did you mean sentiment?"),
@@ -254,7 +268,7 @@ def test_multirun_over_folders_leaves_nothing_elsewhere(job_file: Path) -> None:
 
 @pytest.mark.slow  # 5 s and more
 def test_multirun_goes_on_after_a_users_error(job_file: Path) -> None:
-    done = run_job(job_file, "output.dir=out", "--multirun", "data.path=one,user_error,two")
+    done = run_job(job_file, "output.dir=out/${data.path}", "--multirun", "data.path=one,user_error,two")
     assert (done.returncode, done.stdout) == (1, "ran 0 1 one\nran 0 1 two\n")
     assert "batchmix: error: job 1: model.path=nowhere: no such folder\n" in done.stderr
     assert "Traceback" not in done.stderr

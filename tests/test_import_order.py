@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the lowest to the highest: what stands in a line may import what stands before it.
 ORDER = """
 kernels
-redact errors signals config_key sampling dtypes config sampling_checks config_checks config_files written_config
+redact errors signals install_hint other_names config_key sampling dtypes config sampling_checks config_checks config_files written_config
 records json_file memory
 storage observability templates input prompts structured_output
 models checkpoints planning offload engine

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from batchmix.annotate.arrow_types import Field, enum_field, field_of, resolve
 from batchmix.errors import BatchmixError
+from batchmix.install_hint import install_hint
 
 _INT64 = 2**63
 _MOST_LABELS_SHOWN = 8
@@ -111,7 +112,7 @@ class Json:
         try:
             import jsonschema
         except ModuleNotFoundError:
-            raise BatchmixError("annotate.json_schema needs jsonschema: pip install 'batchmix[annotate]'") from None
+            raise BatchmixError(f"annotate.json_schema needs jsonschema: {install_hint('annotate')}") from None
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         try:
             kind.check_schema(schema)

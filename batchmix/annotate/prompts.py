@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from batchmix.annotate.results import Results
-from batchmix.input.prompt_columns import PromptColumns
+from batchmix.input.prompt_columns import PromptColumns, value_of_column
 from batchmix.templates.messages import PromptError
 from batchmix.templates.template import RowTemplate
 from batchmix.written_config import value_of
@@ -20,6 +20,7 @@ class RowPrompts:
         self._template = None if template is None else RowTemplate(template)
         self._prompts = PromptColumns.of(data)
         names = {*(self._template.variables if self._template else ()), *self._prompts.names}
+        names |= {name.partition(".")[0] for name in names}
         self._columns = {name: results.column_of(name) for name in names}
 
     def of(self, record: dict[str, Any]) -> str:
@@ -30,7 +31,10 @@ class RowPrompts:
                 return self._template.render(values)
             except PromptError:
                 return ""
-        messages = values.get(self._prompts.messages or "")
+        messages = value_of_column(values, self._prompts.messages or "")
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-            return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
-        return str(messages or values.get(self._prompts.prompt or "") or "")
+            return "\n\n".join(
+                f"{message.get('role') or message.get('from')}: {message.get('content') or message.get('value')}"
+                for message in messages
+            )
+        return str(messages or value_of_column(values, self._prompts.prompt or "") or "")

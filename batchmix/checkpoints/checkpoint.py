@@ -171,7 +171,9 @@ def _download(model: ModelConfig, weights: bool) -> Path:
         reason = str(error).strip().splitlines()[0]
         revision = f" at model.revision={model.revision}" if model.revision else ""
         raise BatchmixError(
-            f"model.path={model.path}: neither a folder here nor to be had from the hub{revision} ({reason})"
+            f"model.path={model.path}: neither a folder here nor to be had from the hub{revision} ({reason});"
+            f" where there is no network, run `hf download {model.path}` where there is one and give the folder; a model that"
+            " asks for consent needs HF_TOKEN"
         ) from None
     return folder
 

@@ -18,6 +18,7 @@ from batchmix.distributed.engine_worker import EngineWorker, WorkerOutput
 from batchmix.distributed.worker_pool import PAUSE, PoolWorker, WorkerPool
 from batchmix.engine.config import Backend
 from batchmix.errors import BatchmixError
+from batchmix.install_hint import install_hint
 from batchmix.records import InputRow
 
 _LOOK_EVERY = 5.0  # seconds, at what the cluster has
@@ -43,7 +44,7 @@ class RayPool(WorkerPool):
         try:
             import ray
         except ImportError:
-            raise BatchmixError("cluster=ray: needs Ray; pip install 'batchmix[cluster]'") from None
+            raise BatchmixError(f"cluster=ray: needs Ray; {install_hint('cluster')}") from None
         address = self._config.cluster.address
         ours = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in the place
         try:

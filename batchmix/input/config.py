@@ -17,6 +17,7 @@ class DataFormat(Enum):
     parquet = "parquet"
     arrow = "arrow"
     csv = "csv"
+    text = "text"  # a prompt a line, in a column `prompt`
     openai_batch = "openai_batch"
 
 

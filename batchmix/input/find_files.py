@@ -114,14 +114,14 @@ def _is_data(relative: str, pattern: str = "") -> bool:
 def _data_alone(places: list[str], path: str, wanted: DataFormat) -> list[str]:
     """Of a folder's files those that are data by their names, or all where no name or data.format says so.
 
-    `.json` is data only where there is no other format: beside others it is what describes them.
+    `.json` and `.txt` are data only where there is no other format: beside others they are what describes them.
     """
     named = [place for place in places if guess_format(place) is not None]
-    others = [place for place in named if not bare_name(place).endswith(".json")]
+    others = [place for place in named if not bare_name(place).endswith((".json", ".txt"))]
     if wanted is DataFormat.auto:
         data = others or named or places
     else:
-        data = [place for place in places if not (others and bare_name(place).endswith(".json"))]
+        data = [place for place in places if not (others and bare_name(place).endswith((".json", ".txt")))]
     if len(data) < len(places):
         rest = sorted(set(places) - set(data))
         names = [place.encode("utf-8", "backslashreplace").decode() for place in rest]

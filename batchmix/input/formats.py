@@ -15,7 +15,7 @@ from batchmix.input.chunk import Chunk, Wanted
 from batchmix.input.config import DataFormat
 from batchmix.input.data_file import DataFile
 from batchmix.input.decompress import SUFFIXES, compression_of
-from batchmix.input.text_readers import read_csv, read_json_lines
+from batchmix.input.text_readers import read_csv, read_json_lines, read_text_lines
 
 _EXTENSIONS = {
     ".jsonl": DataFormat.jsonl,
@@ -26,6 +26,7 @@ _EXTENSIONS = {
     ".feather": DataFormat.arrow,
     ".csv": DataFormat.csv,
     ".tsv": DataFormat.csv,
+    ".txt": DataFormat.text,
 }
 JSON_LINES = (DataFormat.jsonl, DataFormat.openai_batch)
 _HEAD_BYTES = 64 << 10
@@ -48,6 +49,8 @@ def read_chunks(
         return read_arrow(file, wanted, columns, limit)
     if file.format is DataFormat.csv:
         return read_csv(file, wanted, limit)
+    if file.format is DataFormat.text:
+        return read_text_lines(file, wanted, limit)
     return read_json_lines(file, wanted, limit)
 
 
@@ -102,7 +105,7 @@ def identify(file: DataFile, named: DataFormat | None, *, certain: bool = False)
             raise BatchmixError(f"{file.name}: is {kind} packed as {file.compression}, which cannot be read from its end;"
                                 " unpack it")  # fmt: skip
         return replace(file, format=_BINARY[kind])
-    if named is None and kind == "text" and start == b"{":
+    if kind == "text" and start == b"{" and (named is None or (named is DataFormat.text and not certain)):
         named = DataFormat.jsonl
     if named is None:
         names = ", ".join(form.value for form in DataFormat if form is not DataFormat.auto)

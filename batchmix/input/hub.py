@@ -37,7 +37,8 @@ class HubInput:
         except Exception as error:  # datasets raises a different class for each of a dozen causes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BatchmixError(
-                f"data.path={name}: no file or folder here, and no hub data set with data.split={split} ({reason})"
+                f"data.path={name}: no file or folder here, and no hub data set with data.split={split} ({reason}); where there is no"
+                " network, save it as Parquet where there is one, and give the folder"
             ) from None
         features = self._stream.features
         self._typed = features is not None

@@ -24,8 +24,9 @@ from batchmix.input.in_parallel import in_parallel
 from batchmix.input.openai_batch import OPENAI_SCHEMA
 from batchmix.input.read_log import Extent, ReadLog, find_change
 from batchmix.input.schema import LOOSE, infer_schema, loose, settle
-from batchmix.input.text_readers import csv_header
+from batchmix.input.text_readers import TEXT_SCHEMA, csv_header
 
+_TEXT_FORMATS = (DataFormat.jsonl, DataFormat.csv, DataFormat.text)  # which state no types
 _SAMPLE_ROWS = 10_000  # of the JSON-lines files and of the CSV files, from which their columns' types are inferred
 _SAMPLE_CHARS = 8 << 20
 # What fsspec's file systems call a file's version, hash and times of change.
@@ -91,7 +92,7 @@ class FileInput:
             self.columns.append((self.name, OPENAI_SCHEMA.names))
             return
         merged = _Merged()
-        pools = {form: [file for file in files if file.format is form] for form in (DataFormat.jsonl, DataFormat.csv)}
+        pools = {form: [file for file in files if file.format is form] for form in _TEXT_FORMATS}
         for file, stated in zip(files, in_parallel(stated_schema, files), strict=True):
             if stated is not None:
                 stated = pa.schema([field.with_type(plain(field.type)).remove_metadata() for field in stated])
@@ -99,8 +100,7 @@ class FileInput:
                 self.columns.append((file.name, stated.names))
                 merged.add(file.name, stated, stated=True)
             elif file is pools[file.format][0]:
-                infer = self._infer_csv if file.format is DataFormat.csv else self._infer_json
-                merged.add(file.name, infer(pools[file.format], as_text), stated=False)
+                merged.add(file.name, self._infer(pools[file.format], as_text), stated=False)
         self.schema = settle(merged.schema())
         self._add_partitions()
 
@@ -117,12 +117,12 @@ class FileInput:
             self.schema = self.schema.append(field) if index < 0 else self.schema.set(index, field)
         self.columns = [(file, list(dict.fromkeys([*names, *values]))) for file, names in self.columns]
 
-    def _infer_json(self, files: Sequence[DataFile], as_text: Collection[str]) -> pa.Schema:
-        inferred = infer_schema(_sample(files))
-        self.columns.append((files[0].name, inferred.names))
-        return inferred
-
-    def _infer_csv(self, files: Sequence[DataFile], as_text: Collection[str]) -> pa.Schema:
+    def _infer(self, files: Sequence[DataFile], as_text: Collection[str]) -> pa.Schema:
+        """The schema of files of one format."""
+        if files[0].format is not DataFormat.csv:
+            inferred = TEXT_SCHEMA if files[0].format is DataFormat.text else infer_schema(_sample(files))
+            self.columns.append((files[0].name, inferred.names))
+            return inferred
         headers = [(file.name, csv_header(file)) for file in files]
         self.columns += headers
         return infer_csv_schema(chain((dict.fromkeys(header) for _, header in headers), _sample(files)), as_text)

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from batchmix.input.config import DataConfig
+
+
+def value_of_column(columns: Mapping[str, Any], name: str) -> Any:
+    """The row's value of a column, or of a field of one: `meta.text` of {"meta": {"text": ...}}; None where it has none."""
+    if name in columns or "." not in name:
+        return columns.get(name)
+    value: Any = columns
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def column_of(name: str, names: Collection[str]) -> str:
+    """The column among `names` that `value_of_column` looks into."""
+    first = name.partition(".")[0]
+    return first if name not in names and first in names else name
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from batchmix.input.formats import guess_format
 from batchmix.input.hub import HubInput
 from batchmix.input.input_files import FileInput, Input, InputChunk
 from batchmix.input.openai_batch import read_request
-from batchmix.input.prompt_columns import PromptColumns
+from batchmix.input.prompt_columns import PromptColumns, column_of, value_of_column
 from batchmix.input.read_log import Extent
 from batchmix.input.rowset import Skip
 from batchmix.input.schema import Conformer, is_unicode, short
@@ -196,27 +196,42 @@ class Source:
         templates = {key: RowTemplate(text, key, True) for key, text in (
             ("data.template", data.template), ("data.system_prompt", data.system_prompt or None),
         ) if text is not None}  # fmt: skip
-        needed = {"sampling", data.id_column or "", data.system_prompt_column or "", *prompts.names}
+        needed = {"sampling", *prompts.names}
         for file, names in self._input.columns:
             for key in ("id_column", "system_prompt_column", *PromptColumns.KEYS):
                 if (name := getattr(data, key)) is not None:
-                    _require(name, f"data.{key}", file, names)
+                    self._require_field(name, f"data.{key}", file, names)
+                    needed.add(column_of(name, names))
             for key, template in templates.items():
                 variables = sorted(template.columns(names))
                 needed |= set(variables)
                 for name in variables:
                     _require(name, key, file, names)
-            if data.template is None and not set(prompts.names) & set(names):
+            if data.template is None and not {column_of(name, names) for name in prompts.names} & set(names):
                 raise BatchmixError(f"{file}: has none of the columns {', '.join(map(repr, prompts.names))}; name the "
                                     f"prompt's column in data.prompt_column or set data.template; its columns are "
                                     f"{_listed(names)}{_hint(prompts.names, names)}")  # fmt: skip
         return needed
+
+    def _require_field(self, name: str, key: str, file: str, names: Sequence[str]) -> None:
+        """BatchmixError where there is neither such a column nor, of `meta.text`, such a field."""
+        column = column_of(name, names)
+        _require(column, key, file, names)
+        kind = self._input.schema.field(column).type
+        for part in name.split(".")[1:] if column != name else ():
+            if not pa.types.is_struct(kind):
+                return  # what it holds is not known
+            fields = {field.name: field.type for field in kind}
+            _require(part, f"{key}={name}", f"{file}, column {column!r}", list(fields))
+            kind = fields[part]
 
 
 def _hint(wanted: Sequence[str], names: Sequence[str]) -> str:
     """What may be meant by columns none of which is there."""
     if len(names) == 1 and (found := [mark for mark in ";\t|" if mark in names[0]]):
         return f"; is it separated otherwise? data.csv_delimiter={found[0]!r}"
+    if "conversations" in names:
+        return "; of ShareGPT's conversations: data.messages_column=conversations"
     near = {match for name in wanted for match in difflib.get_close_matches(name, names, 1)}
     return f"; is it {' or '.join(map(repr, sorted(near)))}?" if near else ""
 
@@ -239,7 +254,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _set_id(row: InputRow, column: str) -> None:
-    value = row.columns.get(column)
+    value = value_of_column(row.columns, column)
     name = str(value)
     if value is None:
         row.error = f"column {column!r} (data.id_column) is null"

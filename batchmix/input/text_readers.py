@@ -1,4 +1,4 @@
-"""Readers of JSON lines and CSV. Rows that are not wanted are counted and not parsed (JSON) or not kept (CSV)."""
+"""Readers of JSON lines, CSV and plain text. Rows that are not wanted are counted and not parsed (JSON) or not kept (CSV)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import pyarrow as pa
 
 from batchmix.errors import BatchmixError
 from batchmix.input.chunk import BadRecord, Chunk, Record, Wanted, wanted_places
 from batchmix.input.data_file import DataFile
 from batchmix.input.schema import is_unicode
 
+TEXT_SCHEMA = pa.schema([("prompt", pa.string())])  # of plain text
 MAX_LINE_BYTES = 64 << 20
 _BLOCK_BYTES = 256 << 10  # read at a time; the lines that end in a block are one chunk
 _CSV_ROWS = 1024
@@ -26,12 +29,21 @@ _decode_json = json.JSONDecoder().raw_decode  # half the time of json.loads: no 
 
 def read_json_lines(file: DataFile, wanted: Wanted, limit: int) -> Iterator[Chunk]:
     """The wanted ones of the first `limit` lines; blank lines do not count."""
+    return _read_lines(file, wanted, limit, _parse_json)
+
+
+def read_text_lines(file: DataFile, wanted: Wanted, limit: int) -> Iterator[Chunk]:
+    """The same of a text file, each line in a column `prompt`."""
+    return _read_lines(file, wanted, limit, lambda text: {TEXT_SCHEMA.names[0]: text.removesuffix("\r")})
+
+
+def _read_lines(file: DataFile, wanted: Wanted, limit: int, parse: Callable[[str], Record]) -> Iterator[Chunk]:
     start = 0
     for lines in _line_blocks(file):
         if places := wanted_places(wanted, start, len(lines)):
             records = []
             for place in places:
-                records.append(_parse(lines[place]))
+                records.append(_parse(lines[place], parse))
                 lines[place] = None  # a line of many MB is not held beside what it says
             yield Chunk([start + place for place in places], records)
             del records
@@ -67,13 +79,17 @@ def _line_blocks(file: DataFile) -> Iterator[list[bytes | None]]:
                 return
 
 
-def _parse(line: bytes | None) -> Record:
+def _parse(line: bytes | None, parse: Callable[[str], Record]) -> Record:
     if line is None:
         return BadRecord(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         return BadRecord(f"the line is no UTF-8: {error.reason} at byte {error.start + 1}")
+    return parse(text)
+
+
+def _parse_json(text: str) -> Record:
     try:
         value = _loads(text)
     except json.JSONDecodeError as error:

@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig
-from batchmix.input.prompt_columns import PromptColumns
+from batchmix.input.prompt_columns import PromptColumns, value_of_column
 from batchmix.observability.clock import StageClock
 from batchmix.prompts.aside import Aside
 from batchmix.prompts.buffers import Buffers, buffered_bytes, num_bytes
@@ -281,8 +281,10 @@ class PromptBuilder:
     def _content(self, row: InputRow) -> TokenIds | list[Message] | str:
         named = self._columns
         by_template = self._texts is not None and self._texts.template is not None and not named.named
-        if named.token_ids is not None and not by_template and (ids := row.columns.get(named.token_ids)) is not None:
-            return self._check_ids(ids, named.token_ids)
+        if named.token_ids is not None and not by_template:
+            ids = value_of_column(row.columns, named.token_ids)
+            if ids is not None:
+                return self._check_ids(ids, named.token_ids)
         if self._texts is None:
             raise PromptError(
                 f"the model folder has no tokenizer, so a row needs token ids in its column {named.token_ids!r}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig
-from batchmix.input.prompt_columns import PromptColumns
+from batchmix.input.prompt_columns import PromptColumns, value_of_column
 from batchmix.prompts.tokenizer import Tokenizer
 from batchmix.records import InputRow
 from batchmix.templates.messages import Message, PromptError, check_text, parse_messages
@@ -58,14 +58,14 @@ class RowTexts:
             text = self.template.render(columns)
         elif row.text is not None:
             return self._request_text(row.text)
-        elif named.messages is not None and (messages := columns.get(named.messages)) is not None:
+        elif named.messages is not None and (messages := value_of_column(columns, named.messages)) is not None:
             if not self._format.chats:
                 raise NoChatFormat(
                     f"{named.messages}: messages need a chat template, and there is none (data.chat_template:"
                     f" {self._format.name}); set data.chat_template=mistral or to a Jinja file, or give a prompt instead"
                 )
             return self._with_system(parse_messages(messages, named.messages), columns)
-        elif named.prompt is not None and (prompt := columns.get(named.prompt)) is not None:
+        elif named.prompt is not None and (prompt := value_of_column(columns, named.prompt)) is not None:
             text = check_text(prompt, named.prompt)
             if not text:
                 raise PromptError(f"{named.prompt} is empty")
@@ -86,7 +86,7 @@ class RowTexts:
         if any(message.role == "system" for message in messages):
             return messages
         name = self._data.system_prompt_column
-        if name is not None and (value := columns.get(name)) is not None:
+        if name is not None and (value := value_of_column(columns, name)) is not None:
             text, where = check_text(value, name), name
         elif self._system is not None:
             text, where = self._system.render(columns), "data.system_prompt"

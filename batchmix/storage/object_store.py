@@ -21,6 +21,7 @@ import fsspec
 import pyarrow as pa
 
 from batchmix.errors import BatchmixError
+from batchmix.install_hint import install_hint
 from batchmix.redact import name_of
 from batchmix.storage.base import Write, matches, reason_of
 
@@ -43,7 +44,7 @@ class ObjectStore:
             # A cached listing would hide what the other workers do.
             self._fs, self._root = fsspec.core.url_to_fs(self._address, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            hint = "; pip install 'batchmix[s3]'" if url.startswith("s3") and isinstance(error, ImportError) else ""
+            hint = f"; {install_hint('s3')}" if url.startswith("s3") and isinstance(error, ImportError) else ""
             raise BatchmixError(f"{key}={url}: {str(error).splitlines()[0]}{hint}") from None
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._options = _ONE_PUT if "s3" in protocols else {}

@@ -9,6 +9,7 @@ from typing import Any
 
 JOINER = "\n\n"  # between text parts of one message and between merged messages, as in mistral-common
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 class PromptError(Exception):
@@ -32,10 +33,10 @@ class Message:
 
 
 def parse_messages(value: object, column: str) -> list[Message]:
-    """The conversation in `value`, a list of {role, content} or the JSON text of one.
+    """The conversation in `value`, a list of {role, content} (ShareGPT: {from, value}) or the JSON text of one.
 
-    Keys that say nothing about the text are ignored; a `name` does where the chat format writes it. PromptError where it is not a conversation that ends with a
-    turn to answer or, marked with `"prefix": true`, an assistant's turn to continue.
+    Keys that say nothing about the text are ignored; a `name` does where the chat format writes it. PromptError where it
+    is not a conversation that ends with a turn to answer or, marked with `"prefix": true`, an assistant's turn to continue.
     """
     if isinstance(value, str):
         try:
@@ -54,7 +55,9 @@ def parse_messages(value: object, column: str) -> list[Message]:
             raise PromptError(f"{message.where}: only the last message can have prefix=true")
     last = messages[-1]
     if last.role == "assistant" and not last.prefix:
-        raise PromptError(f'{last.where}: nothing left to answer; to have this turn continued, give it "prefix": true')
+        raise PromptError(
+            f'{last.where}: nothing left to answer; leave this turn out, or give it "prefix": true to have it continued'
+        )
     return messages
 
 
@@ -75,10 +78,12 @@ def _parse_message(message: object, where: str) -> Message:
         message = dict(message)  # of a column of Arrow maps
     if not isinstance(message, Mapping):
         raise PromptError(f"{where} must be an object with role and content, not {type(message).__name__}")
-    given = message.get("role")
-    role = _ROLES.get(given) if isinstance(given, str) else None
+    is_sharegpt = message.get("role") is None and message.get("from") is not None
+    given, roles = (message["from"], _SHAREGPT_ROLES) if is_sharegpt else (message.get("role"), _ROLES)
+    role = roles.get(given) if isinstance(given, str) else None
     if role is None:
-        raise PromptError(f"{where}: role {given!r} is not one of system, user, assistant")
+        named = "from" if is_sharegpt else "role"
+        raise PromptError(f"{where}: {named} {given!r} is not one of {', '.join(dict.fromkeys(roles))}")
     where = f"{where} ({given})"
     if message.get("tool_calls") or message.get("function_call"):
         raise PromptError(f"{where}: tool calls are not supported")
@@ -88,7 +93,7 @@ def _parse_message(message: object, where: str) -> Message:
     prefix = role == "assistant" and message.get("prefix")
     if prefix not in (None, True, False):
         raise PromptError(f"{where}: prefix must be true or false, not {prefix!r}")
-    content = message.get("content")
+    content = message.get("value" if is_sharegpt else "content")
     parts: tuple[str, ...]
     if isinstance(content, str):
         parts = (check_text(content, where),) if content else ()

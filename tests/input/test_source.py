@@ -483,11 +483,11 @@ def test_a_path_that_is_nothing(path: Any, message: str) -> None:
 def test_files_that_are_not_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert error_of(tmp_path / "empty") == f"data.path={tmp_path}/empty: no data files there"
-    (tmp_path / "a.txt").write_text("prompt\nx\n")
-    expected = f"{tmp_path}/a.txt: its name does not say what it is; set data.format"
-    assert error_of(tmp_path / "a.txt").startswith(expected)
+    (tmp_path / "a.dat").write_text("prompt\nx\n")
+    expected = f"{tmp_path}/a.dat: its name does not say what it is; set data.format"
+    assert error_of(tmp_path / "a.dat").startswith(expected)
     assert error_of(tmp_path).startswith(expected)
-    assert len(rows_of(tmp_path / "a.txt", format=DataFormat.csv)) == 1
+    assert len(rows_of(tmp_path / "a.dat", format=DataFormat.csv)) == 1
     (tmp_path / "b.jsonl").write_bytes(b"PAR1....")
     assert error_of(tmp_path / "b.jsonl", format=DataFormat.jsonl).startswith(
         f"{tmp_path}/b.jsonl: is not jsonl but parquet"
@@ -553,3 +553,42 @@ def test_a_signal_while_a_file_is_read_is_no_error_of_the_file(tmp_path: Path, m
     monkeypatch.setattr(pq, "read_schema", lambda _: signal.raise_signal(signal.SIGTERM))
     with StopSignals(), pytest.raises(Interrupted, match="SIGTERM"):
         source(path)
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffHello\r\n\n  two words \r\n[1]".encode())
+    assert [row.columns for row in rows_of(tmp_path / "a.txt")] == [
+        {"prompt": "Hello"}, {"prompt": "  two words "}, {"prompt": "[1]"},
+    ]  # fmt: skip
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"\xff\nthree"))
+    rows = rows_of(tmp_path / "b.txt.gz")
+    assert "is no UTF-8" in str(rows[0].error)
+    assert rows[1].columns == {"prompt": "three"}
+    assert [row.row for row in rows_of(tmp_path, 1, 2)] == [1, 3]
+
+
+def test_a_text_file_beside_data_is_none_and_json_lines_in_one_are_json(tmp_path: Path) -> None:
+    jsonl(tmp_path, {"prompt": "a"})
+    (tmp_path / "README.txt").write_text("Read me")
+    assert [row.columns for row in rows_of(tmp_path)] == [{"prompt": "a"}]
+    lines = tmp_path / "lines.txt"
+    lines.write_text('{"prompt": "b"}\n')
+    assert [row.columns for row in rows_of(lines)] == [{"prompt": "b"}]
+    assert [row.columns for row in rows_of(lines, format=DataFormat.text)] == [{"prompt": '{"prompt": "b"}'}]
+
+
+def test_a_field_of_a_column_may_be_named(tmp_path: Path) -> None:
+    row = {"meta": {"text": "Hi", "id": 7}, "a.b": 1}
+    path = jsonl(tmp_path, row)
+    named = {"prompt_column": "meta.text", "id_column": "meta.id"}
+    assert [(row.id, row.columns) for row in rows_of(path, **named)] == [("7", row)]
+    assert rows_of(path, columns=["a.b"], prompt_column="meta.text")[0].columns["meta"] == row["meta"], "it is read"
+    assert "no column 'txt' (data.prompt_column=meta.txt); it has text, id; did you mean 'text'?" in error_of(
+        path, prompt_column="meta.txt"
+    )
+    assert "no column 'mta.text'" in error_of(path, prompt_column="mta.text")
+
+
+def test_conversations_are_named_where_nothing_else_is_there(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"conversations": [{"from": "human", "value": "Hi"}]})
+    assert error_of(path).endswith("of ShareGPT's conversations: data.messages_column=conversations")

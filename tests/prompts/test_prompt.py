@@ -181,3 +181,31 @@ def test_columns_whose_names_are_no_identifiers(tmp_path: Path) -> None:
     swapped = RowTemplate("{{ row['a b'] }}{{ row.c }}{% for x in y %}{{ x }}{% endfor %}")
     assert swapped.variables == {"a b", "c", "y"}
     assert RowTemplate("{{ row.items() }}").variables == {"row"}
+
+
+def test_sharegpt_conversations_are_messages(tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."), ("human", "And?")]
+    usual = {"system": "system", "human": "user", "gpt": "assistant"}
+    rows = [
+        {"conversations": [{"from": role, "value": text} for role, text in turns]},
+        {"conversations": [{"role": usual[role], "content": text} for role, text in turns]},
+        {"conversations": [{"from": role, "value": text} for role, text in turns[:3]]},
+        {"conversations": [{"from": "tool", "value": "3"}]},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, same, ended, other = prompts(path, messages_column="conversations")
+    assert one.error is None
+    assert one.token_ids == same.token_ids
+    assert "conversations[2] (gpt): nothing left to answer; leave this turn out" in str(ended.error)
+    assert "conversations[0]: from 'tool' is not one of system, human, user, gpt, assistant" in str(other.error)
+
+
+def test_a_field_of_a_column_is_a_prompt(tmp_path: Path) -> None:
+    rows = [{"meta": {"text": "Hi", "rules": "Be brief."}}, {"meta": {"text": None, "rules": None}}, {"meta": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "rules": "Be brief."}) + "\n")
+    named = prompts(tmp_path / "a.parquet", prompt_column="meta.text", system_prompt_column="meta.rules")
+    assert named[0].token_ids == prompts(path, system_prompt_column="rules")[0].token_ids
+    assert [bool(prompt.error) for prompt in named] == [False, True, True]
