@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from many_commands import run_commands
+from slow_cases import slow_after
 
 from batchmix import __version__, cli
 from batchmix.config import JOBS
@@ -25,48 +26,49 @@ GIVEN = ("data.path=prompts.jsonl", "output.dir=out")
 # Arguments after `batchmix generate data.path=prompts.jsonl output.dir=out`, and what the one line says.
 WRONG_OVERRIDES = {
     "data.pth=x": "data.pth: no such key, did you mean data.path?",
+    "data.xyz=1": "data.xyz: no such key; data has path, format, split,",
+    "model=mistral_8x7b": "model=mistral_8x7b: no such choice, did you mean mixtral_8x7b?",
+    "model=/models/mixtral": "a file or folder is given as model.path=/models/mixtral",
+    "data=prompts.jsonl": "a file or folder is given as data.path=prompts.jsonl",
+    "model.dtype=bf16": "model.dtype=bf16: must be one of auto, bfloat16, float16, float32",
+    "sampling.max_tokens=many": "sampling.max_tokens=many: must be an integer",
+    "sampling.stop=END": "sampling.stop=END: must be a list of texts, written [a,b] or null",
+    "sampling.logit_bias=3": "sampling.logit_bias=3: must be a mapping from integers to numbers",
+    "output.dir=${nothing}": "output.dir: Interpolation key 'nothing' not found",
+    "sampling.top_p=2": "sampling.top_p=2.0 must be above 0 and at most 1",
+    "data.path=[a": "data.path=[a: the value cannot be read; a text with special characters needs quotes",
+    "data.path=a.jsonl,b.jsonl": "write data.path=[a.jsonl,b.jsonl] if it is a list",
+    "best_of=3": "best_of: no such key; there is no best-of; sampling.n answers come out",
+    "data.template=It's {{ x }}": "a text with special characters needs quotes, \"data.template='It\\'s {{ x }}'\"",
+    # From here on in the slow suite alone (QUICK).
     "+data.pth=x": "data.pth: no such key, did you mean data.path?",
     "max_tokens=4": "max_tokens: no such key, did you mean sampling.max_tokens?",
     "sampling.max_token=4": "sampling.max_token: no such key, did you mean sampling.max_tokens?",
     "modle=tiny": "modle: no such key, did you mean model?",
-    "data.xyz=1": "data.xyz: no such key; data has path, format, split,",
     "zzz=1": "zzz: no such key; keys begin with model, data, sampling,",
     "hydra.foo=1": "hydra.foo: Hydra has no such key",
-    "model=mistral_8x7b": "model=mistral_8x7b: no such choice, did you mean mixtral_8x7b?",
-    "model=/models/mixtral": "a file or folder is given as model.path=/models/mixtral",
-    "data=prompts.jsonl": "a file or folder is given as data.path=prompts.jsonl",
     "hydra/launcher=nowhere": "hydra/launcher=nowhere: no such choice; the choices are basic",
-    "model.dtype=bf16": "model.dtype=bf16: must be one of auto, bfloat16, float16, float32",
     "output.redo=all": "output.redo=all: must be one of length, error or null",
     "data.on_error=stop": "data.on_error=stop: must be one of record, raise",
-    "sampling.max_tokens=many": "sampling.max_tokens=many: must be an integer",
     "sampling.max_tokens=1.5": "sampling.max_tokens=1.5: must be an integer",
     "sampling.max_tokens=null": "sampling.max_tokens=null: must be an integer",
     "sampling.temperature=hot": "sampling.temperature=hot: must be a number",
     "sampling.ignore_eos=maybe": "sampling.ignore_eos=maybe: must be true or false",
-    "sampling.stop=END": "sampling.stop=END: must be a list of texts, written [a,b] or null",
     "sampling.stop=[[END]]": "sampling.stop must be a list of texts",
     "sampling.stop_token_ids=[a]": "sampling.stop_token_ids must be a list of integers",
     "sampling.logit_bias={a:1}": "sampling.logit_bias must be a mapping from integers to numbers, written {3:1.5}",
-    "sampling.logit_bias=3": "sampling.logit_bias=3: must be a mapping from integers to numbers",
     "output.dir=null": "output.dir=null: must be text",
     "output.flush_seconds=nan": "output.flush_seconds=nan: must be above 0",
     "sampling.temperature=inf": "sampling.temperature=inf is no number",
     "output.dir=": "output.dir=: give a folder, for example output.dir=out",
-    "output.dir=${nothing}": "output.dir: Interpolation key 'nothing' not found",
-    "sampling.top_p=2": "sampling.top_p=2.0 must be above 0 and at most 1",
     "sampling.top_p=1e-46": "sampling.top_p=1e-46 is no number of float32, as which it is used",
     "sampling.logit_bias={5:1e39}": "sampling.logit_bias has 1e+39 for token 5; at most 1e+30 either way",
     "shard.index=3": "shard.index=3: must be from 0 to shard.count - 1 = 0",
     "prompts.jsonl": "prompts.jsonl: not of the form key=value, for example data.path=prompts.jsonl",
-    "data.path=[a": "data.path=[a: the value cannot be read; a text with special characters needs quotes",
-    "data.template=It's {{ x }}": "a text with special characters needs quotes, \"data.template='It\\'s {{ x }}'\"",
-    "best_of=3": "best_of: no such key; there is no best-of; sampling.n answers come out",
     "sampling.guided_json=x": "sampling.guided_json: no such key; here it is sampling.structured_outputs.json",
     "lora=adapter": "lora: no such key; LoRA adapters are not loaded; merge one first",
     "data.text_column=x": "data.text_column: no such key; here it is data.prompt_column",
     "data.path=s3://b/day=1/x": "a text with special characters needs quotes, \"data.path='s3://b/day=1/x'\"",
-    "data.path=a.jsonl,b.jsonl": "write data.path=[a.jsonl,b.jsonl] if it is a list",
     "data.system_prompt=Hello, you": "quote it if it is one text, \"data.system_prompt='Hello, you'\"",
 }
 WRONG_LINES = {
@@ -121,6 +123,8 @@ WRONG_LINES = {
     **{("generate", *GIVEN, override): (1, line) for override, line in WRONG_OVERRIDES.items()},
 }
 
+QUICK = len(WRONG_LINES) - len(WRONG_OVERRIDES) + 15  # the slow suite runs the others, too
+
 # A job that does what its data.path says, so that the ways out of a real job can be tried without a model.
 JOB = """
 import sys
@@ -146,15 +150,19 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Done]:
-    """Every wrong line run once, in one empty folder."""
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Done]:
+    """Every wrong line of this run's tests run once, in one empty folder."""
     folder = tmp_path_factory.mktemp("wrong")
-    done = run_commands([("batchmix", *arguments) for arguments in WRONG_LINES], folder)
+    tests = [item for item in request.session.items if item.name.startswith("test_wrong_input_prints_one_helpful_line")]
+    lines = [item.callspec.params["arguments"] for item in tests if isinstance(item, pytest.Function)]
+    done = run_commands([("batchmix", *arguments) for arguments in lines], folder)
     assert list(folder.iterdir()) == [], "a refused command left files behind"
-    return dict(zip(WRONG_LINES, done, strict=True))
+    return dict(zip(lines, done, strict=True))
 
 
-@pytest.mark.parametrize("arguments", WRONG_LINES, ids=lambda arguments: " ".join(arguments[-1:]) or "nothing")
+@pytest.mark.parametrize(
+    "arguments", slow_after(QUICK, WRONG_LINES), ids=lambda arguments: " ".join(arguments[-1:]) or "nothing"
+)
 def test_wrong_input_prints_one_helpful_line(outcomes: dict[tuple[str, ...], Done], arguments: tuple[str, ...]) -> None:
     exit_code, line = WRONG_LINES[arguments]
     done = outcomes[arguments]

@@ -13,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from slow_cases import slow_after
 
 from batchmix.config import JOBS, Config
 from batchmix.config_errors import descriptions, explain, known_keys
@@ -47,7 +48,7 @@ def test_there_is_a_primary_config_for_each_job() -> None:
     assert sorted(path.stem for path in (CONF.parent / "jobs").glob("*.py")) == PRIMARY
 
 
-@pytest.mark.parametrize("primary", PRIMARY)
+@pytest.mark.parametrize("primary", slow_after(4, PRIMARY))
 def test_defaults_are_those_of_the_dataclasses(primary: str) -> None:
     config = config_of(primary=primary)
     expected = Config()

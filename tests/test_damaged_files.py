@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_cases import slow_after
 
 from batchmix.annotate.panels import _metrics
 from batchmix.annotate.task import _read
@@ -171,7 +172,9 @@ BRACES = "{a: " * 3000 + "1" + "}" * 3000
 
 
 @pytest.mark.parametrize(
-    "override", [f"sampling.logit_bias={BRACES}", f"data.path={'[' * 3000}{']' * 3000}"], ids=["map", "list"]
+    "override",
+    slow_after(1, [f"sampling.logit_bias={BRACES}", f"data.path={'[' * 3000}{']' * 3000}"]),
+    ids=["map", "list"],
 )
 def test_an_override_that_is_nested_deeply_is_one_line(capsys: pytest.CaptureFixture[str], override: str) -> None:
     assert generate_job(["data.path=x", "output.dir=out", override]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
                 yield from (name for name in (whole, node.module) if name in known and name != "batchmix")
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     known = modules()
     return {name: set(imported(path, known)) - {name} for name, path in known.items()}

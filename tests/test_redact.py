@@ -24,6 +24,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from processes import TICKETS
+from slow_cases import slow_after
 
 from batchmix.errors import BatchmixError
 from batchmix.jobs.export import main as export
@@ -281,17 +282,20 @@ def test_a_run_writes_and_says_no_secret(
 
 @pytest.mark.parametrize(
     "argument",
-    [
-        "data.path=http://usersecret:hunter2secret@ADDRESS/none.jsonl?sig=sig2secret",  # `=` unquoted
-        "data.path='http://usersecret:hunter2secret@ADDRESS/none.jsonl?sig=sig2secret'",
-        "data.path='http://usersecret:hunter2secret@ADDRESS/in.txt?sig=sig2secret'",
-        "data.path='nosuch://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret'",
-        "data.path=${oc.env:FOLDER}/none.jsonl",
-        "data.limit=${oc.env:SYSTEM}",
-        "output.dir='nosuch://usersecret:hunter2secret@ADDRESS/out?sig=sig2secret'",
-        "http://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret",
-        "--http://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret",
-    ],
+    slow_after(
+        3,
+        [
+            "data.path=http://usersecret:hunter2secret@ADDRESS/none.jsonl?sig=sig2secret",  # `=` unquoted
+            "data.path='http://usersecret:hunter2secret@ADDRESS/none.jsonl?sig=sig2secret'",
+            "data.path='http://usersecret:hunter2secret@ADDRESS/in.txt?sig=sig2secret'",
+            "data.path='nosuch://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret'",
+            "data.path=${oc.env:FOLDER}/none.jsonl",
+            "data.limit=${oc.env:SYSTEM}",
+            "output.dir='nosuch://usersecret:hunter2secret@ADDRESS/out?sig=sig2secret'",
+            "http://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret",
+            "--http://usersecret:hunter2secret@ADDRESS/in.jsonl?sig=sig2secret",
+        ],
+    ),
 )
 def test_errors_say_no_secret(
     tmp_path: Path, address: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch,

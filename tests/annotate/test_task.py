@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_cases import slow_after
 
 from batchmix.annotate.answer import Json
 from batchmix.annotate.config import AnnotateConfig
@@ -48,7 +49,7 @@ def prompt(task: AnnotateConfig, columns: dict[str, Any]) -> str:
     return RowTemplate(template).render(columns)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", slow_after(3, TASKS))
 def test_every_task_that_ships_makes_a_prompt(name: str) -> None:
     register("annotate")
     with initialize_config_module("batchmix.conf", version_base="1.3"):

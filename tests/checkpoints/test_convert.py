@@ -16,6 +16,7 @@ from engines import load, packed_logits
 from mistral_reference import mistral_logits
 from safetensors import safe_open
 from safetensors.torch import load_file
+from slow_cases import slow_after
 from torch import Tensor
 from transformers import MixtralForCausalLM
 
@@ -57,7 +58,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("start", SAVERS)
-@pytest.mark.parametrize("form", ["hf", "fused", "mistral"])
+@pytest.mark.parametrize("form", slow_after(1, ["fused", "hf", "mistral"]))
 def test_any_layout_becomes_any_other_with_the_same_logits(tmp_path: Path, start: str, form: str) -> None:
     reference = random_mixtral(seed=4, num_local_experts=4)
     read_as = "mistral" if start == "stacked" else "auto"

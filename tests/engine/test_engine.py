@@ -126,7 +126,7 @@ def undisturbed(model):
 
 
 @pytest.mark.parametrize(
-    "calls", [{1}, *(pytest.param(n, marks=pytest.mark.slow) for n in ({9}, {40}, {41})), {12, 13, 50}]
+    "calls", [{1}, *(pytest.param(n, marks=pytest.mark.slow) for n in ({9}, {40}, {41}, {12, 13, 50}))]
 )
 def test_out_of_memory_halves_the_batch_and_changes_no_answer(model, undisturbed, caplog, calls):
     """Two layers call `moe` once each: its calls fall into prefills and decode steps, early and late ones."""

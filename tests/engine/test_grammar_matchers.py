@@ -69,6 +69,7 @@ def check_fuzzed(model, grammars, schema: dict[str, Any], seed: int, count: int 
         check_fits(completion)
 
 
+@pytest.mark.slow  # some 5 s
 @settings(max_examples=8, deadline=None)
 @given(RECURSIVE)
 def test_fuzzed_recursive_schemas(model, grammars, schema):
@@ -134,7 +135,7 @@ def test_the_host_goes_with_everything_else_that_a_row_may_ask_for(one_by_one):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"kv_blocks": 25, "max_num_seqs": 16}, marks=pytest.mark.slow),
         {"async_copy": LateAsyncCopy(), "steps_per_read": 3, "max_num_seqs": 7},
         pytest.param({"async_copy": LateAsyncCopy(), "kv_blocks": 25, "max_num_seqs": 16}, marks=pytest.mark.slow),

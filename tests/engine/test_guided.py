@@ -186,7 +186,7 @@ def test_each_forced_token_is_a_step_less(model, grammars, mixed):
         pytest.param({"max_num_seqs": 3}, marks=pytest.mark.slow),
         pytest.param({"kv_blocks": 18, "max_num_seqs": 16}, marks=pytest.mark.slow),
         {"async_copy": LateAsyncCopy(), "steps_per_read": 3, "max_num_seqs": 7},
-        {"host": FakeLink(), "max_num_batched_tokens": 60},
+        pytest.param({"host": FakeLink(), "max_num_batched_tokens": 60}, marks=pytest.mark.slow),
     ],
     ids=["few slots", "few blocks", "late looks", "cache on the host"],
 )

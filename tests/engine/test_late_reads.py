@@ -12,6 +12,7 @@ from checkpoints import random_mixtral, save_hub
 from engines import LateAsyncCopy, answers, load, make_engine, prompts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_cases import slow_after
 
 from batchmix.kernels.row_state import Finish
 from batchmix.models import torch_backend
@@ -149,7 +150,9 @@ def assert_late_looks_change_no_answer(model, rows, expected, seed, out_of_memor
     return made.stats
 
 
-@pytest.mark.parametrize(("steps", "seqs", "blocks", "out_of_memory"), [(1, 7, 300, {5}), (4, 24, 60, {40})])
+@pytest.mark.parametrize(
+    ("steps", "seqs", "blocks", "out_of_memory"), slow_after(1, [(4, 24, 60, {40}), (1, 7, 300, {5})], unpack=True)
+)
 def test_late_looks_change_no_answer(model, rows, expected, steps, seqs, blocks, out_of_memory):
     """Refilled slots, rows put back, samples, steps out of memory, rows that end early, in one step or at their limit."""
     stats = assert_late_looks_change_no_answer(

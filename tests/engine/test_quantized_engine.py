@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import random_mixtral, save_fused, save_hub, save_mistral
 from engines import answers, load, make_engine, packed_logits, prompts, run
+from slow_cases import slow_after
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.checkpoints.config import ModelConfig, ModelFormat
@@ -73,7 +74,7 @@ def test_a_token_has_the_same_bits_in_any_company(format):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU, for the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", slow_after(2, FORMATS))
 def test_both_backends_multiply_alike(format, dtype):
     router, w13, w2 = experts(format)
     x, residual = random(16, 128, seed=7).to(dtype), random(16, 128, seed=8).to(dtype)

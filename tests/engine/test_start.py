@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import random_mixtral, save_hub
 from engines import answers, prompts, run
+from slow_cases import slow_after
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.checkpoints.config import ModelConfig
@@ -52,7 +53,7 @@ def in_halves_for_some(x, weight):
     return one_call(first, left) + one_call(second, right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_after(1, [torch.bfloat16, torch.float32]))
 def test_answers_are_exact_where_the_matrix_library_is_not(caplog, monkeypatch, folder, dtype):
     monkeypatch.setattr(build, "compute_dtype", lambda *_: dtype)
     monkeypatch.setattr(torch_products, "_fixed", set())

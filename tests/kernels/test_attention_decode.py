@@ -61,7 +61,7 @@ def check(context, heads, kv_heads, dim, size, dtypes, device, seed=0) -> None:
         [64, 65, 63],  # a key tile's
         [SPLIT, SPLIT + 1, SPLIT - 1],
         [0, 5, 0, 0],  # padding rows give zeros
-        [9 * SPLIT + 3, 2],  # more splits than are merged at once
+        pytest.param([9 * SPLIT + 3, 2], marks=pytest.mark.slow),  # more splits than are merged at once
     ],
 )
 def test_rows_equal_the_oracle(device, context, dtype):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import DTYPES, assert_bitwise_equal, assert_close, poisoned_allocations
 from ordered_products import ordered_products  # noqa: F401
 from paged import FP8_PAIR, HALF_PAIR, Paged, random_cache
+from slow_cases import slow_after
 from torch import Tensor
 
 from batchmix.kernels import reference
@@ -68,17 +69,19 @@ def test_chunks_equal_the_oracle(device, chunks, dtype):
     check(chunks, 4, 2, 32, 16, (dtype, dtype), device)
 
 
-@pytest.mark.parametrize("size", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("size", slow_after(2, [16, 48, 32, 64, 128]))
 def test_block_sizes(device, size):
     check([(0, 70), (size - 1, 2), (size, 1), (2 * size, size + 1)], 2, 1, 32, size, HALF_PAIR, device)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 1), (12, 2), (5, 1), (40, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), slow_after(2, [(12, 2), (5, 1), (1, 1), (3, 3), (6, 1), (40, 1)], unpack=True)
+)
 def test_ratios_of_heads(device, heads, kv_heads):
     check([(0, 23), (50, 9)], heads, kv_heads, 32, 16, HALF_PAIR, device)
 
 
-@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dim", slow_after(1, [128, 32, 64]))
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF_PAIR, FP8_PAIR, (torch.float32, FP8_PAIR[1])])
 def test_head_dims_and_caches(device, dim, dtypes):
     check([(0, 20), (60, 10)], 4, 2, dim, 16, dtypes, device)
@@ -126,7 +129,7 @@ def test_any_step_equals_the_oracle(device, chunks, heads, size, dtypes, padding
     check(chunks, *heads, 32, size, dtypes, device, padding=padding, seed=seed)
 
 
-@pytest.mark.parametrize("dtypes", [HALF_PAIR, FP8_PAIR])
+@pytest.mark.parametrize("dtypes", slow_after(1, [HALF_PAIR, FP8_PAIR]))
 @pytest.mark.usefixtures("ordered_products")
 def test_a_chunk_has_the_same_bits_alone_in_company_and_in_other_blocks(device, dtypes):
     query, stored = dtypes
@@ -153,7 +156,7 @@ def test_a_chunk_has_the_same_bits_alone_in_company_and_in_other_blocks(device, 
         assert_bitwise_equal(alone, together[first : first + length])
 
 
-@pytest.mark.parametrize("cut", [1, 32, 63, 64, 100])
+@pytest.mark.parametrize("cut", slow_after(2, [1, 63, 32, 64, 100]))
 @pytest.mark.usefixtures("ordered_products")
 def test_a_prompt_has_the_same_bits_wherever_it_is_cut(device, cut):
     paged = random_cache([150], 1, 32, 16, torch.float16, device)

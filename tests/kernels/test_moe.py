@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES, FP8, HALF_DTYPES, assert_bitwise_equal, assert_close, poison, poisoned_allocations
 from ordered_products import ordered_products  # noqa: F401
+from slow_cases import slow_after
 from torch import Tensor
 
 from batchmix.kernels import moe, reference
@@ -134,7 +135,7 @@ def test_sort_pairs_leaves_padding_out_and_counts_the_rest(valid: int, device: t
         ("dense", 150, 0),
         *(pytest.param("dense", 150, n, marks=pytest.mark.slow) for n in (3, 120)),
         ("fp8", 20, 3),
-        ("int4", 20, 3),
+        pytest.param("int4", 20, 3, marks=pytest.mark.slow),
     ],
 )  # 150: enough for x to be permuted
 def test_padding_reaches_no_expert(format: str, count: int, valid: int, device: torch.device) -> None:
@@ -165,7 +166,7 @@ def tiles(kind: str, format: str, device: torch.device) -> list[Tile]:
     return sorted(found, key=str)
 
 
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("counts", slow_after(1, COUNTS), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_up_and_down_in_all_tiles(counts: list[int], dtype: torch.dtype, device: torch.device) -> None:
     hidden, width, top_k = 80, 48, 2  # no multiple of a tile
@@ -332,7 +333,7 @@ def test_rows_that_lie_apart_are_refused(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("ordered_products")
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", slow_after(2, FORMATS))
 def test_quantised_moe(format: str, device: torch.device) -> None:
     router, w13, w2 = layer(4, 128, 128, torch.float32, device)
     x = tokens(21, 128, torch.float16, device)

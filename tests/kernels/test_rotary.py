@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES, FP8, ON_GPU, assert_bitwise_equal, poison, poisoned_allocations
+from slow_cases import slow_after
 from torch import Tensor
 
 from batchmix.kernels import reference
@@ -81,7 +82,7 @@ def test_bits_equal_the_torch_backends(device, dtype):
         assert (cache.transpose(1, 2)[~written] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_after(1, DTYPES))
 def test_fp8_is_scaled_and_clipped(device, dtype):
     arguments = inputs(2, 12, 4, 2, 64, dtype, device, FP8)
     arguments[0][3] *= 1000

@@ -12,6 +12,7 @@ from engines import ShortOfMemory, answers, load, make_engine, packed_logits, pr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import FakeLink
+from slow_cases import slow_after
 
 from batchmix.errors import BatchmixError
 from batchmix.models.triton_ops import TritonOperators
@@ -86,7 +87,7 @@ def test_a_buffer_that_is_overwritten_in_use_shows():
         assert w13.isnan().all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(streamed=st.integers(1, LAYERS), buffers=st.integers(1, LAYERS + 1), seed=st.integers(0, 3))
 def test_logits_are_those_of_experts_at_hand(folder, streamed, buffers, seed):
     rows = [list(row.token_ids) for row in prompts(3, 128, seed=seed, longest=20)]
@@ -96,7 +97,8 @@ def test_logits_are_those_of_experts_at_hand(folder, streamed, buffers, seed):
 
 
 @pytest.mark.parametrize(
-    ("streamed", "buffers", "on_disk"), [(4, 2, False), (3, 2, True), (1, 1, False), (2, 3, False)]
+    ("streamed", "buffers", "on_disk"),
+    slow_after(1, [(3, 2, True), (4, 2, False), (1, 1, False), (2, 3, False)], unpack=True),
 )
 def test_answers_are_those_of_experts_at_hand(folder, tmp_path, streamed, buffers, on_disk):
     rows = prompts(9, 128, longest=30, temperature=1.0, max_tokens=6, logprobs=1)

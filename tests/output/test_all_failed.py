@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+from slow_cases import slow_after
 
 from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotation import annotate
@@ -50,7 +51,7 @@ def line(out: Path, rows: int, error: str) -> str:
             " another output.dir or with output.overwrite=true)")  # fmt: skip
 
 
-@pytest.mark.parametrize("form", OutputFormat)
+@pytest.mark.parametrize("form", slow_after(1, OutputFormat))
 def test_the_run_is_finished_first(tmp_path: Path, form: OutputFormat, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = write(tmp_path / "rows.jsonl", [EMPTY, {"messages": 5}, EMPTY]), tmp_path / "out"
     config = job(data, out, sampling={"n": 2}, output={"format": form, "order": Order.input, "rows_per_shard": 2})

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slow_cases import slow_after
 
 from batchmix.errors import BatchmixError
 from batchmix.input.config import ShardConfig
@@ -49,7 +50,7 @@ def commit(parts: Parts, number: int, rows: range, extents: list[Extent] | None 
     return name
 
 
-@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("compression", slow_after(1, ["zstd", None]))
 @pytest.mark.parametrize("form", FORMATS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

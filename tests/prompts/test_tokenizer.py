@@ -12,6 +12,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Reference
 from pydantic import ValidationError
 from sentencepiece import SentencePieceProcessor
+from slow_cases import slow_after
 from tokenizer_folders import (
     CHATML,
     LLAMA_SYSTEM,
@@ -202,7 +203,7 @@ def chat(*texts, prefix=None):
     return messages if prefix is None else [*messages, {"role": "assistant", "content": prefix, "prefix": True}]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(KINDS), system=plain_texts, user=plain_texts, prefix=st.none() | plain_texts.filter(str.strip)
 )
@@ -364,7 +365,7 @@ def test_mistral_versions_by_their_vocabulary(tmp_path):
     assert tokenizer.decode([ids], skip_special_tokens=False) == ["<s>[INST] hi[/INST]"]
 
 
-@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("where", slow_after(1, ["tokenizer_config.json", "added_tokens.json", "tokenizer.json"]))
 def test_added_tokens_beyond_the_sentencepiece_file_need_transformers(tmp_path, folders, where):
     folder = shutil.copytree(folders["llama"], tmp_path / "model")
     shutil.copy(V1, folder / "tokenizer.model")

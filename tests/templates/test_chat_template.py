@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_cases import slow_after
 from tokenizer_folders import (
     CHATML,
     MISTRAL_PLAIN,
@@ -162,7 +163,7 @@ def test_a_template_that_writes_mistrals_turns_has_them_from_mistrals_tokenizer(
     assert tokenizer.chat_format.name == f"Mistral's v{version}, which the model folder's own writes too"
 
 
-@pytest.mark.parametrize("where", ["config", "file", "named"])
+@pytest.mark.parametrize("where", slow_after(1, ["file", "config", "named"]))
 def test_a_template_that_writes_anything_else_is_used_as_it_is(
     tmp_path: Path, backends: dict[int, Any], where: str
 ) -> None:
@@ -194,7 +195,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokeniz
     return {name: (loaded(folder), reference(folder)) for name, folder in folders.items()}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from([*FOREIGN, "large, a line break after the mark", "large, chatml"]), conversation=conversations
 )
