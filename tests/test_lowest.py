@@ -36,6 +36,13 @@ def test_constraints_are_within_the_bounds() -> None:
         )
 
 
+def test_pre_commit_has_the_ruff_of_the_constraints() -> None:
+    hooks = (PYPROJECT.parent / ".pre-commit-config.yaml").read_text()
+    pinned = re.search(r"^ruff==(\S+)$", (PYPROJECT.parent / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert set(re.findall(r"ruff==([^\]]+)", hooks)) == {pinned[1]}
+
+
 def test_another_release_than_the_lowest_is_named() -> None:
     """This environment has newer ones, unless `make test-lowest` made it."""
     done = subprocess.run(
