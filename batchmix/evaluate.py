@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from batchmix.annotate.metrics import wilson
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
 from batchmix.output.finalize import SUCCESS
@@ -18,7 +18,6 @@ from batchmix.output.stored_run import open_stored
 from batchmix.storage import write_json
 
 EVALUATION = "_evaluation.json"
-_Z = 1.959964  # of a normal distribution's middle 95 %
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,6 @@ def _answers(records: pa.Table | list[bytes], gold_column: str, folder: str) -> 
                 f" {', '.join(rows.schema.names)}"
             )
     yield from zip(*(rows[column].to_pylist() for column in wanted), strict=True)
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which takes rows to be independent."""
-    share, z2 = right / total, _Z**2
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _plain(answer: Any) -> str | None:

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchmix.annotate.config import EvaluateConfig
+from batchmix.annotate.metrics import wilson
 from batchmix.checkpoints.config import ModelConfig
 from batchmix.config import Config
 from batchmix.dtypes import KVCacheDtype, Quantization
 from batchmix.errors import BatchmixError
-from batchmix.evaluate import Accuracy, evaluate, score, wilson
+from batchmix.evaluate import Accuracy, evaluate, score
 from batchmix.input.config import DataConfig
 from batchmix.output.columns import OutputColumns
 from batchmix.output.config import OutputConfig, OutputFormat

@@ -180,7 +180,7 @@ class _Counts:
         found["fields"] = {field.name: self._field(field, resamples) for field in self._fields}
         found["least_certain"] = [entry for _, _, entry in sorted(self._least, key=lambda e: (-e[0], -e[1]))]
         if self._exact:
-            found["exact_match"] = share_report(self._exact[True], self._exact.total(), resamples)
+            found["exact_match"] = share_report(self._exact[True], self._exact.total())
         if self._bins:
             found["calibration"] = calibration_report(self._bins, resamples)
         return found
@@ -190,7 +190,7 @@ class _Counts:
         known = {label: labels[label] for label in field.labels or ()}
         entry: dict[str, Any] = {"labels": known | dict(labels.most_common(_MOST_CLASSES)), "distinct": len(labels)}
         if hits := self._hits[field.name]:
-            entry["exact_match"] = share_report(hits[True], hits.total(), resamples)
+            entry["exact_match"] = share_report(hits[True], hits.total())
         pairs = self._pairs[field.name]
         if pairs and len({label for pair in pairs for label in pair}) <= _MOST_CLASSES + 1:
             entry["agreement"] = agreement_report(pairs, resamples)

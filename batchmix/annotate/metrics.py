@@ -4,14 +4,15 @@ Counts are all that is kept of the rows, so any number of them is checked in one
 thousand rows and a billion: drawing n rows with replacement is one multinomial draw over the kinds of row there are.
 (scikit-learn's functions take the rows themselves, a thousand times over; the tests compare with it.)
 
-Definitions: precision, recall and F1 as in sklearn.metrics.precision_recall_fscore_support (0 where undefined); Cohen's
+Definitions: precision, recall and F1 as in sklearn.metrics.precision_recall_fscore_support (null where undefined); Cohen's
 kappa as in Cohen, "A coefficient of agreement for nominal scales", 1960; the expected calibration error as in Guo et al.,
-"On calibration of modern neural networks", 2017, over ten bins of equal width. Intervals are the 2.5th and 97.5th
-percentiles of the resamples.
+"On calibration of modern neural networks", 2017, over ten bins of equal width. Intervals are of 95 %: Wilson's of shares of rows (accuracy, precision, recall), of the
+others the 2.5th and 97.5th percentiles of the resamples.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 NUM_BINS = 10
+_Z = 1.959963984540054  # of 95 %
 _EDGES = [(index + 1) / NUM_BINS for index in range(NUM_BINS)]
 
 
@@ -38,13 +40,18 @@ def agreement_report(pairs: Mapping[tuple[str, str], int], resamples: int, seed:
     drawn = _scores(_resample(counts[0], resamples, seed), gold, predicted, len(labels))
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     confusion[gold, predicted] = counts[0].astype(np.int64)
-    rows = confusion.sum(1)
+    rows, answers, hits = confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diagonal().tolist()
     return {
         "rows": int(counts.sum()),
-        **{name: _interval(value[name][0], drawn[name]) for name in ("accuracy", "kappa", "macro_f1")},
+        "accuracy": _share(sum(hits), int(counts.sum())),
+        **{name: _interval(value[name][0], drawn[name]) for name in ("kappa", "macro_f1")},
         "classes": {
-            label: {"rows": int(rows[i])}
-            | {name: _interval(value[name][0, i], drawn[name][:, i]) for name in ("precision", "recall", "f1")}
+            label: {
+                "rows": rows[i],
+                "precision": _share(hits[i], answers[i]),
+                "recall": _share(hits[i], rows[i]),
+                "f1": _interval(value["f1"][0, i], drawn["f1"][:, i]) if answers[i] else _share(0, 0),
+            }
             for i, label in enumerate(labels)
         },
         "labels": labels,
@@ -52,10 +59,17 @@ def agreement_report(pairs: Mapping[tuple[str, str], int], resamples: int, seed:
     }
 
 
-def share_report(hits: int, rows: int, resamples: int, seed: int = 0) -> dict[str, Any]:
+def share_report(hits: int, rows: int) -> dict[str, Any]:
     """The share of rows that are hits, with its interval."""
-    drawn = _resample(np.array([hits, rows - hits], np.float64), resamples, seed)
-    return {"rows": rows, **_interval(hits / rows, drawn[:, 0] / rows)}
+    return {"rows": rows, **_share(hits, rows)}
+
+
+def wilson(hits: int, rows: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, "Probable inference", 1927), which takes rows to be independent."""
+    share, z2 = hits / rows, _Z**2
+    middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
+    half = _Z / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def calibration_report(
@@ -104,7 +118,7 @@ def _resample(counts: Floats, resamples: int, seed: int) -> Floats:
 def _scores(
     counts: Floats, gold: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], num_labels: int
 ) -> dict[str, Floats]:
-    """counts [R, cells] -> accuracy, kappa, macro_f1 [R] and precision, recall, f1 [R, labels]."""
+    """counts [R, cells] -> kappa, macro_f1 [R] and f1 [R, labels]."""
     identity = np.eye(num_labels)
     right = counts * (gold == predicted)
     hits, of_gold, of_predicted = right @ identity[gold], counts @ identity[gold], counts @ identity[predicted]
@@ -114,11 +128,8 @@ def _scores(
     f1 = _divide(2 * hits, of_gold + of_predicted)
     present = (of_gold + of_predicted) > 0  # a class that a resample lacks has no part in its mean
     return {
-        "accuracy": accuracy,
         "kappa": np.where(chance < 1, _divide(accuracy - chance, 1 - chance), np.nan),
         "macro_f1": f1.sum(1) / present.sum(1),
-        "precision": _divide(hits, of_predicted),
-        "recall": _divide(hits, of_gold),
         "f1": f1,
     }
 
@@ -126,6 +137,11 @@ def _scores(
 def _divide(over: Floats, under: Floats) -> Floats:
     result: Floats = np.divide(over, under, out=np.zeros_like(over), where=under > 0)
     return result
+
+
+def _share(hits: int, rows: int) -> dict[str, float | None]:
+    low, high = wilson(hits, rows) if rows else (None, None)
+    return {"value": hits / rows if rows else None, "low": low, "high": high}
 
 
 def _interval(value: float, drawn: Floats) -> dict[str, float | None]:

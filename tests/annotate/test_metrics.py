@@ -27,15 +27,15 @@ def test_scores_are_sklearns(pairs: list[tuple[str, str]]) -> None:
     assert found["confusion"] == metrics.confusion_matrix(gold, predicted, labels=labels).tolist()
     assert found["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(gold, predicted))
     precision, recall, f1, rows = metrics.precision_recall_fscore_support(
-        gold, predicted, labels=labels, zero_division=0
+        gold, predicted, labels=labels, zero_division=np.nan
     )
     for i, label in enumerate(labels):
         scores = found["classes"][label]
-        assert (scores["precision"]["value"], scores["recall"]["value"], scores["f1"]["value"]) == pytest.approx(
-            (precision[i], recall[i], f1[i])
-        )
+        for name, expected in (("precision", precision[i]), ("recall", recall[i])):
+            assert scores[name]["value"] == (None if np.isnan(expected) else pytest.approx(expected))
+        assert scores["f1"]["value"] == (pytest.approx(f1[i]) if label in predicted else None), "never predicted"
         assert scores["rows"] == rows[i]
-    assert found["macro_f1"]["value"] == pytest.approx(f1.mean())
+    assert found["macro_f1"]["value"] == pytest.approx(np.nan_to_num(f1).mean())
     if len(labels) > 1:
         assert found["kappa"]["value"] == pytest.approx(metrics.cohen_kappa_score(gold, predicted))
     else:
@@ -91,7 +91,20 @@ def test_a_perfectly_calibrated_judge_has_no_error() -> None:
 
 
 def test_shares() -> None:
-    found = share_report(90, 100, resamples=2000)
+    found = share_report(90, 100)
     assert (found["rows"], found["value"]) == (100, 0.9)
-    assert found["low"] == pytest.approx(0.84, abs=0.011)  # binomial(100, 0.9)
-    assert found["high"] == pytest.approx(0.95, abs=0.011)
+    assert (found["low"], found["high"]) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
+
+
+def test_a_share_of_all_rows_is_not_certain() -> None:
+    found = agreement_report({("a", "a"): 40}, resamples=10)
+    for share in (share_report(40, 40), found["accuracy"], found["classes"]["a"]["recall"]):
+        assert (share["value"], share["high"]) == (1.0, 1.0)
+        assert share["low"] == pytest.approx(0.9124, abs=1e-4)
+
+
+def test_a_class_that_is_never_predicted_has_no_numbers() -> None:
+    scores = agreement_report({("a", "b"): 3, ("b", "b"): 1}, resamples=10)["classes"]
+    nothing = {"value": None, "low": None, "high": None}
+    assert (scores["a"]["precision"], scores["a"]["f1"]) == (nothing, nothing)
+    assert scores["a"]["recall"]["value"] == 0
