@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from batchmix.config import Config
 from batchmix.distributed.config import ClusterKind
 from batchmix.errors import BatchmixError
@@ -31,7 +33,7 @@ def check(config: Config) -> Config:
     for group, key in (("engine", "max_num_seqs"), ("engine", "max_num_batched_tokens"), ("engine", "sort_window"),
                        ("output", "rows_per_shard"), ("model", "max_model_len"), ("model", "tensor_parallel_size"),
                        ("engine", "data_parallel_size"), ("data", "limit"),
-                       ("data", "max_buffered_bytes"), ("plan", "expected_tokens"),
+                       ("data", "max_buffered_bytes"), ("plan", "expected_tokens"), ("plan", "sample_rows"),
                        ("cluster", "workers"), ("cluster", "cpus_per_worker"), ("cluster", "rows_per_unit"),
                        ("export", "rows_per_file"), ("review", "rows"), ("annotate", "bootstrap")):  # fmt: skip
         value = getattr(getattr(config, group), key)
@@ -46,6 +48,10 @@ def check(config: Config) -> Config:
             )
         if config.engine.trace:
             raise refuse("engine.trace", "true", "traces one machine; leave it out with cluster=ray")
+    for key in ("dollars_per_hour", "deadline_hours", "host_memory_gb"):
+        value = getattr(config.plan, key)
+        if value is not None and not 0 < value < math.inf:
+            raise refuse(f"plan.{key}", value, "must be above 0")
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
 
 from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from batchmix.checkpoints.config import OffloadMode
@@ -12,7 +22,6 @@ from batchmix.dtypes import Quantization
 from batchmix.engine.build import cache_dtype
 from batchmix.engine.request import PREFILL_CHUNK
 from batchmix.errors import BatchmixError
-from batchmix.input.rowset import RowSet
 from batchmix.input.source import open_source
 from batchmix.memory import HOST_SHARE, host_bytes
 from batchmix.models.kv_cache import BLOCK_SIZE
@@ -25,14 +34,20 @@ from batchmix.planning.picture import save_picture
 from batchmix.planning.placement import assumed
 from batchmix.planning.planner import Limits, plan
 from batchmix.planning.report import plan_text
+from batchmix.planning.sampled_rows import sample
 from batchmix.planning.survey import Survey
 from batchmix.prompts.prompt import without_pauses
+from batchmix.records import Prompt
 from batchmix.stages import Prompts
 from batchmix.templates.chat_template import read_chat_template
 
+_LINE_EVERY = 30.0  # seconds
+_log = logging.getLogger(__name__)
+
 
 def plan_report(config: Config) -> None:
-    """Print what a run would find and cost. Reads and tokenises every row; loads no weights."""
+    """Print what a run would find and cost. Reads and tokenises `plan.sample_rows` rows; loads no weights. Ctrl-C ends the
+    reading, and what was read is the sample."""
     config = read_chat_template(config)
     gpu = get_gpu(config.plan.gpu)
     source = open_source(config.data, config.shard)
@@ -48,17 +63,30 @@ def plan_report(config: Config) -> None:
     limits = Limits(placement.max_num_seqs, placement.kv_tokens // BLOCK_SIZE, BLOCK_SIZE, config.engine.sort_window)
     survey = Survey(naive_batch=placement.max_num_seqs)
     builder = Prompts.open(config, checkpoint).builder
-    rows = builder.show_first(source.rows(RowSet()))
-    prompts = without_pauses(builder.build(rows, keep=[], clock=StageClock()))
-    batches = sum(1 for batch in plan(survey.watch(prompts), limits) if batch.prompts[0].error is None)
+    total, skipped = sample(source, config.plan.sample_rows, config.shard.count)
+    rows = builder.show_first(source.rows(skipped))
+    with _heeding_ctrl_c() as interrupted:
+        built = builder.build(rows, keep=[], clock=StageClock(), stopping=interrupted.is_set)
+        with closing(without_pauses(built)) as prompts:
+            watched = survey.watch(_with_progress(prompts, interrupted))
+            batches = sum(1 for batch in plan(watched, limits) if batch.prompts[0].error is None)
+    if interrupted.is_set():
+        if not survey.runnable:
+            raise KeyboardInterrupt
+        _log.warning("interrupted: what follows is estimated from the first %s rows that were read", f"{survey.rows:,}")
+    total = survey.rows if total is None else total
+    scale = total / max(1, survey.rows)
     answer = config.plan.expected_tokens or config.sampling.max_tokens
     where = (
         "plan.expected_tokens" if config.plan.expected_tokens else "sampling.max_tokens; plan.expected_tokens sets it"
     )
-    work = Workload(survey.runnable, survey.prompt_tokens, survey.squared_tokens, survey.samples, answer)
+    runnable, prompt_tokens, squared, samples = (
+        round(count * scale) for count in (survey.runnable, survey.prompt_tokens, survey.squared_tokens, survey.samples)
+    )
+    work = Workload(runnable, prompt_tokens, squared, samples, answer)
     cost = estimate(model, setting, work)
     whole = estimate(model, replace(setting, stream=False), work) if cost.placement.streamed else None
-    print(plan_text(survey, batches, gpu, work, model, cost, whole, where))
+    print(plan_text(survey, round(batches * scale), gpu, work, model, cost, whole, where, total, config))
     folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
     picture = config.plan.histogram or (str(Path(folder, "_lengths.svg")) if folder else None)
     if picture is not None and survey.runnable:
@@ -67,6 +95,41 @@ def plan_report(config: Config) -> None:
         except OSError as error:
             raise BatchmixError(f"plan.histogram={picture}: cannot be written ({error.strerror})") from None
         print(f"histogram: {picture}")
+
+
+@contextmanager
+def _heeding_ctrl_c() -> Iterator[threading.Event]:
+    """Set at the first Ctrl-C; the second raises KeyboardInterrupt, and so does the first outside of the main thread."""
+    interrupted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _with_progress(prompts: Iterable[Prompt], interrupted: threading.Event) -> Iterator[Prompt]:
+    """The prompts, until interrupted, with a bar where a person looks, else a line now and then."""
+    said, rows = time.monotonic(), 0
+    with tqdm(unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for prompt in prompts:
+            if interrupted.is_set():
+                return
+            yield prompt
+            rows += 1
+            bar.update()
+            if bar.disable and time.monotonic() - said > _LINE_EVERY:
+                said = time.monotonic()
+                _log.info("%s rows read", f"{rows:,}")
 
 
 def _setting(config: Config, checkpoint: Checkpoint, gpu: GPU) -> Setting:

@@ -17,4 +17,11 @@ class PlanConfig:
         "file for a picture of the lengths, .svg or .html; null: _lengths.svg in output.dir where that is set, else none",
     )
     expected_tokens: int | None = key(None, "answer length to assume; null: sampling.max_tokens")
+    sample_rows: int | None = key(
+        50_000, "rows that are tokenised, evenly spaced, for an estimate of all; null: every row"
+    )
+    dollars_per_hour: float | None = key(None, "of one card; null: no cost is shown")
+    deadline_hours: float | None = key(
+        None, "say how many cards end the run within so many hours; null: one copy's hours"
+    )
     host_memory_gb: float | None = key(None, "of the machine that the GPU is in; null: as this one has")

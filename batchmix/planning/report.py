@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from batchmix.config import Config
 from batchmix.planning.cost import Footprint
 from batchmix.planning.estimate import Cost, Workload
 from batchmix.planning.gpus import GPU
@@ -21,17 +24,27 @@ def plan_text(
     cost: Cost,
     whole: Cost | None,
     answer: str,
+    total: int,
+    config: Config,
 ) -> str:
-    """Lengths, refused rows, batches and padding, memory, operations and hours.
+    """Lengths, refused rows, batches and padding, memory, operations, hours, dollars and settings.
 
-    `whole`: on as many cards as hold all weights, where `cost` streams them. `answer`: where its length is from.
+    `batches`, `work` and `cost` are of `total` rows, of which the survey may have seen a sample. `whole`: on as many cards
+    as hold all weights, where `cost` streams them. `answer`: where its length is from.
     """
     refused = survey.rows - survey.runnable
-    lines = [f"{survey.rows:,} rows, {survey.prompt_tokens:,} prompt tokens", survey.histogram()]
+    lines = [f"{total:,} rows, {work.prompt_tokens:,} prompt tokens", survey.histogram()]
+    if total > survey.rows:
+        error = survey.prompt_tokens_error(total)
+        lines[0] = (
+            f"{total:,} rows, about {work.prompt_tokens:,} prompt tokens (within {error:.1%}, 95 %): estimated from"
+            f" {survey.rows:,} rows (plan.sample_rows), as are the lines below"
+        )
     if survey.runnable:
         shares = ", ".join(f"{share:.0%}: {survey.percentile(share):,}" for share in (0.5, 0.9, 0.99, 1.0))
         lines.append(f"lengths in tokens, share of rows up to: {shares}")
-    lines.append(f"rows that will be refused: {refused:,}")
+    share = f" of these {survey.rows:,}" if total > survey.rows else ""
+    lines.append(f"rows that will be refused: {refused:,}{share}")
     most = sorted(survey.refused.values(), key=lambda refusal: -refusal.rows)
     lines += [f"  {refusal.rows:,} like row {refusal.example_row}: {refusal.example}" for refusal in most[:_REASONS]]
     if len(most) > _REASONS:
@@ -50,13 +63,53 @@ def plan_text(
         f" decode {cost.decode_flops:.3g} FLOP, {_time(cost.decode_seconds)}",
         f"  a decode step {_step_time(placement.step_seconds)}, bound by {placement.bound}:"
         f" {placement.tokens_per_second:,.0f} tokens/s",
-        f"  {cost.hours:.3g} hours in all, {_source(cost)}",
+        f"  {hours_text(cost.hours)} in all{_dollars(cost.hours * cost.gpus, config)}, {_source(cost)}",
     ]
+    if (deadline := config.plan.deadline_hours) is not None:
+        lines.append(f"  within {hours_text(deadline)}: {_copies(cost, deadline, config)}")
     if whole is not None:
         lines.append(
-            f"  model.tensor_parallel_size={whole.gpus} would hold all weights: {whole.hours:.3g} hours on {whole.gpus} cards"
+            f"  model.tensor_parallel_size={whole.gpus} would hold all weights: {hours_text(whole.hours)}"
+            f" on {whole.gpus} cards{_dollars(whole.hours * whole.gpus, config)}"
         )
+    lines.append(f"  run it so: {' '.join(_settings(cost, config))}")
     return "\n".join(lines)
+
+
+def hours_text(hours: float) -> str:
+    """`12 h 5 min`"""
+    minutes = round(60 * hours)
+    if minutes < 1:
+        return f"{max(1, round(3600 * hours))} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _dollars(card_hours: float, config: Config) -> str:
+    rate = config.plan.dollars_per_hour
+    return "" if rate is None else f" and {card_hours * rate:,.2f} dollars"
+
+
+def _copies(cost: Cost, deadline: float, config: Config) -> str:
+    copies = max(1, math.ceil(cost.hours / deadline))
+    if copies == 1:
+        return f"{_number(cost.gpus, 'card')} will do"
+    return (
+        f"{copies * cost.gpus} cards, {copies} copies of the model (engine.data_parallel_size={copies} in one machine,"
+        f" shard.count={copies} over several{_dollars(cost.hours * cost.gpus, config)})"
+    )
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
+def _settings(cost: Cost, config: Config) -> list[str]:
+    """Overrides of a run as it is planned."""
+    model = config.model
+    given = [f"engine.max_num_seqs={cost.placement.max_num_seqs}", f"model.tensor_parallel_size={cost.gpus}"]
+    given += [f"model.{key}={getattr(model, key).name}" for key in ("quantization", "kv_cache_dtype")
+              if getattr(model, key) is not None]  # fmt: skip
+    return given
 
 
 def _source(cost: Cost) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -91,6 +92,15 @@ class Survey:
     def naive_padding(self) -> float:
         """Share of the naive batches' tokens that would be padding."""
         return 1 - self.prompt_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    def prompt_tokens_error(self, total: int) -> float:
+        """Half the 95 % interval of the prompt tokens of `total` rows, as a share of them, if these rows were drawn from
+        all at random without replacement (Cochran, "Sampling techniques", 1977, section 2.6)."""
+        mean = self.prompt_tokens / max(1, self.rows)
+        if self.rows < 2 or not mean or total <= self.rows:
+            return 0.0
+        variance = (self.squared_tokens - self.rows * mean**2) / (self.rows - 1)
+        return 1.96 * math.sqrt(max(0.0, variance) / self.rows * (1 - self.rows / total)) / mean
 
     def percentile(self, share: float) -> int:
         """The smallest length that at least `share` of the rows do not exceed."""

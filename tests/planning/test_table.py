@@ -57,7 +57,7 @@ def test_a_plan_of_streamed_weights(config, capsys):
 
 def test_a_plan_for_a_card_whose_kernels_were_measured(config, capsys):
     config.plan.gpu = "h200"
-    assert " hours in all, by the sum of kernels measured on such a card" in printed(config, capsys)
+    assert " min in all, by the sum of kernels measured on such a card" in printed(config, capsys)
 
 
 def test_a_plan_of_weights_that_are_not_to_be_streamed(config, capsys):
