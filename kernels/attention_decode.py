@@ -16,10 +16,8 @@ Legend: B rows, H heads, G kv heads, R = H / G, C head dim, S block size, W bloc
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -38,9 +36,8 @@ from batchmix.kernels.paged_cache import (
     readable,
     scale_stride,
 )
+from batchmix.kernels.shared_splits import SPLIT, SharedSplits, pair_tile
 
-SPLIT = 256  # tokens; bits depend on it. Untuned
-_SHARED_TILE = 32  # (row, head) pairs that attend to a shared split together, unless R is larger
 _MERGE_TILE = 8
 _PROGRAMS_PER_SM = 16  # several times what fits at once, so that the hardware evens out uneven ones. Untuned
 
@@ -160,55 +157,6 @@ def decode_merge_kernel(
     tl.store(out_ptr + (row * H + head) * C + column, out.to(out_ptr.dtype.element_ty))
 
 
-class SharedSplits(NamedTuple):
-    """Which splits several rows have in common: made on the host when rows come or go."""
-
-    rows: Tensor  # int32 [M, rows per tile]; -1 where there are fewer
-    split: Tensor  # int32 [M]
-    first_own: Tensor  # int32 [B]: splits of each row before its first own one, all of them in the list
-
-    def to(self, device: torch.device) -> SharedSplits:
-        return SharedSplits(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-def find_shared_splits(
-    block_table: Tensor, context: Tensor, block_size: int, ratio: int, capacity: int | None = None
-) -> SharedSplits:
-    """The leading splits whose blocks at least two rows have in common.
-
-    block_table integers [B, W] and context integers [B], both on the CPU; ratio: H / G -> tensors on the CPU. What is
-    found stays right while rows only grow. With `capacity`, as a CUDA graph needs it, `rows` has that many items, the
-    last ones of no rows; what does not fit is left to the rows themselves.
-    """
-    rows_per_tile = _pair_tile(ratio) // ratio
-    table, tokens = np.asarray(block_table), np.asarray(context)
-    tiles, splits = [np.zeros((0, rows_per_tile), np.int32)], [np.zeros(0, np.int32)]
-    first_own = np.zeros(len(tokens), np.int32)
-    rows, split, room = np.arange(len(tokens)), 0, sys.maxsize if capacity is None else capacity
-    while len(rows := rows[tokens[rows] >= (split + 1) * SPLIT]):
-        blocks = table[rows, split * SPLIT // block_size : -(-(split + 1) * SPLIT // block_size)]
-        order = np.lexsort(blocks.T[::-1])  # rows with the same blocks stand together, in their own order
-        differs = (blocks[order[1:]] != blocks[order[:-1]]).any(1)
-        group = np.empty(len(rows), np.int64)
-        group[order] = np.append(0, differs.cumsum())
-        sizes = np.bincount(group)
-        needed = np.where(sizes > 1, -(-sizes // rows_per_tile), 0)  # tiles of each group
-        first_tile = needed.cumsum() - needed
-        listed = (sizes > 1) & (first_tile + needed <= room)  # the first groups for which there is room
-        rank = np.arange(len(rows)) - (sizes.cumsum() - sizes)[group[order]]  # of a row in its group
-        order, rank = order[listed[group[order]]], rank[listed[group[order]]]
-        tile = np.full((int(needed[listed].sum()), rows_per_tile), -1, np.int32)
-        tile[first_tile[group[order]] + rank // rows_per_tile, rank % rows_per_tile] = rows[order]
-        tiles.append(tile)
-        splits.append(np.full(len(tile), split, np.int32))
-        rows, split, room = np.sort(rows[order]), split + 1, room - len(tile)
-        first_own[rows] = split
-    found, numbers = np.concatenate(tiles), np.concatenate(splits)
-    unused = 0 if capacity is None else capacity - len(found)
-    found = np.pad(found, ((0, unused), (0, 0)), constant_values=-1)
-    return SharedSplits(*map(torch.from_numpy, (found, np.pad(numbers, (0, unused)), first_own)))
-
-
 class DecodePlan(NamedTuple):
     """A step's rows and their splits: made once per step, `decode_attention`'s arguments in every layer."""
 
@@ -230,7 +178,7 @@ def plan_decode(
     """
     device, num_rows = context.device, len(context)
     if shared is None:
-        rows_per_tile = _pair_tile(ratio) // ratio
+        rows_per_tile = pair_tile(ratio) // ratio
         nothing = torch.empty((0, rows_per_tile), dtype=torch.int32, device=device)
         shared = SharedSplits(nothing, nothing[:, 0], torch.zeros(num_rows, dtype=torch.int32, device=device))
     context = context.int()
@@ -245,10 +193,6 @@ def plan_decode(
 
 def _max_splits(block_table: Tensor, block_size: int) -> int:
     return -(-block_table.shape[1] * block_size // SPLIT)
-
-
-def _pair_tile(ratio: int) -> int:
-    return max(_SHARED_TILE, int(next_power_of_2(ratio)))
 
 
 def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
@@ -294,7 +238,7 @@ def attend_decode(
     if len(shared_rows):
         decode_shared_kernel[(kv_heads, len(shared_rows))](
             *read, shared_rows, shared_split, block_table, *strides,
-            ROWS=shared_rows.shape[1], PAIR_TILE=_pair_tile(ratio), **options,
+            ROWS=shared_rows.shape[1], PAIR_TILE=pair_tile(ratio), **options,
         )  # fmt: skip
     programs = min(len(items) * kv_heads, _PROGRAMS_PER_SM * gpu.num_sms)
     decode_split_kernel[(programs,)](

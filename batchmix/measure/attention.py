@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.kernels import reference
-from batchmix.kernels.attention_decode import DecodePlan, decode_attention, find_shared_splits, plan_decode
+from batchmix.kernels.attention_decode import DecodePlan, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
+from batchmix.kernels.shared_splits import find_shared_splits
 from batchmix.measure.case import Case, Run, Shape, random, relative_error
 
 BLOCK = 64  # tokens, the engine's

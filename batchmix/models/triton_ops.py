@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.kernels import linear, moe, norm, post_update, sampling
-from batchmix.kernels.attention_decode import DecodePlan, SharedSplits, attend_decode, find_shared_splits, plan_decode
+from batchmix.kernels.attention_decode import DecodePlan, attend_decode, plan_decode
 from batchmix.kernels.attention_prefill import PrefillPlan, attend_prefill, plan_prefill
 from batchmix.kernels.rotary import rotate_and_cache
 from batchmix.kernels.row_state import RowTensors
+from batchmix.kernels.shared_splits import SharedSplits, find_shared_splits
 from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.models.backend import AttentionModel, HostRows, Logprobs
 from batchmix.models.expert_load import LayerLoad
@@ -112,9 +113,10 @@ class TritonOperators:
                 torch.from_numpy(block_table), torch.from_numpy(prompt_tokens), cache.block_size, ratio, num_tokens
             )
             splits = SharedSplits(*(async_copy_to_gpu(tensor, cache.keys.device) for tensor in found))
-            if kept is not None:  # into the same memory, which a captured step reads
-                for target, new in zip(kept, splits, strict=True):
-                    target.copy_(new)
+            for target, new in zip(
+                kept or (), splits, strict=False
+            ):  # into the same memory, which a captured step reads
+                target.copy_(new)
             self._shared[num_tokens] = version, kept or splits
         return self._shared[num_tokens][1]
 

@@ -228,7 +228,8 @@ def attention_prefill(dtype: torch.dtype) -> None:
 
 @launch(dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "bf16-fp8": FP8}, quick="attention_decode-bf16")
 def attention_decode(dtype: torch.dtype) -> None:
-    from batchmix.kernels.attention_decode import decode_attention, find_shared_splits, plan_decode
+    from batchmix.kernels.attention_decode import decode_attention, plan_decode
+    from batchmix.kernels.shared_splits import find_shared_splits
 
     query = torch.bfloat16 if dtype == FP8 else dtype
     scale = empty(G, dtype=torch.float32) if dtype == FP8 else None

@@ -10,14 +10,9 @@ from paged import FP8_PAIR, HALF_PAIR, Paged, random_cache
 from torch import Tensor
 
 from batchmix.kernels import reference
-from batchmix.kernels.attention_decode import (
-    SPLIT,
-    SharedSplits,
-    decode_attention,
-    find_shared_splits,
-    plan_decode,
-)
+from batchmix.kernels.attention_decode import decode_attention, plan_decode
 from batchmix.kernels.gpu import A100, H100, assume_gpu
+from batchmix.kernels.shared_splits import SPLIT, SharedSplits, find_shared_splits
 
 
 def queries(rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
@@ -164,25 +159,6 @@ def test_a_shared_prefix_equals_the_oracle(device, context, prefixes, dtypes):
     out = run(q, paged, context, sharing(q, paged, context))
     assert_close(out, oracle(q, paged, context))
     assert_bitwise_equal(run(q, paged, context, sharing(q, paged, context)), out)
-
-
-def test_what_is_shared_is_found():
-    table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 9], [5, 6, 10, 11], [1, 2, 3, 12], [0, 0, 0, 0]])
-    context = torch.tensor([4 * SPLIT, 4 * SPLIT, 3 * SPLIT + 1, 4 * SPLIT, 2 * SPLIT + 1, 0])
-    shared = find_shared_splits(table, context, SPLIT, 16)
-    found = sorted(zip(shared.split.tolist(), shared.rows.tolist(), strict=True))
-    # The last row of the first prefix has begun its third split only: its rest is not there yet.
-    assert found == [(0, [0, 2]), (0, [1, 3]), (0, [4, -1]), (1, [0, 2]), (1, [1, 3]), (1, [4, -1]), (2, [0, 2])]
-    assert shared.first_own.tolist() == [3, 2, 3, 2, 2, 0]
-
-    more = find_shared_splits(table, context, SPLIT, 16, capacity=9)
-    assert sorted(zip(more.split.tolist(), more.rows.tolist(), strict=True)) == sorted([*found, *[(0, [-1, -1])] * 2])
-    fewer = find_shared_splits(table, context, SPLIT, 16, capacity=4)
-    found = sorted(zip(fewer.split.tolist(), fewer.rows.tolist(), strict=True))
-    assert found == [(0, [-1, -1]), (0, [0, 2]), (0, [1, 3]), (0, [4, -1])], (
-        "no room for a whole group of the next split"
-    )
-    assert fewer.first_own.tolist() == [1, 1, 1, 1, 1, 0]
 
 
 @settings(deadline=None)
