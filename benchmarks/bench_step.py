@@ -78,18 +78,18 @@ class OperatorSeconds(TorchFunctionMode):
         self._inside = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        started = time.perf_counter()
+        started = time.process_time()
         result = func(*args, **(kwargs or {}))
-        self.seconds += 0.0 if self._inside else time.perf_counter() - started
+        self.seconds += 0.0 if self._inside else time.process_time() - started
         return result
 
     def timed(self, name: str) -> Any:
         """One of the backend's operators."""
 
         def operator(*arguments: Any) -> Any:
-            self._inside, started = True, time.perf_counter()
+            self._inside, started = True, time.process_time()
             result = getattr(torch_backend, name)(*arguments)
-            self.backend[name] += time.perf_counter() - started
+            self.backend[name] += time.process_time() - started
             self._inside = False
             return result
 
@@ -122,9 +122,9 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
         seconds = np.empty((steps, 2 + len(BACKEND)))
         for step in range(steps):
             operators.backend = dict.fromkeys(BACKEND, 0.0)
-            started = time.perf_counter()
+            started = time.process_time()
             engine.step()
-            seconds[step, :-1] = time.perf_counter() - started, *operators.backend.values()
+            seconds[step, :-1] = time.process_time() - started, *operators.backend.values()
         with operators:
             for step in range(steps):
                 before = operators.seconds

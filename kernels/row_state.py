@@ -7,7 +7,7 @@ Legend: R rows, V vocabulary, N end-of-sequence tokens, W stop tokens of the row
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 from torch import Tensor
@@ -110,15 +110,9 @@ class RowTensors:
         def rows_of(table: Tensor | None) -> Tensor | None:
             return None if table is None else table[first:end]
 
-        return replace(
-            self,
-            state=self.state[:, first:end],
-            numbers=self.numbers[:, first:end],
-            reals=self.reals[:, first:end],
-            flags=self.flags[:, first:end],
-            stop_token_ids=self.stop_token_ids[first:end],
-            output_counts=rows_of(self.output_counts),
-            in_prompt=rows_of(self.in_prompt),
-            history=self.history[first:end],
-            logprob_history=rows_of(self.logprob_history),
-        )
+        return RowTensors(
+            self.state[:, first:end], self.numbers[:, first:end], self.reals[:, first:end], self.flags[:, first:end],
+            self.stop_token_ids[first:end], self.eos_token_ids, self.biases, self.automata,
+            rows_of(self.output_counts), rows_of(self.in_prompt), self.grammar_states, self.grammar_classes,
+            self.history[first:end], rows_of(self.logprob_history),
+        )  # fmt: skip

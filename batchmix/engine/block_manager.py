@@ -1,7 +1,7 @@
 """Which KV blocks are free, and which hold what prompts begin with in common.
 
-A block of a prefix is known by the block before it and by its own tokens. The prefix cache holds a reference to it, so
-it outlives its row. When blocks run out, those that no row reads go first, the end of a chain before its start.
+A block of a prefix is known by the block before it and by its own tokens. The prefix cache holds it, so it outlives its
+row. When blocks run out, those that no row reads go first, the end of a chain before its start.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import heapq
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -17,13 +18,12 @@ from batchmix.models.kv_cache import SCRATCH_BLOCK
 
 
 class BlockPool:
-    """Counted references to blocks; low numbers go first, so that those in use stay dense. A prefix cache's reference
-    is told from a row's, so that blocks that only it holds are counted as they come and go."""
+    """Who holds each block: rows, and the prefix cache. Low numbers go first, so that those in use stay dense."""
 
     def __init__(self, num_blocks: int) -> None:
         self._free = list(range(1, num_blocks))  # a heap; block 0 is SCRATCH_BLOCK
-        self._references = np.zeros(num_blocks, np.int32)
-        self._kept = np.zeros(num_blocks, np.bool_)  # one of the references is the prefix cache's
+        self._num_readers = np.zeros(num_blocks, np.int32)  # rows that hold each block
+        self._kept = np.zeros(num_blocks, np.bool_)  # by the prefix cache
         self.num_only_kept = 0  # blocks that no row reads, which `PrefixCache.release` could free
         self.num_blocks = num_blocks - 1
 
@@ -36,40 +36,40 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """`count` blocks with one reference each, of those that are free."""
+        """`count` of the free blocks, for one row."""
         assert count <= len(self._free), count
         blocks = [heapq.heappop(self._free) for _ in range(count)]
-        self._references[blocks] = 1
+        self._num_readers[blocks] = 1
         return blocks
 
     def share(self, blocks: list[int]) -> None:
-        """One more reference to each."""
-        self.num_only_kept -= int(np.count_nonzero(self.is_only_kept(blocks)))
-        self._references[blocks] += 1
+        """One row more holds each."""
+        self.num_only_kept -= int(np.count_nonzero(self._num_readers[blocks] == 0))
+        self._num_readers[blocks] += 1
 
     def release(self, blocks: list[int]) -> None:
-        """One reference less to each; those with none left are free again."""
-        self._references[blocks] -= 1
-        self.num_only_kept += int(np.count_nonzero(self.is_only_kept(blocks)))
-        for block in blocks:
-            if self._references[block] == 0:
-                heapq.heappush(self._free, block)
+        """One row less holds each; those that nobody holds are free again."""
+        held = np.array(blocks, np.int64)
+        self._num_readers[held] -= 1
+        unread = held[self._num_readers[held] == 0]
+        kept = self._kept[unread]
+        self.num_only_kept += int(np.count_nonzero(kept))
+        for block in unread[~kept].tolist():
+            heapq.heappush(self._free, block)
 
     def keep(self, block: int) -> None:
-        """The prefix cache's reference to a block that a row holds."""
-        self.share([block])
+        """Let the prefix cache hold a block that a row holds."""
         self._kept[block] = True
 
     def drop(self, block: int) -> None:
-        """Give up the prefix cache's reference to a block that no row holds: it is free again."""
+        """Free a block that only the prefix cache holds."""
         self._kept[block] = False
         self.num_only_kept -= 1
-        self.release([block])
+        heapq.heappush(self._free, block)
 
-    def is_only_kept(self, blocks: list[int]) -> np.ndarray:
-        """Whether the prefix cache alone holds each block."""
-        found: np.ndarray = self._kept[blocks] & (self._references[blocks] == 1)
-        return found
+    def is_only_kept(self, block: int) -> bool:
+        """Whether only the prefix cache holds the block."""
+        return bool(self._kept[block]) and self._num_readers[block] == 0
 
 
 class PrefixCache:
@@ -86,7 +86,7 @@ class PrefixCache:
         return len(self._blocks)
 
     def lookup(self, token_ids: Sequence[int], shared_tokens: int) -> list[int]:
-        """The blocks there are for the first `shared_tokens` tokens, in order; the caller gets a reference to each."""
+        """The blocks there are for the first `shared_tokens` tokens, in order; one row more holds each."""
         keys: list[tuple[int, bytes]] = []
         found: list[int] = []
         for tokens in self._tokens(token_ids, shared_tokens):
@@ -110,13 +110,10 @@ class PrefixCache:
 
     def release(self, count: int) -> None:
         """Free up to `count` blocks that no row reads."""
-        for key, block in list(self._blocks.items()):
-            if count <= 0:
-                return
-            if self._pool.is_only_kept([block])[0]:
-                del self._blocks[key]
-                self._pool.drop(block)
-                count -= 1
+        unread = ((key, block) for key, block in self._blocks.items() if self._pool.is_only_kept(block))
+        for key, block in list(islice(unread, max(0, count))):
+            del self._blocks[key]
+            self._pool.drop(block)
 
     def _tokens(self, token_ids: Sequence[int], shared_tokens: int) -> list[bytes]:
         size = self._size

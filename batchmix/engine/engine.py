@@ -30,6 +30,7 @@ from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
+from batchmix.structured_output.grammar import CompiledGrammar
 from batchmix.structured_output.host_grammar import HostGrammar
 
 _log = logging.getLogger(__name__)
@@ -91,22 +92,20 @@ class Engine:
     def enqueue(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
         """Let prompts wait for a slot; those that cannot run come out at once."""
         for prompt in prompts:
-            structured = prompt.sampling.structured_outputs
-            request = Request(prompt, list(prompt.samples or range(prompt.sampling.n)))
             if prompt.error is not None:
                 yield Completion.failed(prompt, prompt.error)
                 continue
-            if structured is not None and structured.score_choices:
+            request = Request(prompt, list(prompt.samples or range(prompt.sampling.n)))
+            if (structured := prompt.sampling.structured_outputs) is not None:
                 assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
-                request.choices = self.grammars.choice_tokens(prompt.sampling)
-                request.end_tokens = self.grammars.end_tokens(prompt.sampling)
-            elif structured is not None:
-                self._count_guided(prompt.sampling)
+                if structured.score_choices:
+                    request.choices = self.grammars.choice_tokens(prompt.sampling)
+                    request.end_tokens = self.grammars.end_tokens(prompt.sampling)
+                else:
+                    self._count_guided(self.grammars.get(prompt.sampling))
             self.scheduler.add(request)
 
-    def _count_guided(self, sampling: SamplingConfig) -> None:
-        assert self.grammars is not None, "rows with structured_outputs are refused where there is no tokenizer"
-        grammar = self.grammars.get(sampling)
+    def _count_guided(self, grammar: CompiledGrammar | HostGrammar) -> None:
         if not isinstance(grammar, HostGrammar):
             self.stats.rows_guided_by_table += 1
         elif grammar.of_schema:
@@ -119,12 +118,11 @@ class Engine:
         before. Where the device has no memory, go on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         jump_forward: list[list[int]] = []
-        wants_logprobs, may_jump = batch.wants_logprobs(), batch.grammars.num_forced > 0
-        if wants_logprobs or may_jump:
+        if batch.num_with_logprobs or batch.grammars.num_forced:
             process_outputs(scheduler, wait_for_all=True)
-            if may_jump:
+            if batch.grammars.num_forced:
                 jump_forward = find_jump_forward(batch, scheduler.limits.max_num_batched_tokens)
-        one_by_one = jump_forward or wants_logprobs or batch.grammars.num_texts
+        one_by_one = jump_forward or batch.num_with_logprobs or batch.grammars.num_texts
         step = scheduler.schedule(jump_forward, 1 if one_by_one else scheduler.limits.steps_per_read)
         if step is None:
             process_outputs(scheduler, wait_for_all=True)

@@ -114,18 +114,15 @@ class RowGrammars:
             if is_cut or not text.following.goes_on:
                 outputs.finish[slot] = Finish.WHOLE if text.may_end else Finish.FAILED
 
-    def fill_bitmask(self, first: int, class_rows: np.ndarray, classes: Tensor) -> None:
-        """Write what may come next in slots `first`, ... into rows `class_rows` [N] of `classes` int32 [grammars, V],
-        in the order of the device's work. Rows that the host does not follow are left alone."""
-        texts = [
-            (place, row) for place in range(len(class_rows))
-            if (row := self.rows[first + place]) is not None and row.text is not None
-        ]  # fmt: skip
+    def fill_bitmask(self, class_rows: np.ndarray, classes: Tensor) -> None:
+        """Write what may come next in slots 0..N-1 into rows `class_rows` [N] of `classes` int32 [grammars, V], in the
+        order of the device's work. Rows that the host does not follow are left alone."""
+        texts = [(slot, row) for slot, row in enumerate(self.rows[: len(class_rows)]) if row and row.text]
         if not texts:
             return
-        masks = np.stack([row.following().packed for _, row in texts])  # uint8 [N, V / 8]
+        masks = np.stack([row.following().packed for _, row in texts])  # uint8 [texts, V / 8]
         packed = async_copy_to_gpu(masks, classes.device)
         bits = packed[:, :, None] >> torch.arange(8, device=classes.device, dtype=torch.uint8) & 1
-        rows = async_copy_to_gpu(class_rows[[place for place, _ in texts]], classes.device)
+        rows = async_copy_to_gpu(class_rows[[slot for slot, _ in texts]], classes.device)
         allowed = bits.flatten(1)[:, : classes.shape[1]].int()
         classes.index_copy_(0, rows, allowed * (_ALLOWED - _FORBIDDEN) + _FORBIDDEN)

@@ -89,6 +89,7 @@ class InputBatch:
         self.capacity, self.vocab_size, self.async_copy = limits.max_num_seqs, vocab_size, async_copy
         self._build_stop_table = stop_table
         self.num_active = 0
+        self.num_with_logprobs = 0  # rows that ask for log-probabilities, which are read back in every step
         self.version, self._uploaded = next(_versions), -1  # another one when rows have come, gone or moved
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         # The host's side of each field of the blocks; of a row's state, what it began with.
@@ -137,22 +138,19 @@ class InputBatch:
         )  # fmt: skip
         return tuple(None if table is None else (table.data_ptr(), table.shape) for table in grown)
 
-    def rows(self, first: int, end: int) -> RowTensors:
-        """What operators read and change of slots first..end-1."""
+    def rows(self, count: int) -> RowTensors:
+        """What operators read and change of slots 0..count-1."""
         states, classes = self.grammars.states.data, self.grammars.classes.data
         return RowTensors(
             self.state, self.numbers, self.reals, self.flags, self._stops.tensor, self.eos_token_ids, self.biases.data,
             self.automata.data, self.output_counts, self.in_prompt, states if self.grammars.used else None,
             classes if self.grammars.used else None, self.history, self.logprob_history,
-        ).narrow(end, first)  # fmt: skip
+        ).narrow(count)  # fmt: skip
 
-    def host_rows(self, first: int, end: int) -> HostRows:
-        """What only the host knows of slots first..end-1."""
-        return HostRows(
-            self.num_logprobs[first:end],
-            lambda row, state, left: self.grammars.allowed_tokens(first + row, state, left),
-            partial(self.grammars.fill_bitmask, first, self.host["grammar_class"][first:end]),
-        )
+    def host_rows(self, count: int) -> HostRows:
+        """What only the host knows of slots 0..count-1."""
+        fill_bitmask = partial(self.grammars.fill_bitmask, self.host["grammar_class"][:count])
+        return HostRows(self.num_logprobs[:count], self.grammars.allowed_tokens, fill_bitmask)
 
     def upload(self) -> None:
         """Tell the device what the host has changed, in the order of its work."""
@@ -176,10 +174,6 @@ class InputBatch:
     def record_planned(self, rows: int, steps: int) -> None:
         """So many steps of slots 0..rows-1 are queued."""
         self.planned[:rows] = np.minimum(self.planned[:rows] + steps, self.host["max_tokens"][:rows])
-
-    def wants_logprobs(self) -> bool:
-        """Whether a row asks for log-probabilities, which are read back in every step."""
-        return bool(self.host["wants_logprob"][: self.num_active].any())
 
     def left(self) -> np.ndarray:
         """Tokens that each active row can still be given, [num_active]."""
@@ -215,6 +209,7 @@ class InputBatch:
         for key in _AS_ASKED:
             host[key][slot] = getattr(sampling, key)
         host["wants_logprob"][slot] = sampling.logprobs is not None
+        self.num_with_logprobs += sampling.logprobs is not None
         self.num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self._set_stop_tokens(slot, list(dict.fromkeys(sampling.stop_token_ids or ())))
         if bias := bias_key(sampling):
@@ -249,6 +244,7 @@ class InputBatch:
         if key := stop_key(sampling):
             self.automata.release(key)
         self.grammars.release(slot)
+        self.num_with_logprobs -= sampling.logprobs is not None
         self.num_active -= 1
         self.version = next(_versions)
         last = self.num_active

@@ -34,14 +34,12 @@ def pad(tokens: int, tile: int) -> int:
 
 def sample(model: Mixtral, batch: InputBatch, logits: Tensor) -> None:
     """Append a token to slots 0..R-1. logits float32 [R, V], modified in place."""
-    rows = len(logits)
-    state = batch.rows(0, rows)
-    tokens, logprobs, processed_logprobs = model.ops.sample(logits, state, batch.host_rows(0, rows))
+    rows = batch.rows(len(logits))
+    tokens, logprobs, processed_logprobs = model.ops.sample(logits, rows, batch.host_rows(len(logits)))
     model.tp.broadcast(tokens)
     if logprobs is not None:  # read back in every step, so what is planned is what there is
-        places = batch.planned[logprobs.rows]
-        batch.outputs.append_logprobs(logprobs.rows, places, logprobs.chosen, logprobs.top_ids, logprobs.top)
-    model.ops.post_update(tokens, state, processed_logprobs)
+        batch.outputs.append_logprobs(logprobs, batch.planned[logprobs.rows])
+    model.ops.post_update(tokens, rows, processed_logprobs)
 
 
 @torch.inference_mode()
@@ -112,7 +110,7 @@ class ModelRunner:
     def _run_decode(self, step: Step) -> None:
         batch, rows = self.scheduler.batch, step.num_decode
         # The host keeps some rows' log-probabilities, or finds their masks.
-        captured = self.graphs.enabled and not batch.wants_logprobs() and not batch.grammars.num_texts
+        captured = self.graphs.enabled and not batch.num_with_logprobs and not batch.grammars.num_texts
         # A captured step runs over free slots too, so that few sizes serve all.
         size = pad_to_capture_size(self.capture_sizes, rows) if captured else pad(rows, self.model.ops.row_tile)
         width = self._width(rows)

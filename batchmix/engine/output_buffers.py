@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
+from batchmix.models.backend import Logprobs
 from batchmix.records import TokenLogprob
 
 
@@ -29,24 +29,23 @@ class OutputBuffers:
         state int64 [3, N]: tokens generated, the n-th of which is in column n % L of ring [N, L]; finish; stop reason.
         Likewise a token's log-probability among those that were allowed in processed_logprobs float32 [N, L].
         """
-        there = np.flatnonzero(slots >= 0)
-        if len(there) < len(slots):
+        if (slots < 0).any():
+            there = slots >= 0
             slots, state, ring = slots[there], state[:, there], ring[there]
             processed_logprobs = None if processed_logprobs is None else processed_logprobs[there]
-        generated, before = state[0], self.count[slots]
-        chosen = generated - before
-        self.tokens = _grow(self.tokens, int(generated.max(initial=0)))
+        before = self.count[slots]
+        new = state[0] - before
+        steps = int(new.max(initial=0))
+        self.tokens = _grow(self.tokens, int(before.max(initial=0)) + steps)
+        # Of rows that have fewer new tokens, what is written beyond their count is overwritten later.
+        place = before[:, None] + np.arange(steps)  # [N, steps]
+        row, column = np.arange(len(slots))[:, None], place % ring.shape[1]
+        self.tokens[slots[:, None], place] = ring[row, column]
         if processed_logprobs is not None:
             self.processed_logprobs = _grow(self.processed_logprobs, self.tokens.shape[1])
-        for step in range(int(chosen.max(initial=0))):
-            rows = np.flatnonzero(chosen > step) if (chosen <= step).any() else slice(None)
-            place, row_slots = before[rows] + step, slots[rows]
-            source = np.arange(len(slots))[rows], place % ring.shape[1]
-            self.tokens[row_slots, place] = ring[source]
-            if processed_logprobs is not None:
-                self.processed_logprobs[row_slots, place] = processed_logprobs[source]
+            self.processed_logprobs[slots[:, None], place] = processed_logprobs[row, column]
         self.count[slots], self.finish[slots], self.stop_reason[slots] = state
-        return int(chosen.sum())
+        return int(new.sum())
 
     def append_jump_forward(self, slot: int, tokens: list[int]) -> None:
         """Tokens that a row's grammar leaves no choice about."""
@@ -56,18 +55,16 @@ class OutputBuffers:
         self.tokens[slot, count : count + len(tokens)] = tokens
         self.count[slot] = count + len(tokens)
 
-    def append_logprobs(
-        self, slots: np.ndarray, place: np.ndarray, chosen: Tensor, top_ids: Tensor, top: Tensor
-    ) -> None:
-        """Of the token that is a row's number `place`; waits for the device. [N], [N], [N], [N, k], [N, k]."""
-        length, k = int(place.max()) + 1, top.shape[1]
+    def append_logprobs(self, logprobs: Logprobs, place: np.ndarray) -> None:
+        """Of the token that is a row's number `place`, int64 [N]; waits for the device."""
+        slots, length, k = logprobs.rows, int(place.max()) + 1, logprobs.top.shape[1]
         self.logprobs = _grow(self.logprobs, length)
-        self.logprobs[slots, place] = chosen.cpu().numpy()
+        self.logprobs[slots, place] = logprobs.chosen.cpu().numpy()
         wider = max(0, k - self.top_ids.shape[2])
         self.top_ids = _grow(np.pad(self.top_ids, ((0, 0), (0, 0), (0, wider))), length)
         self.top_logprobs = _grow(np.pad(self.top_logprobs, ((0, 0), (0, 0), (0, wider))), length)
-        self.top_ids[slots, place, :k] = top_ids.cpu().numpy()
-        self.top_logprobs[slots, place, :k] = top.cpu().numpy()
+        self.top_ids[slots, place, :k] = logprobs.top_ids.cpu().numpy()
+        self.top_logprobs[slots, place, :k] = logprobs.top.cpu().numpy()
 
     def row_logprobs(self, slot: int, num_top: int) -> list[TokenLogprob]:
         """The log-probabilities of one row's tokens so far, each with those of the `num_top` most likely ones."""

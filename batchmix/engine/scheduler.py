@@ -75,7 +75,8 @@ class Scheduler:
 
         `jump_forward`: forced tokens of each running sequence. `num_steps`: decode steps at most, where nothing waits.
         """
-        self.batch.planned[: len(jump_forward)] += np.array([len(tokens) for tokens in jump_forward], np.int64)
+        if jump_forward:
+            self.batch.planned[: len(self.running)] += list(map(len, jump_forward))
         tokens_of = {id(sequence): tokens for sequence, tokens in zip(self.running, jump_forward, strict=False)}
         steps = self._allocate_decode(1 if self.waiting or self.prefilling else num_steps)
         if self.running and not steps:

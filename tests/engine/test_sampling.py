@@ -38,12 +38,12 @@ def slots_for(*samplings: SamplingConfig, vocab: int = V) -> InputBatch:
 
 def choose(logits: torch.Tensor, slots: InputBatch) -> tuple[torch.Tensor, Logprobs | None, torch.Tensor | None]:
     """The next token of the first slots; logits are changed in place."""
-    return sample(logits, slots.rows(0, len(logits)), slots.host_rows(0, len(logits)))
+    return sample(logits, slots.rows(len(logits)), slots.host_rows(len(logits)))
 
 
 def append(slots: InputBatch, *tokens: int) -> None:
     """One token to each of the first slots."""
-    post_update(torch.tensor(tokens), slots.rows(0, len(tokens)))
+    post_update(torch.tensor(tokens), slots.rows(len(tokens)))
 
 
 def kept_tokens(logits: list[float], top_p: float, top_k: int, min_p: float) -> set[int]:
@@ -77,7 +77,7 @@ def kept_tokens(logits: list[float], top_p: float, top_k: int, min_p: float) -> 
 def test_top_p_top_k_min_p_keep_what_the_definition_keeps(seed, top_p, top_k, min_p, spread):
     logits = (torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) * spread).double().float()
     sampling = SamplingConfig(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)
-    weights = _filter(logits - logits.amax(-1, keepdim=True), slots_for(sampling).rows(0, 1), torch.tensor([0]))
+    weights = _filter(logits - logits.amax(-1, keepdim=True), slots_for(sampling).rows(1), torch.tensor([0]))
     kept = set(torch.nonzero(weights[0])[:, 0].tolist())
     expected = kept_tokens(logits[0].tolist(), top_p, top_k, min_p)
     ranked = logits[0].sort(descending=True).values
@@ -89,7 +89,7 @@ def test_a_flat_distribution_over_a_large_vocabulary_is_cut_right():
     vocab = 5000
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 0.01
     slots = slots_for(SamplingConfig(top_p=0.9), vocab=vocab)
-    weights = _filter(logits - logits.amax(-1, keepdim=True), slots.rows(0, 1), torch.tensor([0]))
+    weights = _filter(logits - logits.amax(-1, keepdim=True), slots.rows(1), torch.tensor([0]))
     probabilities = logits[0].double().softmax(0)
     kept = probabilities[weights[0] > 0]
     assert 0.9 <= kept.sum() < 0.9 + 2 * probabilities.max()
@@ -187,9 +187,9 @@ def test_a_top_p_on_the_edge_of_a_token_does_not_depend_on_company():
         row = SamplingConfig(
             min_p=float(best[kept].float()), top_p=float(best[: edge + 1].sum() / best[: kept + 1].sum())
         )
-        alone = _filter(logits.clone(), slots_for(row, vocab=vocab).rows(0, 1), torch.tensor([0]))
+        alone = _filter(logits.clone(), slots_for(row, vocab=vocab).rows(1), torch.tensor([0]))
         slots = slots_for(row, SamplingConfig(top_k=2999), vocab=vocab)
-        together = _filter(logits.repeat(2, 1), slots.rows(0, 2), torch.tensor([0, 1]))
+        together = _filter(logits.repeat(2, 1), slots.rows(2), torch.tensor([0, 1]))
         assert torch.equal(alone[0], together[0])
         assert abs(int((alone > 0).sum()) - edge - 1) <= 1
 
@@ -201,7 +201,7 @@ def test_a_top_k_beyond_the_first_candidates(top_k):
     logits -= logits.amax()
     for top_p in (1.0, 0.95):
         slots = slots_for(SamplingConfig(top_k=top_k, top_p=top_p), vocab=vocab)
-        weights = _filter(logits.clone(), slots.rows(0, 1), torch.tensor([0]))
+        weights = _filter(logits.clone(), slots.rows(1), torch.tensor([0]))
         expected = kept_tokens(logits[0].tolist(), top_p, top_k, 0.0)
         assert set(torch.nonzero(weights[0])[:, 0].tolist()) == expected
 

@@ -44,7 +44,7 @@ def chosen(sampling: SamplingConfig, logits: torch.Tensor, steps: int) -> list[l
     for row in range(len(logits)):
         slots.add(Prompt(row, str(row), {}, [5, 6, 7], sampling), 0, sampling.max_tokens)
     slots.upload()
-    rows, host = slots.rows(0, len(logits)), slots.host_rows(0, len(logits))
+    rows, host = slots.rows(len(logits)), slots.host_rows(len(logits))
     found = []
     for _ in range(steps):
         changed = logits.clone()

@@ -48,7 +48,7 @@ def slots_for(samplings: list[SamplingConfig]) -> InputBatch:
 
 def rows_of(slots: InputBatch, device: torch.device, history: int = 8, logprobs: bool = True) -> RowTensors:
     """A copy of the slots' rows on the device, with other histories, to which nothing has been written."""
-    rows, count = copied(slots.rows(0, slots.capacity), device), slots.capacity
+    rows, count = copied(slots.rows(slots.capacity), device), slots.capacity
     histories = torch.empty(count, history, dtype=torch.int32), torch.empty(count, history)
     poison(*histories)
     tokens, probabilities = (history.to(device) for history in histories)
@@ -108,7 +108,7 @@ def test_steps_equal_the_torch_backend(device, samplings, steps):
     for tokens in steps:
         chosen = torch.tensor(tokens[: len(samplings)])
         post_update(chosen.to(device), None, **row_arguments(post_update, ours))
-        torch_backend.post_update(chosen, slots.rows(0, len(samplings)))
+        torch_backend.post_update(chosen, slots.rows(len(samplings)))
         slots.record_step()
         step = slots.pending.popleft()
         slots.outputs.append(step.slots, *step.event())
@@ -172,8 +172,8 @@ def decode_steps(device: torch.device, steps: int, graph: bool) -> RowTensors:
     for _ in range(steps):
         step()
         if not graph:  # the torch backend takes the same steps; rows that have ended are left alone
-            theirs = slots.rows(0, 3)
-            tokens, *_ = torch_backend.sample(logits.cpu().clone(), theirs, slots.host_rows(0, 3))
+            theirs = slots.rows(3)
+            tokens, *_ = torch_backend.sample(logits.cpu().clone(), theirs, slots.host_rows(3))
             torch_backend.post_update(tokens, theirs)
             assert torch.equal(rows.state.cpu(), slots.state)
     return rows
@@ -202,7 +202,7 @@ def test_automata_of_other_integers(device):
 
 
 def test_a_narrowed_block_is_the_same_memory() -> None:
-    rows = slots_for([SamplingConfig(presence_penalty=0.5)] * 3).rows(0, 3)
+    rows = slots_for([SamplingConfig(presence_penalty=0.5)] * 3).rows(3)
     some = tensors_of(rows.narrow(3, 1))
     assert {name for name, tensor in some.items() if 2 in tensor.shape} >= {
         "state", "numbers", "reals", "flags", "stop_token_ids", "output_counts", "in_prompt", "history",

@@ -34,13 +34,13 @@ def slots_for(samplings: list[SamplingConfig], vocab: int, outputs: list[list[in
         slots.add(Prompt(row, str(row), {}, [5 % vocab, 6 % vocab, 7 % vocab], sampling), 0, 1000)
     slots.upload()
     for tokens in outputs or []:
-        torch_backend.post_update(torch.tensor(tokens) % vocab, slots.rows(0, len(tokens)))
+        torch_backend.post_update(torch.tensor(tokens) % vocab, slots.rows(len(tokens)))
     return slots
 
 
 def wishes(slots: InputBatch, device: torch.device, first: int = 0, end: int | None = None) -> dict[str, Tensor | None]:
     """What `sample` takes beside the logits, of slots first..end-1."""
-    rows = slots.rows(first, slots.capacity if end is None else end)
+    rows = slots.rows(slots.capacity).narrow(slots.capacity if end is None else end, first)
     return row_arguments(sample, rows if device.type == "cpu" else copied(rows, device))
 
 
@@ -55,7 +55,7 @@ def run(logits: Tensor, slots: InputBatch, device: torch.device, first: int = 0)
 
 def choose(logits: Tensor, slots: InputBatch) -> tuple[Tensor, Logprobs | None, Tensor | None]:
     """The torch backend's; logits are changed in place."""
-    return torch_backend.sample(logits, slots.rows(0, len(logits)), slots.host_rows(0, len(logits)))
+    return torch_backend.sample(logits, slots.rows(len(logits)), slots.host_rows(len(logits)))
 
 
 def random_logits(seed: int, rows: int, vocab: int, spread: float = 3.0, ties: bool = False) -> Tensor:
@@ -146,9 +146,7 @@ def with_random_grammars(slots: InputBatch, seed: int, states: int = 4, classes:
     token_class = torch.randint(1, 1 + classes, (2, vocab), generator=source, dtype=torch.int32)
     token_class[:, 0] = 1
     grammar = torch.arange(count) % 3 - 1
-    rows = replace(
-        copied(slots.rows(0, count), torch.device("cpu")), grammar_states=tables, grammar_classes=token_class
-    )
+    rows = replace(copied(slots.rows(count), torch.device("cpu")), grammar_states=tables, grammar_classes=token_class)
     rows.state[State.GRAMMAR_STATE] = torch.randint(0, states, (count,), generator=source) * (1 + classes)
     rows.numbers[Number.GRAMMAR_BASE] = torch.where(grammar < 0, -1, grammar * states * (1 + classes))
     rows.numbers[Number.GRAMMAR_CLASS] = grammar
