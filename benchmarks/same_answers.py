@@ -5,7 +5,8 @@
 Both run the same rows: prompts of up to 3,400 tokens, several samples, penalties, stop strings, scored choices,
 jump-forward tokens, grammars on the host and log-probabilities. They do so once with all the memory they want, once with
 so few KV blocks that rows are preempted, and once with a step that runs out of memory. Every token and log-probability
-is compared. Without a GPU the Triton kernels run a few of the rows in Triton's interpreter.
+is compared. Without a GPU the Triton kernels run `--triton-rows` rows with short prompts and answers in Triton's
+interpreter, both revisions at once; each kind of wish needs 12 rows, and they take minutes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ _WISHES: list[dict[str, Any]] = [
 _RUN = """
 import sys
 import torch
-how, *arguments = sys.argv[1:]
+helpers, how, *arguments = sys.argv[1:]
+if how == "interpreted":
+    sys.path.append(helpers)
+    import faster_interpreter
 if how == "preempted":
     import batchmix.memory
     batchmix.memory.kv_blocks = lambda free, block_bytes, blocks_per_row, max_num_seqs: blocks_per_row + 100
@@ -70,8 +74,9 @@ sys.exit(main(["generate", *arguments]))
 """
 
 
-def write_rows(path: Path, count: int, longest: int) -> None:
-    """Rows with wishes of all kinds, and prompts of all lengths up to about `longest` tokens."""
+def write_rows(path: Path, count: int, short: bool) -> None:
+    """Rows with wishes of all kinds, and prompts of all lengths up to about 3,400 tokens. `short`: of 6 words, and as
+    many tokens of an answer, where a ticket is asked for 18."""
     texts = [json.loads(line) for line in (_ROOT / "examples" / "support_tickets.jsonl").open()]
     prompts = [str(row["messages"][0]["content"]) for row in texts]
     with path.open("w") as file:
@@ -79,25 +84,39 @@ def write_rows(path: Path, count: int, longest: int) -> None:
             prompt = prompts[row % len(prompts)]
             if row % 10 == 3:
                 words = " ".join(prompts[row : row + 150]).split()
-                prompt = " ".join(words[: longest * (row % 7 + 1) // 12])
+                prompt = " ".join(words[: 3400 * (row % 7 + 1) // 12])
             wishes = {"seed": row % 5, "max_tokens": 8 + row % 30, **_WISHES[row % len(_WISHES)]}
+            if short:
+                prompt = " ".join(prompt.split()[:6])
+                wishes["max_tokens"] = 18 if wishes.get("structured_outputs", {}).get("json") is _TICKET else 6
             file.write(json.dumps({"id": f"row {row}", "prompt": prompt, "sampling": wishes}) + "\n")
 
 
-def answers(root: Path, rows: Path, out: Path, how: str, *overrides: str, **environment: str) -> pa.Table:
-    """Run `batchmix generate` of the tree at `root`."""
+def start(root: Path, rows: Path, out: Path, how: str, overrides: list[str]) -> subprocess.Popen[bytes]:
+    """`batchmix generate` of the tree at `root`."""
     command = [
-        sys.executable, "-c", _RUN, how, f"data.path={rows}", "data.id_column=id", f"output.dir={out}",
-        "output.token_ids=true", *overrides,
+        sys.executable, "-c", _RUN, str(_ROOT / "tests" / "helpers"), how, f"data.path={rows}", "data.id_column=id",
+        f"output.dir={out}", "output.token_ids=true", *overrides,
     ]  # fmt: skip
-    inherited = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1", **environment}
-    subprocess.run(command, cwd=out.parent, env=inherited, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
+    if how == "interpreted":
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.Popen(command, cwd=out.parent, env=environment)
+
+
+def wait(process: subprocess.Popen[bytes]) -> None:
+    if process.wait():
+        raise SystemExit(f"{process.args}: exit code {process.returncode}")
+
+
+def answers(out: Path) -> pa.Table:
+    """All rows in the order of their numbers."""
     return ds.dataset(out, format="arrow", exclude_invalid_files=True).to_table().sort_by(
         [("row", "ascending"), ("sample_index", "ascending")]
     )  # fmt: skip
 
 
-def compare(rev: str, count: int, overrides: list[str]) -> bool:
+def compare(rev: str, count: int, triton_rows: int, overrides: list[str]) -> bool:
     """Whether all runs agree; prints a line for each."""
     import torch
 
@@ -106,23 +125,24 @@ def compare(rev: str, count: int, overrides: list[str]) -> bool:
         old = Path(folder, "old")
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, rev], cwd=_ROOT, check=True)
         try:
-            small = (
-                []
-                if torch.cuda.is_available()
-                else ["engine.backend=triton", "engine.device=cpu", "model.dtype=float32"]
-            )
-            runs = [(how, count, 3400, [], {}) for how in ("plain", "preempted", "out_of_memory")]
-            runs += [("plain", 12, 12, small, {"TRITON_INTERPRET": "1"})] * bool(small)
-            for number, (how, rows, longest, more, environment) in enumerate(runs):
-                file = Path(folder, f"rows{number}.jsonl")
-                write_rows(file, rows, longest)
-                tables = [
-                    answers(root, file, Path(folder, f"{name}{number}"), how, *more, *overrides, **environment)
-                    for name, root in (("old", old), ("new", _ROOT))
-                ]
+            runs = {how: count for how in ("plain", "preempted", "out_of_memory") if count}
+            if triton_rows and not torch.cuda.is_available():
+                runs["interpreted"] = triton_rows
+            for how, rows in runs.items():
+                file, outs, processes = Path(folder, f"{how}.jsonl"), [], []
+                write_rows(file, rows, short=how == "interpreted")
+                more = ["engine.backend=triton", "engine.device=cpu", "model.dtype=float32"] * (how == "interpreted")
+                for name, root in (("old", old), ("new", _ROOT)):
+                    outs.append(Path(folder, f"{how} {name}"))
+                    processes.append(start(root, file, outs[-1], how, [*more, *overrides]))
+                    if how != "interpreted":  # which takes one core and little memory
+                        wait(processes.pop())
+                for process in processes:
+                    wait(process)
+                tables = list(map(answers, outs))
                 columns = [name for name in tables[0].column_names if name in tables[1].column_names]
                 differing = [name for name in columns if tables[0][name] != tables[1][name]]
-                summary = json.loads(Path(folder, f"new{number}", "_summary.json").read_text())["runs"][-1]
+                summary = json.loads((outs[1] / "_summary.json").read_text())["runs"][-1]
                 print(f"{how} {' '.join(more)}: {tables[0].num_rows} answers,"
                       f" {f'other values in {differing}' if differing else 'all equal'};"
                       f" {summary['prompt_tokens']:,} prompt tokens, {summary['preempted']:,} preempted")  # fmt: skip
@@ -137,9 +157,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rev")
     parser.add_argument("overrides", nargs="*", help="of the configuration, such as model.dtype=bfloat16")
-    parser.add_argument("--rows", type=int, default=120)
+    parser.add_argument("--rows", type=int, default=120, help="of each run with the backend of this machine")
+    parser.add_argument("--triton-rows", type=int, default=12, help="in Triton's interpreter, where there is no GPU")
     given = parser.parse_args()
-    sys.exit(not compare(given.rev, given.rows, given.overrides))
+    sys.exit(not compare(given.rev, given.rows, given.triton_rows, given.overrides))
 
 
 if __name__ == "__main__":
