@@ -36,7 +36,7 @@ from batchmix.planning.cost import footprint
 from batchmix.planning.memory import gpu_cache_bytes, kv_blocks, workspace_bytes
 from batchmix.planning.placement import BUFFERS, RESIDENT_ROWS, Placement
 from batchmix.prompts.stop_strings import StopTable, build_stop_table
-from batchmix.prompts.tokenizer import Tokenizer
+from batchmix.prompts.tokenizer import Tokenizer, vocabulary_bytes
 from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler, open_grammars
 
@@ -238,8 +238,7 @@ def stop_tables(tokenizer: Tokenizer, vocab_size: int) -> Callable[[SamplingConf
     """How a row's stop strings become an automaton over the model's vocabulary, which may be larger or smaller."""
 
     def build(sampling: SamplingConfig) -> StopTable:
-        pieces = tokenizer.token_bytes(sampling.skip_special_tokens)[:vocab_size]
-        pieces = pieces + [b""] * (vocab_size - len(pieces))
+        pieces = vocabulary_bytes(tokenizer, vocab_size, sampling.skip_special_tokens)
         return build_stop_table(sampling.stop or [], pieces, drops_leading_space=tokenizer.drops_leading_space)
 
     return build

@@ -69,6 +69,12 @@ class Tokenizer(Protocol):
         """The bytes that each token contributes to the text, [vocab_size]; b"" for control tokens if skipped."""
 
 
+def vocabulary_bytes(tokenizer: Tokenizer, vocab_size: int, skip_special_tokens: bool = True) -> list[bytes]:
+    """`token_bytes` of a model's vocabulary, which may be larger or smaller than the tokenizer's."""
+    pieces = tokenizer.token_bytes(skip_special_tokens)[:vocab_size]
+    return pieces + [b""] * (vocab_size - len(pieces))
+
+
 def load_tokenizer(folder: Path, chat_template: str = AUTO) -> Tokenizer | None:
     """The tokenizer of a model folder; None where it has none, and then only token ids can be prompts.
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from batchmix.prompts.tokenizer import Tokenizer
+from batchmix.prompts.tokenizer import Tokenizer, vocabulary_bytes
 from batchmix.prompts.vocabulary import join, strip_start
 from batchmix.sampling import SamplingConfig, StructuredOutputs
 from batchmix.structured_output.canonical import Encode, canonical_tokens, canonical_within
@@ -76,8 +76,7 @@ class GrammarCompiler:
     ) -> GrammarCompiler:
         """Those of a tokenizer, for a model whose vocabulary may be larger or smaller. `on_disk`: tables are kept for
         other runs."""
-        pieces = tokenizer.token_bytes(True)[:vocab_size]
-        pieces = pieces + [b""] * (vocab_size - len(pieces))
+        pieces = vocabulary_bytes(tokenizer, vocab_size)
         return cls(
             pieces,
             drops_leading_space=tokenizer.drops_leading_space,
