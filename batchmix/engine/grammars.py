@@ -35,6 +35,7 @@ class GuidedRow:
     text: GrammarMatcher | None
     state: int = 0
     count: int = 0
+    class_row: int = -1  # in `classes`
 
     def follow(self, tokens: np.ndarray, count: int) -> int:
         """The state after the first `count` tokens; never fewer than at the last call."""
@@ -78,8 +79,8 @@ class RowGrammars:
             self.num_forced += bool(grammar.forced)
             table, classes = torch.from_numpy(grammar.table), torch.from_numpy(grammar.token_class)[None]
         self.rows[slot], self.used = row, True
-        base = self.states.acquire(row.keys[0], lambda: table)
-        return base, self.classes.acquire(row.keys[1], lambda: classes), row.state
+        row.class_row = self.classes.acquire(row.keys[1], lambda: classes)
+        return self.states.acquire(row.keys[0], lambda: table), row.class_row, row.state
 
     def release(self, slot: int) -> None:
         """The slot's row goes."""
@@ -114,15 +115,15 @@ class RowGrammars:
             if is_cut or not text.following.goes_on:
                 outputs.finish[slot] = Finish.WHOLE if text.may_end else Finish.FAILED
 
-    def fill_bitmask(self, class_rows: np.ndarray, classes: Tensor) -> None:
-        """Write what may come next in slots 0..N-1 into rows `class_rows` [N] of `classes` int32 [grammars, V], in the
-        order of the device's work. Rows that the host does not follow are left alone."""
-        texts = [(slot, row) for slot, row in enumerate(self.rows[: len(class_rows)]) if row and row.text]
-        if not texts:
+    def fill_bitmask(self, classes: Tensor) -> None:
+        """Write what may come next in the texts that the host follows into their rows of `classes` int32 [grammars, V],
+        in the order of the device's work."""
+        if not self.num_texts:
             return
-        masks = np.stack([row.following().packed for _, row in texts])  # uint8 [texts, V / 8]
+        texts = [row for row in self.rows if row is not None and row.text is not None]
+        masks = np.stack([row.following().packed for row in texts])  # uint8 [texts, V / 8]
         packed = async_copy_to_gpu(masks, classes.device)
         bits = packed[:, :, None] >> torch.arange(8, device=classes.device, dtype=torch.uint8) & 1
-        rows = async_copy_to_gpu(class_rows[[slot for slot, _ in texts]], classes.device)
+        rows = async_copy_to_gpu(np.array([row.class_row for row in texts]), classes.device)
         allowed = bits.flatten(1)[:, : classes.shape[1]].int()
         classes.index_copy_(0, rows, allowed * (_ALLOWED - _FORBIDDEN) + _FORBIDDEN)

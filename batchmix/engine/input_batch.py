@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
 
 import numpy as np
 import torch
@@ -123,8 +122,7 @@ class InputBatch:
         self.planned = np.zeros(size, np.int64)  # tokens of the row once all steps queued by now are done
         # What the device has to be told at the next upload.
         self._slots = np.arange(size)
-        self._source = self._slots.copy()  # the slot whose state it is to take
-        self._fresh = np.zeros(size, np.bool_)  # state that the host made
+        self._source = self._slots.copy()  # the slot whose state it is to take, -1: that of the host
         self._changed = np.zeros(size, np.bool_)  # what rows asked for
         self._moved_blocks = np.zeros(size, np.bool_)
         self._clear(slice(None))
@@ -149,21 +147,21 @@ class InputBatch:
 
     def host_rows(self, count: int) -> HostRows:
         """What only the host knows of slots 0..count-1."""
-        fill_bitmask = partial(self.grammars.fill_bitmask, self.host["grammar_class"][:count])
-        return HostRows(self.num_logprobs[:count], self.grammars.allowed_tokens, fill_bitmask)
+        return HostRows(self.num_logprobs[:count], self.grammars.allowed_tokens, self.grammars.fill_bitmask)
 
     def upload(self) -> None:
         """Tell the device what the host has changed, in the order of its work."""
         changes = [(self._moved_blocks, [self._blocks])]
         if self._uploaded != self.version:
             self._uploaded = self.version
-            moved = np.flatnonzero(self._source != self._slots)
+            is_new = self._source < 0
+            moved = np.flatnonzero(~is_new & (self._source != self._slots))
             if len(moved):  # all at the same time
                 targets, sources = (async_copy_to_gpu(x, self.state.device) for x in (moved, self._source[moved]))
                 self.state.index_copy_(1, targets, self.state.index_select(1, sources))
-                self._source[moved] = moved
+            self._source[:] = self._slots
             state, *asked = self._columns
-            changes += [(self._fresh, [state]), (self._changed, [*asked, self._stops])]
+            changes += [(is_new, [state]), (self._changed, [*asked, self._stops])]
         for changed, buffers in changes:
             slots = np.flatnonzero(changed)
             if len(slots):
@@ -171,8 +169,9 @@ class InputBatch:
                     buffer.upload(slots)
                 changed[:] = False
 
-    def record_planned(self, rows: int, steps: int) -> None:
-        """So many steps of slots 0..rows-1 are queued."""
+    def record_planned(self, steps: int) -> None:
+        """So many steps of the active rows are queued."""
+        rows = self.num_active
         self.planned[:rows] = np.minimum(self.planned[:rows] + steps, self.host["max_tokens"][:rows])
 
     def left(self) -> np.ndarray:
@@ -226,8 +225,7 @@ class InputBatch:
             if sampling.structured_outputs.token_probabilities and self.logprob_history is None:
                 self.logprob_history = torch.zeros_like(self.history, dtype=torch.float32)
         self._set_penalties(slot, prompt)
-        self._fresh[slot] = self._changed[slot] = True
-        self._source[slot] = slot
+        self._source[slot], self._changed[slot] = -1, True
         return slot
 
     def add_blocks(self, slots: np.ndarray, blocks: Sequence[int]) -> None:
@@ -251,12 +249,10 @@ class InputBatch:
         for buffer in self._columns:
             buffer.array[:, slot] = buffer.array[:, last]
         for rows in (self.block_table, self._stops.array, self.num_blocks, self.num_logprobs, self.prompt_tokens,
-                     self.planned, self._fresh, self._source, self.grammars.rows, self.output_counts, self.in_prompt,
+                     self.planned, self._source, self.grammars.rows, self.output_counts, self.in_prompt,
                      *vars(self.outputs).values()):  # fmt: skip
             if rows is not None:
                 rows[slot] = rows[last]
-        if self._fresh[slot]:
-            self._source[slot] = slot
         self._changed[slot] = self._moved_blocks[slot] = True
         for step in self.pending:
             step.slots[step.slots == slot] = -1
@@ -276,8 +272,8 @@ class InputBatch:
         for array in (self.num_blocks, self.prompt_tokens, self.planned, self.outputs.finish, self.outputs.stop_reason,
                       self.outputs.count):  # fmt: skip
             array[slots] = 0
-        self._fresh[slots] = self._changed[slots] = self._moved_blocks[slots] = True
-        self._source[slots] = self._slots[slots]
+        self._source[slots] = -1
+        self._changed[slots] = self._moved_blocks[slots] = True
 
     def _set_stop_tokens(self, slot: int, ids: list[int]) -> None:
         known = self._stops.array
@@ -285,7 +281,6 @@ class InputBatch:
             self._stops = CpuGpuBuffer((len(known), len(ids)), torch.int64, self.async_copy.device, -1)
             self._stops.array[:, : known.shape[1]] = known
             self._stops.upload(self._slots)
-        self._stops.array[slot] = -1
         self._stops.array[slot, : len(ids)] = ids
 
     def _set_penalties(self, slot: int, prompt: Prompt) -> None:
