@@ -313,18 +313,15 @@ def new_schedule(workload: Workload) -> Iterator[ScheduledStep]:
     while not scheduler.is_idle:
         step, batch = scheduler.schedule([], STEPS_PER_READ), scheduler.batch
         for _ in range(step.num_steps if step is not None else 0):
-            alive = batch.left() > 0
+            alive, starting = batch.left()[: step.num_decode] > 0, len(scheduler.running) - step.num_decode
             context = own_keys(workload.shared, (batch.prompt_tokens + batch.planned)[: len(alive)][alive])
             padding = 0 if step.chunks else pad_to_capture_size(sizes, step.num_decode) - step.num_decode
             yield ScheduledStep(
                 step.num_decode, context, tuple((chunk.start, len(chunk.token_ids)) for chunk in step.chunks),
-                step.num_starting, padding, int(alive.sum()) + step.num_starting, scheduler.stats.preempted - preempted,
+                starting, padding, int(alive.sum()) + starting, scheduler.stats.preempted - preempted,
             )  # fmt: skip
             preempted = scheduler.stats.preempted
-            for chunk in step.chunks:
-                if chunk.is_last:
-                    scheduler.start_samples(chunk)
-            batch.record_planned(len(scheduler.running), 1)
+            batch.record_planned(1)
         now = [sequence for sequence, left in zip(scheduler.running, batch.left(), strict=True) if left == 0]
         _finish(scheduler, now if step is None else ended)
         ended = [sequence for sequence in now if step is not None]

@@ -18,7 +18,7 @@ from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import find_jump_forward
 from batchmix.engine.model_runner import ModelRunner
 from batchmix.engine.output_processor import process_outputs
-from batchmix.engine.request import EngineLimits, Request, Step
+from batchmix.engine.request import EngineLimits, Request
 from batchmix.engine.scheduler import Scheduler
 from batchmix.errors import BatchmixError
 from batchmix.models.async_copy import AsyncCopy
@@ -84,10 +84,8 @@ class Engine:
                 yield from self.enqueue(batch.prompts if batch is not None else ())
             if scheduler.is_idle and not more:
                 return
-            self.step()
-            yield from scheduler.take_completed()
-        process_outputs(scheduler, wait_for_all=True)
-        yield from scheduler.take_completed()
+            yield from self.step()
+        yield from process_outputs(scheduler, wait_for_all=True)
 
     def enqueue(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
         """Let prompts wait for a slot; those that cannot run come out at once."""
@@ -113,33 +111,34 @@ class Engine:
         else:
             self.stats.rows_guided_on_host += 1
 
-    def step(self) -> None:
+    def step(self) -> list[Completion]:
         """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued
         before. Where the device has no memory, go on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
+        completions: list[Completion] = []
         jump_forward: list[list[int]] = []
         if batch.num_with_logprobs or batch.grammars.num_forced:
-            process_outputs(scheduler, wait_for_all=True)
+            completions += process_outputs(scheduler, wait_for_all=True)
             if batch.grammars.num_forced:
                 jump_forward = find_jump_forward(batch, scheduler.limits.max_num_batched_tokens)
         one_by_one = jump_forward or batch.num_with_logprobs or batch.grammars.num_texts
         step = scheduler.schedule(jump_forward, 1 if one_by_one else scheduler.limits.steps_per_read)
         if step is None:
-            process_outputs(scheduler, wait_for_all=True)
-            return
+            return completions + process_outputs(scheduler, wait_for_all=True)
         name, streamed = "prefill" if step.chunks else "decode", self.stats.streamed_bytes
         try:
             with self.clock.stage(name):
                 self.runner.run(step)
-                process_outputs(scheduler, wait_for_all=False)
+                completions += process_outputs(scheduler, wait_for_all=False)
             self.stats.streamed_bytes = self.model.streamed_bytes + self.cache.streamed_bytes
             self.stats.decode_streamed_bytes += 0 if step.chunks else self.stats.streamed_bytes - streamed
-            return
+            return completions
         except torch.OutOfMemoryError:
             pass  # what the step held is freed with the traceback, so before it is tried again
-        self._retry_with_half_the_batch(name, step)
+        self._retry_with_half_the_batch(name)
+        return completions
 
-    def _retry_with_half_the_batch(self, name: str, step: Step) -> None:
+    def _retry_with_half_the_batch(self, name: str) -> None:
         """Let every row wait again, and go on with half as many. Rows, keyed as they are, end the same."""
         scheduler, limits = self.scheduler, self.scheduler.limits
         capacity, batched = limits.max_num_seqs, limits.max_num_batched_tokens
@@ -153,7 +152,7 @@ class Engine:
                 "out of memory with one row at a time; lower engine.gpu_memory_utilization or model.max_model_len"
             )
         self.stats.completion_tokens -= int(scheduler.batch.outputs.count[: scheduler.batch.num_active].sum())
-        rows = scheduler.requeue_all(step)
+        rows = scheduler.requeue_all()
         batched_now, capacity_now = max(limits.prefill_chunk, batched // 2), max(1, capacity // 2)
         scheduler.renew(replace(limits, max_num_seqs=capacity_now, max_num_batched_tokens=batched_now))
         self.runner.renew()

@@ -14,13 +14,14 @@ from batchmix.engine.cuda_graphs import Capture, StepGraphs, capture_sizes, pad_
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.jump_forward import append_jump_forward
 from batchmix.engine.output_processor import wait_for_steps
-from batchmix.engine.request import EngineLimits, Request, Step
+from batchmix.engine.request import EngineLimits, Request, ScheduledChunk, Step
 from batchmix.engine.scheduler import Scheduler
 from batchmix.models.async_copy import AsyncCopy, async_copy_to_gpu
 from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.step_tokens import PrefillChunk, StepTokens
 from batchmix.observability.device_clock import DeviceClock
+from batchmix.observability.engine_stats import EngineStats
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
 
@@ -30,43 +31,6 @@ _LOGIT_ROWS = 256  # scored tokens whose logits exist at once
 def pad(tokens: int, tile: int) -> int:
     """`tokens` rounded up to a count that a step may have, a multiple of the backend's `row_tile`."""
     return -(-tokens // tile) * tile
-
-
-def sample(model: Mixtral, batch: InputBatch, logits: Tensor) -> None:
-    """Append a token to slots 0..R-1. logits float32 [R, V], modified in place."""
-    rows = batch.rows(len(logits))
-    tokens, logprobs, processed_logprobs = model.ops.sample(logits, rows, batch.host_rows(len(logits)))
-    model.tp.broadcast(tokens)
-    if logprobs is not None:  # read back in every step, so what is planned is what there is
-        batch.outputs.append_logprobs(logprobs, batch.planned[logprobs.rows])
-    model.ops.post_update(tokens, rows, processed_logprobs)
-
-
-@torch.inference_mode()
-def run_largest_step(
-    model: Mixtral, rows: int, prefill_tokens: int, kv_dtype: torch.dtype, block_size: int = BLOCK_SIZE
-) -> None:
-    """A token for `rows` rows of full length, sampled, and `prefill_tokens` prompt tokens, all in the scratch block."""
-    device, ops = model.weights.embedding.device, model.ops
-    cache = KVCache(model.config, 1, block_size, kv_dtype, device)
-    max_model_len = len(model.cos)
-    width = -(-max_model_len // block_size)
-    limits = EngineLimits(rows, rows + prefill_tokens, max_model_len, 1, block_size, ops.row_tile)
-    batch = InputBatch(model.config.vocab_size, (2,), None, AsyncCopy(device), None, limits)
-    prompt = Prompt(0, "", {}, range(max_model_len), SamplingConfig(temperature=1.0, top_p=0.9))
-    for number in range(rows):
-        batch.add(prompt, number, max_tokens=1)
-    batch.upload()
-    chunks = [
-        PrefillChunk(rows + offset, 0, min(max_model_len, prefill_tokens - offset), [SCRATCH_BLOCK] * width)
-        for offset in range(0, prefill_tokens, max_model_len)
-    ]
-    size, decode = pad(rows + prefill_tokens, ops.row_tile), batch.decode_tokens(rows, rows, width)
-    shared = ops.find_shared(model, cache, batch.block_table[:rows], batch.prompt_tokens[:rows], batch.version)
-    model.expert_load.set_num_valid(rows + prefill_tokens)
-    token_ids = torch.zeros(size, dtype=torch.int64, device=device)
-    hidden = model(token_ids, ops.attend(model, cache, StepTokens(size, decode, chunks, shared)))
-    sample(model, batch, model.logits(hidden[: pad(rows, ops.row_tile)])[:rows])
 
 
 class ModelRunner:
@@ -90,7 +54,7 @@ class ModelRunner:
             scored = self._run_ragged(step)
         else:
             self._run_decode(step)
-        batch.record_planned(step.num_decode + step.num_starting, step.num_steps)
+        batch.record_planned(step.num_steps)
         batch.record_step(scored)
         stats.running = len(self.scheduler.running)
         stats.kv_blocks_used = self.scheduler.pool.num_used
@@ -100,10 +64,15 @@ class ModelRunner:
         return self.model(token_ids, self.cache.around_step(self.model.ops.attend(self.model, self.cache, step), step))
 
     def _sample(self, logits: Tensor) -> None:
-        batch = self.scheduler.batch
+        """Append a token to slots 0..R-1. logits float32 [R, V], modified in place."""
+        model, batch, rows = self.model, self.scheduler.batch, self.scheduler.batch.rows(len(logits))
         if batch.grammars.num_texts:  # the host finds the next masks while the model runs
             wait_for_steps(self.scheduler, wait_for_all=True)
-        sample(self.model, batch, logits)
+        tokens, logprobs, processed_logprobs = model.ops.sample(logits, rows, batch.host_rows(len(logits)))
+        model.tp.broadcast(tokens)
+        if logprobs is not None:  # read back in every step, so what is planned is what there is
+            batch.outputs.append_logprobs(logprobs, batch.planned[logprobs.rows])
+        model.ops.post_update(tokens, rows, processed_logprobs)
 
     # A token for each row.
 
@@ -146,22 +115,20 @@ class ModelRunner:
 
     def _run_ragged(self, step: Step) -> Callable[[], None] | None:
         """Generated tokens, of rows and then jump-forward ones; then prompt chunks. Returns as `_score`."""
-        model, scheduler, batch, stats = self.model, self.scheduler, self.scheduler.batch, self.scheduler.stats
+        model, batch, stats = self.model, self.scheduler.batch, self.scheduler.stats
         rows, num_decode, decode, shared = step.num_decode, step.num_decode + step.num_jump_forward, None, None
         width, generated = self._width(rows) if rows else 0, batch.token[:rows]  # ids of generated tokens
+        batch.upload()
         if step.num_jump_forward:
-            batch.upload()
             decode, generated = append_jump_forward(batch, step.jump_forward, width)
             stats.jump_forward_tokens += step.num_jump_forward
             stats.completion_tokens += step.num_jump_forward
+        elif rows:
+            decode, shared = batch.decode_tokens(rows, rows, width), self._find_shared(rows)
         chunks, num_tokens = list[PrefillChunk](), num_decode
         for chunk in step.chunks:
             chunks.append(PrefillChunk(num_tokens, chunk.start, len(chunk.token_ids), chunk.blocks))
             num_tokens += len(chunk.token_ids)
-        copies = [copy for chunk in step.chunks if chunk.is_last for copy in scheduler.start_samples(chunk)]
-        batch.upload()
-        if rows and decode is None:
-            decode, shared = batch.decode_tokens(rows, rows, width), self._find_shared(rows)
         size = pad(num_tokens, model.ops.row_tile)
         ids = np.zeros(size - num_decode, np.int64)
         ids[: num_tokens - num_decode] = [token_id for chunk in step.chunks for token_id in chunk.token_ids]
@@ -169,8 +136,8 @@ class ModelRunner:
         model.expert_load.set_num_valid(num_tokens)
         with self.device_clock.work("prefill" if chunks else "decode"):
             hidden = self._forward(token_ids, StepTokens(size, decode, chunks, shared))
-            if copies:
-                self.cache.copy_blocks(*zip(*copies, strict=True))
+            if step.block_copies:
+                self.cache.copy_blocks(*zip(*step.block_copies, strict=True))
             # The rows that decode, then one for each sample that starts, in the order of their slots.
             last = [packed.offset + packed.length - 1 for packed in chunks]
             wanted = [*range(rows)]
@@ -179,8 +146,6 @@ class ModelRunner:
             if wanted:
                 self._sample(self._logits(hidden, wanted))
             scored = self._score(hidden, step, last)
-        for chunk in step.chunks:
-            scheduler.pool.release(chunk.blocks[len(chunk.request.blocks) :])
         if chunks:
             stats.first_prefill_time = stats.first_prefill_time or time.time()
             stats.refills += bool(rows)
@@ -226,3 +191,23 @@ class ModelRunner:
                 request.num_pending -= 1
 
         return add
+
+
+@torch.inference_mode()
+def run_largest_step(
+    model: Mixtral, rows: int, prefill_tokens: int, kv_dtype: torch.dtype, block_size: int = BLOCK_SIZE
+) -> None:
+    """A token for `rows` rows of full length, sampled, and `prefill_tokens` prompt tokens, all in the scratch block."""
+    device, max_model_len = model.weights.embedding.device, len(model.cos)
+    width = -(-max_model_len // block_size)
+    limits = EngineLimits(rows, rows + prefill_tokens, max_model_len, 1, block_size, model.ops.row_tile)
+    make_batch = partial(InputBatch, model.config.vocab_size, (2,), None, AsyncCopy(device), None)
+    scheduler = Scheduler(make_batch, limits, EngineStats())
+    prompt = Prompt(0, "", {}, range(max_model_len), SamplingConfig(temperature=1.0, top_p=0.9))
+    for number in range(rows):
+        scheduler.batch.add(prompt, number, max_tokens=1)
+    scheduler.batch.num_blocks[:rows] = width
+    lengths = [min(max_model_len, prefill_tokens - first) for first in range(0, prefill_tokens, max_model_len)]
+    chunks = [ScheduledChunk(Request(prompt, []), [0] * length, 0, [SCRATCH_BLOCK] * width) for length in lengths]
+    runner = ModelRunner(model, KVCache(model.config, 1, block_size, kv_dtype, device), scheduler, capture=None)
+    runner.run(Step(rows, chunks=chunks))

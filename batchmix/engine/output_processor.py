@@ -12,17 +12,12 @@ from batchmix.engine.request import Request, RunningSequence
 from batchmix.engine.scheduler import Scheduler
 from batchmix.kernels.row_state import Finish
 from batchmix.models.philox import row_key, uniform
-from batchmix.records import Completion, FinishReason
-
-_FINISH_REASON: dict[int, FinishReason] = {
-    Finish.EOS: "stop", Finish.STOP_TOKEN: "stop", Finish.STOP_STRING: "stop", Finish.WHOLE: "stop",
-    Finish.LENGTH: "length",
-}  # fmt: skip
+from batchmix.records import Completion
 
 
-def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> None:
-    """Read back what steps have done, and take what has ended to `scheduler.completed`. Unless it is to `wait_for_all`,
-    the last step is not waited for where results come late: it runs meanwhile."""
+def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> list[Completion]:
+    """Read back what steps have done, and take out what has ended. Unless it is to `wait_for_all`, the last step is not
+    waited for where results come late: it runs meanwhile."""
     wait_for_steps(scheduler, wait_for_all)
     ended = np.flatnonzero(scheduler.batch.outputs.finish[: len(scheduler.running)])
     completions = [_completion(scheduler.running[slot], scheduler.batch, slot) for slot in ended.tolist()]
@@ -36,7 +31,7 @@ def process_outputs(scheduler: Scheduler, wait_for_all: bool) -> None:
         chosen = _choices(request)
         scheduler.stats.completion_tokens += sum(completion.num_tokens for completion in chosen)
         completions += chosen
-    scheduler.completed += completions
+    return completions
 
 
 def wait_for_steps(scheduler: Scheduler, wait_for_all: bool) -> None:
@@ -75,7 +70,7 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
     return Completion(
         prompt, sequence.sample,
         outputs.tokens[slot, : count - (finish in (Finish.EOS, Finish.STOP_TOKEN))].tolist(),
-        _FINISH_REASON[finish], stop_reason, num_tokens=count,
+        "length" if finish == Finish.LENGTH else "stop", stop_reason, num_tokens=count,
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
         logprobs=logprobs,
         guided_logprobs=outputs.processed_logprobs[slot, :count].tolist() if wants_guided else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +34,7 @@ class RunningSequence:
 
     prompt: Prompt
     sample: int
-    order: int  # of its start; the most recently started is preempted first
+    order: int = field(default_factory=itertools.count().__next__)  # of its start; the last one is preempted first
 
 
 @dataclass(eq=False)
@@ -61,21 +62,22 @@ class ScheduledChunk:
     request: Request
     token_ids: list[int]
     start: int  # position of the first
-    blocks: list[int]  # the request's, then those of a choice, which are free again once the step is queued
+    blocks: list[int]  # the request's, then those of a choice, which the next step may use for others
     choice: int | None = None  # the one whose tokens' logits are wanted
     is_last: bool = False  # of its prompt: the logits of its last token start the samples
 
 
 @dataclass
 class Step:
-    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks. Without the
-    latter two it may run `num_steps` times before the host looks at the outcome."""
+    """A step for the model runner: a token of slots 0..num_decode-1, their jump-forward tokens, and chunks, the last of
+    which give the slots from num_decode on their first tokens. Without jump-forward tokens and chunks it may run
+    `num_steps` times before the host looks at the outcome."""
 
     num_decode: int
     num_steps: int = 1
     jump_forward: list[list[int]] = field(default_factory=list)  # of each slot; empty where there are none
     chunks: list[ScheduledChunk] = field(default_factory=list)
-    num_starting: int = 0  # samples that the last chunks of their prompts start
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to), once keys and values are written
 
     @property
     def num_jump_forward(self) -> int:

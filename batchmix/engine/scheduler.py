@@ -16,7 +16,7 @@ from batchmix.engine.block_manager import BlockPool, PrefixCache
 from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.request import EngineLimits, Request, RunningSequence, ScheduledChunk, Step
 from batchmix.observability.engine_stats import EngineStats
-from batchmix.records import Completion, Prompt
+from batchmix.records import Prompt
 
 MIN_BUDGET = 1024  # tokens of a step with chunks: with fewer, reading the weights takes longer than arithmetic
 _RAMP = 1 / 3  # share of startable among running and startable sequences from which steps are as large as they may be
@@ -35,8 +35,6 @@ class Scheduler:
     ) -> None:
         self.block_size, self.stats = limits.block_size, stats
         self.waiting: deque[Request] = deque()
-        self.completed: list[Completion] = []  # to be handed out
-        self.num_started = 0
         self.mean_answer = 0.0  # tokens of the completions so far
         self._prompts, self._prompt_tokens = 0, 0  # so far, and their tokens that no prefix covers
         self._make_batch = make_batch
@@ -63,11 +61,6 @@ class Scheduler:
         """Whether no request is here."""
         return not (self.waiting or self.running or self.prefilling or self.scoring)
 
-    def take_completed(self) -> list[Completion]:
-        """Completions that were not taken yet."""
-        taken, self.completed = self.completed, []
-        return taken
-
     # The next step.
 
     def schedule(self, jump_forward: list[list[int]], num_steps: int) -> Step | None:
@@ -89,6 +82,8 @@ class Scheduler:
             self._add_chunks(step, self._budget(free) - step.num_decode - step.num_jump_forward, free)
         if step.chunks:  # of sequences that were preempted just now, where nothing waited before
             step.num_steps = 1
+        for chunk in step.chunks:  # blocks of choices: what is queued later may write to them
+            self.pool.release(chunk.blocks[len(chunk.request.blocks) :])
         self.stats.waiting = len(self.waiting)
         return step if step.chunks or step.num_decode else None
 
@@ -170,9 +165,8 @@ class Scheduler:
         sequence = self.running[slot]
         self.pool.release(self.batch.block_table[slot, : self.batch.num_blocks[slot]].tolist())
         self.batch.remove(slot, sequence.prompt.sampling)
-        last = self.running.pop()
-        if last is not sequence:
-            self.running[slot] = last
+        self.running[slot] = self.running[-1]
+        self.running.pop()
 
     def record_answers(self, lengths: Iterable[int]) -> None:
         """Take the lengths of answers that have ended in one step into their mean."""
@@ -208,9 +202,7 @@ class Scheduler:
         length = min(limits.prefill_chunk - start % limits.prefill_chunk, end - start)
         if length > room and limits.cuts_prompts:  # at whole blocks, which others may share
             length = (start + room) // self.block_size * self.block_size - start
-        elif length > room and not is_first:
-            return None
-        if length <= 0:
+        if length <= 0 or (length > room and not is_first):
             return None
         is_last = start + length == len(ids)
         return ScheduledChunk(request, list(ids[start : start + length]), start, request.blocks, is_last=is_last)
@@ -238,20 +230,20 @@ class Scheduler:
             request.next_choice += 1
         if chunk.is_last:
             self.prefilling = None
-            step.num_starting += len(request.samples)
+            step.block_copies += self._start_samples(request)
         elif request.choices is not None and request.next_choice == len(request.choices):
             self.prefilling = None
             self.scoring.append(request)
 
     def _start(self, step: Step, free: float) -> Request | None:
-        """Take the first waiting request into prefill, with blocks and promised slots for as many samples as fit."""
+        """Take the first waiting request into prefill, with blocks for as many samples as there are slots."""
         if not self.waiting:
             return None
         request, size = self.waiting[0], self.block_size
         prompt, samples, length = request.prompt, request.samples, len(request.prompt.token_ids)
         if request.choices is None:
-            samples = samples[: max(0, self.batch.capacity - len(self.running) - step.num_starting)]
-            alone = not (self.running or step.chunks or self.scoring)
+            samples = samples[: self.batch.capacity - len(self.running)]
+            alone = not (self.running or self.scoring or step.chunks)
             if not samples or not (alone or self._needed_tokens(prompt, len(samples)) <= free):
                 return None
             held = needed = -(-(length + 1) // size)
@@ -274,9 +266,9 @@ class Scheduler:
         self.stats.shared_tokens += request.computed
         return request
 
-    def start_samples(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
+    def _start_samples(self, request: Request) -> list[tuple[int, int]]:
         """Give a slot to each sample of a prompt whose last chunk is in the step. Blocks to copy, (from, to) each."""
-        request, prompt = chunk.request, chunk.request.prompt
+        prompt = request.prompt
         limit = min(prompt.sampling.max_tokens, self.limits.max_model_len - len(prompt.token_ids))
         copies = []
         for number, sample in enumerate(request.samples):
@@ -287,8 +279,7 @@ class Scheduler:
                 blocks[-1] = request.sample_blocks[number - 1]
             slot = self.batch.add(prompt, sample, limit)
             self.batch.add_blocks(np.full(len(blocks), slot), blocks)
-            self.running.append(RunningSequence(prompt, sample, self.num_started))
-            self.num_started += 1
+            self.running.append(RunningSequence(prompt, sample))
         return copies
 
     # Blocks.
@@ -304,15 +295,14 @@ class Scheduler:
 
     # Out of memory.
 
-    def requeue_all(self, step: Step) -> int:
-        """Let all that runs, is in prefill or starts in `step` wait again, in the order of its start; count prompts."""
+    def requeue_all(self) -> int:
+        """Let all that runs or is in prefill wait again, in the order of its start; count prompts."""
         again: dict[int, Request] = {}
         sequences = sorted(self.running, key=lambda sequence: sequence.order)
         found = [Request(sequence.prompt, [sequence.sample]) for sequence in sequences]
-        found += [chunk.request for chunk in step.chunks if chunk.is_last]  # their samples may not have started
         found += [*self.scoring, *([self.prefilling] if self.prefilling else [])]
         for one in found:
             known = again.setdefault(id(one.prompt), Request(one.prompt, [], one.choices, one.end_tokens))
-            known.samples += [sample for sample in one.samples if sample not in known.samples]
+            known.samples += one.samples
         self.waiting.extendleft(reversed(again.values()))
         return len(again)

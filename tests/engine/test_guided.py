@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from links import FakeLink
 
 from batchmix.engine import engine as engine_module
-from batchmix.engine.output_processor import process_outputs
+from batchmix.engine.output_processor import wait_for_steps
 from batchmix.models.triton_ops import TritonOperators
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig, StructuredOutputs
@@ -203,7 +203,7 @@ def see_each_step(tried) -> list[list[int]]:
 
     def run_and_record(step):
         original(step)
-        process_outputs(scheduler, wait_for_all=True)
+        wait_for_steps(scheduler, wait_for_all=True)
         counts = scheduler.batch.outputs.count[: len(scheduler.running)].tolist()
         assert scheduler.batch.planned[: len(scheduler.running)].tolist() == counts
         lengths.append(counts)
