@@ -5,7 +5,8 @@
 The stand-in gives the same hidden states and logits at every call, over a vocabulary of 64 tokens, so that what is left
 is the engine's own work in decode steps: it does not grow with the model. Sampling is told apart, since it is arithmetic over
 [rows, vocabulary] that a GPU does in a kernel; and so are all of the backend's and torch's operators, which a GPU takes as
-launches: what is left is the host's own. One thread, on a machine that does nothing else.
+launches: what is left is the host's own. CPU time of one thread. What the host does on a GPU whenever rows come or go, to
+find the KV blocks that they have in common, is timed apart.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from batchmix.engine.engine import Engine
 from batchmix.engine.request import EngineLimits
+from batchmix.kernels.shared_splits import find_shared_splits
 from batchmix.memory import keep_freed_memory
 from batchmix.models import torch_backend
 from batchmix.models.expert_load import ExpertLoad
@@ -133,6 +135,20 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
     return seconds
 
 
+def shared_splits_ms(rows: int, shared: int) -> float:
+    """To find what `rows` rows of 1,100 tokens have in common, whose first `shared` tokens are the same."""
+    blocks, common = -(-1100 // 64), shared // 64
+    table = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
+    table[:, :common] = table[0, :common]
+    arguments = torch.from_numpy(table), torch.full((rows,), 1100), 64, 4, rows
+    took = []
+    for _ in range(50):
+        started = time.process_time()
+        find_shared_splits(*arguments)
+        took.append(time.process_time() - started)
+    return float(np.median(took)) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
@@ -150,8 +166,12 @@ def main() -> None:
               f" {parts[1]:.2f} of them to sample the tokens; without the operators of backend and torch {host:.2f} ms")  # fmt: skip
         found[name] = {"median_ms": round(whole, 3), "sample_ms": round(parts[1], 3), "99_percent_ms": round(slow, 3),
                        "host_ms": round(host, 3)}  # fmt: skip
+    shared = {tokens: round(shared_splits_ms(args.rows, tokens), 3) for tokens in (0, 700)}
+    print(f"shared KV blocks of {args.rows:,} rows, found anew: {shared[0]:.2f} ms where there are none, {shared[700]:.2f} ms"
+          " where all rows share 700 tokens")  # fmt: skip
     if args.save:
-        save("step", {"rows": args.rows, "steps": args.steps, "beside_the_model": found})
+        save("step", {"rows": args.rows, "steps": args.steps, "beside_the_model": found,
+                      "shared_kv_blocks_ms": shared})  # fmt: skip
 
 
 if __name__ == "__main__":

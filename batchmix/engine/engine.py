@@ -112,8 +112,8 @@ class Engine:
             self.stats.rows_guided_on_host += 1
 
     def step(self) -> list[Completion]:
-        """Schedule a step, queue it, and process what those before it did; all of them where nothing can be queued
-        before. Where the device has no memory, go on with half the batch."""
+        """Schedule a step, queue it, and process what the steps before it have done. Where the device has no memory, go
+        on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         completions: list[Completion] = []
         jump_forward: list[list[int]] = []
@@ -121,18 +121,15 @@ class Engine:
             completions += process_outputs(scheduler, wait_for_all=True)
             if batch.grammars.num_forced:
                 jump_forward = find_jump_forward(batch, scheduler.limits.max_num_batched_tokens)
-        one_by_one = jump_forward or batch.num_with_logprobs or batch.grammars.num_texts
-        step = scheduler.schedule(jump_forward, 1 if one_by_one else scheduler.limits.steps_per_read)
-        if step is None:
+        reads_each_step = jump_forward or batch.num_with_logprobs or batch.grammars.num_texts
+        step = scheduler.schedule(jump_forward, 1 if reads_each_step else scheduler.limits.steps_per_read)
+        if step is None:  # before the next one all that is queued has to be read
             return completions + process_outputs(scheduler, wait_for_all=True)
-        name, streamed = "prefill" if step.chunks else "decode", self.stats.streamed_bytes
+        name = "prefill" if step.chunks else "decode"
         try:
             with self.clock.stage(name):
                 self.runner.run(step)
-                completions += process_outputs(scheduler, wait_for_all=False)
-            self.stats.streamed_bytes = self.model.streamed_bytes + self.cache.streamed_bytes
-            self.stats.decode_streamed_bytes += 0 if step.chunks else self.stats.streamed_bytes - streamed
-            return completions
+                return completions + process_outputs(scheduler, wait_for_all=False)
         except torch.OutOfMemoryError:
             pass  # what the step held is freed with the traceback, so before it is tried again
         self._retry_with_half_the_batch(name)

@@ -38,7 +38,7 @@ _READ = slice(State.GENERATED, State.STOP_REASON + 1)  # of the state: what the 
 _BLOCKS: tuple[tuple[type[IntEnum], torch.dtype], ...] = (
     (State, torch.int64), (Number, torch.int64), (Real, torch.float32), (Flag, torch.bool),
 )  # fmt: skip
-_NONE = ("bias_row", "stop_base", "grammar_base", "grammar_class")  # -1 where a row has no such table
+_TABLES = ("bias_row", "stop_base", "grammar_base", "grammar_class")  # -1 where a row has no such table
 # Fields that are the prompt's sampling key.
 _AS_ASKED = ("min_tokens", "top_k", "seed", *(real.name.lower() for real in Real), "ignore_eos")
 _versions = itertools.count()  # of all batches of a process
@@ -261,11 +261,11 @@ class InputBatch:
         self._clear(last)
 
     def _clear(self, slots: int | slice) -> None:
-        """Make free slots ones that a step may run over: a token in the scratch block, and no wishes."""
+        """Make free slots ones that a step may run over: a token in the scratch block, with nothing asked for."""
         for buffer in self._columns:
             buffer.array[:, slots] = 0
         self.host["finish"][slots] = Finish.FREE
-        for name in _NONE:
+        for name in _TABLES:
             self.host[name][slots] = -1
         self.block_table[slots] = SCRATCH_BLOCK
         self._stops.array[slots] = self.num_logprobs[slots] = -1

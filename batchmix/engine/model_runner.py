@@ -56,7 +56,9 @@ class ModelRunner:
             self._run_decode(step)
         batch.record_planned(step.num_steps)
         batch.record_step(scored)
-        stats.running = len(self.scheduler.running)
+        streamed = self.model.streamed_bytes + self.cache.streamed_bytes
+        stats.decode_streamed_bytes += 0 if step.chunks else streamed - stats.streamed_bytes
+        stats.streamed_bytes, stats.running = streamed, len(self.scheduler.running)
         stats.kv_blocks_used = self.scheduler.pool.num_used
 
     def _forward(self, token_ids: Tensor, step: StepTokens) -> Tensor:

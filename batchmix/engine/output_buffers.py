@@ -60,9 +60,7 @@ class OutputBuffers:
         slots, length, k = logprobs.rows, int(place.max()) + 1, logprobs.top.shape[1]
         self.logprobs = _grow(self.logprobs, length)
         self.logprobs[slots, place] = logprobs.chosen.cpu().numpy()
-        wider = max(0, k - self.top_ids.shape[2])
-        self.top_ids = _grow(np.pad(self.top_ids, ((0, 0), (0, 0), (0, wider))), length)
-        self.top_logprobs = _grow(np.pad(self.top_logprobs, ((0, 0), (0, 0), (0, wider))), length)
+        self.top_ids, self.top_logprobs = _grow(self.top_ids, length, k), _grow(self.top_logprobs, length, k)
         self.top_ids[slots, place, :k] = logprobs.top_ids.cpu().numpy()
         self.top_logprobs[slots, place, :k] = logprobs.top.cpu().numpy()
 
@@ -78,9 +76,9 @@ class OutputBuffers:
         ]
 
 
-def _grow(log: np.ndarray, length: int) -> np.ndarray:
-    """`log` with room for `length` tokens along its second axis, doubling it where there is none."""
-    if length <= log.shape[1]:
-        return log
-    extra = max(length, 2 * log.shape[1]) - log.shape[1]
-    return np.pad(log, ((0, 0), (0, extra)) + ((0, 0),) * (log.ndim - 2))
+def _grow(log: np.ndarray, length: int, width: int = 0) -> np.ndarray:
+    """`log` with room for `length` tokens along its second axis, doubling it where there is none, and for `width` values
+    along a third."""
+    extra = max(length, 2 * log.shape[1]) - log.shape[1] if length > log.shape[1] else 0
+    wider = max(0, width - log.shape[2]) if log.ndim == 3 else 0
+    return np.pad(log, ((0, 0), (0, extra), (0, wider))[: log.ndim]) if extra or wider else log
