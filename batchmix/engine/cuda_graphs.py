@@ -53,10 +53,6 @@ class StepGraphs:
         self._graphs: OrderedDict[Hashable, Queue | None] = OrderedDict()  # None: ran once
         self._tables: Hashable = None
 
-    @property
-    def enabled(self) -> bool:
-        return self._capture is not None
-
     def prepare(self, key: Hashable, tables: Hashable, step: Queue) -> Queue:
         """The step, or its graph. `tables` names the memory that graphs rely on: with another one they are dropped."""
         assert self._capture is not None

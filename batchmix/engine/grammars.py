@@ -30,7 +30,7 @@ _ONE_STATE = torch.tensor([[0, 0], [0, NEVER_ENDS], [0, 0]])  # [1 + classes, 2]
 class GuidedRow:
     """A row's grammar with a table, and its state after `count` tokens; or its text, which the host follows."""
 
-    keys: tuple[Hashable, Hashable]  # of its tables in `states` and `classes`
+    key: Hashable  # of its tables in `states` and `classes`
     grammar: CompiledGrammar | None
     text: GrammarMatcher | None
     state: int = 0
@@ -62,7 +62,6 @@ class RowGrammars:
         self.rows: list[GuidedRow | None] = [None] * size
         self.num_texts = 0  # that the host follows
         self.num_forced = 0  # rows whose grammar may leave no choice
-        self.used = False  # whether there has been a row with a grammar: without any, steps do not look for them
 
     def acquire(self, slot: int, sampling: SamplingConfig, max_tokens: int) -> tuple[int, int, int]:
         """The row's grammar: where it begins in `states`, its row in `classes`, and the first state."""
@@ -71,24 +70,24 @@ class RowGrammars:
         assert grammar.tokens_needed(sampling.min_tokens) <= max_tokens, "rows without room for an answer are refused"
         if isinstance(grammar, HostGrammar):
             text = GrammarMatcher(grammar)
-            row = GuidedRow(("text", text), None, text)
+            row = GuidedRow(text, None, text)
             table, classes = _ONE_STATE, torch.full((1, self.classes.data.shape[1]), _ALLOWED)
             self.num_texts += 1
         else:
-            row = GuidedRow((key, key), grammar, None, grammar.start)
+            row = GuidedRow(key, grammar, None, grammar.start)
             self.num_forced += bool(grammar.forced)
             table, classes = torch.from_numpy(grammar.table), torch.from_numpy(grammar.token_class)[None]
-        self.rows[slot], self.used = row, True
-        row.class_row = self.classes.acquire(row.keys[1], lambda: classes)
-        return self.states.acquire(row.keys[0], lambda: table), row.class_row, row.state
+        self.rows[slot] = row
+        row.class_row = self.classes.acquire(row.key, lambda: classes)
+        return self.states.acquire(row.key, lambda: table), row.class_row, row.state
 
     def release(self, slot: int) -> None:
         """The slot's row goes."""
         if (row := self.rows[slot]) is not None:
             self.num_texts -= row.text is not None
             self.num_forced -= row.grammar is not None and bool(row.grammar.forced)
-            self.states.release(row.keys[0])
-            self.classes.release(row.keys[1])
+            self.states.release(row.key)
+            self.classes.release(row.key)
 
     def allowed_tokens(self, slot: int, state: int, left: int) -> TokenSet:
         """What the slot's row may choose from in a state of its grammar, with `left` tokens after this one."""

@@ -138,11 +138,12 @@ class InputBatch:
 
     def rows(self, count: int) -> RowTensors:
         """What operators read and change of slots 0..count-1."""
-        states, classes = self.grammars.states.data, self.grammars.classes.data
+        tables = self.grammars.states.data, self.grammars.classes.data
+        # Where no row has had a grammar yet, steps do not look for any.
+        states, classes = tables if len(tables[0]) else (None, None)
         return RowTensors(
             self.state, self.numbers, self.reals, self.flags, self._stops.tensor, self.eos_token_ids, self.biases.data,
-            self.automata.data, self.output_counts, self.in_prompt, states if self.grammars.used else None,
-            classes if self.grammars.used else None, self.history, self.logprob_history,
+            self.automata.data, self.output_counts, self.in_prompt, states, classes, self.history, self.logprob_history,
         ).narrow(count)  # fmt: skip
 
     def host_rows(self, count: int) -> HostRows:

@@ -37,13 +37,13 @@ class ModelRunner:
     """Queues steps. Steps that only decode are CUDA graphs where there are any."""
 
     def __init__(self, model: Mixtral, cache: KVCache, scheduler: Scheduler, capture: Capture | None) -> None:
-        self.model, self.cache, self.scheduler, self._capture = model, cache, scheduler, capture
+        self.model, self.cache, self.scheduler, self.capture = model, cache, scheduler, capture
         self.device_clock = DeviceClock(cache.keys.device)
         self.renew()
 
     def renew(self) -> None:
         """Drop all graphs: the scheduler has another batch."""
-        self.graphs = StepGraphs(self._capture, self.scheduler.stats)
+        self.graphs = StepGraphs(self.capture, self.scheduler.stats)
         self.capture_sizes = capture_sizes(self.scheduler.batch.capacity)
 
     def run(self, step: Step) -> None:
@@ -81,7 +81,7 @@ class ModelRunner:
     def _run_decode(self, step: Step) -> None:
         batch, rows = self.scheduler.batch, step.num_decode
         # The host keeps some rows' log-probabilities, or finds their masks.
-        captured = self.graphs.enabled and not batch.num_with_logprobs and not batch.grammars.num_texts
+        captured = self.capture is not None and not batch.num_with_logprobs and not batch.grammars.num_texts
         # A captured step runs over free slots too, so that few sizes serve all.
         size = pad_to_capture_size(self.capture_sizes, rows) if captured else pad(rows, self.model.ops.row_tile)
         width = self._width(rows)

@@ -94,7 +94,7 @@ def test_whatever_fits_the_answers_are_the_same_and_the_cap_holds(
         assert engine.stats.streamed_bytes == link.copied == link.host_bytes == 0
     else:
         assert engine.stats.streamed_bytes > engine.stats.decode_streamed_bytes > 0
-        assert not engine.runner.graphs.enabled
+        assert engine.runner.capture is None
 
 
 def test_what_is_streamed_is_said(folder, caplog):
