@@ -68,7 +68,7 @@ def decode_rate(engine: Engine, rows: list[Prompt]) -> float:
 
     def timed(step: Step) -> None:
         nonlocal seconds, tokens, before
-        now = time.perf_counter(), stats.completion_tokens, scheduler.num_started
+        now = time.perf_counter(), stats.completion_tokens, stats.prompt_tokens
         if before is not None and before[2] == now[2]:
             seconds += now[0] - before[0]
             tokens += now[1] - before[1]
