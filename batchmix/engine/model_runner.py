@@ -39,8 +39,7 @@ def sample(model: Mixtral, batch: InputBatch, logits: Tensor) -> None:
     tokens, logprobs, processed_logprobs = model.ops.sample(logits, state, batch.host_rows(0, rows))
     model.tp.broadcast(tokens)
     if logprobs is not None:  # read back in every step, so what is planned is what there is
-        places = batch.planned[logprobs.rows]
-        batch.outputs.append_logprobs(logprobs.rows, places, logprobs.chosen, logprobs.top_ids, logprobs.top)
+        batch.outputs.append_logprobs(batch.planned[logprobs.rows], logprobs)
     model.ops.post_update(tokens, state, processed_logprobs)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
+from batchmix.models.backend import Logprobs
 from batchmix.records import TokenLogprob
 
 
@@ -18,6 +18,7 @@ class OutputBuffers:
         self.tokens = np.zeros((size, 64), np.int32)  # [slots, tokens so far]
         self.processed_logprobs = np.zeros((size, 0), np.float32)  # among the tokens that were allowed
         self.logprobs = np.zeros((size, 0), np.float32)
+        self.ranks = np.zeros((size, 0), np.int32)
         self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
         self.top_logprobs = np.zeros((size, 0, 0), np.float32)
 
@@ -56,13 +57,13 @@ class OutputBuffers:
         self.tokens[slot, count : count + len(tokens)] = tokens
         self.count[slot] = count + len(tokens)
 
-    def append_logprobs(
-        self, slots: np.ndarray, place: np.ndarray, chosen: Tensor, top_ids: Tensor, top: Tensor
-    ) -> None:
-        """Of the token that is a row's number `place`; waits for the device. [N], [N], [N], [N, k], [N, k]."""
+    def append_logprobs(self, place: np.ndarray, logprobs: Logprobs) -> None:
+        """Of the token that is a row's number `place`, int64 [N]; waits for the device."""
+        slots, top_ids, top = logprobs.rows, logprobs.top_ids, logprobs.top
         length, k = int(place.max()) + 1, top.shape[1]
-        self.logprobs = _grow(self.logprobs, length)
-        self.logprobs[slots, place] = chosen.cpu().numpy()
+        self.logprobs, self.ranks = _grow(self.logprobs, length), _grow(self.ranks, length)
+        self.logprobs[slots, place] = logprobs.chosen.cpu().numpy()
+        self.ranks[slots, place] = logprobs.ranks.cpu().numpy()
         wider = max(0, k - self.top_ids.shape[2])
         self.top_ids = _grow(np.pad(self.top_ids, ((0, 0), (0, 0), (0, wider))), length)
         self.top_logprobs = _grow(np.pad(self.top_logprobs, ((0, 0), (0, 0), (0, wider))), length)
@@ -73,11 +74,11 @@ class OutputBuffers:
         """The log-probabilities of one row's tokens so far, each with those of the `num_top` most likely ones."""
         count = int(self.count[slot])
         columns = [array[slot, :count].tolist() for array in (
-            self.tokens, self.logprobs, self.top_ids[..., :num_top], self.top_logprobs[..., :num_top],
+            self.tokens, self.logprobs, self.ranks, self.top_ids[..., :num_top], self.top_logprobs[..., :num_top],
         )]  # fmt: skip
         return [
-            TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
-            for token, logprob, ids, values in zip(*columns, strict=True)
+            TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)), rank)
+            for token, logprob, rank, ids, values in zip(*columns, strict=True)
         ]
 
 
