@@ -11,7 +11,7 @@ from batchmix.annotate.task import answer_of, prepare
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
 from batchmix.input.source import open_source
-from batchmix.output.all_failed import AllRowsFailed
+from batchmix.output.error_rows import TooManyErrors
 from batchmix.pipeline import generate
 
 _TINY_FIELDS = {"sentiment", "topic", "urgent"}  # of conf/annotate/tickets.yaml
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 def annotate(config: Config) -> None:
     """Run the task on every row that is not done, as `generate` does; what is the last to end writes checks and report.
 
-    AllRowsFailed, as `generate`, once these are written.
+    TooManyErrors, as `generate`, once these are written.
     """
     config = prepare(config)
     _check_gold(config)
@@ -31,7 +31,7 @@ def annotate(config: Config) -> None:
                      " give a real model")  # fmt: skip
     try:
         generate(config)
-    except AllRowsFailed:
+    except TooManyErrors:
         _write_report(config)  # which shows the rows' errors
         raise
     _write_report(config)

@@ -52,6 +52,8 @@ def check(config: Config) -> Config:
         value = getattr(config.plan, key)
         if value is not None and not 0 < value < math.inf:
             raise refuse(f"plan.{key}", value, "must be above 0")
+    if not 0 <= config.data.max_error_share <= 1:
+        raise refuse("data.max_error_share", config.data.max_error_share, "must be from 0 to 1")
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         raise refuse(
             "engine.gpu_memory_utilization", config.engine.gpu_memory_utilization, "must be above 0, at most 1"

@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchmix.annotate.metrics import wilson
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
-from batchmix.output.finalize import SUCCESS
+from batchmix.output.finalize import is_finished
 from batchmix.output.parts import Parts
 from batchmix.output.stored_run import open_stored
 from batchmix.storage import write_json
@@ -45,7 +45,7 @@ def evaluate(config: Config) -> Accuracy:
 
         generate(config)
     parts, _ = open_stored(config.output.dir)
-    if not parts.storage.exists(SUCCESS):
+    if not is_finished(parts.storage):
         raise BatchmixError(
             f"output.dir={config.output.dir}: holds no finished run; give data.path too, which runs or finishes it"
         )

@@ -16,17 +16,23 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra.version
 import yaml
+from hydra import compose, initialize_config_module
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.version import VersionBase
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 
 from batchmix.config import JOBS, Config
@@ -108,6 +114,40 @@ def to_config(composed: DictConfig, job_name: str) -> Config:
         config.sampling.structured_outputs = None
     mark(config, hidden)
     return check(config)
+
+
+@contextmanager
+def composed_job(job_name: str, overrides: Sequence[str]) -> Iterator[Config]:
+    """The configuration of a job that runs within the block, as `batchmix JOB overrides` has it. BatchmixError where the
+    overrides are wrong. Hydra's global state, which the caller may use, is that of before afterwards."""
+    for override in overrides:
+        if override.startswith(("-", "hydra")):
+            raise BatchmixError(f"{override}: is for the command line; from Python a job runs here and once")
+    with _hydra_as_before():
+        register(job_name)
+        try:
+            with initialize_config_module("batchmix.conf", job_name=job_name, version_base="1.3"):
+                composed = compose(job_name, list(overrides), return_hydra_config=True)
+        except Exception as error:
+            if not _is_about_config(error):
+                raise
+            raise BatchmixError(explain(error, job_name)) from None
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+        yield to_config(composed, job_name)
+
+
+@contextmanager
+def _hydra_as_before() -> Iterator[None]:
+    instances, resolvers = Singleton._instances, BaseContainer._resolvers
+    own: dict[Any, Any] = {kind: one for kind, one in instances.items() if kind not in (GlobalHydra, HydraConfig)}
+    own |= {kind: deepcopy(kind.instance()) for kind in (ConfigStore, VersionBase)}
+    Singleton._instances, BaseContainer._resolvers = own, dict(resolvers)
+    try:
+        yield
+    finally:
+        Singleton._instances, BaseContainer._resolvers = instances, resolvers
 
 
 def save_hydra_files(config: Config, storage: Storage) -> None:

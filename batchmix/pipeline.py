@@ -19,11 +19,12 @@ from batchmix.errors import BatchmixError
 from batchmix.hydra_app import save_hydra_files
 from batchmix.input.config import OnError
 from batchmix.input.source import Source
+from batchmix.observability.first_rows import FirstRows
 from batchmix.observability.metrics import Metrics
 from batchmix.observability.progress import Progress
 from batchmix.observability.summary import RunStatistics
 from batchmix.observability.totals import Totals
-from batchmix.output.all_failed import check_not_all_failed
+from batchmix.output.finalize import check_errors
 from batchmix.output.run_info import accept_weights
 from batchmix.output.sink import Sink
 from batchmix.output.store_errors import output_errors_in_one_line
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 def generate(config: Config) -> None:
     """Run every row that is not done yet, and commit its completions to `output.dir`.
 
-    BatchmixError for what a user can mend, of these AllRowsFailed once the run is complete; Interrupted where a signal ended
+    BatchmixError for what a user can mend, of these TooManyErrors once all rows are there; Interrupted where a signal ended
     the run early.
     """
     if not config.output.dir:  # an unset shell variable; it would mean the current folder
@@ -47,7 +48,6 @@ def generate(config: Config) -> None:
         source, output = run.source, run.output
         if output.complete:
             _log.info("%s is complete, nothing to do", config.output.dir)
-            check_not_all_failed(run.parts)
             return
         save_hydra_files(run.config, output.storage)
         rows = run.prompts.builder.show_first(source.rows(output.skip))
@@ -61,8 +61,7 @@ def generate(config: Config) -> None:
         others = "so are all others" if output.complete else "others are not"
         print(summary.text() if summary else f"this shard is done, {others}")
         print(f"the answers are in {output.storage.url}")
-        if summary is not None or output.complete:  # else other shards have rows left
-            check_not_all_failed(run.parts)
+        check_errors(output.storage)
 
 
 def _execute(run: Run, signals: StopSignals, rows: Iterator[InputRow]) -> RunStatistics:
@@ -78,11 +77,13 @@ def _execute(run: Run, signals: StopSignals, rows: Iterator[InputRow]) -> RunSta
             closing(executor.run(rows)) as completions,
         ):
             output.report(partial(_progress_of, source, progress.totals))
+            first_rows = FirstRows()
             for completion in completions:
                 if completion.error is not None and config.data.on_error is OnError["raise"]:
                     raise BatchmixError(f"row {completion.prompt.row}: {completion.error} (data.on_error=raise)")
                 sink.write(completion)
                 progress.count(completion)
+                first_rows.count(completion)
             device_seconds = executor.device_seconds
         seconds = time.monotonic() - started
     signals.raise_if_received()

@@ -77,7 +77,9 @@ def open_run(config: Config) -> Run:
     warn_of_escapes(config)
     description = _describe(config, source, checkpoint)
     parts = _parts(config, source, checkpoint, prompts.tokenizer, description)
-    output = OutputFolder(config.output, config.shard, parts, description, config.data.limit)
+    output = OutputFolder(
+        config.output, config.shard, parts, description, config.data.limit, config.data.max_error_share
+    )
     try:
         _check_data(source, output)
     except BaseException:

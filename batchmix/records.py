@@ -63,6 +63,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: Sequence[tuple[int, float]] = ()  # (token id, logprob), most likely first
+    rank: int | None = None  # of the token in the whole vocabulary, from 1
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it; None for end of sequence
     num_tokens: int = 0  # generated tokens, stop token included
+    end_token_id: int | None = None  # the end-of-sequence or stop token that ended it
     cumulative_logprob: float | None = None
     logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
     guided_logprobs: Sequence[float] | None = None  # of each token, the stop token included, among those allowed there

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from batchmix.errors import Interrupted
 
@@ -22,6 +23,7 @@ _PATIENCE = 4.0  # seconds from a signal to the end of a process that does not c
 _NUMBERS = frozenset(int(number) for number in STOP_SIGNALS)
 
 _interrupted_early = False
+_exits = True
 
 
 @contextmanager
@@ -47,12 +49,54 @@ def _interrupt_early(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+class KeyboardStop:
+    """Ctrl-C as a request to stop, while the block runs; it may be entered again and again. The first only sets `received`,
+    a second raises KeyboardInterrupt.
+
+    Nothing is changed outside the main thread, which alone hears signals, and where the process has a handler of its own.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._entered = False
+
+    def __enter__(self) -> KeyboardStop:
+        ours = threading.current_thread() is threading.main_thread()
+        self._entered = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._entered:
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._entered:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """Within the block StopSignals never end the process by themselves: it is not theirs, as in a notebook."""
+    global _exits
+    _exits = False
+    try:
+        yield
+    finally:
+        _exits = True
+
+
 class StopSignals:
     """A context manager. Until `defer` is called a signal raises Interrupted at once, since nothing could be lost;
     from then on it only sets `received`, for the engine to end after its step. A second Ctrl-C always raises.
 
     Python hears a signal between two of its own instructions. A main thread that waits elsewhere, as for a store that does not
-    answer, would hear it minutes later: so the process then ends without it, since what is committed is safe.
+    answer, would hear it minutes later: so the process then ends without it, since what is committed is safe (but see
+    `no_exit`).
+
+    Outside the main thread, where Python allows no handlers, nothing is heard.
     """
 
     def __init__(self) -> None:
@@ -61,6 +105,9 @@ class StopSignals:
         self._heard = threading.Event()
 
     def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            self._old: dict[signal.Signals, Any] = {}
+            return self
         if _interrupted_early:
             raise Interrupted(signal.SIGINT.name)
         self._watched, self._waking = socket.socketpair()
@@ -72,6 +119,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._old:
+            return
         for number, handler in self._old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_fd)
@@ -97,7 +146,7 @@ class StopSignals:
     def _watch(self) -> None:
         """In a thread: each signal comes as a byte, at once, wherever the main thread is."""
         while (number := self._watched.recv(1)[0]) != 0:
-            if number in _NUMBERS and not self._heard.wait(_PATIENCE):
+            if number in _NUMBERS and not self._heard.wait(_PATIENCE) and _exits:
                 name = signal.Signals(number).name
                 os.write(
                     sys.__stderr__.fileno() if sys.__stderr__ else 2, f"batchmix: interrupted by {name}\n".encode()

@@ -31,7 +31,15 @@ class Prompts:
         """BatchmixError where data.template, data.system_prompt or sampling cannot work with this checkpoint."""
         tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
         eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
-        grammars = open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids)
+        return cls.of(
+            config, checkpoint, tokenizer, open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids)
+        )
+
+    @classmethod
+    def of(
+        cls, config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer | None, grammars: GrammarCompiler | None
+    ) -> Prompts:
+        """The same with a tokenizer of the checkpoint, and grammars of its vocabulary, that are there already."""
         builder = PromptBuilder(
             config.data,
             config.sampling,
@@ -39,7 +47,7 @@ class Prompts:
             max_model_len=checkpoint.max_model_len,
             vocab_size=checkpoint.config.vocab_size,
             grammars=grammars,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id),
         )
         return cls(tokenizer, grammars, builder)
 

@@ -8,11 +8,11 @@ from batchmix.hydra_app import job
 
 @job("finalize")
 def main(config: Config) -> None:
-    from batchmix.output.all_failed import check_not_all_failed
-    from batchmix.output.stored_run import finalize_folder, open_stored  # imports pyarrow
+    from batchmix.output.finalize import check_errors  # imports pyarrow, as the next
+    from batchmix.output.stored_run import finalize_folder, open_stored
 
     print(finalize_folder(config))
-    check_not_all_failed(open_stored(config.output.dir)[0])
+    check_errors(open_stored(config.output.dir)[0].storage)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Say how far a run is, by shard, and which of its workers are alive.
 
-Exit codes: 0 complete, 3 running, 4 something needs attention (a stuck worker, a shard without one), 1 no run there.
+Exit codes: 0 complete, 3 running, 4 something needs attention (a stuck worker, a shard without one, too many
+error rows), 1 no run there.
 """
 
 import sys

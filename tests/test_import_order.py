@@ -17,7 +17,7 @@ records json_file memory
 storage observability templates input prompts structured_output
 models checkpoints planning offload engine
 output stages distributed annotate
-config_errors hydra_app preflight pipeline plan annotation evaluate measure for_transformers
+config_errors hydra_app preflight pipeline plan annotation evaluate measure for_transformers api
 cli __main__ jobs
 """.split()
 MAX_LINES = 350  # of a module outside kernels/

@@ -17,7 +17,7 @@ from batchmix.annotate.task import answer_of
 from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text, infer_schema, settle
 from batchmix.output.columns import FIRST, LAST
-from batchmix.output.finalize import SUCCESS
+from batchmix.output.finalize import is_finished
 from batchmix.output.part_formats import LineParts
 from batchmix.output.stored_run import open_stored
 from batchmix.storage import last_component
@@ -45,7 +45,7 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        return self.storage.exists(SUCCESS)
+        return is_finished(self.storage)
 
     @cached_property
     def schema(self) -> pa.Schema:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Checkpoint:
     offload: OffloadMode = OffloadMode.auto
     offload_dir: str | None = None
     notes: tuple[str, ...] = ()  # what the folder says that has no effect: a line each, for the log
+    generation_config: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
 
     def end_tokens(self, of_tokenizer: int | None) -> tuple[int, ...]:
         """The ids at which an answer ends, as in vLLM: the configuration's and the tokenizer's own.
@@ -111,6 +113,7 @@ def open_checkpoint(model: ModelConfig, weights: bool = True) -> Checkpoint:
     return Checkpoint(
         folder, form, config, DTYPES[name], max_model_len, eos, files, quantization=quantization, packing=packing,
         kv_cache_dtype=model.kv_cache_dtype, offload=model.offload, offload_dir=model.offload_dir, notes=tuple(notes),
+        generation_config=generation,
     )  # fmt: skip
 
 

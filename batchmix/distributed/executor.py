@@ -53,8 +53,9 @@ class LocalExecutor:
         accept: Callable[[str | None], None],
         trace_name: str,
     ) -> None:
-        """`keep`: the input's columns that completions carry. `accept` is told the weights' fingerprint."""
-        self._config, self._checkpoint, self._prompts, self._keep = config, checkpoint, prompts, keep
+        """`keep`: the input's columns that completions carry. `accept` is told the weights' fingerprint. `prompts` may be
+        exchanged between runs for others of the same checkpoint."""
+        self._config, self._checkpoint, self.prompts, self._keep = config, checkpoint, prompts, keep
         self._stopping, self._accept, self._trace_name = stopping, accept, trace_name
 
     def __enter__(self) -> LocalExecutor:
@@ -62,7 +63,7 @@ class LocalExecutor:
         with ExitStack() as opened:
             tp, self._tp_workers = opened.enter_context(tensor_parallel(config))
             self._engine = start_engine(
-                self._checkpoint, self._prompts.tokenizer, config.engine, self._stopping, tp, self._prompts.grammars
+                self._checkpoint, self.prompts.tokenizer, config.engine, self._stopping, tp, self.prompts.grammars
             )
             self._accept(self._engine.model.weights.fingerprint)
             opened.enter_context(traced(config, self._engine, self._trace_name))
@@ -76,11 +77,15 @@ class LocalExecutor:
     def run(self, rows: Iterator[InputRow]) -> Generator[Completion, None, None]:
         """Every stage but the engine works in a thread of its own."""
         in_flight = InFlight(buffers_of(self._config).in_flight)
-        batches = planned_batches(self._config, self._keep, self._prompts, self._engine, rows, in_flight)
+        batches = planned_batches(self._config, self._keep, self.prompts, self._engine, rows, in_flight)
         with closing(batches):
             for completion in self._engine.generate(self._tp_workers.broadcast(batches)):
                 in_flight.completed(completion)
                 yield completion
+
+    def abort(self) -> None:
+        """Drop what a run that ended early has left in the engine, so that another may begin. Not with other ranks."""
+        self._engine.abort()
 
     @property
     def device_seconds(self) -> float | None:

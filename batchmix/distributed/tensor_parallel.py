@@ -23,7 +23,6 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.config import Config
-from batchmix.distributed.config import ClusterKind
 from batchmix.distributed.workers import Parent, Worker
 from batchmix.engine.build import start_engine
 from batchmix.engine.device import nth_device, select_device
@@ -109,7 +108,7 @@ def _loopback_store() -> TCPStore:
 
 
 def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
-    """What a rank above 0 does, until it is killed or the batches end."""
+    """What a rank above 0 does until it is killed: one stream of batches after another."""
     checkpoint = open_checkpoint(config.model)
     tokenizer = load_tokenizer(checkpoint.folder, config.data.chat_template)
     store = TCPStore(_HOST, port, is_master=False, timeout=_TIMEOUT)
@@ -119,8 +118,6 @@ def _follow(parent: Parent, config: Config, rank: int, port: int) -> None:
         while True:
             for _ in engine.generate(iter(parent.receive, None)):
                 pass
-            if config.cluster.kind is not ClusterKind.ray and config.engine.data_parallel_size == 1:
-                break  # a worker of a pool answers many streams, until it is killed
 
 
 @contextmanager

@@ -162,6 +162,14 @@ class Engine:
             " step (was %s)", name, rows, capacity_now, capacity, f"{batched_now:,}", f"{batched:,}",
         )  # fmt: skip
 
+    def abort(self) -> None:
+        """Drop every request, those in the middle of a step too; `generate` may be called again."""
+        scheduler = self.scheduler
+        scheduler.waiting.clear()
+        scheduler.renew(scheduler.limits)
+        self.runner.renew()
+        self.stats.running = self.stats.waiting = self.stats.kv_blocks_used = 0
+
     def read_totals(self) -> float | None:
         """Read the device's totals into `stats`, waiting for it. The seconds that it worked; None on a CPU."""
         clock, stats = self.runner.device_clock, self.stats

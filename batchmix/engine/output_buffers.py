@@ -18,6 +18,7 @@ class OutputBuffers:
         self.tokens = np.zeros((size, 64), np.int32)  # [slots, tokens so far]
         self.processed_logprobs = np.zeros((size, 0), np.float32)  # among the tokens that were allowed
         self.logprobs = np.zeros((size, 0), np.float32)
+        self.ranks = np.zeros((size, 0), np.int32)
         self.top_ids = np.zeros((size, 0, 0), np.int32)  # [slots, tokens so far, most that a row asks for]
         self.top_logprobs = np.zeros((size, 0, 0), np.float32)
 
@@ -58,8 +59,9 @@ class OutputBuffers:
     def append_logprobs(self, logprobs: Logprobs, place: np.ndarray) -> None:
         """Of the token that is a row's number `place`, int64 [N]; waits for the device."""
         slots, length, k = logprobs.rows, int(place.max()) + 1, logprobs.top.shape[1]
-        self.logprobs = _grow(self.logprobs, length)
+        self.logprobs, self.ranks = _grow(self.logprobs, length), _grow(self.ranks, length)
         self.logprobs[slots, place] = logprobs.chosen.cpu().numpy()
+        self.ranks[slots, place] = logprobs.ranks.cpu().numpy()
         self.top_ids, self.top_logprobs = _grow(self.top_ids, length, k), _grow(self.top_logprobs, length, k)
         self.top_ids[slots, place, :k] = logprobs.top_ids.cpu().numpy()
         self.top_logprobs[slots, place, :k] = logprobs.top.cpu().numpy()
@@ -68,11 +70,11 @@ class OutputBuffers:
         """The log-probabilities of one row's tokens so far, each with those of the `num_top` most likely ones."""
         count = int(self.count[slot])
         columns = [array[slot, :count].tolist() for array in (
-            self.tokens, self.logprobs, self.top_ids[..., :num_top], self.top_logprobs[..., :num_top],
+            self.tokens, self.logprobs, self.ranks, self.top_ids[..., :num_top], self.top_logprobs[..., :num_top],
         )]  # fmt: skip
         return [
-            TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
-            for token, logprob, ids, values in zip(*columns, strict=True)
+            TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)), rank)
+            for token, logprob, rank, ids, values in zip(*columns, strict=True)
         ]
 
 

@@ -64,13 +64,16 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
     if finish in (Finish.STOP_TOKEN, Finish.STOP_STRING):
         reason = int(outputs.stop_reason[slot])
         stop_reason = reason if finish == Finish.STOP_TOKEN else (sampling.stop or [])[reason]
+    ended_by_token = finish in (Finish.EOS, Finish.STOP_TOKEN)
+    tokens = outputs.tokens[slot, :count].tolist()
     logprobs = outputs.row_logprobs(slot, sampling.logprobs) if sampling.logprobs is not None else None
     structured = sampling.structured_outputs
     wants_guided = structured is not None and structured.token_probabilities
     return Completion(
         prompt, sequence.sample,
-        outputs.tokens[slot, : count - (finish in (Finish.EOS, Finish.STOP_TOKEN))].tolist(),
+        tokens[:-1] if ended_by_token else tokens,
         "length" if finish == Finish.LENGTH else "stop", stop_reason, num_tokens=count,
+        end_token_id=tokens[-1] if ended_by_token else None,
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
         logprobs=logprobs,
         guided_logprobs=outputs.processed_logprobs[slot, :count].tolist() if wants_guided else None,

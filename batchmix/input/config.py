@@ -59,6 +59,9 @@ class DataConfig:
     max_buffered_bytes: int | None = key(
         None, "memory for rows between input and output; null: 2 % of what is free, from 128 MiB to 4 GiB"
     )
+    max_error_share: float = key(
+        1.0, "of the rows of the whole data set: a run with more error rows, or with no answer at all, fails at its end"
+    )
     on_error: OnError = key(OnError["record"], "of a row that cannot be run: record it as an error row, or raise")
 
 

@@ -49,6 +49,7 @@ class Logprobs:
 
     rows: np.ndarray  # int64 [N]
     chosen: Tensor  # float32 [N]
+    ranks: Tensor  # int64 [N], of the chosen tokens in the vocabulary, from 1
     top_ids: Tensor  # int64 [N, k], k the most that a row asks for
     top: Tensor  # float32 [N, k]
 

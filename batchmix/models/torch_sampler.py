@@ -44,7 +44,7 @@ def sample(logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Lo
         return tokens, None, processed_logprobs
     chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
     top_ids, top = largest(raw, host.num_logprobs[wanted])
-    return tokens, Logprobs(wanted, chosen, top_ids, top), processed_logprobs
+    return tokens, Logprobs(wanted, chosen, ranks(raw, chosen), top_ids, top), processed_logprobs
 
 
 def _sample_among(logits: Tensor, places: Tensor, rows: RowTensors, which: Tensor) -> Tensor:
@@ -111,6 +111,11 @@ def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(np.flatnonzero(counts == count)).to(logprobs.device)
         values[rows, :count], ids[rows, :count] = logprobs[rows].topk(count, dim=-1)
     return ids, values
+
+
+def ranks(logprobs: Tensor, chosen: Tensor) -> Tensor:
+    """Of the tokens with log-probabilities `chosen` [N], int64 [N]: 1 and the number of likelier ones. [N, V]."""
+    return (logprobs > chosen[:, None]).sum(-1) + 1
 
 
 def _most_likely(logits: Tensor) -> Tensor:

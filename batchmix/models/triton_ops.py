@@ -22,7 +22,7 @@ from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.models.quantized import Quantized, Weight
 from batchmix.models.step_tokens import Attend, StepTokens
-from batchmix.models.torch_sampler import largest
+from batchmix.models.torch_sampler import largest, ranks
 
 
 class TritonOperators:
@@ -132,8 +132,11 @@ class TritonOperators:
         if not len(wanted):
             return tokens, None, processed_logprobs
         which = torch.from_numpy(wanted).to(logits.device)
-        top_ids, top = largest(logits[which].log_softmax(-1), host.num_logprobs[wanted])
-        return tokens, Logprobs(wanted, chosen[which], top_ids, top), processed_logprobs
+        logprobs = logits[which].log_softmax(-1)
+        top_ids, top = largest(logprobs, host.num_logprobs[wanted])
+        # Of the same numbers: the kernel's sum, and so its log-probability, is rounded otherwise.
+        rank = ranks(logprobs, logprobs.gather(1, tokens[which, None].long())[:, 0])
+        return tokens, Logprobs(wanted, chosen[which], rank, top_ids, top), processed_logprobs
 
     def post_update(self, tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | None = None) -> None:
         history = None if processed_logprobs is None else rows.logprob_history

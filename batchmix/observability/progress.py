@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.observability.totals import Totals
@@ -30,7 +30,8 @@ class Progress:
         self._done = done
         self._stats = stats
         self._started = time.monotonic()
-        self._bar = tqdm(total=total, initial=done, unit=" rows", dynamic_ncols=True) if sys.stderr.isatty() else None
+        watched = sys.stderr.isatty() or "ipykernel" in sys.modules  # a terminal, or a notebook
+        self._bar = tqdm(total=total, initial=done, unit=" rows", dynamic_ncols=True) if watched else None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
+from batchmix.observability.error_reasons import ErrorReasons, reason_lines
 from batchmix.observability.progress import duration
 from batchmix.observability.totals import Totals
 from batchmix.storage import Storage, write_json
@@ -68,6 +69,7 @@ class Summary:
 
     output: Totals
     runs: Sequence[dict[str, Any]]  # RunStatistics.as_json of each shard
+    errors: ErrorReasons = field(default_factory=ErrorReasons)
 
     def as_json(self) -> dict[str, Any]:
         """Counts are those of the output. Of several shards, stage seconds add up and `generate_seconds` is the longest."""
@@ -81,6 +83,7 @@ class Summary:
             "streamed_bytes": sum(run["streamed_bytes"] for run in self.runs),
             "decode_streamed_bytes": sum(run["decode_streamed_bytes"] for run in self.runs),
             "output_tokens_per_second": round(sum(run["output_tokens_per_second"] for run in self.runs), 1),
+            "errors": self.errors.as_json(),
             "runs": list(self.runs),
         }
 
@@ -112,6 +115,8 @@ class Summary:
             f"; {whole['streamed_bytes'] / 1e9:,.1f} GB streamed to the GPU,"
             f" in decode {whole['decode_streamed_bytes'] / decode / 1e9:.1f} GB/s"
         )
+        errors = [f"{output.error_rows:,} of {output.rows:,} rows have an error; by reason, with an example:",
+                  *reason_lines(self.errors.most_common())] if output.error_rows else []  # fmt: skip
         return "\n".join(
             [
                 f"{output.rows:,} rows{earlier}{samples} ({reasons}), {output.prompt_tokens:,} prompt tokens,"
@@ -119,5 +124,6 @@ class Summary:
                 f"took {duration(whole['total_seconds'])}; generating {whole['generate_seconds']:.1f} s,"
                 f" {whole['output_tokens_per_second']:,.0f} output tokens/s, device busy {whole['device_busy']:.1%}",
                 f"{stages} (read, tokenise and write run beside the others)" + streamed * bool(whole["streamed_bytes"]),
+                *errors,
             ]
         )

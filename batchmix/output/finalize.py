@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchmix.input.config import ShardConfig
+from batchmix.observability.error_reasons import ErrorReasons
 from batchmix.observability.summary import Summary
 from batchmix.observability.totals import Totals
 from batchmix.output.config import Order
+from batchmix.output.error_rows import FAILED, TooManyErrors, explain_errors, too_many_errors
 from batchmix.output.exchange import finish_exchange, unfinished_exchange
 from batchmix.output.lease import CLOSED, CLOSING, FINALIZE, Busy, Lease, Record, read_leases, wait_until_lost
 from batchmix.output.merge import STAGING, check_once, merge_in_order
 from batchmix.output.parts import Parts
 from batchmix.output.redo import STAGING as REDO_STAGING
-from batchmix.storage import Storage, read_json, write_json
+from batchmix.storage import Storage, read_json, reason_of, write_json
 
 SUCCESS = "_SUCCESS"
 _MARKER = re.compile(r"_done-(\d+)-of-(\d+)$")
@@ -36,9 +38,11 @@ class Marker:
     order: Order
     rows: int  # of the shard, that were there
     end: int  # rows of the whole data set, up to the limit
+    max_error_share: float = 1.0
 
     def write(self, storage: Storage, index: int, count: int) -> None:
-        value = {"limit": self.limit, "order": self.order.value, "rows": self.rows, "end": self.end}
+        value = {"limit": self.limit, "order": self.order.value, "rows": self.rows, "end": self.end,
+                 "max_error_share": self.max_error_share}  # fmt: skip
         write_json(storage, marker_name(index, count), value)
 
 
@@ -54,7 +58,8 @@ def statistics_name(index: int, count: int) -> str:
 def read_marker(storage: Storage, index: int, count: int) -> Marker | None:
     try:
         said = read_json(storage, marker_name(index, count))
-        return Marker(said["limit"], Order(said["order"]), int(said["rows"]), int(said["end"]))
+        share = float(said.get("max_error_share", 1.0))  # of releases before there was one
+        return Marker(said["limit"], Order(said["order"]), int(said["rows"]), int(said["end"]), share)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -126,18 +131,48 @@ def describe(record: Record) -> str:
 
 
 def finalize(
-    parts: Parts, lease: Lease, *, order: Order, limit: int | None, end: int, rows_per_shard: int, runs: list[Any]
-) -> Summary:
-    """Check, order, sum up and say that it is complete. The caller holds `lease`, FINALIZE, and no worker is left."""
+    parts: Parts, lease: Lease, *, order: Order, limit: int | None, end: int, rows_per_shard: int, runs: list[Any],
+    max_error_share: float,
+) -> Summary:  # fmt: skip
+    """Check, order, sum up and say that it is complete, or finished with too many errors. The caller holds `lease`, FINALIZE,
+    and no worker is left."""
     check_once(parts, end)
     if order is Order.input:
         merge_in_order(parts, rows_per_shard, lease.generation)
-    summary = Summary(parts.totals(), runs)
+    totals = parts.totals()
+    reasons = parts.error_reasons() if totals.error_rows else ErrorReasons()
+    summary = Summary(totals, runs, reasons)
     lease.check(look=True)
     parts.checksums.sweep(parts.names() + parts.names(f"{REDO_STAGING}/"))
     summary.write(parts.storage, "_summary.json")
-    write_json(parts.storage, SUCCESS, success(limit, order, parts))
+    state = success(limit, order, parts) | {"rows": totals.rows, "error_rows": totals.error_rows}
+    failed = too_many_errors(totals, max_error_share)
+    if failed:
+        state["error"] = explain_errors(parts.storage.url, totals, reasons, max_error_share)
+    parts.storage.delete(SUCCESS if failed else FAILED)
+    write_json(parts.storage, FAILED if failed else SUCCESS, state)
     return summary
+
+
+def check_errors(storage: Storage) -> None:
+    """TooManyErrors where the run there was finished with too many."""
+    if (failure := read_failure(storage)) is not None:
+        raise TooManyErrors(failure)
+
+
+def read_failure(storage: Storage) -> str | None:
+    """What `_FAILED` says; None where there is none."""
+    if not storage.exists(FAILED):
+        return None
+    try:
+        return str(read_json(storage, FAILED)["error"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{storage.url}/{FAILED}: cannot be read ({reason_of(error)}); run the command again"
+
+
+def is_finished(storage: Storage) -> bool:
+    """Whether all rows of a run are there, whatever became of them."""
+    return storage.exists(SUCCESS) or storage.exists(FAILED)
 
 
 def success(limit: int | None, order: Order, parts: Parts) -> dict[str, Any]:

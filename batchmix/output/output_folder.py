@@ -13,6 +13,7 @@ from batchmix.input.rowset import AllBut, RowSet
 from batchmix.observability.summary import RunStatistics, Summary
 from batchmix.output.checksums import FOLDER as CHECKSUMS
 from batchmix.output.config import OutputConfig
+from batchmix.output.error_rows import FAILED, too_many_errors
 from batchmix.output.finalize import (
     SUCCESS,
     Marker,
@@ -20,6 +21,7 @@ from batchmix.output.finalize import (
     describe,
     finalize,
     finalizing,
+    is_finished,
     marker_name,
     open_leases,
     read_marker,
@@ -39,7 +41,7 @@ from batchmix.storage import read_json, reason_of, write_json
 
 _PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
 _OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics*.jsonl", "_summary*.json", "_evaluation.json", "_checks.json",
-         "_trace*.json", "_weights.json", "_done-*", "_journal-*.json", SUCCESS)  # fmt: skip
+         "_trace*.json", "_weights.json", "_done-*", "_journal-*.json", SUCCESS, FAILED)  # fmt: skip
 _OUR_FOLDERS = (".hydra", REDO_STAGING, "_report", CHECKSUMS)
 
 _log = logging.getLogger(__name__)
@@ -54,10 +56,11 @@ class OutputFolder:
     """
 
     def __init__(self, output: OutputConfig, shard: ShardConfig, parts: Parts, run: dict[str, Any],
-                 limit: int | None) -> None:  # fmt: skip
+                 limit: int | None, max_error_share: float = 1.0) -> None:  # fmt: skip
         self.storage = parts.storage
         self.folder = "" if output.redo is None else f"{REDO_STAGING}/"
         self._output, self._shard, self._parts, self._limit = output, shard, parts, limit
+        self._max_error_share = max_error_share
         self._make()
         self._check_contents()
         what = f"shard {shard.index} of {shard.count}"
@@ -100,7 +103,7 @@ class OutputFolder:
         assert redo is not None
         if self._shard.count > 1:
             raise BatchmixError(f"output.redo={redo.value} runs as one process; leave shard.count at 1")
-        if not self.storage.exists(RUN_INFO) or not self.storage.exists(SUCCESS):
+        if not self.storage.exists(RUN_INFO) or not is_finished(self.storage):
             raise BatchmixError(
                 f"output.redo={redo.value}: output.dir={url} holds no finished run; finish it first, without output.redo"
             )
@@ -128,21 +131,26 @@ class OutputFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether `_SUCCESS` is there and says that nothing is left for these settings."""
+        """Whether `_SUCCESS` is there, and by these settings nothing is left and not too many rows have an error."""
         if self._output.redo is not None:
             return False
         try:
             state = read_json(self.storage, SUCCESS)
         except (OSError, ValueError):
             return False
-        return bool(state == success(self._limit, self._output.order, self._parts))
+        expected = success(self._limit, self._output.order, self._parts)
+        if not isinstance(state, dict) or any(state.get(key) != value for key, value in expected.items()):
+            return False
+        if "rows" not in state:  # of a release that took any number of errors
+            return not too_many_errors(self._parts.totals(), self._max_error_share)
+        return bool(state["error_rows"] <= self._max_error_share * state["rows"])
 
     def begin(self) -> None:
         """Rows will follow: what said that all is there goes. A redo replaces rows at its end, as one change."""
         if self._output.redo is not None:
             return
         self._lease.check(look=True)
-        self.storage.delete(SUCCESS)
+        self._delete_state()
         self.storage.delete(marker_name(self._shard.index, self._shard.count))
 
     def report(self, progress: Callable[[], dict[str, Any]]) -> None:
@@ -182,11 +190,11 @@ class OutputFolder:
         else:
             done = self._parts.rows(self._parts.names())
             rows = done.num_of_shard(self._shard.index, self._shard.count)
-            marker = Marker(self._limit, self._output.order, rows, end)
+            marker = Marker(self._limit, self._output.order, rows, end, self._max_error_share)
             marker.write(self.storage, self._shard.index, self._shard.count)
         self._lease.close()
         if not self._all_done():
-            self.storage.delete(SUCCESS)
+            self._delete_state()
             return None
         with finalizing(self.storage, self._shard) as lease:
             if self.complete or not self._all_done() or not self._end_the_lost():
@@ -199,7 +207,13 @@ class OutputFolder:
                 end=end,
                 rows_per_shard=self._output.rows_per_shard,
                 runs=read_runs(self.storage, self._shard.count),
+                max_error_share=self._max_error_share,
             )
+
+    def _delete_state(self) -> None:
+        """All rows are not there, or may not be."""
+        for name in (SUCCESS, FAILED):
+            self.storage.delete(name)
 
     def close(self) -> None:
         """Let the next writer in."""

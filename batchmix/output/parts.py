@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 from batchmix.errors import BatchmixError
 from batchmix.input.read_log import Extent
 from batchmix.input.rowset import RowSet
+from batchmix.observability.error_reasons import ErrorReasons
 from batchmix.observability.totals import Totals
 from batchmix.output.checksums import Checksums
 from batchmix.output.lease import Record, lost
-from batchmix.output.part_formats import Keys, PartFormat
+from batchmix.output.part_formats import Keys, LineParts, PartFormat
 from batchmix.records import Completion
 from batchmix.storage import Storage, Write, reason_of
 
@@ -102,6 +103,29 @@ class Parts:
                 totals.finish_reasons[reason] = totals.finish_reasons.get(reason, 0) + entry["counts"]
         totals.error_rows = len(failed_rows)
         return totals
+
+    def error_reasons(self, most_parts: int | None = None) -> ErrorReasons:
+        """Why rows of the committed parts have an error. `most_parts`: with errors, that are looked into."""
+        reasons, names = ErrorReasons(), self.names()
+        failing = (
+            name
+            for name, keys in zip(names, self.all_keys(names), strict=True)
+            if pc.any(pc.equal(keys.finish_reason, "error")).as_py()
+        )
+        for name in islice(failing, most_parts):
+            for row, error in dict(self._errors(name)).items():  # of a row, several samples may have failed
+                reasons.add(row, error)
+        return reasons
+
+    def _errors(self, name: str) -> Iterator[tuple[int, str]]:
+        for records in self.batches(name, ["row", "error"]):
+            if isinstance(self.format, LineParts):
+                found = self.format.rows(records)
+            else:
+                found = records.filter(pc.is_valid(records["error"])).to_pylist()
+            for record in found:
+                if record["error"] is not None:
+                    yield record["row"], record["error"]
 
     def name(self, index: int, number: int, folder: str = "") -> str:
         return f"{folder}part-{index:05}-{number:06}.{self.format.extension}"

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.
 _FREE = {"model.path", "model.revision", "model.format", "model.offload", "model.offload_dir", "data.path", "data.format",
-         "data.split", "data.limit", "data.on_error"}  # fmt: skip
+         "data.split", "data.limit", "data.max_error_share", "data.on_error"}  # fmt: skip
 _FIXED = {"output.format", "output.token_ids", "annotate.field", "annotate.choice", "annotate.regex", "annotate.json_schema",
           "annotate.swap_labels"}  # fmt: skip
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
 from batchmix.input.rowset import RowSet
+from batchmix.observability.error_reasons import ErrorReason, reason_lines
 from batchmix.observability.progress import duration
-from batchmix.output.finalize import SUCCESS, read_markers
+from batchmix.output.finalize import SUCCESS, read_failure, read_markers
 from batchmix.output.lease import CLOSED, FINALIZE, Record, read_leases
 from batchmix.output.parts import Parts
 from batchmix.storage import Storage
@@ -17,6 +19,7 @@ from batchmix.storage import Storage
 COMPLETE, RUNNING, ATTENTION = 0, 3, 4  # exit codes of `batchmix status`
 _MISSED_BEATS = 3  # after so many a worker is called stuck; it can be taken over later, after shard.takeover_seconds
 _PATIENCE = 0.5  # seconds between two looks at the heartbeats of other machines
+_LOOKED_INTO = 64  # parts, for the reasons of errors
 _HEAD = f"{'shard':>7} {'done':>11} {'failed':>8} {'left':>11} {'rows/s':>7}  worker"
 
 
@@ -80,6 +83,8 @@ class Status:
     complete: bool
     shards: list[ShardStatus]
     finalizer: Record | None  # who puts the whole in order now
+    failure: str | None = None  # why a run whose rows are all there is no success
+    reasons: tuple[ErrorReason, ...] = ()  # why rows failed, the most common first
 
     @staticmethod
     def read(parts: Parts) -> Status:
@@ -110,7 +115,8 @@ class Status:
             silence = 0.0 if lease is None else lease.silence(storage)
             shards.append(ShardStatus(index, count, rows, failed.num_of_shard(index, count), left, lease, silence))
         busy = finalizer if finalizer is not None and not _lost(storage, finalizer) else None
-        return Status(storage.url, storage.exists(SUCCESS), shards, busy)
+        reasons = tuple(parts.error_reasons(_LOOKED_INTO).most_common()) if len(failed) else ()
+        return Status(storage.url, storage.exists(SUCCESS), shards, busy, read_failure(storage), reasons)
 
     @property
     def exit_code(self) -> int:
@@ -119,6 +125,8 @@ class Status:
             return COMPLETE
         if self.finalizer is not None:
             return RUNNING
+        if self.failure is not None:
+            return ATTENTION
         at_work = any(shard.alive for shard in self.shards)  # the last of them finalizes
         seen_to = all(shard.alive or shard.left == 0 for shard in self.shards)
         stuck = any(shard.stuck for shard in self.shards)
@@ -134,12 +142,19 @@ class Status:
         lines = [_HEAD, *(shard.line() for shard in self.shards), total]
         if left is None:
             lines.append("left: not known until a worker has read the data to its end")
-        lines.append(self._verdict(left, rate))
+        if self.reasons:
+            lines += [
+                "failed rows by reason, with an example:",
+                *(line[:80] for line in reason_lines([*self.reasons], 5)),
+            ]
+        lines += textwrap.wrap(self._verdict(left, rate), 80, break_long_words=False, break_on_hyphens=False)
         return "\n".join(lines)
 
     def _verdict(self, left: int | None, rate: float) -> str:
         if self.complete:
             return "complete: _SUCCESS is there"
+        if self.failure is not None:
+            return f"finished with too many errors, so there is no _SUCCESS: {self.failure}"
         if self.finalizer is not None:
             return f"{self.finalizer.owner} checks the rows and puts them in order"
         alive = sum(shard.alive for shard in self.shards)

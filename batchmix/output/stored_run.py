@@ -12,6 +12,7 @@ from batchmix.output.checksums import FOLDER as CHECKSUMS
 from batchmix.output.columns import OutputColumns
 from batchmix.output.config import Order, OutputFormat
 from batchmix.output.finalize import (
+    SUCCESS,
     close_lost,
     describe,
     finalize,
@@ -60,7 +61,8 @@ def read_status(config: Config) -> Status:
 
 
 def finalize_folder(config: Config) -> str:
-    """Check that each row is there exactly once, put them in order if that was or is asked for, write `_SUCCESS`.
+    """Check that each row is there exactly once, put them in order if that was or is asked for, write `_SUCCESS`
+    unless too many have an error.
 
     Returns what to print. BatchmixError where a worker is alive, or rows are missing.
     """
@@ -89,5 +91,7 @@ def finalize_folder(config: Config) -> str:
             end=last.end,
             rows_per_shard=run["config"]["output"]["rows_per_shard"],
             runs=read_runs(storage, count),
+            max_error_share=last.max_error_share,
         )
-    return f"{summary.text()}\neach of {last.end:,} rows is there once; _SUCCESS is written"
+    written = "_SUCCESS is written" if storage.exists(SUCCESS) else "_SUCCESS is not written"
+    return f"{summary.text()}\neach of {last.end:,} rows is there once; {written}"

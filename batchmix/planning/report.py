@@ -45,8 +45,8 @@ def plan_text(
         lines.append(f"lengths in tokens, share of rows up to: {shares}")
     share = f" of these {survey.rows:,}" if total > survey.rows else ""
     lines.append(f"rows that will be refused: {refused:,}{share}")
-    most = sorted(survey.refused.values(), key=lambda refusal: -refusal.rows)
-    lines += [f"  {refusal.rows:,} like row {refusal.example_row}: {refusal.example}" for refusal in most[:_REASONS]]
+    most = survey.refused.most_common()
+    lines += [f"  {reason.rows:,} like row {reason.example_row}: {reason.example}" for reason in most[:_REASONS]]
     if len(most) > _REASONS:
         lines.append(f"  and {len(most) - _REASONS} more reasons")
     lines.append(

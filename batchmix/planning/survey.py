@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from batchmix.observability.error_reasons import ErrorReasons
 from batchmix.records import Prompt
 
 _BINS, _BAR = 12, 40  # rows and columns of the histogram in text
-
-_MAX_REASONS = 1000
-
-
-@dataclass
-class Refusal:
-    """Rows that cannot run for one reason; `example` is the first of them."""
-
-    rows: int
-    example_row: int
-    example: str
 
 
 @dataclass
@@ -35,7 +24,7 @@ class Survey:
 
     naive_batch: int
     rows: int = 0
-    refused: dict[str, Refusal] = field(default_factory=dict)
+    refused: ErrorReasons = field(default_factory=ErrorReasons)
     lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1024, np.int64))  # rows of each length
     padded_tokens: int = 0
     samples: int = 0
@@ -46,7 +35,7 @@ class Survey:
         for prompt in prompts:
             self.rows += 1
             if prompt.error is not None:
-                self._refuse(prompt.row, prompt.error)
+                self.refused.add(prompt.row, prompt.error)
             else:
                 self._count(len(prompt.token_ids))
                 self.samples += prompt.num_samples
@@ -65,13 +54,6 @@ class Survey:
         if self._batch:
             self.padded_tokens += max(self._batch) * len(self._batch)
         self._batch = []
-
-    def _refuse(self, row: int, error: str) -> None:
-        reason = re.sub(r"\d+", "N", error)
-        if reason not in self.refused and len(self.refused) >= _MAX_REASONS:
-            reason = ""  # all the rest together: reasons quote values, so each may be another
-        refusal = self.refused.setdefault(reason, Refusal(0, row, error))
-        refusal.rows += 1
 
     @property
     def runnable(self) -> int:

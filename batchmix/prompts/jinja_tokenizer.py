@@ -8,6 +8,7 @@ aliases but takes the control strings for text encodes the whole. So spaces and 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import secrets
@@ -17,12 +18,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.meta
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from batchmix.errors import BatchmixError
 from batchmix.prompts.vocabulary import TokenIds, Vocabulary
-from batchmix.templates.chat_template import ChatFormat
+from batchmix.templates.chat_template import ChatFormat, TemplateOptions
 from batchmix.templates.counted_jinja import count_steps_of, counted
 from batchmix.templates.messages import Message, PromptError
 
@@ -45,6 +47,7 @@ class JinjaTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_format: ChatFormat) -> None:
         self._tokenizer = tokenizer
         self.chat_format = chat_format
+        self._options = TemplateOptions()
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self._full = Backend.from_str(tokenizer.backend_tokenizer.to_str())
@@ -97,6 +100,30 @@ class JinjaTokenizer:
                 prompts.append(array("i", next(usual).ids))
         return prompts
 
+    def with_options(self, options: TemplateOptions) -> JinjaTokenizer:
+        """The same, telling its template `options`. BatchmixError for what the template does not read, which would be lost
+        silently, and for control tokens in it."""
+        template = self._compiled()
+        read = jinja2.meta.find_undeclared_variables(template.environment.parse(self._tokenizer.get_chat_template()))
+        given = dict(options.variables) | ({"tools": options.tools} if options.tools else {})
+        for name, value in given.items():
+            if name not in read:
+                raise BatchmixError(f"{name}: {self.chat_format.origin} does not read it")
+            if found := self._control.search(json.dumps(value, ensure_ascii=False, default=str)):
+                raise BatchmixError(f"{name}: has the text {found[0]}, which is a control token of the model")
+        other = copy.copy(self)
+        other._options = options
+        return other
+
+    def _compiled(self) -> jinja2.Template:
+        """The template as transformers has compiled it, and keeps it; its work is counted."""
+        from transformers.utils import chat_template_utils
+
+        source = self._tokenizer.get_chat_template()
+        template: jinja2.Template = chat_template_utils._compile_jinja_template(source)
+        count_steps_of(template, source)
+        return template
+
     def encode_texts(self, texts: Sequence[str]) -> list[TokenIds | PromptError]:
         """Each text as it is, with the tokens that the tokenizer puts around every text."""
         return list(self._encode_plain(texts, True))
@@ -110,15 +137,17 @@ class JinjaTokenizer:
         return self._vocabulary.pieces(skip_special_tokens)
 
     def _render(self, turns: list[dict[str, str]], prefix: bool) -> str:
-        from transformers.utils import chat_template_utils
-
+        options = self._options
         try:
-            # transformers keeps its compiled templates, and gives this one when it renders.
-            source = self._tokenizer.get_chat_template()
-            count_steps_of(chat_template_utils._compile_jinja_template(source), source)
+            self._compiled()
             text = counted(
                 lambda: self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=not prefix, continue_final_message=prefix
+                    turns,
+                    tokenize=False,
+                    add_generation_prompt=options.add_generation_prompt and not prefix,
+                    continue_final_message=prefix,
+                    tools=options.tools,
+                    **options.variables,
                 )
             )
         except jinja2.TemplateSyntaxError as error:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from batchmix.errors import BatchmixError
 from batchmix.prompts.vocabulary import TokenIds, Vocabulary
-from batchmix.templates.chat_template import ChatFormat
+from batchmix.templates.chat_template import ChatFormat, TemplateOptions
 from batchmix.templates.messages import JOINER, Message, PromptError
 
 _Segment = str | int  # text to encode, or a control token
@@ -51,6 +52,13 @@ class MistralTokenizer:
     def encode_texts(self, texts: Sequence[str]) -> list[TokenIds | PromptError]:
         """Each text as it is, after a beginning-of-sequence token."""
         return self._encode([[self.bos_id, text] for text in texts])
+
+    def with_options(self, options: TemplateOptions) -> MistralTokenizer:
+        """Itself: Mistral's turns need no generation prompt. BatchmixError for tools and variables."""
+        for name in ["tools"] * bool(options.tools) + list(options.variables):
+            raise BatchmixError(f"{name}: Mistral's chat format, as this model has it, has no place for it; write it into"
+                                " a message, or give a Jinja chat template that reads it")  # fmt: skip
+        return self
 
     def decode(self, batch: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """The text of each list of token ids; bytes that are not UTF-8 become U+FFFD."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice
+from typing import Any
 
 from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig
 from batchmix.input.prompt_columns import PromptColumns, value_of_column
 from batchmix.observability.clock import StageClock
+from batchmix.observability.first_rows import warn_of_failed
 from batchmix.prompts.aside import Aside
 from batchmix.prompts.buffers import Buffers, buffered_bytes, num_bytes
 from batchmix.prompts.read_ahead import read_ahead
@@ -114,28 +116,38 @@ class PromptBuilder:
         finally:
             batches.close()
 
+    def check_sampling(self, overrides: Mapping[str, Any]) -> None:
+        """PromptError or RecursionError where no row can run with these overrides of `sampling`. Compiles its grammar."""
+        self._samplings.merged(overrides)
+
     def show_first(self, rows: Iterable[InputRow]) -> Iterator[InputRow]:
         """The same rows, after two lines in the log: which chat template runs, and the first prompt as the model gets it.
+        A warning where none of the first rows can be run.
 
         BatchmixError, before a model is loaded, where the first rows need a chat template and there is none.
         """
         rows = iter(rows)
         read: list[InputRow] = []
         most_bytes = self._buffers.raw
+        first: tuple[int, str] | None = None  # that cannot be run, and why
         for row in islice(rows, _BATCH_ROWS):
             read.append(row)
             most_bytes -= num_bytes(row.columns)  # rows that cannot be run are held too, until one is found that can
-            if (shown := self._show(row)) is not None:
+            shown, error = self._show(row)
+            if error is None:
                 name = "none, there is no tokenizer" if self._tokenizer is None else self._tokenizer.chat_format.name
                 _log.info("chat template: %s", name)
                 _log.info("first prompt, %s", shown)
-                break
+                return chain(read, rows)
+            first = first or (row.row, error)
             if most_bytes <= 0:
                 break
+        if first is not None:
+            warn_of_failed(len(read), *first)
         return chain(read, rows)
 
-    def _show(self, row: InputRow) -> str | None:
-        """The prompt of a row for people, shortened, on one line; None where the row cannot be run."""
+    def _show(self, row: InputRow) -> tuple[str, str | None]:
+        """The prompt of a row for people, shortened, on one line; and why the row cannot be run, where it cannot."""
         warns = self._texts is not None and self._texts.warns
         if self._texts is not None:
             self._texts.warns = False  # when it is built it will
@@ -145,18 +157,18 @@ class PromptBuilder:
             [prompt] = self._build([row], ())
         except NoChatFormat as error:
             raise BatchmixError(str(error)) from None
-        except (PromptError, RecursionError):
-            return None
+        except (PromptError, RecursionError) as error:
+            return "", _reason(error)
         finally:
             if self._texts is not None:
                 self._texts.warns = warns
         if prompt.error is not None:
-            return None
+            return "", prompt.error
         ids = list(prompt.token_ids)
         text = repr(ids) if self._tokenizer is None else self._tokenizer.decode([ids], False)[0]
         if len(text) > _SHOWN_CHARS:
             text = f"{text[: _SHOWN_CHARS // 2]} ... {text[-_SHOWN_CHARS // 2 :]}"
-        return f"row {row.row}, {len(ids)} tokens: {text!r}"
+        return f"row {row.row}, {len(ids)} tokens: {text!r}", None
 
     def _batches(
         self,

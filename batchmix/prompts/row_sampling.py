@@ -55,21 +55,22 @@ class RowSamplings:
     def prepare(self, row: InputRow) -> None:
         """Compile the row's own grammar."""
         try:
-            self._prepared[id(row)] = self._merged(row.sampling)
+            self._prepared[id(row)] = self.merged(row.sampling)
         except (PromptError, RecursionError) as error:
             self._prepared[id(row)] = error
 
     def of(self, row: InputRow) -> SamplingConfig:
         """The row's sampling; PromptError or RecursionError where it has none."""
         if id(row) not in self._prepared:
-            return self._merged(row.sampling)
+            return self.merged(row.sampling)
         found = self._prepared.pop(id(row))
         if isinstance(found, PromptError | RecursionError):
             raise found
         return found
 
-    def _merged(self, overrides: Mapping[str, Any] | None) -> SamplingConfig:
-        """The sampling of one row: the job's own instance, or one that all rows with these overrides share."""
+    def merged(self, overrides: Mapping[str, Any] | None) -> SamplingConfig:
+        """The sampling of one row: the job's own instance, or one that all rows with these overrides share. PromptError
+        or RecursionError where no row can have it."""
         if not overrides or all(value is None for value in overrides.values()):
             return self._base
         key = repr(overrides)

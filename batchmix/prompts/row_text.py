@@ -99,7 +99,8 @@ class RowTexts:
         raw = isinstance(content, str)
         texts = [content] if isinstance(content, str) else [message.text for message in content]
         texts = [text for text in texts if "<" in text or "[" in text or "#" in text]  # most have none
-        found = [mark for mark in MARKS if any(mark in text for text in texts)] if texts else []
+        marks = (*MARKS, "<s>", "</s>") if raw else MARKS  # in a message, <s> is more likely HTML
+        found = [mark for mark in marks if any(mark in text for text in texts)] if texts else []
         if raw and found:
             pieces = zip(self._tokenizer.token_bytes(True), self._tokenizer.token_bytes(False), strict=True)
             control = {piece.decode(errors="replace") for text, piece in pieces if not text}
@@ -107,7 +108,8 @@ class RowTexts:
         if found:
             self.warns = False
             what = (
-                "which is encoded as text, not as the control token; give messages, and leave the marks to data.chat_template"
+                "which is encoded as text, not as the control token; give messages (LLM.chat in Python), and leave the marks to"
+                " data.chat_template, or give token ids"
                 if raw
                 else "the marks of a chat template, which data.chat_template adds itself; if the texts are rendered already,"
                 " set data.chat_template=none, or give them as prompt_token_ids"

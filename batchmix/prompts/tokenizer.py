@@ -17,6 +17,7 @@ from batchmix.templates.chat_template import (
     MISTRAL,
     NONE,
     ChatFormat,
+    TemplateOptions,
     folder_templates,
     is_jinja,
     read_model_json,
@@ -58,6 +59,9 @@ class Tokenizer(Protocol):
 
     def encode_chats(self, chats: Sequence[Sequence[Message]]) -> list[TokenIds | PromptError]:
         """The prompt of each conversation, ready for the answer, or why it has none."""
+
+    def with_options(self, options: TemplateOptions) -> Tokenizer:
+        """The same, telling its chat template `options`. BatchmixError where the template has no use for them."""
 
     def encode_texts(self, texts: Sequence[str]) -> list[TokenIds | PromptError]:
         """Each text as it is, after a beginning-of-sequence token where the model has one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ class ChatFormat:
     chats: bool = True  # whether messages can be rendered; a base model's cannot
     prompts: bool | None = True  # a plain prompt is sent as a user message; False: as it is; None: nothing says which
     origin: str = "the model's chat template"  # in error messages
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What a template is told beside the messages."""
+
+    add_generation_prompt: bool = True  # where the last message is not to be continued
+    tools: list[Any] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)  # more of them, by name
 
 
 def read_chat_template(config: Config) -> Config:

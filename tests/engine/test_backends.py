@@ -61,10 +61,11 @@ def assert_same(found, expected):
         ours = found[key]
         assert list(ours.token_ids) == list(theirs.token_ids), key
         assert (ours.finish_reason, ours.stop_reason) == (theirs.finish_reason, theirs.stop_reason)
+        assert ours.end_token_id == theirs.end_token_id
         assert ours.num_tokens == theirs.num_tokens
         assert (ours.logprobs is None) == (theirs.logprobs is None)
         for one, other in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
-            assert one.token_id == other.token_id
+            assert (one.token_id, one.rank) == (other.token_id, other.rank)
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
             assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)

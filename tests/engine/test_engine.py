@@ -186,9 +186,27 @@ def test_logprobs_are_those_of_transformers(model, reference):
         expected = logits[len(prompt.token_ids) - 1 : -1]
         for entry, scores in zip(entries, expected, strict=True):
             assert entry.logprob == pytest.approx(scores[entry.token_id].item(), abs=1e-4)
+            likelier = scores - scores[entry.token_id]  # those nearer than rounding may be on either side
+            assert (likelier > 1e-4).sum() < entry.rank <= (likelier > -1e-4).sum()
             assert [value for _, value in entry.top] == pytest.approx(scores.topk(4).values.tolist(), abs=1e-4)
             assert all(value == pytest.approx(scores[token].item(), abs=1e-4) for token, value in entry.top)
         assert completion.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in entries))
+
+
+def test_requests_that_are_dropped_leave_nothing_behind(model):
+    rows = prompts(12, 512, seed=5, longest=40, temperature=1.0, logprobs=2, max_tokens=20)
+    engine = make_engine(model, max_num_seqs=4)
+    expected = run(engine, rows)
+    with torch.inference_mode():
+        assert list(engine.enqueue(rows)) == []
+        for _ in range(3):
+            engine.step()
+    assert engine.scheduler.running
+    assert engine.scheduler.waiting
+    engine.abort()
+    assert engine.scheduler.is_idle
+    assert engine.scheduler.pool.num_used == 0
+    assert run(engine, rows) == expected
 
 
 def test_min_tokens_stop_tokens_and_ignored_end_of_sequence(model):

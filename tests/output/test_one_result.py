@@ -61,7 +61,9 @@ def test_status_and_finalize(tmp_path: Path, where: str) -> None:
     generate(job(data, out, 1, 3))
     code, lines = status()
     assert code == 4
-    assert [line.split() for line in lines] == [
+    reasons = lines.index("failed rows by reason, with an example:")
+    assert lines[reasons + 1].startswith("       1  row 7: ")
+    assert [line.split() for line in lines[:reasons] + lines[reasons + 2 :]] == [
         ["shard", "done", "failed", "left", "rows/s", "worker"],
         ["0/3", "0", "0", "3", "-", "not", "started"],
         ["1/3", "3", "1", "0", "-", "done"],

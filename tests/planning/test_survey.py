@@ -39,15 +39,15 @@ def test_refused_rows_are_grouped_by_reason():
     rows = [Prompt(i, str(i), {}, [] if error else [1, 2], SamplingConfig(), error) for i, error in enumerate(errors)]
     list(survey.watch(rows))
     assert (survey.rows, survey.runnable) == (4, 1)
-    assert [(refusal.rows, refusal.example_row) for refusal in survey.refused.values()] == [(2, 0), (1, 2)]
+    assert [(reason.rows, reason.example_row) for reason in survey.refused.most_common()] == [(2, 0), (1, 2)]
 
 
 def test_every_row_refused_for_a_reason_of_its_own():
     survey = Survey(8)
-    errors = [f"column 'x' holds '{'x' * i}', which is no int64" for i in range(1200)]
+    errors = [f"column x holds {'x' * i}, which is no int64" for i in range(1200)]
     list(survey.watch(Prompt(i, str(i), {}, [], SamplingConfig(), error) for i, error in enumerate(errors)))
-    assert len(survey.refused) <= 1001
-    assert sum(refusal.rows for refusal in survey.refused.values()) == survey.rows == 1200
+    assert len(survey.refused.most_common()) <= 1001
+    assert sum(reason.rows for reason in survey.refused.most_common()) == survey.rows == 1200
 
 
 def test_mixtral_8x7b_has_the_published_size():

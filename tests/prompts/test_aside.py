@@ -55,7 +55,7 @@ def rows(count: int, costly: int) -> list[InputRow]:
 @pytest.mark.parametrize("error", [None, "no"])
 def test_rows_behind_costly_ones_come_first(error: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     go, compiled = threading.Event(), []
-    merged = RowSamplings._merged
+    merged = RowSamplings.merged
 
     def slow(self: Any, overrides: Any) -> SamplingConfig:
         if overrides:
@@ -66,7 +66,7 @@ def test_rows_behind_costly_ones_come_first(error: str | None, monkeypatch: pyte
             return SamplingConfig(max_tokens=7)
         return merged(self, overrides)
 
-    monkeypatch.setattr(RowSamplings, "_merged", slow)
+    monkeypatch.setattr(RowSamplings, "merged", slow)
     builder = PromptBuilder(DataConfig("x"), SamplingConfig(), None, max_model_len=16, vocab_size=10)
     prompts = builder.build(rows(10, 3), keep=[], clock=StageClock())
     batches = plan(prompts, Limits(100, 100, 4, sort_window=1000))

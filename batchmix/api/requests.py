@@ -1,0 +1,77 @@
+"""The prompts of a call as rows of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from batchmix.records import InputRow
+from batchmix.templates.messages import PromptError, check_text
+
+
+def as_prompts(prompts: Any) -> list[Any]:
+    """The prompts of a call of `generate`, one of which may be given by itself."""
+    if isinstance(prompts, str | Mapping) or is_token_ids(prompts):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise TypeError(
+            f"prompts must be text, token ids, a dict of one of them, or several of these, not {_kind(prompts)}"
+        )
+    return list(prompts)
+
+
+def as_conversations(messages: Any) -> list[Any]:
+    """The conversations of a call of `chat`, one of which may be given by itself."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages must be a list of {{role, content}}, or several of these, not {_kind(messages)}")
+    found = list(messages)
+    return [found] if found and isinstance(found[0], Mapping) else found
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether this is one prompt of token ids rather than several prompts."""
+    items = value.tolist() if hasattr(value, "tolist") else value  # an array, or a tensor
+    return isinstance(items, list | tuple) and bool(items) and all(type(item) is int for item in items)
+
+
+def prompt_row(number: int, prompt: Any, sampling: Mapping[str, Any]) -> tuple[InputRow, str | None]:
+    """The row of a prompt of `generate`, and the text that it shows. A text is never put into a chat template. What cannot
+    be run has its reason in `error`."""
+    text, ids = prompt, None
+    if isinstance(prompt, Mapping):
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        others = [key for key in prompt if key not in ("prompt", "prompt_token_ids") and prompt[key] is not None]
+        if others:
+            return _failed(number, f"prompt: {others[0]!r} is not there; a prompt is text or token ids"), None
+    elif not isinstance(prompt, str):
+        text, ids = None, prompt
+    shown = text if isinstance(text, str) else None
+    if ids is not None:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        return InputRow(number, str(number), {"prompt_token_ids": ids}, sampling), shown
+    try:
+        if not check_text(text, "prompt"):
+            raise PromptError("prompt is empty")
+    except PromptError as error:
+        return _failed(number, str(error)), shown
+    return InputRow(number, str(number), {}, sampling, text=shown), shown
+
+
+def chat_row(
+    number: int, messages: Any, sampling: Mapping[str, Any], continue_final_message: bool
+) -> tuple[InputRow, str | None]:
+    """The row of a conversation of `chat`."""
+    if continue_final_message:
+        last = messages[-1] if isinstance(messages, Sequence) and messages and not isinstance(messages, str) else None
+        if not isinstance(last, Mapping) or last.get("role") != "assistant":
+            return _failed(number, "continue_final_message: the last message is not the assistant's"), None
+        messages = [*messages[:-1], {**last, "prefix": True}]
+    return InputRow(number, str(number), {"messages": messages}, sampling), None
+
+
+def _failed(number: int, error: str) -> InputRow:
+    return InputRow(number, str(number), {}, error=error)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
