@@ -13,7 +13,7 @@ from slow_cases import slow_after
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.checkpoints.config import ModelConfig
 from batchmix.engine import build
-from batchmix.engine.config import EngineConfig
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.models import torch_products
 
@@ -34,6 +34,25 @@ def test_one_line_says_what_was_started(caplog):
     assert level == logging.INFO
     assert line.startswith("tiny in ")
     assert line.endswith("4 rows at once")
+
+
+def test_the_line_says_which_operators_run(caplog, monkeypatch):
+    with caplog.at_level(logging.INFO):
+        engine_of(None, max_num_seqs=4)
+        engine_of(None, max_num_seqs=4, backend=Backend.torch)
+        monkeypatch.setattr(build, "compute_dtype", lambda *_: torch.float16)
+        engine_of(None, max_num_seqs=4)  # for which there are no kernels
+    told = [line for _, line in lines(caplog) if line.startswith("tiny in ")]
+    assert ["numba kernels" in line for line in told] == [True, False, False]
+    assert ["torch operators" in line for line in told] == [False, True, True]
+
+
+def test_numba_asked_for_is_refused_where_it_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(build, "compute_dtype", lambda *_: torch.float16)
+    with pytest.raises(
+        BatchmixError, match=r"^engine\.backend=numba: has no kernels for float16; use engine\.backend=torch"
+    ):
+        build.check_engine(open_checkpoint(ModelConfig()), EngineConfig(device="cpu", backend=Backend.numba))
 
 
 @pytest.fixture(scope="module")
