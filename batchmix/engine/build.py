@@ -106,6 +106,7 @@ def start_engine(
         tp.all_reduce_min(0)  # where the others wait for the kernels
     if place.backend in CPU_BACKENDS:
         _check_products(weights, config, rows, prefill_tokens)
+        weights.prepack()
     workspace, num_blocks = _measure_memory(model, checkpoint, config, link, plan, rows, prefill_tokens, kv_dtype)
     rows = config.max_num_seqs or min(rows, num_blocks)  # each holds a block at least
     if link is not None and plan is not None and plan.kv_on_host:
@@ -181,7 +182,7 @@ def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_t
     layer, tokens = weights.layers[0], rows + prefill_tokens
     products: dict[str, tuple[Weight, int]] = {  # weights, and the most rows they are multiplied with
         "wqkv": (layer.wqkv, tokens), "wo": (layer.wo, tokens), "router": (layer.router, tokens),
-        "w13": (layer.w13, torch_ops.EXPERT_CHUNK), "w2": (layer.w2, torch_ops.EXPERT_CHUNK),
+        "w13": (layer.w13[0], torch_ops.EXPERT_CHUNK), "w2": (layer.w2[0], torch_ops.EXPERT_CHUNK),
         "lm_head": (weights.lm_head, rows),
     }  # fmt: skip
     dtype = weights.lm_head.dtype  # of experts too, once they are widened

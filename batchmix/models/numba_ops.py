@@ -17,7 +17,7 @@ from batchmix.models.backend import AttentionModel, HostRows, Logprobs
 from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.numba_cache import Kernels, load_kernels
-from batchmix.models.quantized import Weight, dense, format_of, through_fp8
+from batchmix.models.quantized import Experts, dense, format_of, through_fp8
 from batchmix.models.step_tokens import Attend, StepTokens
 from batchmix.models.torch_attention import PrefillAttention
 from batchmix.models.torch_ops import EXPERT_CHUNK
@@ -49,7 +49,7 @@ class NumbaOperators:
         return product(x, weight)
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad
     ) -> Tensor:
         """As torch_ops.moe: each expert runs once over its tokens."""
         probabilities = product(x.float(), router).softmax(-1)  # [T, E]
