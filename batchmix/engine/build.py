@@ -186,10 +186,12 @@ def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_t
         "lm_head": (weights.lm_head, rows),
     }  # fmt: skip
     dtype = weights.lm_head.dtype  # of experts too, once they are widened
-    fixed, unsteady = torch_products.hold_bits({
+    shapes = {
         name: ((*weight.shape[-2:], torch.float32 if name == "router" else dtype), most)
         for name, (weight, most) in products.items()
-    })  # fmt: skip
+    }
+    prepacked = weights.prepacked()
+    fixed, unsteady = torch_products.hold_bits(shapes, unpacked=shapes.keys() - prepacked)
     if fixed:
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"
                   " %d rows, slower and exact", ", ".join(fixed), torch_products.FIXED_ROWS)  # fmt: skip

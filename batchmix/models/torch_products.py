@@ -11,7 +11,7 @@ a run, shows in no answer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -87,34 +87,31 @@ def _onednn_keeps_bits() -> bool:
     )
 
 
-def hold_bits(shapes: Mapping[str, tuple[Shape, int]]) -> tuple[list[str], list[str]]:
+def hold_bits(shapes: Mapping[str, tuple[Shape, int]], unpacked: Container[str] = ()) -> tuple[list[str], list[str]]:
     """Let each product keep its rows' bits: names of those that take calls of FIXED_ROWS, and of those that nothing holds.
 
-    shapes: by name a weight's shape and the largest number of rows that it is multiplied with.
+    shapes: by name a weight's shape and the largest number of rows that it is multiplied with. unpacked: names of those
+    that are multiplied as they are, not prepacked.
     """
     fixed: list[str] = []
     unsteady: list[str] = []
     for name, (shape, max_rows) in shapes.items():
-        if shape not in _fixed and not _keeps_its_bits(shape, max_rows):
+        rows, weight = _revealing(shape)
+        weight = weight if name in unpacked else prepack(weight)
+        if shape not in _fixed and not _keeps_its_bits(rows, weight, max_rows):
             _fixed.add(shape)
         if shape in _fixed:
-            (fixed if _keeps_its_bits(shape, max_rows) else unsteady).append(name)
+            (fixed if _keeps_its_bits(rows, weight, max_rows) else unsteady).append(name)
     return fixed, unsteady
 
 
-def _keeps_its_bits(shape: Shape, max_rows: int) -> bool:
-    """Whether a row's product has the bits of a call of FIXED_ROWS, at any place among any number of rows up to `max_rows`;
-    with a prepacked weight and with one that is not."""
-    rows, plain = _revealing(shape)
-    packed = prepack(plain)
-    for weight in (
-        (plain,) if packed is plain else (packed, plain)
-    ):  # experts that were quantised are multiplied as they are
-        expected = one_call(rows, weight)
-        for number, count in enumerate(_row_counts(shape, max_rows)):
-            place = (torch.arange(count) + 7 * number) % FIXED_ROWS  # each row at another place than before
-            if not torch.equal(product(rows[place], weight), expected[place]):
-                return False
+def _keeps_its_bits(rows: Tensor, weight: Tensor, max_rows: int) -> bool:
+    """Whether a row's product has the bits of a call of FIXED_ROWS, at any place among any number of rows up to `max_rows`."""
+    expected = one_call(rows, weight)
+    for number, count in enumerate(_row_counts((*weight.shape, weight.dtype), max_rows)):
+        place = (torch.arange(count) + 7 * number) % FIXED_ROWS  # each row at another place than before
+        if not torch.equal(product(rows[place], weight), expected[place]):
+            return False
     return True
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchmix.dtypes import Quantization
 from batchmix.models.mixtral_config import MixtralConfig
-from batchmix.models.quantized import Empty, Experts, Weight, allocated, tensors_of
+from batchmix.models.quantized import Empty, Experts, Quantized, Weight, allocated, tensors_of
 from batchmix.models.torch_products import prepack
 
 
@@ -46,18 +46,20 @@ class Weights:
         places = [tensor.data_ptr() if tensor.layout is torch.strided else id(tensor) for tensor in tensors]
         return sum({place: tensor.nbytes for place, tensor in zip(places, tensors, strict=True)}.values())
 
-    def prepack(self) -> None:
-        """Bring what a CPU multiplies into the layout that it multiplies fastest, a tensor at a time.
+    def prepacked(self) -> set[str]:
+        """Names of what `prepack` brings into another layout: not quantised experts, which are widened first, nor a
+        lm_head that is the embedding too."""
+        experts = {name for name in ("w13", "w2") if not isinstance(getattr(self.layers[0], name), Quantized)}
+        return {"wqkv", "wo", *experts} | ({"lm_head"} if self.lm_head is not self.embedding else set())
 
-        But quantised experts, which are widened first, and a lm_head that is the embedding too.
-        """
+    def prepack(self) -> None:
+        """Bring what a CPU multiplies into the layout that it multiplies fastest, a tensor at a time."""
+        names = self.prepacked()
         for layer in self.layers:
-            layer.wqkv, layer.wo = prepack(layer.wqkv), prepack(layer.wo)
-            if isinstance(layer.w13, Tensor):
-                layer.w13 = tuple(map(prepack, layer.w13))
-            if isinstance(layer.w2, Tensor):
-                layer.w2 = tuple(map(prepack, layer.w2))
-        if self.lm_head is not self.embedding:
+            for name in names - {"lm_head"}:
+                weight = getattr(layer, name)
+                setattr(layer, name, prepack(weight) if weight.ndim == 2 else tuple(map(prepack, weight)))
+        if "lm_head" in names:
             self.lm_head = prepack(self.lm_head)
 
 

@@ -103,7 +103,7 @@ def test_answers_are_exact_where_the_matrix_library_is_not(caplog, monkeypatch, 
 
     monkeypatch.setattr(torch_products, "one_call", in_halves_for_some)
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(torch_products, "hold_bits", lambda shapes: ([], []))
+        unchecked.setattr(torch_products, "hold_bits", lambda shapes, unpacked: ([], []))
         assert found(8) != found(1), "the fault must show for this to say anything"
     with caplog.at_level(logging.INFO):
         caplog.clear()

@@ -137,6 +137,20 @@ def test_products_that_depend_on_the_number_of_rows_run_in_fixed_calls(monkeypat
     assert calls == [336], "shapes that were not found to depend on it keep their speed"
 
 
+def test_a_weight_is_checked_in_the_layout_in_which_it_is_multiplied(monkeypatch):
+    """A library that fails prepacked weights alone: those of quantised experts, which are none, keep their speed."""
+
+    def failing(x: Tensor, weight: Tensor) -> Tensor:
+        return by_halves(x, weight) if weight.is_mkldnn else one_call(x, weight)
+
+    if not torch_products._packs(torch.float32):
+        pytest.skip("there is no such layout here")
+    shapes = {"w2": ((40, 896, torch.float32), 512)}
+    monkeypatch.setattr(torch_products, "one_call", failing)
+    assert hold_bits(shapes, unpacked=["w2"]) == ([], [])
+    assert hold_bits(shapes) == (["w2"], [])
+
+
 def test_bits_do_not_depend_on_the_largest_batch_that_was_checked(monkeypatch):
     """Up to 32 rows all is well: a run with so few must give the bits of one with many, which takes fixed calls."""
     monkeypatch.setattr(torch_products, "one_call", by_halves)
