@@ -32,6 +32,7 @@ from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
 
 NEW_TOKENS = 64
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how the threads of all three wait for one another
 _VLLM = """
 import json, sys, time
 from vllm import LLM, SamplingParams
@@ -191,7 +192,8 @@ def main() -> None:
         save(f"engine-{args.dtype}", {"dtype": args.dtype, "work": "256 prompts of 16 to 512 tokens, 64 new tokens each", "output_tokens_per_second": rates,
                         "seconds": {name: [round(wall, 2) for wall, _ in times] for name, times in seconds.items()},
                         "cpu_seconds": {name: [round(cpu, 2) for _, cpu in times] for name, times in seconds.items()},
-                        "prompts_with_the_same_tokens": same})  # fmt: skip
+                        "prompts_with_the_same_tokens": same, "load_average": round(os.getloadavg()[2], 1),
+                        "environment": {name: os.environ[name] for name in OPENMP if name in os.environ}})  # fmt: skip
 
 
 if __name__ == "__main__":
