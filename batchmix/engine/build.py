@@ -105,6 +105,8 @@ def start_engine(
     if device.type == "cuda":
         tp.all_reduce_min(0)  # where the others wait for the kernels
     if place.backend in CPU_BACKENDS:
+        if config.backend is Backend.auto and (reason := numba_cache.unavailable()):
+            _log.info("torch's operators run, slower than the CPU kernels: %s", reason)
         _check_products(weights, config, rows, prefill_tokens)
         weights.prepack()
     workspace, num_blocks = _measure_memory(model, checkpoint, config, link, plan, rows, prefill_tokens, kv_dtype)

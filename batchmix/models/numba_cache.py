@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.install_hint import install_hint
 from batchmix.user_cache import user_cache
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -66,7 +67,7 @@ class Kernels:
 def unavailable() -> str | None:
     """What is missing for the kernels to be compiled and run here, or None."""
     if missing := [name for name in ("numba", "llvmlite") if find_spec(name) is None]:
-        return f"{' and '.join(missing)} cannot be imported (pip install 'batchmix[cpu]')"
+        return f"{' and '.join(missing)} cannot be imported ({install_hint('cpu')})"
     return None if _openmp() is not None else "torch's threads are not GNU OpenMP's"
 
 

@@ -17,7 +17,7 @@ from batchmix.dtypes import Quantization
 from batchmix.engine import build
 from batchmix.engine.config import Backend, EngineConfig
 from batchmix.errors import BatchmixError
-from batchmix.models import torch_products
+from batchmix.models import numba_cache, torch_products
 from batchmix.models.quantized import Quantized
 
 
@@ -48,6 +48,15 @@ def test_the_line_says_which_operators_run(caplog, monkeypatch):
     told = [line for _, line in lines(caplog) if line.startswith("tiny in ")]
     assert ["numba kernels" in line for line in told] == [True, False, False]
     assert ["torch operators" in line for line in told] == [False, True, True]
+
+
+def test_a_start_without_numba_names_what_is_missing(caplog, monkeypatch):
+    monkeypatch.setattr(numba_cache, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        engine_of(None, max_num_seqs=4)
+    found = [line for _, line in lines(caplog)]
+    assert any(line.startswith("torch's operators run, slower than the CPU kernels: numba and llvm") for line in found)
+    assert any("torch operators" in line for line in found)
 
 
 def test_numba_asked_for_is_refused_where_it_has_no_kernels(monkeypatch):
