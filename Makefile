@@ -76,4 +76,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(RUN)python -m batchmix.models.numba_cache  # else the first run waits for its CPU kernels to be compiled
 	@touch $@

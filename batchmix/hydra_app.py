@@ -221,6 +221,7 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
                 os._exit(EXIT_REQUEUE)  # all is committed; Python would wait for what these threads wait for
             sys.exit(EXIT_REQUEUE)
 
+    _let_waiting_threads_sleep()
     forget()  # what an earlier job of this process hid
     redact_tracebacks()
     register(name)
@@ -263,6 +264,16 @@ def _run(name: str, function: Callable[[Config], None], argv: Sequence[str]) -> 
             _report(BatchmixError(line))
             failed = True
     return EXIT_ERROR if failed else 0
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Before torch is loaded: let OpenMP's threads spin for some 0.05 ms where they wait for one another, then sleep.
+
+    GNU OpenMP's default is to spin for milliseconds, which takes from the thread that they wait for the core it needs where
+    another process has the others (docs/performance.md). A policy that is set already stays.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     python benchmarks/bench_engine.py [--save] [--vllm-python PATH]
 
 A random Mixtral of 39 M parameters, 256 prompts of 16 to 512 tokens, 64 greedy tokens each, end of sequence ignored,
-float32, 2 threads. transformers gets length-sorted batches of 32 and its eager experts, its fastest setting on a CPU.
+float32, 2 threads; medians of five turns. transformers gets length-sorted batches of 32 and its eager experts, its fastest setting on a CPU.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import random_prompts, save, save_tiny_random
@@ -30,23 +32,23 @@ from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
 
 NEW_TOKENS = 64
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how the threads of all three wait for one another
 _VLLM = """
 import json, sys, time
 from vllm import LLM, SamplingParams
-folder, file, new, dtype, repeats = sys.argv[1:]
+folder, file, new, dtype = sys.argv[1:]
 prompts = [{"prompt_token_ids": ids} for ids in json.load(open(file))]
 llm = LLM(folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=256,
           max_num_batched_tokens=4096, enable_prefix_caching=False, disable_log_stats=True)
 params = SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True, detokenize=False)
 llm.generate(prompts[:4], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False))
-seconds = []
-for _ in range(int(repeats)):
-    started = time.perf_counter()
-    out = llm.generate(prompts, params)
-    seconds.append(time.perf_counter() - started)
-print("RESULT " + json.dumps({"seconds": seconds, "ids": [list(o.outputs[0].token_ids) for o in out]}))
+print("RESULT null", flush=True)
+for _ in sys.stdin:
+    started, cpu = time.perf_counter(), time.process_time()
+    out = llm.generate(prompts, params, use_tqdm=False)
+    seconds = [time.perf_counter() - started, time.process_time() - cpu]
+    print("RESULT " + json.dumps({"seconds": seconds, "ids": [list(o.outputs[0].token_ids) for o in out]}), flush=True)
 """
-
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]  # prompts and number of new tokens -> new tokens
 
@@ -103,23 +105,55 @@ def open_transformers(folder: Path, dtype: str) -> Generate:
     return run
 
 
-def run_vllm(
-    python: str, folder: Path, prompts: list[list[int]], dtype: str, repeats: int
-) -> tuple[list[float], list[list[int]]]:
-    """Seconds of each repeat and the new tokens with vLLM, in its own environment."""
-    file = folder / "prompts.json"
+Turn = Callable[[], tuple[list[float], list[list[int]]]]  # -> seconds, seconds of CPU time; new tokens
+
+
+def turn_of(generate: Generate, prompts: list[list[int]]) -> Turn:
+    """A turn of an engine of this process."""
+    generate(prompts[:4], 4)
+
+    def turn() -> tuple[list[float], list[list[int]]]:
+        started, cpu = time.perf_counter(), time.process_time()
+        ids = generate(prompts, NEW_TOKENS)
+        return [time.perf_counter() - started, time.process_time() - cpu], ids
+
+    return turn
+
+
+def open_vllm(python: str, folder: Path, prompts: list[list[int]], dtype: str) -> Turn:
+    """vLLM in its own environment and process, which waits for its turns."""
+    file, log = folder / "prompts.json", folder / "vllm.log"
     file.write_text(json.dumps(prompts))
-    command = [python, "-c", _VLLM, str(folder), str(file), str(NEW_TOKENS), dtype, str(repeats)]
-    threads = str(torch.get_num_threads())
+    command = [python, "-c", _VLLM, str(folder), str(file), str(NEW_TOKENS), dtype]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": threads,
-                "HF_HUB_OFFLINE": "1"}  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        raise SystemExit(f"vLLM failed:\n{done.stderr[-3000:]}")
-    result = json.loads(line.removeprefix("RESULT "))
-    return result["seconds"], result["ids"]
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+                "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log.open("w"),
+        text=True,
+        env=os.environ | settings,
+    )  # ends with its standard input
+    assert process.stdin is not None
+    assert process.stdout is not None
+    requests, lines = process.stdin, process.stdout
+
+    def answer() -> Any:
+        for line in lines:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+        raise SystemExit(f"vLLM failed:\n{log.read_text()[-3000:]}")
+
+    def turn() -> tuple[list[float], list[list[int]]]:
+        requests.write("\n")
+        requests.flush()
+        result = answer()
+        return result["seconds"], result["ids"]
+
+    answer()
+    return turn
 
 
 def main() -> None:
@@ -127,34 +161,39 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-cpu-engine-<dtype>.json")
     parser.add_argument("--vllm-python", help="python of an environment with vLLM's CPU wheel")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prompts = random_prompts(256)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_tiny_random(Path(temporary))
-        engines = {"batchmix": open_batchmix(folder, args.dtype), "transformers": open_transformers(folder, args.dtype)}
-        seconds: dict[str, list[float]] = {name: [] for name in engines}
-        out = {name: generate(prompts[:4], 4) for name, generate in engines.items()}
-        for _ in range(args.repeats):  # in turns, since other users of a machine come and go
-            for name, generate in engines.items():
-                started = time.perf_counter()
-                out[name] = generate(prompts, NEW_TOKENS)
-                seconds[name].append(time.perf_counter() - started)
+        turns = {
+            "batchmix": turn_of(open_batchmix(folder, args.dtype), prompts),
+            "transformers": turn_of(open_transformers(folder, args.dtype), prompts),
+        }
         if args.vllm_python:
-            seconds["vllm"], out["vllm"] = run_vllm(args.vllm_python, folder, prompts, args.dtype, args.repeats)
+            turns["vllm"] = open_vllm(args.vllm_python, folder, prompts, args.dtype)
+        seconds: dict[str, list[list[float]]] = {name: [] for name in turns}
+        out: dict[str, list[list[int]]] = {}
+        for _ in range(args.repeats):  # in turns, since other users of a machine come and go
+            for name, turn in turns.items():
+                taken, out[name] = turn()
+                seconds[name].append(taken)
+                print(f"{name}: {taken[0]:.1f} s, {taken[1]:.1f} s of CPU time", flush=True)
     tokens = len(prompts) * NEW_TOKENS
-    rates = {name: round(tokens / min(times), 1) for name, times in seconds.items()}
+    rates = {name: round(tokens / statistics.median(wall for wall, _ in times), 1) for name, times in seconds.items()}
     same = {name: sum(a == b for a, b in zip(out["batchmix"], ids, strict=True)) for name, ids in out.items()}
-    print(f"the best of {args.repeats} runs each:")
+    print(f"the median of {args.repeats} turns each:")
     for name, rate in rates.items():
         print(f"{name:<12} {rate:8,.0f} output tokens/s, batchmix is {rates['batchmix'] / rate:.2f} x;"
               f" the same tokens for {same[name]} of {len(prompts)} prompts")  # fmt: skip
     if args.save:
         save(f"engine-{args.dtype}", {"dtype": args.dtype, "work": "256 prompts of 16 to 512 tokens, 64 new tokens each", "output_tokens_per_second": rates,
-                        "seconds": {name: [round(s, 2) for s in times] for name, times in seconds.items()},
-                        "prompts_with_the_same_tokens": same})  # fmt: skip
+                        "seconds": {name: [round(wall, 2) for wall, _ in times] for name, times in seconds.items()},
+                        "cpu_seconds": {name: [round(cpu, 2) for _, cpu in times] for name, times in seconds.items()},
+                        "prompts_with_the_same_tokens": same, "load_average": round(os.getloadavg()[2], 1),
+                        "environment": {name: os.environ[name] for name in OPENMP if name in os.environ}})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 _CACHE = tempfile.TemporaryDirectory(prefix="batchmix-tests-")
+# But for compiled kernels, which take half a minute and whose names hold all that they depend on.
+_KERNELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchmix" / "kernels"
+_KERNELS.mkdir(parents=True, exist_ok=True)
+(Path(_CACHE.name) / "batchmix").mkdir()
+(Path(_CACHE.name) / "batchmix" / "kernels").symlink_to(_KERNELS)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name  # tables of grammars are kept there: none of another run's, and none for it
 os.environ["PYTHONSAFEPATH"] = "1"  # subprocesses: the repository's own folders are not importable by their bare names
 if os.environ.get("PYTEST_XDIST_WORKER"):  # processes that share the machine's cores

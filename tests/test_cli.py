@@ -205,6 +205,21 @@ def test_help_imports_nothing_heavy(batchmix: Run) -> None:
     assert done.stdout.endswith("set()\n"), done.stderr
 
 
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_a_job_lets_waiting_threads_sleep_before_torch_is_loaded(tmp_path: Path, given: dict[str, str]) -> None:
+    code = (
+        "import os, sys; from batchmix.hydra_app import job\n"
+        "@job('generate')\n"
+        "def main(config): print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))\n"
+        "main(['data.path=x', 'output.dir=y'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | given, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["False", given.get("GOMP_SPINCOUNT", "None" if given else "1000")], done.stderr
+
+
 def test_version(batchmix: Run) -> None:
     assert batchmix("--version").stdout == f"batchmix {__version__}\n"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 kernels
 redact errors signals install_hint other_names config_key sampling dtypes config sampling_checks config_checks config_files written_config
-records json_file memory
+records json_file user_cache memory
 storage observability templates input prompts structured_output
 models checkpoints planning offload engine
 output stages distributed annotate

@@ -16,7 +16,7 @@ from typing import Any
 from batchmix import __version__
 from batchmix.distributed.engine_worker import EngineWorker, WorkerOutput
 from batchmix.distributed.worker_pool import PAUSE, PoolWorker, WorkerPool
-from batchmix.engine.config import Backend
+from batchmix.engine.config import CPU_BACKENDS
 from batchmix.errors import BatchmixError
 from batchmix.install_hint import install_hint
 from batchmix.records import InputRow
@@ -154,7 +154,7 @@ class RayPool(WorkerPool):
     def _gpus_per_worker(self) -> int:
         """0 where the models run on CPUs; with engine.device=auto that is a cluster without GPUs."""
         engine = self._config.engine
-        if engine.device == "cpu" or engine.backend is Backend.torch:
+        if engine.device == "cpu" or engine.backend in CPU_BACKENDS:
             return 0
         if engine.device == "auto" and not self._ray.cluster_resources().get("GPU"):
             return 0

@@ -12,7 +12,7 @@ import torch
 from batchmix.checkpoints.checkpoint import Checkpoint
 from batchmix.checkpoints.loading import load_weights
 from batchmix.dtypes import KVCacheDtype
-from batchmix.engine.config import Backend, EngineConfig
+from batchmix.engine.config import CPU_BACKENDS, Backend, EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.engine.engine import Engine
@@ -20,10 +20,11 @@ from batchmix.engine.model_runner import run_largest_step
 from batchmix.engine.request import PREFILL_CHUNK, EngineLimits
 from batchmix.errors import BatchmixError
 from batchmix.memory import free_bytes, keep_freed_memory
-from batchmix.models import torch_backend, torch_ops, torch_products
+from batchmix.models import numba_cache, torch_backend, torch_ops, torch_products
 from batchmix.models.backend import Operators
 from batchmix.models.kv_cache import BLOCK_SIZE, KVCache
 from batchmix.models.mixtral import Mixtral
+from batchmix.models.numba_ops import NumbaOperators
 from batchmix.models.quantized import FP8, Weight
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.models.weights import Weights
@@ -52,7 +53,9 @@ def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
     """BatchmixError where this machine cannot run the checkpoint as asked; reads no weights."""
     place = select_device(config)
     check_model(checkpoint.config, place, checkpoint.quantization)
-    compute_dtype(checkpoint.dtype, place)
+    dtype = compute_dtype(checkpoint.dtype, place)
+    if config.backend is Backend.numba and dtype not in numba_cache.DTYPES:
+        raise BatchmixError(f"engine.backend=numba: has no kernels for {_name(dtype)}; use engine.backend=torch")
 
 
 def start_engine(
@@ -95,14 +98,17 @@ def start_engine(
             compile_ahead = CompileAhead(steps, current_gpu(device), cpus)
     weights = load_weights(checkpoint, dtype, device, tp, offload)
     stream = ExpertStream(weights.layers, offload) if offload is not None and offload.streamed else None
-    model = Mixtral(sliced, weights, open_backend(place.backend, config), checkpoint.max_model_len, tp, stream)
+    model = Mixtral(sliced, weights, open_backend(place.backend, config, dtype), checkpoint.max_model_len, tp, stream)
     loaded = time.perf_counter()
     if compile_ahead is not None:
         compile_ahead.finish()
     if device.type == "cuda":
         tp.all_reduce_min(0)  # where the others wait for the kernels
-    if place.backend is Backend.torch:
+    if place.backend in CPU_BACKENDS:
+        if config.backend is Backend.auto and (reason := numba_cache.unavailable()):
+            _log.info("torch's operators run, slower than the CPU kernels: %s", reason)
         _check_products(weights, config, rows, prefill_tokens)
+        weights.prepack()
     workspace, num_blocks = _measure_memory(model, checkpoint, config, link, plan, rows, prefill_tokens, kv_dtype)
     rows = config.max_num_seqs or min(rows, num_blocks)  # each holds a block at least
     if link is not None and plan is not None and plan.kv_on_host:
@@ -150,6 +156,8 @@ def _start_line(
         "" if checkpoint.quantization is None else f", experts in {checkpoint.quantization.value}",
         f" on {f'{processes} x ' * (processes > 1)}{place.name}",
         f", {torch.get_num_threads()} threads" if place.device.type == "cpu" else "",
+        f", {'numba kernels' if isinstance(model.ops, NumbaOperators) else 'torch operators'}"
+        if place.backend in CPU_BACKENDS else "",
         f": {weights} in {seconds:.1f} s, workspace {workspace / 2**30:.2f} GiB,"
         f" KV cache {(cache.num_blocks - 1) * cache.block_size:,} tokens",
         " in fp8" if cache.keys.dtype is FP8 else "",
@@ -158,9 +166,11 @@ def _start_line(
     ])  # fmt: skip
 
 
-def open_backend(backend: Backend, config: EngineConfig) -> Operators:
-    """The operators of a backend."""
-    if backend is Backend.torch:
+def open_backend(backend: Backend, config: EngineConfig, dtype: torch.dtype) -> Operators:
+    """The operators of a backend. There are no CPU kernels for float16."""
+    if backend is Backend.numba and dtype in numba_cache.DTYPES:
+        return NumbaOperators(dtype)
+    if backend in CPU_BACKENDS:
         return torch_backend
     # Not at the top: triton takes a second to import, and a CPU-only machine may lack it.
     from batchmix.models.triton_ops import TritonOperators
@@ -174,14 +184,16 @@ def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_t
     layer, tokens = weights.layers[0], rows + prefill_tokens
     products: dict[str, tuple[Weight, int]] = {  # weights, and the most rows they are multiplied with
         "wqkv": (layer.wqkv, tokens), "wo": (layer.wo, tokens), "router": (layer.router, tokens),
-        "w13": (layer.w13, torch_ops.EXPERT_CHUNK), "w2": (layer.w2, torch_ops.EXPERT_CHUNK),
+        "w13": (layer.w13[0], torch_ops.EXPERT_CHUNK), "w2": (layer.w2[0], torch_ops.EXPERT_CHUNK),
         "lm_head": (weights.lm_head, rows),
     }  # fmt: skip
     dtype = weights.lm_head.dtype  # of experts too, once they are widened
-    fixed, unsteady = torch_products.hold_bits({
+    shapes = {
         name: ((*weight.shape[-2:], torch.float32 if name == "router" else dtype), most)
         for name, (weight, most) in products.items()
-    })  # fmt: skip
+    }
+    prepacked = weights.prepacked()
+    fixed, unsteady = torch_products.hold_bits(shapes, unpacked=shapes.keys() - prepacked)
     if fixed:
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"
                   " %d rows, slower and exact", ", ".join(fixed), torch_products.FIXED_ROWS)  # fmt: skip

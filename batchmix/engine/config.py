@@ -11,21 +11,25 @@ from batchmix.config_key import key
 class Backend(Enum):
     auto = "auto"
     triton = "triton"
+    numba = "numba"
     torch = "torch"
+
+
+CPU_BACKENDS = (Backend.numba, Backend.torch)
 
 
 @dataclass
 class EngineConfig:
     """How the work is laid out on the device.
 
-    `batch_invariant`: on the triton backend, the same tiles for any number of rows. torch's products give a row the same
+    `batch_invariant`: on the triton backend, the same tiles for any number of rows. On a CPU products give a row the same
     bits whatever other rows are in the batch as it is; with true, a machine whose matrix library cannot is refused where it
     is warned of otherwise.
     """
 
     device: str = key("auto", "auto: a GPU if there is one; cpu, cuda, cuda:1, ...; of several processes, the first's")
     data_parallel_size: int = key(1, "models that run side by side on this machine, each with a share of the rows")
-    backend: Backend = key(Backend.auto, "auto: triton on a GPU, torch on the CPU")
+    backend: Backend = key(Backend.auto, "auto: triton on a GPU; on the CPU numba where it is installed, else torch")
     gpu_memory_utilization: float = key(0.9, "share of the device's memory; on CPU, of the memory now free")
     max_num_seqs: int | None = key(
         None, "rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from batchmix.dtypes import Quantization
-from batchmix.engine.config import Backend, EngineConfig
+from batchmix.engine.config import CPU_BACKENDS, Backend, EngineConfig
 from batchmix.errors import BatchmixError
+from batchmix.models import numba_cache
 from batchmix.models.mixtral_config import MixtralConfig
 
 _TRITON_HEAD_DIMS = (32, 64, 128)  # a head is a tile's width, a power of two
@@ -32,12 +33,16 @@ def select_device(engine: EngineConfig) -> DevicePlan:
     """BatchmixError where the device or backend asked for cannot be had."""
     device = _device(engine)
     backend = engine.backend
-    if backend is Backend.auto:
-        backend = Backend.triton if device.type == "cuda" else Backend.torch
-    if backend is Backend.torch and device.type == "cuda":
+    if backend is Backend.auto and device.type == "cuda":
+        backend = Backend.triton
+    elif backend is Backend.auto:
+        backend = Backend.torch if numba_cache.unavailable() else Backend.numba
+    if backend in CPU_BACKENDS and device.type == "cuda":
         raise BatchmixError(
-            f"engine.backend=torch runs on the CPU, not on engine.device={engine.device}; leave one of the two out"
+            f"engine.backend={backend.value} runs on the CPU, not on engine.device={engine.device}; leave one of the two out"
         )
+    if backend is Backend.numba and (missing := numba_cache.unavailable()):
+        raise BatchmixError(f"engine.backend=numba: {missing}; engine.backend=torch needs neither")
     # Whether Triton will interpret its kernels; read as Triton does, without importing it.
     interprets = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
     if backend is Backend.triton and device.type == "cpu" and not interprets:
@@ -107,7 +112,7 @@ def _multiplies_fp8(device: torch.device) -> bool:
 
 def _device(engine: EngineConfig) -> torch.device:
     if engine.device == "auto":
-        on_gpu = engine.backend is not Backend.torch and torch.cuda.is_available()
+        on_gpu = engine.backend not in CPU_BACKENDS and torch.cuda.is_available()
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     kind, _, index = engine.device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):

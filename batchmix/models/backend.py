@@ -17,7 +17,7 @@ from batchmix.kernels.row_state import RowTensors
 from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral_config import MixtralConfig
-from batchmix.models.quantized import Weight
+from batchmix.models.quantized import Experts
 from batchmix.models.step_tokens import Attend, StepTokens
 from batchmix.models.weights import Weights
 from batchmix.structured_output.grammar import TokenSet
@@ -75,7 +75,7 @@ class Operators(Protocol):
         """x [T, in], weight [out, in] -> [T, out]."""
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 

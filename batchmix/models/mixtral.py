@@ -16,7 +16,7 @@ from torch import Tensor
 from batchmix.models.backend import Operators
 from batchmix.models.expert_load import ExpertLoad
 from batchmix.models.mixtral_config import MixtralConfig
-from batchmix.models.quantized import Weight
+from batchmix.models.quantized import Experts
 from batchmix.models.step_tokens import Attend
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
 from batchmix.models.weights import Weights
@@ -28,7 +28,7 @@ class ExpertStream(Protocol):
     bytes: int
     """Copied so far."""
 
-    def __call__(self, layer: int) -> AbstractContextManager[tuple[Weight, Weight]]:
+    def __call__(self, layer: int) -> AbstractContextManager[tuple[Experts, Experts]]:
         """w13 and w2 of a layer, to be used inside of the block."""
 
 
@@ -83,7 +83,7 @@ class Mixtral:
         """Of weights, copied to the device so far."""
         return 0 if self.stream is None else self.stream.bytes
 
-    def _experts(self, layer: int) -> AbstractContextManager[tuple[Weight, Weight]]:
+    def _experts(self, layer: int) -> AbstractContextManager[tuple[Experts, Experts]]:
         """w13 and w2 of a layer, on the device."""
         if self.stream is not None:
             return self.stream(layer)

@@ -101,11 +101,14 @@ class Quantized:
 
 
 Weight = Tensor | Quantized
+Experts = Weight | tuple[Tensor, ...]  # stacked, or one by one: prepacked
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # allocates
 
 
-def tensors_of(weight: Weight) -> list[Tensor]:
+def tensors_of(weight: Experts) -> list[Tensor]:
     """The tensors that hold a weight."""
+    if isinstance(weight, tuple):
+        return list(weight)
     return [weight.codes, weight.scales] if isinstance(weight, Quantized) else [weight]
 
 
@@ -124,7 +127,7 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
 
 
-def format_of(weight: Weight) -> Quantization | None:
+def format_of(weight: Experts) -> Quantization | None:
     """None where it is not quantised."""
     return weight.format if isinstance(weight, Quantized) else None
 

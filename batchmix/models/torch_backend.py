@@ -31,23 +31,12 @@ def find_shared(
 
 def attend(model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
     """See `Operators`."""
-    config, size = model.config, cache.block_size
+    config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    # Position, block and offset of each token. Padding, and rows that have ended, write to the scratch block.
-    places, rows, prompts = np.full((3, step.size), SCRATCH_BLOCK), None, None
-    if (decode := step.decode) is not None:
-        count = len(decode.host_positions)
-        running = decode.running[:count].numpy()
-        table = decode.host_blocks.astype(np.int64)
-        table[~running] = SCRATCH_BLOCK
-        position = decode.positions[:count].numpy() * running
-        places[:, :count] = position, table[np.arange(count), position // size], position % size
-        rows = DecodeAttention(cache, table, position + 1)
-    if step.chunks:
-        of_prompts, first = step.prompt_places(size), step.chunks[0].offset
-        places[:, first : first + of_prompts.shape[1]] = of_prompts
-        prompts = PrefillAttention(cache, step.chunks)
+    places, table, context = place_tokens(cache, step)
     positions, blocks, offsets = map(torch.from_numpy, places)
+    rows = DecodeAttention(cache, table, context) if len(context) else None
+    prompts = PrefillAttention(cache, step.chunks) if step.chunks else None
     cos, sin = model.cos[positions], model.sin[positions]  # [T, C/2]
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
@@ -63,3 +52,23 @@ def attend(model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
         return out.flatten(1)
 
     return attend
+
+
+def place_tokens(cache: KVCache, step: StepTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Position, block and offset in the block of each token, int64 [3, T]; of the rows that decode, their blocks
+    int64 [B, W] and how many tokens each sees, int64 [B]. Padding, and rows that have ended, write to the scratch block.
+    """
+    size, places = cache.block_size, np.full((3, step.size), SCRATCH_BLOCK)
+    table, context = np.zeros((0, 1), np.int64), np.zeros(0, np.int64)
+    if (decode := step.decode) is not None:
+        count = len(decode.host_positions)
+        running = decode.running[:count].numpy()
+        table = decode.host_blocks.astype(np.int64)
+        table[~running] = SCRATCH_BLOCK
+        position = decode.positions[:count].numpy() * running
+        places[:, :count] = position, table[np.arange(count), position // size], position % size
+        context = position + 1
+    if step.chunks:
+        of_prompts, first = step.prompt_places(size), step.chunks[0].offset
+        places[:, first : first + of_prompts.shape[1]] = of_prompts
+    return places, table, context

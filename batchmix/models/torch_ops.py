@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchmix.dtypes import Quantization
 from batchmix.models.expert_load import LayerLoad
-from batchmix.models.quantized import Weight, dense, format_of, through_fp8
+from batchmix.models.quantized import Experts, dense, format_of, through_fp8
 from batchmix.models.torch_products import ROW_TILE, product
 
 EXPERT_CHUNK = 512  # rows per expert product: more do not make it faster, and the activations stay in the cache
@@ -44,7 +44,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def moe(
-    x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor | None = None,
+    x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor | None = None,
     load: LayerLoad | None = None,
 ) -> Tensor:  # fmt: skip
     """Top-k of E SwiGLU experts, weighted by the renormalised router probabilities, see `Operators`; w13 is gate, then

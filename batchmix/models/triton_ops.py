@@ -20,7 +20,7 @@ from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.models.backend import AttentionModel, HostRows, Logprobs
 from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.models.quantized import Quantized, Weight
+from batchmix.models.quantized import Experts, Quantized
 from batchmix.models.step_tokens import Attend, StepTokens
 from batchmix.models.torch_sampler import largest, ranks
 
@@ -47,8 +47,10 @@ class TritonOperators:
         return linear.linear(x, weight) if self.batch_invariant else F.linear(x, weight)
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Weight, w2: Weight, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad
     ) -> Tensor:
+        assert not isinstance(w13, tuple)
+        assert not isinstance(w2, tuple)
         up, up_scale = (w13.codes, w13.scales) if isinstance(w13, Quantized) else (w13, None)
         down, down_scale = (w2.codes, w2.scales) if isinstance(w2, Quantized) else (w2, None)
         return moe.moe(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from batchmix.dtypes import Quantization
 from batchmix.models.mixtral_config import MixtralConfig
-from batchmix.models.quantized import Empty, Weight, allocated, tensors_of
+from batchmix.models.quantized import Empty, Experts, Quantized, Weight, allocated, tensors_of
+from batchmix.models.torch_products import prepack
 
 
 @dataclass
@@ -24,8 +25,8 @@ class LayerWeights:
     wo: Tensor  # [D, H C]
     ffn_norm: Tensor  # [D]
     router: Tensor  # float32 [E, D], whatever the others are: a near-tie rounded away sends a token elsewhere
-    w13: Weight  # [E, 2F, D]: gate (w1), then up (w3)
-    w2: Weight  # [E, D, F]
+    w13: Experts  # [E, 2F, D]: gate (w1), then up (w3)
+    w2: Experts  # [E, D, F]
 
 
 @dataclass
@@ -42,7 +43,24 @@ class Weights:
         """Bytes that the weights take, tied tensors counted once."""
         weights = [self.embedding, self.norm, self.lm_head, *(w for layer in self.layers for w in vars(layer).values())]
         tensors = [tensor for weight in weights for tensor in tensors_of(weight)]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        places = [tensor.data_ptr() if tensor.layout is torch.strided else id(tensor) for tensor in tensors]
+        return sum({place: tensor.nbytes for place, tensor in zip(places, tensors, strict=True)}.values())
+
+    def prepacked(self) -> set[str]:
+        """Names of what `prepack` brings into another layout: not quantised experts, which are widened first, nor a
+        lm_head that is the embedding too."""
+        experts = {name for name in ("w13", "w2") if not isinstance(getattr(self.layers[0], name), Quantized)}
+        return {"wqkv", "wo", *experts} | ({"lm_head"} if self.lm_head is not self.embedding else set())
+
+    def prepack(self) -> None:
+        """Bring what a CPU multiplies into the layout that it multiplies fastest, a tensor at a time."""
+        names = self.prepacked()
+        for layer in self.layers:
+            for name in names - {"lm_head"}:
+                weight = getattr(layer, name)
+                setattr(layer, name, prepack(weight) if weight.ndim == 2 else tuple(map(prepack, weight)))
+        if "lm_head" in names:
+            self.lm_head = prepack(self.lm_head)
 
 
 class Allocation(Protocol):

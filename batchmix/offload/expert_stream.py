@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchmix.models.quantized import Empty, Quantized, Weight, allocated, tensors_of
+from batchmix.models.quantized import Empty, Experts, Quantized, Weight, allocated, tensors_of
 from batchmix.models.weights import LayerWeights
 from batchmix.offload.transfer_stream import TransferStream
 from batchmix.planning.placement import BUFFERS
@@ -60,7 +60,7 @@ class ExpertStream:
         self._begin(0)
 
     @contextmanager
-    def __call__(self, layer: int) -> Iterator[tuple[Weight, Weight]]:
+    def __call__(self, layer: int) -> Iterator[tuple[Experts, Experts]]:
         """w13 and w2 of a layer, to be used inside of the block."""
         weights = self._layers[layer]
         if layer not in self._order:
@@ -91,7 +91,8 @@ class ExpertStream:
         self.bytes += sum(source.nbytes for _, source in pairs)
 
 
-def _empty_like(weight: Weight, link: TransferStream) -> Weight:
+def _empty_like(weight: Experts, link: TransferStream) -> Weight:
+    assert not isinstance(weight, tuple)
     if isinstance(weight, Quantized):
         return allocated(weight.shape, weight.format, link.empty)
     return link.empty(weight.shape, weight.dtype)

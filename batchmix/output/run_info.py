@@ -23,7 +23,7 @@ from batchmix.written_config import hidden_texts, identifying, same, to_plain
 NAME, WEIGHTS = "_run.json", "_weights.json"
 _CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
-              "llguidance")  # fmt: skip
+              "llguidance", "numba")  # fmt: skip
 _log = logging.getLogger(__name__)
 # Keys on which no row's answer and no column depends. Paths are compared by what lies there, the fingerprints;
 # data.limit by the rows that are there already.

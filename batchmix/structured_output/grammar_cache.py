@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from batchmix.structured_output.grammar import CompiledGrammar
+from batchmix.user_cache import user_cache
 
 _MAX_FILES = 1_000  # of which the oldest go
 
@@ -31,8 +32,7 @@ class GrammarCache:
     @classmethod
     def of(cls, pieces: Sequence[bytes], *others: Any) -> GrammarCache:
         """In the user's cache folder."""
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return cls(Path(home) / "batchmix" / "grammars", pieces, others)
+        return cls(user_cache("grammars"), pieces, others)
 
     @cached_property
     def vocabulary(self) -> str:

@@ -13,6 +13,7 @@ from batchmix.dtypes import Quantization
 from batchmix.engine.config import Backend, EngineConfig
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.errors import BatchmixError
+from batchmix.models import numba_cache
 from batchmix.planning.memory import gpu_cache_bytes, kv_blocks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -35,14 +36,24 @@ def place(device: str = "auto", backend: str = "auto") -> DevicePlan:
     return select_device(EngineConfig(device=device, backend=Backend[backend]))
 
 
-def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(gpus, monkeypatch):
+def test_auto_is_triton_on_a_gpu_and_numba_on_a_cpu_where_it_is(gpus, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     gpus(0)
-    assert place() == place("cpu") == place(backend="torch") == DevicePlan(CPU, Backend.torch)
+    assert place() == place("cpu") == place(backend="numba") == DevicePlan(CPU, Backend.numba)
+    assert place(backend="torch") == DevicePlan(CPU, Backend.torch)
+    monkeypatch.setattr(numba_cache, "find_spec", lambda name: None)
+    assert place() == place("cpu") == DevicePlan(CPU, Backend.torch)
     gpus(2)
     assert place() == place("cuda") == place("cuda:0", "triton") == ON_GPU
     assert place("cuda:1").device.index == 1
     assert place("cpu") == place(backend="torch") == DevicePlan(CPU, Backend.torch)
+
+
+def test_numba_that_is_not_there_is_refused(gpus, monkeypatch):
+    gpus(0)
+    monkeypatch.setattr(numba_cache, "find_spec", lambda name: None)
+    with pytest.raises(BatchmixError, match=r"^engine\.backend=numba: numba and llvmlite cannot be imported"):
+        place(backend="numba")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +64,7 @@ def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(gpus, monkeypatch):
         (0, "auto", "triton", "needs a GPU"),
         (2, "cuda:2", "auto", "torch sees 2 GPUs, from cuda:0"),
         (2, "cuda", "torch", "engine.backend=torch runs on the CPU"),
+        (2, "cuda", "numba", "engine.backend=numba runs on the CPU"),
         (2, "mps", "auto", "engine.device=mps: must be auto, cpu, cuda"),
         (2, "cuda:x", "auto", "engine.device=cuda:x: must be auto, cpu, cuda"),
     ],

@@ -17,7 +17,7 @@ from batchmix.engine.input_batch import InputBatch
 from batchmix.kernels.row_state import Finish, Number, State
 from batchmix.models.backend import Logprobs
 from batchmix.models.philox import row_key
-from batchmix.models.torch_sampler import _draw, _filter, post_update, sample
+from batchmix.models.torch_sampler import _buckets, _draw, _filter, post_update, sample
 from batchmix.prompts.stop_strings import build_stop_table
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
@@ -259,6 +259,23 @@ def test_draws_invert_the_running_sum(seed, vocab, u):
     running = weights[0].double().cumsum(0)
     assert token == int((running <= u * running[-1]).sum())
     assert weights[0, token] > 0
+
+
+def test_whole_buckets_are_no_copy_of_the_logits():
+    whole, ragged = torch.randn(3, 256), torch.randn(3, 130)
+    assert _buckets(whole, 0.0).data_ptr() == whole.data_ptr()
+    assert torch.equal(_buckets(ragged, -1.0).flatten(1), torch.cat((ragged, torch.full((3, 126), -1.0)), 1))
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9}, {"top_p": 0.9999, "top_k": 290}])
+def test_rows_that_are_all_sampled_need_no_copy_of_the_logits_and_choose_as_among_others(sampling):
+    logits = torch.randn(8, V, generator=torch.Generator().manual_seed(0)) * 3
+    drawn = [SamplingConfig(temperature=1.0, seed=row, **sampling) for row in range(7)]
+    alone = logits[:7].clone()
+    tokens, *_ = choose(alone, slots_for(*drawn))
+    assert not torch.equal(alone, logits[:7]), "modified in place"
+    among, *_ = choose(logits.clone(), slots_for(*drawn, SamplingConfig(temperature=0.0)))
+    assert torch.equal(among[:7], tokens)
 
 
 def test_draws_at_the_very_ends_are_possible_tokens():

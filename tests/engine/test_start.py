@@ -12,10 +12,13 @@ from slow_cases import slow_after
 
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.checkpoints.config import ModelConfig
+from batchmix.checkpoints.loading import load_weights
+from batchmix.dtypes import Quantization
 from batchmix.engine import build
-from batchmix.engine.config import EngineConfig
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.errors import BatchmixError
-from batchmix.models import torch_products
+from batchmix.models import numba_cache, torch_products
+from batchmix.models.quantized import Quantized
 
 
 def engine_of(folder, **config):
@@ -36,6 +39,51 @@ def test_one_line_says_what_was_started(caplog):
     assert line.endswith("4 rows at once")
 
 
+def test_the_line_says_which_operators_run(caplog, monkeypatch):
+    with caplog.at_level(logging.INFO):
+        engine_of(None, max_num_seqs=4)
+        engine_of(None, max_num_seqs=4, backend=Backend.torch)
+        monkeypatch.setattr(build, "compute_dtype", lambda *_: torch.float16)
+        engine_of(None, max_num_seqs=4)  # for which there are no kernels
+    told = [line for _, line in lines(caplog) if line.startswith("tiny in ")]
+    assert ["numba kernels" in line for line in told] == [True, False, False]
+    assert ["torch operators" in line for line in told] == [False, True, True]
+
+
+def test_a_start_without_numba_names_what_is_missing(caplog, monkeypatch):
+    monkeypatch.setattr(numba_cache, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        engine_of(None, max_num_seqs=4)
+    found = [line for _, line in lines(caplog)]
+    assert any(line.startswith("torch's operators run, slower than the CPU kernels: numba and llvm") for line in found)
+    assert any("torch operators" in line for line in found)
+
+
+def test_numba_asked_for_is_refused_where_it_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(build, "compute_dtype", lambda *_: torch.float16)
+    with pytest.raises(
+        BatchmixError, match=r"^engine\.backend=numba: has no kernels for float16; use engine\.backend=torch"
+    ):
+        build.check_engine(open_checkpoint(ModelConfig()), EngineConfig(device="cpu", backend=Backend.numba))
+
+
+def test_weights_are_prepacked_but_for_quantised_experts_and_a_tied_head():
+    engine = engine_of(None, max_num_seqs=4)
+    weights = engine.model.weights
+    packs = torch_products._packs(weights.embedding.dtype)
+    layer = weights.layers[0]
+    assert [part.is_mkldnn for part in (layer.wqkv, layer.wo, layer.w13[0], layer.w2[7])] == [packs] * 4
+    assert weights.lm_head is weights.embedding or weights.lm_head.is_mkldnn == packs
+    assert not weights.embedding.is_mkldnn
+    bytes_before = load_weights(
+        open_checkpoint(ModelConfig()), weights.embedding.dtype, torch.device("cpu")
+    ).num_bytes()
+    assert weights.num_bytes() == bytes_before
+    model = open_checkpoint(ModelConfig(quantization=Quantization.int8))
+    int8 = build.start_engine(model, None, EngineConfig(device="cpu", max_num_seqs=4), lambda: False)
+    assert isinstance(int8.model.weights.layers[0].w13, Quantized)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_hub(random_mixtral(), tmp_path_factory.mktemp("model"))
@@ -49,7 +97,7 @@ def in_halves_for_some(x, weight):
     if len(x) % 48 == 0:
         return one_call(x, weight)
     first, second = (part.contiguous() for part in x.chunk(2, 1))
-    left, right = (part.contiguous() for part in weight.chunk(2, 1))
+    left, right = (part.contiguous() for part in weight.to_dense().chunk(2, 1))
     return one_call(first, left) + one_call(second, right)
 
 
@@ -64,7 +112,7 @@ def test_answers_are_exact_where_the_matrix_library_is_not(caplog, monkeypatch, 
 
     monkeypatch.setattr(torch_products, "one_call", in_halves_for_some)
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(torch_products, "hold_bits", lambda shapes: ([], []))
+        unchecked.setattr(torch_products, "hold_bits", lambda shapes, unpacked: ([], []))
         assert found(8) != found(1), "the fault must show for this to say anything"
     with caplog.at_level(logging.INFO):
         caplog.clear()
@@ -78,7 +126,7 @@ def test_what_cannot_be_held_is_told_and_refused_where_exactness_is_asked_for(ca
     def by_place(x, weight):
         if len(weight) != 8:  # but the router's
             return one_call(x, weight)
-        return torch.cat((one_call(x[:16], weight), one_call(x[16:].flip(1), weight.flip(1))))
+        return torch.cat((one_call(x[:16], weight), one_call(x[16:].flip(1), weight.to_dense().flip(1))))
 
     monkeypatch.setattr(torch_products, "one_call", by_place)
     monkeypatch.setattr(torch_products, "_fixed", set())
