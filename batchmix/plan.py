@@ -103,14 +103,14 @@ def _heeding_ctrl_c() -> Iterator[threading.Event]:
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         interrupted.set()
         signal.signal(signal.SIGINT, before)
 
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
-    signal.signal(signal.SIGINT, hear)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield interrupted
     finally:
