@@ -50,7 +50,7 @@ class Checkpoint:
     offload: OffloadMode = OffloadMode.auto
     offload_dir: str | None = None
     notes: tuple[str, ...] = ()  # what the folder says that has no effect: a line each, for the log
-    generation_config: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
+    generation_config: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of LLM; a job does not use it
 
     def end_tokens(self, of_tokenizer: int | None) -> tuple[int, ...]:
         """The ids at which an answer ends, as in vLLM: the configuration's and the tokenizer's own.
