@@ -107,8 +107,9 @@ def start_engine(
     if place.backend in CPU_BACKENDS:
         if config.backend is Backend.auto and (reason := numba_cache.unavailable()):
             _log.info("torch's operators run, slower than the CPU kernels: %s", reason)
-        _check_products(weights, config, rows, prefill_tokens)
-        weights.prepack()
+        prepacked = weights.can_be_prepacked() if offload is None else set[str]()
+        _check_products(weights, config, rows, prefill_tokens, prepacked)
+        weights.prepack(prepacked)
     workspace, num_blocks = _measure_memory(model, checkpoint, config, link, plan, rows, prefill_tokens, kv_dtype)
     rows = config.max_num_seqs or min(rows, num_blocks)  # each holds a block at least
     if link is not None and plan is not None and plan.kv_on_host:
@@ -178,7 +179,9 @@ def open_backend(backend: Backend, config: EngineConfig, dtype: torch.dtype) -> 
     return TritonOperators(config.batch_invariant, config.share_prefix)
 
 
-def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_tokens: int) -> None:
+def _check_products(
+    weights: Weights, config: EngineConfig, rows: int, prefill_tokens: int, prepacked: set[str]
+) -> None:
     """Let this machine's matrix library give a row the same bits whatever other rows are in the batch, or report where
     not: a warning, with engine.batch_invariant=true a BatchmixError."""
     layer, tokens = weights.layers[0], rows + prefill_tokens
@@ -192,7 +195,6 @@ def _check_products(weights: Weights, config: EngineConfig, rows: int, prefill_t
         name: ((*weight.shape[-2:], torch.float32 if name == "router" else dtype), most)
         for name, (weight, most) in products.items()
     }
-    prepacked = weights.prepacked()
     fixed, unsteady = torch_products.hold_bits(shapes, unpacked=shapes.keys() - prepacked)
     if fixed:
         _log.info("this machine's matrix products with %s round a row differently among more rows: they run in calls of"

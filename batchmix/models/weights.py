@@ -46,15 +46,14 @@ class Weights:
         places = [tensor.data_ptr() if tensor.layout is torch.strided else id(tensor) for tensor in tensors]
         return sum({place: tensor.nbytes for place, tensor in zip(places, tensors, strict=True)}.values())
 
-    def prepacked(self) -> set[str]:
-        """Names of what `prepack` brings into another layout: not quantised experts, which are widened first, nor a
+    def can_be_prepacked(self) -> set[str]:
+        """Names of what `prepack` may bring into another layout: not quantised experts, which are widened first, nor a
         lm_head that is the embedding too."""
         experts = {name for name in ("w13", "w2") if not isinstance(getattr(self.layers[0], name), Quantized)}
         return {"wqkv", "wo", *experts} | ({"lm_head"} if self.lm_head is not self.embedding else set())
 
-    def prepack(self) -> None:
+    def prepack(self, names: set[str]) -> None:
         """Bring what a CPU multiplies into the layout that it multiplies fastest, a tensor at a time."""
-        names = self.prepacked()
         for layer in self.layers:
             for name in names - {"lm_head"}:
                 weight = getattr(layer, name)
