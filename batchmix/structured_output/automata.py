@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from batchmix.structured_output.pattern import TooLarge
+
+Ints: TypeAlias = npt.NDArray[np.intp]
+Edge: TypeAlias = tuple[int, int, int]  # first byte, last byte, next state
 
 _MAX_PRODUCT = 4_096  # states of a product before it is made small
 
@@ -27,13 +32,47 @@ class ByteAutomaton:
             state = int(self.goto[state, byte]) if state >= 0 else -1
         return state >= 0 and bool(self.accepts[state])
 
+    @cached_property
+    def edges(self) -> list[list[Edge]]:
+        """By state the runs of bytes that lead to one state."""
+        found: list[list[Edge]] = [[] for _ in self.accepts]
+        state, low = np.nonzero(self._begins)
+        last = np.append(low[1:], 0) - 1
+        last[last < low] = 255  # of the state's last run
+        after = self.goto[state, low]
+        for one, first, end, to in zip(*(part[after >= 0].tolist() for part in (state, low, last, after)), strict=True):
+            found[one].append((first, end, to))
+        return found
 
-def byte_ranges(row: npt.NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
-    """The runs of bytes that lead to one state: (first byte, last byte, state)."""
-    cuts = np.flatnonzero(np.diff(row)) + 1
-    for low, beyond in zip([0, *cuts.tolist()], [*cuts.tolist(), 256], strict=True):
-        if row[low] >= 0:
-            yield low, beyond - 1, int(row[low])
+    @cached_property
+    def _begins(self) -> npt.NDArray[np.bool_]:
+        """By state whether a byte leads elsewhere than the one before it. [S, 256]."""
+        return np.column_stack((np.ones(len(self.goto), np.bool_), self.goto[:, 1:] != self.goto[:, :-1]))
+
+    @cached_property
+    def begins(self) -> npt.NDArray[np.bool_]:
+        """Whether a state tells a byte from the one before it. [256]."""
+        found: npt.NDArray[np.bool_] = self._begins.any(0)
+        return found
+
+    def reachable(self, state: int) -> tuple[Ints, Ints]:
+        """The states that are reached from one before any accepting state, itself included, and those accepting ones."""
+        known = self._reachable.get(state)
+        if known is None:
+            inside, accepting, todo = {state: None}, dict[int, None](), [state]
+            while todo:
+                for _, _, to in self.edges[todo.pop()]:
+                    if self.accepts[to]:
+                        accepting[to] = None
+                    elif to not in inside:
+                        inside[to] = None
+                        todo.append(to)
+            known = self._reachable[state] = np.array(list(inside), np.intp), np.array(list(accepting), np.intp)
+        return known
+
+    @cached_property
+    def _reachable(self) -> dict[int, tuple[Ints, Ints]]:
+        return {}
 
 
 def product(items: Sequence[ByteAutomaton], without: Sequence[ByteAutomaton]) -> ByteAutomaton:
@@ -74,20 +113,17 @@ def product(items: Sequence[ByteAutomaton], without: Sequence[ByteAutomaton]) ->
 
 def minimised(automaton: ByteAutomaton) -> ByteAutomaton:
     """The automaton of the same texts with the fewest states, none where it has no text."""
-    goto, accepts = automaton.goto, automaton.accepts
+    byte_class, accepts = np.cumsum(automaton.begins) - 1, automaton.accepts
+    narrow = automaton.goto[:, automaton.begins]  # [S, classes of bytes]
     leads = accepts.copy()
     while True:
-        more = leads | (leads[goto] & (goto >= 0)).any(1)
+        more = leads | (leads[narrow] & (narrow >= 0)).any(1)
         if (more == leads).all():
             break
         leads = more
     if not leads[0]:
         return ByteAutomaton(np.zeros((0, 256), np.int32), np.zeros(0, np.bool_))
-    goto = np.where((goto >= 0) & leads[goto], goto, -1)
-    _, byte_class = np.unique(goto, axis=1, return_inverse=True)
-    byte_class = byte_class.reshape(-1)
-    first_byte = np.array([np.flatnonzero(byte_class == number)[0] for number in range(byte_class.max() + 1)])
-    narrow = goto[:, first_byte]  # [S, classes of bytes]
+    narrow = np.where((narrow >= 0) & leads[narrow], narrow, -1)
     labels = (accepts & leads).astype(np.int64) + leads
     for salt in range(8):  # other random words if two states that differ have one sum
         labels = _refined(narrow, labels, salt)

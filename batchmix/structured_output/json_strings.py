@@ -35,6 +35,7 @@ _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r
 _PLAIN = complement([(0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\"))])
 
 
+@lru_cache(maxsize=1024)
 def any_string(low: int = 0, high: int | None = None) -> Pattern:
     """A JSON string of `low` to `high` characters (None: any number)."""
     return quoted(_text(low, high))

@@ -45,8 +45,8 @@ def check(automaton: ByteAutomaton) -> None:
     table, token_class = token_classes(automaton.goto, TRIE, False, {}, None)
     for state in range(len(automaton.goto)):
         expected = np.full(len(PIECES), -1)
-        for _, token, after in TRIE.walk(automaton.goto, np.array([state])):
-            expected[token] = after
+        _, token, after = TRIE.tree.walk(automaton.goto, np.array([state]))
+        expected[token] = after
         assert (table[state][token_class] == expected).all()
     assert len(np.unique(table, axis=1).T) == table.shape[1], "no two classes are alike"
 
