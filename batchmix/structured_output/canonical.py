@@ -27,7 +27,7 @@ def canonical_tokens(
 
     `pieces` are the bytes of each token, `encode` the tokenizer's way from a whole text to tokens.
     """
-    stretches = _stretches(automaton)
+    stretches = {state: text for state, text in _stretches(automaton).items() if not trie.goes_on(text.encode())}
     texts = sorted(set(stretches.values()))
     found: dict[str, int | None] = {}
     *encoded, first = encode([*(_BREAK + text for text in texts), stretches.get(0, _BREAK)])

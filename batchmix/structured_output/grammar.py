@@ -170,9 +170,9 @@ def compile_grammar(
 
     possible = need[:, :num_classes] < NEVER_ENDS
     alone = np.flatnonzero(((possible * sizes).sum(1) == 1) & ~(accepts & bool(end_tokens)))
-    first_of_class = np.zeros(num_classes, np.int64)
-    first_of_class[token_class[::-1][token_class[::-1] < num_classes]] = np.flatnonzero(token_class < num_classes)[::-1]
-    forced = {int(state) * width: int(first_of_class[possible[state].argmax()]) for state in alone}
+    token_of = np.zeros(width, np.int64)  # one of each class
+    token_of[token_class] = np.arange(len(token_class))
+    forced = dict(zip((alone * width).tolist(), token_of[possible[alone].argmax(1)].tolist(), strict=True))
     return CompiledGrammar(
         table.reshape(-1, 2), (token_class + 1).astype(np.int32), start * width, int(distance[start]),
         int(longer[start]), bool(end_tokens), forced,

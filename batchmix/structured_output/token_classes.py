@@ -1,26 +1,23 @@
 """An automaton over bytes as one over a vocabulary's tokens, where tokens that no state tells apart form a class.
 
-Most states allow few tokens, which walk through the automaton byte by byte. The others are the inside of strings. There many
-bytes are alike, as all letters are in a string without a pattern, so that tokens of like bytes walk as one. Only those with a
-quotation mark or a backslash, which lead out of the string, are looked at one by one.
+Most states allow few tokens, which walk through the automaton byte by byte. The others are inside strings, where many tokens
+lead to the same states: those walk as one (string_states.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from batchmix.structured_output.pattern import TooLarge
+from batchmix.structured_output.string_states import QUOTES, Inside, StringStates
 from batchmix.structured_output.trie import Ints, TokenTrie, Tree
 
 Words = npt.NDArray[np.uint64]
 _BLOCK_STATES = 1024  # walked together
 _MAX_ENTRIES = 4_000_000  # states by tokens: half a second
-_MANY_BYTES = 48  # of a state: the letters, or the letters and the digits without capitals, are fewer
-_APART = b'"\\'
-_SALTS = range(8)  # other random words if two that differ have one sum
 
 
 def token_classes(
@@ -37,42 +34,49 @@ def token_classes(
     unless it does not allow it at all. TooLarge where it takes too long.
     """
     num_states = len(goto)
-    many = (goto >= 0).sum(1) >= _MANY_BYTES
-    many[list(only)] = False
-    inside, others = np.flatnonzero(many), np.flatnonzero(~many)
-    by_group, group = _grouped(goto, trie, inside)  # [inside, groups + 1], [V]
+    inside = StringStates(goto, trie, only)
+    others = np.delete(np.arange(num_states), inside.states)
     parts: list[Triples] = [_start(trie, goto, drops_leading_space, only_first)]
     for low in range(0, len(others), _BLOCK_STATES):
         parts.append(_kept(_walked(trie.tree, goto, others[low : low + _BLOCK_STATES]), only, num_states))
         _check(sum(len(part[0]) for part in parts))
-    if len(inside):
-        parts.append(_walked(trie.having(_APART), goto, inside))
+    strings = []
+    if len(inside.states):
+        parts.append(_walked(trie.having(QUOTES), goto, inside.states))
+        strings = inside.insides()
+        _check(sum(one.after.size for one in strings) // 4)
     origin, token, after = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    # Tokens that these triples name; the others do as their group does.
+    group, columns = _joint(strings, trie.num_tokens)
+    groups = int(group.max()) + 1
+    # Tokens that the triples name; the others do as their group does.
     named = np.zeros(trie.num_tokens, np.bool_)
     named[token] = True
     tokens = np.flatnonzero(named)
     place = np.zeros(trie.num_tokens, np.int64)
-    place[tokens] = np.arange(len(tokens))
-    groups = by_group.shape[1]
+    place[tokens] = groups + np.arange(len(tokens))
     group_of = np.concatenate((np.arange(groups), group[tokens]))
-    sizes = (by_group >= 0).sum(0)[group_of] + np.bincount(groups + place[token], minlength=len(group_of))
-    for salt in _SALTS:  # classes by sums of random words
-        sums = np.where(by_group >= 0, _mixed(inside[:, None], by_group, salt), np.uint64(0)).sum(0, dtype=np.uint64)[group_of]
-        np.add.at(sums, groups + place[token], _mixed(origin, after, salt))
+    sizes = np.bincount(place[token], minlength=len(group_of))
+    for one, column in zip(strings, columns, strict=True):
+        sizes += (one.after >= 0).sum(0)[column[group_of]]
+    for salt in range(8):  # classes by sums of random words; other words if two that differ have one sum
+        sums = np.zeros(len(group_of), np.uint64)
+        np.add.at(sums, place[token], _mixed(origin, after, salt))
+        for one, column in zip(strings, columns, strict=True):
+            words = np.where(one.after >= 0, _mixed(one.states[:, None], one.after, salt), np.uint64(0))
+            sums += words.sum(0, dtype=np.uint64)[column[group_of]]
         _, first, classes = np.unique(sums, return_index=True, return_inverse=True)
         token_class = classes[group]
         token_class[tokens] = classes[groups:]
         table = np.full((num_states + 1, len(first)), -1, np.int32)
-        table[inside] = by_group[:, group_of[first]]
-        for_class = first[token_class[token]] == groups + place[token]
+        for one, column in zip(strings, columns, strict=True):
+            table[one.states] = one.after[:, column[group_of[first]]]
+        for_class = first[token_class[token]] == place[token]
         table[origin[for_class], token_class[token[for_class]]] = after[for_class]
-        if (sizes == sizes[first[classes]]).all() and (table[origin, token_class[token]] == after).all():
-            pairs = np.unique(group_of << 32 | classes)
-            there = by_group[:, pairs >> 32]
-            if ((table[inside][:, pairs & (2**32 - 1)] == there) | (there < 0)).all():
-                return _used(table, token_class)
-    raise AssertionError("tokens that differ have one sum, each time")
+        if (sizes == sizes[first[classes]]).all() and (table[origin, token_class[token]] == after).all() and all(
+            _holds(table, one, column[group_of], classes) for one, column in zip(strings, columns, strict=True)
+        ):
+            return _used(table, token_class)
+    raise AssertionError("tokens that differ have one sum, eight times")
 
 
 Triples = tuple[Ints, Ints, Ints]  # states, tokens, states after them
@@ -83,42 +87,22 @@ def _check(entries: int) -> None:
         raise TooLarge("the token tables take too long; shorten patterns, counted repetitions or choices")
 
 
-def _grouped(goto: npt.NDArray[np.int32], trie: TokenTrie, inside: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
-    """The state after each group of tokens whose bytes the states `inside` and those behind them do not tell apart.
+def _joint(strings: Sequence[Inside], num_tokens: int) -> tuple[Ints, list[Ints]]:
+    """The group of each token, [V], of those that are of one group everywhere; and by those the groups in each of `strings`."""
+    if len(strings) == 1:
+        return strings[0].group, [np.arange(strings[0].after.shape[1])]
+    found = np.zeros(num_tokens, np.int64)
+    for one in strings:
+        found = np.unique(found * one.after.shape[1] + one.group, return_inverse=True)[1]
+    first = np.unique(found, return_index=True)[1]
+    return found, [one.group[first] for one in strings]
 
-    [inside, groups + 1], -1: none, and the group of each token, [V]. The last group is of tokens that have a byte of `_APART`.
-    """
-    if not len(inside):
-        return np.full((0, 1), -1, np.int32), np.zeros(trie.num_tokens, np.int64)
-    plain = np.ones(256, np.bool_)
-    plain[list(_APART)] = False
-    reached = np.zeros(len(goto), np.bool_)
-    frontier = inside
-    while len(frontier):
-        reached[frontier] = True
-        after = np.zeros(len(goto) + 1, np.bool_)
-        after[goto[frontier][:, plain]] = True  # the last is -1, for none
-        frontier = np.flatnonzero(after[:-1] & ~reached)
-    rows = goto[reached]
-    for salt in _SALTS:
-        words = np.random.default_rng(salt).integers(1, 2**63, len(rows), np.uint64)
-        sums = (rows.astype(np.uint64) * words[:, None]).sum(0, dtype=np.uint64)
-        _, first, found = np.unique(sums[plain], return_index=True, return_inverse=True)
-        order = np.argsort(first)  # numbered by their first bytes, so that like automata have like classes
-        byte_class = np.full(256, -1, np.int64)
-        byte_class[plain] = found = np.argsort(order)[found]
-        first = np.flatnonzero(plain)[first[order]]
-        if (rows[:, plain] == rows[:, first[found]]).all():
-            break
-    else:
-        raise AssertionError("bytes that differ have one sum, each time")
-    tree, group = trie.grouped(byte_class)
-    groups = int(group.max(initial=-1)) + 1
-    _check(len(inside) * groups // 4)
-    origin, token, after_group = tree.walk(goto[:, first], inside)
-    by_group = np.full((len(inside), groups + 1), -1, np.int32)
-    by_group[origin, token] = after_group
-    return by_group, np.where(group < 0, groups, group)
+
+def _holds(table: npt.NDArray[np.int32], inside: Inside, column: Ints, classes: Ints) -> bool:
+    """Whether the classes lead where the groups do."""
+    pairs = np.unique(column << 32 | classes)
+    expected = inside.after[:, pairs >> 32]
+    return bool(((table[inside.states][:, pairs & (2**32 - 1)] == expected) | (expected < 0)).all())
 
 
 def _walked(tree: Tree, goto: npt.NDArray[np.int32], states: Ints, node: int = 0) -> Triples:

@@ -92,6 +92,11 @@ class TokenTrie:
         return int(children[0]) + 1 if len(children) else None
 
     @cached_property
+    def tokens_from(self) -> Ints:
+        """How many tokens begin with each byte, [256]."""
+        return np.bincount(np.array([text[0] for text in self._texts.values()], np.int64), minlength=256)
+
+    @cached_property
     def begins_with_space(self) -> npt.NDArray[np.bool_]:
         """Of each token, [V]."""
         found = np.zeros(self.num_tokens, np.bool_)
@@ -112,26 +117,27 @@ class TokenTrie:
     def _having(self) -> dict[bytes, Tree]:
         return {}
 
-    def grouped(self, byte_class: Ints) -> tuple[Tree, Ints]:
+    def grouped(self, first_class: Ints, byte_class: Ints) -> tuple[Tree, Ints]:
         """Tokens whose bytes are of the same classes as one: their tree, and the group of each token, [V], -1: none.
 
-        `byte_class` [256] counts from 0; tokens with a byte of class -1 are in no group.
+        `first_class` [256] is of the first byte of a token, `byte_class` of the others, no class is in both; tokens with a
+        byte of class -1 are in no group.
         """
-        key = byte_class.tobytes()
+        key = first_class.tobytes() + byte_class.tobytes()
         if key not in self._grouped:
             if len(self._grouped) >= _KEPT:
                 self._grouped.clear()
-            self._grouped[key] = self._group(byte_class)
+            self._grouped[key] = self._group(first_class, byte_class)
         return self._grouped[key]
 
-    def _group(self, byte_class: Ints) -> tuple[Tree, Ints]:
-        classes = int(byte_class.max()) + 1
+    def _group(self, first_class: Ints, byte_class: Ints) -> tuple[Tree, Ints]:
+        classes = int(max(first_class.max(), byte_class.max())) + 1
         merged = np.full(len(self._parent), -1, np.int64)  # by node the one in its place
         merged[0] = 0
         parents, symbols, count = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], 1
         low, high = 1, 1 + int(self.tree.num_children[0])  # the nodes of a depth
         while low < high:
-            above, own = merged[self._parent[low:high]], byte_class[self.tree.symbol[low:high]]
+            above, own = merged[self._parent[low:high]], (first_class if low == 1 else byte_class)[self.tree.symbol[low:high]]
             kept = np.flatnonzero((above >= 0) & (own >= 0))
             different, number = np.unique(above[kept] * classes + own[kept], return_inverse=True)
             merged[low + kept] = count + number
