@@ -32,7 +32,7 @@ from batchmix.structured_output.pattern import (
     utf8,
 )
 
-_MAX_MINIMISED = 2_000
+_MAX_MINIMISED = 2_000  # states of a part; making a larger one smallest takes longer than it saves
 
 
 def build_automaton(pattern: Pattern) -> ByteAutomaton:
@@ -85,9 +85,8 @@ def _built(pattern: Pattern, by_pieces: bool) -> ByteAutomaton:
     found = nfa.determinised(_Parts(nfa, by_pieces).before(pattern, nfa.end))
     if not len(found.accepts):
         raise NoText
-    if by_pieces or not nfa.num_subsets or len(found.accepts) > _MAX_MINIMISED:
-        return found
-    return minimised(found)
+    worth = not by_pieces and nfa.num_subsets and len(found.accepts) <= _MAX_MINIMISED
+    return minimised(found) if worth else found
 
 
 def _is_piece(pattern: Pattern) -> bool:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from batchmix.structured_output.automata import ByteAutomaton, Edge
 from batchmix.structured_output.pattern import TooLarge
 
-MAX_STATES = 16_384  # of an automaton; a string of up to 1,000 characters takes 9,000
+MAX_STATES = 10_000  # of an automaton: half a second over 32,000 tokens; a string of up to 1,000 characters takes 9,000
 _MAX_NFA_STATES = 50_000  # a kilobyte each
-_MAX_WORK = 2_000_000  # edges looked at for each range of bytes: a second
+_MAX_WORK = 1_000_000  # edges looked at for each range of bytes: half a second
 TOO_LARGE = "the automaton is too large; shorten counted repetitions (maxLength, maxItems, {low,high}) or the choices"
 
 
@@ -34,7 +34,7 @@ class Nfa:
         self._hollow: set[int] = set()  # states that no byte leaves
         self._targets: set[int] = set()  # states that a byte leads to and that a way without one may leave
         self._cores: dict[int, frozenset[int]] = {}
-        self._also: dict[int, int] = {}  # by state: one whose bytes, all others, it has too
+        self._joined: dict[int, int] = {}  # by first state of a block: a state whose bytes its accepting states have too
         self.num_subsets = 0
         self.end = self._new(1)
 
@@ -73,7 +73,7 @@ class Nfa:
         states = np.flatnonzero(automaton.accepts)
         more = [] if after in self._empty or not any(automaton.edges[state] for state in states) else self._edges(after)
         if more and not any((automaton.goto[states, low : high + 1] >= 0).any() for low, high, _ in more):
-            self._also.update(dict.fromkeys((states + first).tolist(), after))
+            self._joined[first] = after  # where no byte is of both, an accepting state goes on as both
             return first
         for state in states.tolist():
             self._empty[first + state] = [after]
@@ -89,7 +89,7 @@ class Nfa:
         block, first = self._blocks[place], self._firsts[place]
         if isinstance(block, ByteAutomaton):
             edges = [(low, high, first + to) for low, high, to in block.edges[state - first]]
-            return edges + self._edges(self._also[state]) if state in self._also else edges
+            return edges + self._edges(self._joined[first]) if first in self._joined and block.accepts[state - first] else edges
         data, after = block
         byte = data[state - first]
         return [(byte, byte, after if state - first == len(data) - 1 else state + 1)]
@@ -132,15 +132,13 @@ class Nfa:
             if isinstance(block, ByteAutomaton):
                 part = block.goto[:, first_byte]
                 narrow[at : at + len(part)] = final[np.where(part >= 0, part + at, -1)]
+                for low, high, to in self._edges(self._joined[at]) if at in self._joined else ():
+                    narrow[at + np.flatnonzero(block.accepts), byte_class[low] : byte_class[high] + 1] = final[to]
         texts = [(at, *block) for block, at in zip(self._blocks, self._firsts, strict=True) if isinstance(block, tuple)]
         places = np.array([place for at, data, _ in texts for place in range(at, at + len(data))], np.intp)
         following = [to for at, data, after in texts for to in (*range(at + 1, at + len(data)), after)]
         data = np.frombuffer(b"".join(data for _, data, _ in texts), np.uint8)
         narrow[places, byte_class[data]] = final[np.array(following, np.intp)]
-        also = np.array(list(self._also.items()), np.intp).reshape(-1, 2)
-        for after in np.unique(also[:, 1]).tolist():
-            for low, high, to in self._edges(after):
-                narrow[also[also[:, 1] == after, 0], byte_class[low] : byte_class[high] + 1] = final[to]
         for number, edges in enumerate(rows, self._count):
             for low, high, to in edges:
                 narrow[number, byte_class[low] : byte_class[high] + 1] = to
@@ -187,11 +185,14 @@ class Nfa:
                 place = bisect_right(self._firsts, state) - 1
                 block, first = self._blocks[place], self._firsts[place]
                 if isinstance(block, ByteAutomaton):
+                    joined = [int(final[to]) for _, _, to in self._edges(self._joined[first])] if first in self._joined else []
+                    if joined and state == first:  # all states of a block are reached from its first
+                        found[first : first + len(block.accepts)] = True
+                        todo += joined
+                        continue
                     inside, accepting = block.reachable(state - first)
                     found[inside + first] = True
-                    todo += final[accepting + first].tolist()
-                    if state in self._also:
-                        todo += [int(final[to]) for _, _, to in self._edges(self._also[state])]
+                    todo += [*final[accepting + first].tolist(), *(joined if block.accepts[state - first] else ())]
                 else:
                     found[state : first + len(block[0])] = True
                     todo.append(int(final[block[1]]))
