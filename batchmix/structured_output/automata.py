@@ -56,7 +56,7 @@ class ByteAutomaton:
     @cached_property
     def begins(self) -> npt.NDArray[np.bool_]:
         """Whether a state tells a byte from the one before it. [256]."""
-        found: npt.NDArray[np.bool_] = self._begins.any(0)
+        found: npt.NDArray[np.bool_] = np.logical_or.reduce(self._begins)
         return found
 
     def reachable(self, state: int) -> tuple[Ints, Ints]:
@@ -87,7 +87,9 @@ def product(items: Sequence[ByteAutomaton], without: Sequence[ByteAutomaton]) ->
     automata = [*items, *without]
     begins = np.logical_or.reduce([one.begins for one in automata])
     sizes = [len(one.accepts) + 1 for one in automata]  # the last state is for no text
-    units = [prod(sizes[place + 1 :]) for place in range(len(sizes))]  # a state of the product is a number with these digits
+    units = [
+        prod(sizes[place + 1 :]) for place in range(len(sizes))
+    ]  # a state of the product is a number with these digits
     if prod(sizes) >= 2**62:
         raise TooLarge(_TOO_LARGE)
     narrow = [np.append(np.where(one.goto[:, begins] < 0, len(one.goto), one.goto[:, begins]),
@@ -97,7 +99,9 @@ def product(items: Sequence[ByteAutomaton], without: Sequence[ByteAutomaton]) ->
     while len(frontier):
         digits = [frontier // unit % size for unit, size in zip(units, sizes, strict=True)]
         accepting = [np.append(one.accepts, False)[digit] for one, digit in zip(automata, digits, strict=True)]
-        accepts.append(np.all(accepting[: len(items)], 0) & ~np.any([np.zeros_like(accepting[0]), *accepting[len(items) :]], 0))
+        accepts.append(
+            np.all(accepting[: len(items)], 0) & ~np.any([np.zeros_like(accepting[0]), *accepting[len(items) :]], 0)
+        )
         after = [one[digit] for one, digit in zip(narrow, digits, strict=True)]
         ends = np.any([one == size - 1 for one, size in zip(after[: len(items)], sizes, strict=False)], 0)
         code = np.where(ends, -1, sum(one.astype(np.int64) * unit for one, unit in zip(after, units, strict=True)))
@@ -149,7 +153,9 @@ def steps_to_end(following: npt.NDArray[np.int32], accepts: npt.NDArray[np.bool_
     """The fewest steps from each state to an accepting one, NEVER_ENDS where there is none. [S]; `following` [S, symbols]."""
     source, column = np.nonzero(following >= 0)
     to = following[source, column]
-    source = source[np.argsort(to.astype(np.uint16) if len(accepts) < 2**16 else to, kind="stable")]  # 16 bits: by radix
+    source = source[
+        np.argsort(to.astype(np.uint16) if len(accepts) < 2**16 else to, kind="stable")
+    ]  # 16 bits: by radix
     first = np.append(0, np.cumsum(np.bincount(to, minlength=len(accepts))))
     found = np.full(len(accepts), NEVER_ENDS, np.int64)
     frontier = np.flatnonzero(accepts)

@@ -144,7 +144,7 @@ class _Parts:
 
     def _sequence(self, items: list[Pattern], after: int) -> int:
         while items:
-            if (data := _last_bytes(items)):
+            if data := _last_bytes(items):
                 after = self._nfa.literal(data, after)
             elif self._by_pieces and _is_piece(items[-1]):
                 start = len(items)

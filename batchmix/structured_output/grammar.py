@@ -168,7 +168,9 @@ def compile_grammar(
         table[:, -1, 1] = np.where(accepts, 0, NEVER_ENDS)
 
     possible = need < NEVER_ENDS
-    alone = np.flatnonzero((possible.astype(np.float32) @ sizes.astype(np.float32) == 1) & ~(accepts & bool(end_tokens)))
+    alone = np.flatnonzero(
+        (possible.astype(np.float32) @ sizes.astype(np.float32) == 1) & ~(accepts & bool(end_tokens))
+    )
     token_of = np.zeros(width, np.int64)  # one of each class
     token_of[token_class] = np.arange(len(token_class))
     forced = dict(zip((alone * width).tolist(), token_of[possible[alone].argmax(1)].tolist(), strict=True))
@@ -176,4 +178,3 @@ def compile_grammar(
         table.reshape(-1, 2), (token_class + 1).astype(np.int32), start * width, int(distance[start]),
         int(longer[start]), bool(end_tokens), forced,
     )  # fmt: skip
-

@@ -34,7 +34,9 @@ class Nfa:
         self._hollow: set[int] = set()  # states that no byte leaves
         self._targets: set[int] = set()  # states that a byte leads to and that a way without one may leave
         self._cores: dict[int, frozenset[int]] = {}
-        self._joined: dict[int, int] = {}  # by first state of a block: a state whose bytes its accepting states have too
+        self._joined: dict[
+            int, int
+        ] = {}  # by first state of a block: a state whose bytes its accepting states have too
         self.num_subsets = 0
         self.end = self._new(1)
 
@@ -89,7 +91,11 @@ class Nfa:
         block, first = self._blocks[place], self._firsts[place]
         if isinstance(block, ByteAutomaton):
             edges = [(low, high, first + to) for low, high, to in block.edges[state - first]]
-            return edges + self._edges(self._joined[first]) if first in self._joined and block.accepts[state - first] else edges
+            return (
+                edges + self._edges(self._joined[first])
+                if first in self._joined and block.accepts[state - first]
+                else edges
+            )
         data, after = block
         byte = data[state - first]
         return [(byte, byte, after if state - first == len(data) - 1 else state + 1)]
@@ -165,7 +171,9 @@ class Nfa:
         begins[0] = True
         for automaton in {id(block): block for block in self._blocks if isinstance(block, ByteAutomaton)}.values():
             begins[:256] |= automaton.begins
-        bytes_of = np.unique(np.frombuffer(b"".join(block[0] for block in self._blocks if isinstance(block, tuple)), np.uint8))
+        bytes_of = np.unique(
+            np.frombuffer(b"".join(block[0] for block in self._blocks if isinstance(block, tuple)), np.uint8)
+        )
         begins[bytes_of] = True
         begins[bytes_of.astype(np.intp) + 1] = True
         return np.flatnonzero(begins[:256]), np.cumsum(begins[:256]) - 1
@@ -185,7 +193,11 @@ class Nfa:
                 place = bisect_right(self._firsts, state) - 1
                 block, first = self._blocks[place], self._firsts[place]
                 if isinstance(block, ByteAutomaton):
-                    joined = [int(final[to]) for _, _, to in self._edges(self._joined[first])] if first in self._joined else []
+                    joined = (
+                        [int(final[to]) for _, _, to in self._edges(self._joined[first])]
+                        if first in self._joined
+                        else []
+                    )
                     if joined and state == first:  # all states of a block are reached from its first
                         found[first : first + len(block.accepts)] = True
                         todo += joined
@@ -236,4 +248,6 @@ class _Subsets:
                 targets[i].append(to)
         if self._work > _MAX_WORK:  # few states can be sets of many
             raise TooLarge(TOO_LARGE)
-        return [(low, beyond - 1, states) for (low, beyond), states in zip(pairwise(cuts), targets, strict=False) if states]
+        return [
+            (low, beyond - 1, states) for (low, beyond), states in zip(pairwise(cuts), targets, strict=False) if states
+        ]

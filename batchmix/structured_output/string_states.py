@@ -41,7 +41,9 @@ class StringStates:
         self._first = first[plain]  # byte of each run
         self._run = np.where(np.isin(np.arange(256), list(QUOTES)), -1, np.cumsum(plain)[np.cumsum(begins) - 1] - 1)
         self._rows = goto[:, self._first]  # [S, runs]
-        wide = np.append((self._rows >= 0) @ np.bincount(self._run + 1)[1:] >= _MANY_BYTES, False)  # the last is -1, for none
+        wide = np.append(
+            (self._rows >= 0) @ np.bincount(self._run + 1)[1:] >= _MANY_BYTES, False
+        )  # the last is -1, for none
         tokens = np.bincount(self._run + 1, trie.tokens_from)[1:]
         many = wide[self._rows] @ tokens >= _MANY_TOKENS
         many[list(but)] = False
@@ -66,7 +68,9 @@ class StringStates:
         component = _components(rows)
         for salt in range(8):  # other random words if two runs that differ have one sum
             words = np.random.default_rng(salt).integers(1, 2**63, (len(every), 1), np.uint64) * rows.astype(np.uint64)
-            alike = [_alike(words * which[:, None], component) for which in (first, behind)]  # [components, runs], twice
+            alike = [
+                _alike(words * which[:, None], component) for which in (first, behind)
+            ]  # [components, runs], twice
             if all((np.take_along_axis(rows, one[component], 1) == rows)[which].all()
                    for one, which in zip(alike, (first, behind), strict=True)):  # fmt: skip
                 break
@@ -76,7 +80,10 @@ class StringStates:
         both = np.concatenate(alike, 1)
         for number in np.unique(component[first]).tolist():
             members.setdefault(both[number].tobytes(), []).append(number)
-        return [self._inside(every[first & np.isin(component, some)], [one[some[0]] for one in alike]) for some in members.values()]
+        return [
+            self._inside(every[first & np.isin(component, some)], [one[some[0]] for one in alike])
+            for some in members.values()
+        ]
 
     def _inside(self, states: Ints, alike: Sequence[Ints]) -> Inside:
         """`alike`: for each run the first one that is as it, as the first byte of a token and as another."""
@@ -110,5 +117,6 @@ def _components(rows: Ints) -> Ints:
         np.minimum.at(joined, label[to], low)
         joined = joined[joined]
         if (joined == label).all():
-            return np.unique(label, return_inverse=True)[1]
+            numbers: Ints = np.unique(label, return_inverse=True)[1]
+            return numbers
         label = joined

@@ -72,8 +72,10 @@ def token_classes(
             table[one.states] = one.after[:, column[group_of[first]]]
         for_class = first[token_class[token]] == place[token]
         table[origin[for_class], token_class[token[for_class]]] = after[for_class]
-        if (sizes == sizes[first[classes]]).all() and (table[origin, token_class[token]] == after).all() and all(
-            _holds(table, one, column[group_of], classes) for one, column in zip(strings, columns, strict=True)
+        if (
+            (sizes == sizes[first[classes]]).all()
+            and (table[origin, token_class[token]] == after).all()
+            and all(_holds(table, one, column[group_of], classes) for one, column in zip(strings, columns, strict=True))
         ):
             return _used(table, token_class)
     raise AssertionError("tokens that differ have one sum, eight times")

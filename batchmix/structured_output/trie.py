@@ -76,8 +76,8 @@ class TokenTrie:
                 symbol.append(byte)
                 order.append(child)
         num_children = np.array([len(nodes[old]) for old in order])
-        token = np.array([token_at.get(old, -1) for old in order])
-        self.tree = Tree(np.array(first_child), num_children, np.array(symbol), token)
+        tokens = np.array([token_at.get(old, -1) for old in order])
+        self.tree = Tree(np.array(first_child), num_children, np.array(symbol), tokens)
         self._parent = np.append(0, np.repeat(np.arange(len(order)), num_children))
         self._grouped: dict[bytes, tuple[Tree, Ints]] = {}
 
@@ -137,7 +137,10 @@ class TokenTrie:
         parents, symbols, count = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], 1
         low, high = 1, 1 + int(self.tree.num_children[0])  # the nodes of a depth
         while low < high:
-            above, own = merged[self._parent[low:high]], (first_class if low == 1 else byte_class)[self.tree.symbol[low:high]]
+            above, own = (
+                merged[self._parent[low:high]],
+                (first_class if low == 1 else byte_class)[self.tree.symbol[low:high]],
+            )
             kept = np.flatnonzero((above >= 0) & (own >= 0))
             different, number = np.unique(above[kept] * classes + own[kept], return_inverse=True)
             merged[low + kept] = count + number
