@@ -202,14 +202,24 @@ def optional(item: Pattern) -> Pattern:
 def graph(edges: Iterable[tuple[int, Pattern, int]], end: int) -> Pattern:
     """The texts along the ways from node 0 to `end`, without ways that lead nowhere; NEVER where there is none."""
     kept = [edge for edge in edges if edge[1] != NEVER]
-    reached, leading = {0}, {end}
-    while more := {to for start, _, to in kept if start in reached} - reached:
-        reached |= more
-    while more := {start for start, _, to in kept if to in leading} - leading:
-        leading |= more
+    reached = _met({0}, [(start, to) for start, _, to in kept])
+    leading = _met({end}, [(to, start) for start, _, to in kept])
     if end not in reached:
         return NEVER
     return Graph(tuple(edge for edge in kept if edge[0] in reached and edge[2] in leading), end)
+
+
+def _met(nodes: set[int], ways: Iterable[tuple[int, int]]) -> set[int]:
+    """The nodes, and those that ways lead to from them."""
+    following: dict[int, list[int]] = {}
+    for start, to in ways:
+        following.setdefault(start, []).append(to)
+    todo = list(nodes)
+    while todo:
+        new = set(following.get(todo.pop(), ())) - nodes
+        nodes |= new
+        todo += new
+    return nodes
 
 
 def nullable(pattern: Pattern) -> bool:
