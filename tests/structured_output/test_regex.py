@@ -20,6 +20,9 @@ from batchmix.structured_output.regex import regex_pattern
 @example("a*?", ["", "a", "aa"])
 @example(r"(?a)\w(?u:\w)", ["aé", "éa", "é٣", "a٣"])
 @example(r"(?i)\w[\u0345]", ["a\u0345", "\u0345\u0399", "\u0399\u03b9"])  # a set's case partners, not a class's
+@example("(?:a*b){0,3}", ["ab", "abab", "aab", "aaa", "abababab"])  # a way back to an item's start
+@example("(?:ab){2,4}(?:[b-d]é|x){0,3}a?", ["abab", "ababcéa", "abababababxbé", "ababxxxx"])
+@example("(?:a|ab)(?:bc|c)*a|ab?c+", ["abca", "abcc", "abcca", "accc"])
 @example("(?i)[k-s]ß", ["Kß", "ſß", "Kẞ", "kß", "aß"])
 def test_an_automaton_accepts_what_re_does(regex, texts):
     try:
