@@ -21,13 +21,13 @@ from batchmix.structured_output.pattern import (
     Both,
     Chars,
     Graph,
-    Named,
     NoText,
     Pattern,
     Range,
     Repeat,
     Seq,
     TooLarge,
+    has_graph,
     seq,
     utf8,
 )
@@ -41,7 +41,7 @@ def build_automaton(pattern: Pattern) -> ByteAutomaton:
         raise NoText
     if isinstance(pattern, Both):
         return _both_automaton(pattern)
-    return _piece(pattern) if _is_piece(pattern) else _built(pattern, True)
+    return _built(pattern, True) if has_graph(pattern) else _piece(pattern)
 
 
 def both(items: Iterable[Pattern], without: Iterable[Pattern] = ()) -> Pattern:
@@ -89,17 +89,6 @@ def _built(pattern: Pattern, by_pieces: bool) -> ByteAutomaton:
     return minimised(found) if worth else found
 
 
-def _is_piece(pattern: Pattern) -> bool:
-    """Whether no graph stands in the pattern."""
-    if isinstance(pattern, Graph | Chars | Named | Both):
-        return not isinstance(pattern, Graph)
-    known: bool | None = pattern.__dict__.get("_piece")
-    if known is None:
-        known = _is_piece(pattern.item) if isinstance(pattern, Repeat) else all(map(_is_piece, pattern.items))
-        pattern.__dict__["_piece"] = known
-    return known
-
-
 class _Parts:
     """The parts of a pattern in an automaton to be; parts that are equal and go on alike are one."""
 
@@ -122,7 +111,7 @@ class _Parts:
             return self._nfa.block(_characters(pattern.ranges), after)
         if isinstance(pattern, Both):
             return self._nfa.block(_both_automaton(pattern), after)
-        if self._by_pieces and _is_piece(pattern):
+        if self._by_pieces and not has_graph(pattern):
             return self._nfa.block(_piece(pattern), after)
         if isinstance(pattern, Alt):
             return self._nfa.node([self.before(item, after) for item in pattern.items])
@@ -146,9 +135,9 @@ class _Parts:
         while items:
             if data := _last_bytes(items):
                 after = self._nfa.literal(data, after)
-            elif self._by_pieces and _is_piece(items[-1]):
+            elif self._by_pieces and not has_graph(items[-1]):
                 start = len(items)
-                while start and _is_piece(items[start - 1]):
+                while start and not has_graph(items[start - 1]):
                     start -= 1
                 after = self._nfa.block(_piece(seq(items[start:])), after)
                 del items[start:]

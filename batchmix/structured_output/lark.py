@@ -22,6 +22,7 @@ from batchmix.structured_output.pattern import (
     Repeat,
     Seq,
     Unsupported,
+    has_graph,
 )
 
 _MAX_TEXT = 2_000_000  # characters; 30,000 short choices have 600,000, and take the library a tenth of a second
@@ -128,7 +129,7 @@ class _Writer:
         return _Part(" ".join(map(self._in_rule, joined)), _RULE)
 
     def _both(self, pattern: Both) -> _Part:
-        if _has_graph(pattern):
+        if has_graph(pattern):  # which no expression of terminals says
             return _Part(automaton_regex(build_automaton(pattern)), _REGEX)
         parts = [self.part(item).terminal for item in pattern.items]
         without = [f"~{self.part(item).terminal}" for item in pattern.without]
@@ -143,13 +144,6 @@ class _Writer:
             ways.setdefault(start, []).append(f"{self.rule(item) if item != EMPTY else ''} {name}_{to}")
         self.nodes += [f"{name}_{node}: {' | '.join(texts)}" for node, texts in ways.items()]
         return _Part(f"{name}_0", _RULE)
-
-
-def _has_graph(pattern: Pattern) -> bool:
-    """Whether a graph is one of the limits, which no expression of terminals says."""
-    if isinstance(pattern, Both):
-        return any(map(_has_graph, (*pattern.items, *pattern.without)))
-    return isinstance(pattern, Graph)
 
 
 def _set(pattern: Chars) -> str:

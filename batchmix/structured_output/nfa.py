@@ -34,9 +34,7 @@ class Nfa:
         self._hollow: set[int] = set()  # states that no byte leaves
         self._targets: set[int] = set()  # states that a byte leads to and that a way without one may leave
         self._cores: dict[int, frozenset[int]] = {}
-        self._joined: dict[
-            int, int
-        ] = {}  # by first state of a block: a state whose bytes its accepting states have too
+        self._joined: dict[int, int] = {}  # by first state of a block: whose bytes its accepting states have besides
         self.num_subsets = 0
         self.end = self._new(1)
 
@@ -90,15 +88,15 @@ class Nfa:
         place = bisect_right(self._firsts, state) - 1
         block, first = self._blocks[place], self._firsts[place]
         if isinstance(block, ByteAutomaton):
-            edges = [(low, high, first + to) for low, high, to in block.edges[state - first]]
-            return (
-                edges + self._edges(self._joined[first])
-                if first in self._joined and block.accepts[state - first]
-                else edges
-            )
+            more = self._after(first) if block.accepts[state - first] else []
+            return [(low, high, first + to) for low, high, to in block.edges[state - first]] + more
         data, after = block
         byte = data[state - first]
         return [(byte, byte, after if state - first == len(data) - 1 else state + 1)]
+
+    def _after(self, first: int) -> list[Edge]:
+        """What the accepting states of a block have besides their own bytes."""
+        return self._edges(self._joined[first]) if first in self._joined else []
 
     def _core(self, state: int) -> frozenset[int]:
         """The states with bytes, and the end, that can be reached without a byte."""
@@ -138,7 +136,7 @@ class Nfa:
             if isinstance(block, ByteAutomaton):
                 part = block.goto[:, first_byte]
                 narrow[at : at + len(part)] = final[np.where(part >= 0, part + at, -1)]
-                for low, high, to in self._edges(self._joined[at]) if at in self._joined else ():
+                for low, high, to in self._after(at):
                     narrow[at + np.flatnonzero(block.accepts), byte_class[low] : byte_class[high] + 1] = final[to]
         texts = [(at, *block) for block, at in zip(self._blocks, self._firsts, strict=True) if isinstance(block, tuple)]
         places = np.array([place for at, data, _ in texts for place in range(at, at + len(data))], np.intp)
@@ -193,12 +191,8 @@ class Nfa:
                 place = bisect_right(self._firsts, state) - 1
                 block, first = self._blocks[place], self._firsts[place]
                 if isinstance(block, ByteAutomaton):
-                    joined = (
-                        [int(final[to]) for _, _, to in self._edges(self._joined[first])]
-                        if first in self._joined
-                        else []
-                    )
-                    if joined and state == first:  # all states of a block are reached from its first
+                    joined = [int(final[to]) for _, _, to in self._after(first)]
+                    if joined and state == first:  # from which all states of a block are reached
                         found[first : first + len(block.accepts)] = True
                         todo += joined
                         continue

@@ -209,6 +209,18 @@ def graph(edges: Iterable[tuple[int, Pattern, int]], end: int) -> Pattern:
     return Graph(tuple(edge for edge in kept if edge[0] in reached and edge[2] in leading), end)
 
 
+def has_graph(pattern: Pattern) -> bool:
+    """Whether a graph is part of the pattern. Found once for each object."""
+    if isinstance(pattern, Chars | Named | Graph):
+        return isinstance(pattern, Graph)
+    known: bool | None = pattern.__dict__.get("_has_graph")
+    if known is None:
+        parts = (pattern.item,) if isinstance(pattern, Repeat) else pattern.items
+        more = pattern.without if isinstance(pattern, Both) else ()
+        known = pattern.__dict__["_has_graph"] = any(map(has_graph, (*parts, *more)))
+    return known
+
+
 def _met(nodes: set[int], ways: Iterable[tuple[int, int]]) -> set[int]:
     """The nodes, and those that ways lead to from them."""
     following: dict[int, list[int]] = {}
