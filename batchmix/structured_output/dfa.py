@@ -7,6 +7,8 @@ automaton would be too large is refused instead of filling the memory.
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -39,9 +41,9 @@ def build_automaton(pattern: Pattern) -> ByteAutomaton:
     """The automaton of the UTF-8 texts of a pattern. Unsupported where there is none or it would be too large."""
     if pattern == NEVER:
         raise NoText
-    if isinstance(pattern, Both):
-        return _both_automaton(pattern)
-    return _built(pattern, True) if has_graph(pattern) else _piece(pattern)
+    if has_graph(pattern) and not isinstance(pattern, Both):
+        return _built(pattern, True)
+    return _automaton(pattern)
 
 
 def both(items: Iterable[Pattern], without: Iterable[Pattern] = ()) -> Pattern:
@@ -52,32 +54,58 @@ def both(items: Iterable[Pattern], without: Iterable[Pattern] = ()) -> Pattern:
     if len(items) == 1 and not without:
         return items[0]
     found = Both(items, without)
-    automaton = _found_automaton(found)
-    return found if isinstance(automaton, str) or len(automaton.accepts) else NEVER
+    try:
+        return found if len(_automaton(found).accepts) else NEVER
+    except TooLarge:
+        return found
 
 
-def _both_automaton(pattern: Both) -> ByteAutomaton:
-    found = _found_automaton(pattern)
+def _automaton(part: Pattern) -> ByteAutomaton:
+    """The automaton of limits that hold at once, or of another part without graphs. Made once as long as it is kept."""
+    found = _KEPT.get(part)
+    if found is None:
+        try:
+            if isinstance(part, Both):
+                items, without = ([build_automaton(one) for one in some] for some in (part.items, part.without))
+                found = product(items, without)
+            else:
+                found = _built(part, False)
+        except TooLarge as error:
+            found = str(error)
+        _KEPT.put(part, found)
     if isinstance(found, str):
         raise TooLarge(found)
     return found
 
 
-@lru_cache(maxsize=1024)
-def _found_automaton(pattern: Both) -> ByteAutomaton | str:
-    """The automaton, or why it is too large."""
-    try:
-        return product(
-            [build_automaton(one) for one in pattern.items], [build_automaton(one) for one in pattern.without]
-        )
-    except TooLarge as error:
-        return str(error)
+class _Kept:
+    """Automata by pattern, or why they are too large: those that were used last, up to so many states."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._states = most, 0
+        self._found: OrderedDict[Pattern, ByteAutomaton | str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, pattern: Pattern) -> ByteAutomaton | str | None:
+        with self._lock:
+            if pattern in self._found:
+                self._found.move_to_end(pattern)
+            return self._found.get(pattern)
+
+    def put(self, pattern: Pattern, found: ByteAutomaton | str) -> None:
+        with self._lock:
+            if pattern not in self._found:
+                self._found[pattern] = found
+                self._states += self._size(found)
+            while self._states > self._most:
+                self._states -= self._size(self._found.popitem(last=False)[1])
+
+    @staticmethod
+    def _size(found: ByteAutomaton | str) -> int:
+        return 1 if isinstance(found, str) else 1 + len(found.accepts)
 
 
-@lru_cache(maxsize=1024)
-def _piece(pattern: Pattern) -> ByteAutomaton:
-    """The automaton of a part without graphs."""
-    return _built(pattern, False)
+_KEPT = _Kept(50_000)  # a kilobyte or two each
 
 
 def _built(pattern: Pattern, by_pieces: bool) -> ByteAutomaton:
@@ -110,9 +138,9 @@ class _Parts:
         if isinstance(pattern, Chars):
             return self._nfa.block(_characters(pattern.ranges), after)
         if isinstance(pattern, Both):
-            return self._nfa.block(_both_automaton(pattern), after)
+            return self._nfa.block(_automaton(pattern), after)
         if self._by_pieces and not has_graph(pattern):
-            return self._nfa.block(_piece(pattern), after)
+            return self._nfa.block(_automaton(pattern), after)
         if isinstance(pattern, Alt):
             return self._nfa.node([self.before(item, after) for item in pattern.items])
         if isinstance(pattern, Graph):
@@ -139,7 +167,7 @@ class _Parts:
                 start = len(items)
                 while start and not has_graph(items[start - 1]):
                     start -= 1
-                after = self._nfa.block(_piece(seq(items[start:])), after)
+                after = self._nfa.block(_automaton(seq(items[start:])), after)
                 del items[start:]
             else:
                 after = self.before(items.pop(), after)

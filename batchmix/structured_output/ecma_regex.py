@@ -40,7 +40,6 @@ def found_pattern(regex: str) -> Pattern:
         raise type(error)(f"{regex!r}: {error}") from None
 
 
-@lru_cache(maxsize=1024)
 def found_automaton(regex: str) -> ByteAutomaton | None:
     """The automaton of those texts, None where there are none."""
     pattern = found_pattern(regex)

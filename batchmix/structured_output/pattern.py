@@ -67,7 +67,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Both:
-    """The texts of all `items` that none of `without` has. No names stand in it; products.py makes it."""
+    """The texts of all `items` that none of `without` has. No names stand in it; `dfa.both` makes it."""
 
     items: tuple[Pattern, ...]
     without: tuple[Pattern, ...]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-_KEPT = 64
+_KEPT = 16  # trees of groups, two megabytes each at most
 
 
 @dataclass(frozen=True)
