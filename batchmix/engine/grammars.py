@@ -18,8 +18,9 @@ from batchmix.engine.output_buffers import OutputBuffers
 from batchmix.kernels.row_state import Finish
 from batchmix.models.async_copy import async_copy_to_gpu
 from batchmix.sampling import SamplingConfig
+from batchmix.structured_output.automata import NEVER_ENDS
 from batchmix.structured_output.compile import GrammarCompiler, grammar_key
-from batchmix.structured_output.grammar import NEVER_ENDS, CompiledGrammar, TokenSet
+from batchmix.structured_output.grammar import CompiledGrammar, TokenSet
 from batchmix.structured_output.host_grammar import Following, GrammarMatcher, HostGrammar, follow
 
 _FORBIDDEN, _ALLOWED = 1, 2  # classes of tokens of a text that the host follows

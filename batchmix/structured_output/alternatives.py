@@ -269,15 +269,12 @@ class Alternatives:
         found = []
         for one in limits:
             words, own = one.keywords, []
-            for key in ("properties", "patternProperties"):
-                for place, schema in words.get(key, {}).items():
-                    if key == "properties":
-                        matches = place == name
-                    else:
-                        automaton = found_automaton(place)
-                        matches = automaton is not None and automaton.has(name)
-                    if matches:
-                        own.append(self.atom(schema, one.base, f"{one.path}/{key}/{place}"))
+            if name in words.get("properties", ()):
+                own.append(self.atom(words["properties"][name], one.base, f"{one.path}/properties/{name}"))
+            for regex, schema in words.get("patternProperties", {}).items():
+                automaton = found_automaton(regex)
+                if automaton is not None and automaton.has(name):
+                    own.append(self.atom(schema, one.base, f"{one.path}/patternProperties/{regex}"))
             if not own and "additionalProperties" in words:
                 own.append(self.atom(words["additionalProperties"], one.base, f"{one.path}/additionalProperties"))
             if any((atom.schema is False) != atom.negated and isinstance(atom.schema, bool) for atom in own):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchmix.structured_output.automata import ByteAutomaton, byte_ranges
+from batchmix.structured_output.automata import ByteAutomaton
 from batchmix.structured_output.pattern import Unsupported
 
 _MAX_LENGTH = 100_000
@@ -19,8 +19,8 @@ def automaton_regex(automaton: ByteAutomaton) -> str:
         if len(ways[before, after]) > _MAX_LENGTH:
             raise Unsupported("it is too large without tables too")
 
-    for state, row in enumerate(automaton.goto):
-        for low, high, after in byte_ranges(row):
+    for state, edges in enumerate(automaton.edges):
+        for low, high, after in edges:
             if high > 0x7F:
                 raise Unsupported("has limits that hold at once which need tables")
             plain = chr(low).isalnum() and chr(high).isalnum()

@@ -27,7 +27,7 @@ def canonical_tokens(
 
     `pieces` are the bytes of each token, `encode` the tokenizer's way from a whole text to tokens.
     """
-    stretches = _stretches(automaton)
+    stretches = {state: text for state, text in _stretches(automaton).items() if not trie.goes_on(text.encode())}
     texts = sorted(set(stretches.values()))
     found: dict[str, int | None] = {}
     *encoded, first = encode([*(_BREAK + text for text in texts), stretches.get(0, _BREAK)])
@@ -54,16 +54,22 @@ def _stretches(automaton: ByteAutomaton) -> dict[int, str]:
     """The text that must follow each state, where there is one; it begins and ends with whole characters."""
     possible = automaton.goto >= 0
     single = (possible.sum(1) == 1) & ~automaton.accepts
-    byte = possible.argmax(1)
+    states = np.flatnonzero(single)
+    byte = possible[states].argmax(1)
+    following = automaton.goto[states, byte]
+    before: dict[int, list[tuple[int, int]]] = {}  # by state: single ones that lead to it, with their bytes
+    for state, one, after in zip(states.tolist(), byte.tolist(), following.tolist(), strict=True):
+        before.setdefault(after, []).append((state, one))
     found = {}
-    for state in np.flatnonzero(single).tolist():
-        data, place = bytearray(), state
-        while single[place] and len(data) < _LONGEST:
-            data.append(int(byte[place]))
-            place = int(automaton.goto[place, byte[place]])
-        text = bytes(data).decode(errors="ignore")
-        if text and bytes(data).startswith(text.encode()):
-            found[state] = text
+    todo = [(state, b"") for state in before if not single[state]]
+    while todo:
+        after, rest = todo.pop()
+        for state, one in before.get(after, ()):
+            data = bytes([one]) + rest[: _LONGEST - 1]
+            todo.append((state, data))
+            text = data.decode(errors="ignore")
+            if text and data.startswith(text.encode()):
+                found[state] = text
     return found
 
 

@@ -206,7 +206,7 @@ class GrammarCompiler:
         if self._host_vocabulary is None:
             trie = self._trie(set(self._eos_token_ids), None)
             tokens = np.zeros(len(self._pieces), np.bool_)
-            tokens[trie.token[trie.token >= 0]] = True
+            tokens[trie.tree.token[trie.tree.token >= 0]] = True
             try:
                 self._host_vocabulary = HostVocabulary(self._pieces, tokens, self._tokenize, self._drops_leading_space)
             except Unsupported as error:

@@ -224,4 +224,4 @@ def string_pattern(limits: Sequence[Limits]) -> Pattern:
     formats = [one["format"] for one in words if isinstance(one.get("format"), str)]
     texts = [text for one in words for text in one.get("notTexts", ())]
     others = [one["notPattern"] for one in words if "notPattern" in one]
-    return string_of(low, high, regexes, formats, texts, others)
+    return string_of(low, high, tuple(regexes), tuple(formats), tuple(texts), tuple(others))

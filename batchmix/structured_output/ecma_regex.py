@@ -40,7 +40,6 @@ def found_pattern(regex: str) -> Pattern:
         raise type(error)(f"{regex!r}: {error}") from None
 
 
-@lru_cache(maxsize=1024)
 def found_automaton(regex: str) -> ByteAutomaton | None:
     """The automaton of those texts, None where there are none."""
     pattern = found_pattern(regex)
@@ -56,7 +55,7 @@ class _Translation:
 
     def texts(self) -> Pattern:
         if not _has(self._node, Edge(False)):
-            return seq([self._rest, self._followed(self._node, self._rest, False)])
+            return seq([self._rest, self._followed(_least(self._node, 0), self._rest, False)])
         first = self._followed(self._node, self._rest, True)
         later = self._followed(self._node, self._rest, False)
         return alt([first] if later == NEVER else [first, seq([repeat(self._any, 1, None), later])])
@@ -64,7 +63,7 @@ class _Translation:
     def _followed(self, node: Node, rest: Pattern, at_start: bool | None) -> Pattern:
         """The node and then `rest`, all up to the text's end. `at_start`: nothing comes before it; None: perhaps."""
         if not _has_assertion(node):
-            return seq([self._plain(node), rest])
+            return seq([self._plain(_least(node, -1) if rest is self._rest else node), rest])
         if isinstance(node, Edge):
             if node.is_end:
                 return EMPTY if nullable(rest) else NEVER
@@ -103,6 +102,21 @@ class _Translation:
             return alt(one for item in node.items if (one := self._plain(item)) != NEVER)
         assert isinstance(node, Times)
         return repeat(self._plain(node.item), node.low, node.high)
+
+
+def _least(node: Node, place: int) -> Node:
+    """A node before any text (`place` -1), or behind any (0), without what that text may be as well: of a{2,5} two."""
+    if isinstance(node, Times):
+        return Concat((node.item,) * node.low) if node.low <= _MAX_UNROLLED else Times(node.item, node.low, node.low)
+    if isinstance(node, Choice):
+        return Choice(tuple(_least(item, place) for item in node.items))
+    if not isinstance(node, Concat) or not node.items:
+        return node
+    last = _least(node.items[place], place)
+    rest = node.items[1:] if place == 0 else node.items[:-1]
+    if last == Concat(()):
+        return _least(Concat(rest), place)
+    return Concat((last, *rest) if place == 0 else (*rest, last))
 
 
 def _parts(node: Node) -> tuple[Node, ...]:

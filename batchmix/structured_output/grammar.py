@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.structured_output.automata import ByteAutomaton
+from batchmix.structured_output.automata import NEVER_ENDS, ByteAutomaton, steps_to_end
 from batchmix.structured_output.pattern import TooLarge, Unsupported
 from batchmix.structured_output.token_classes import token_classes
 from batchmix.structured_output.trie import TokenTrie
 
-NEVER_ENDS = 2**30  # tokens needed where there is no way to an end
 _MAX_TABLE_BYTES = 64 * 2**20
 _CACHED_SETS = 2048  # of allowed tokens, a byte for each token of the vocabulary
 _LONGEST_RUN = 256  # forced tokens appended at once
@@ -146,52 +145,36 @@ def compile_grammar(
     )  # [S, C], [V]
     accepts = np.append(automaton.accepts, automaton.accepts[0])
     end_tokens = list(end_tokens)
-    distance = _distance(following, accepts)
+    distance = steps_to_end(following, accepts)
     start = len(accepts) - 1
     if distance[start] >= NEVER_ENDS:
         raise Unsupported("the model's vocabulary has no tokens for any text that fits")
-    need = np.where(following >= 0, distance[following], NEVER_ENDS)
-    longer = np.minimum(1 + need.min(1, initial=NEVER_ENDS), NEVER_ENDS)
-
     num_states, num_classes = following.shape
-    sizes = np.bincount(token_class, minlength=num_classes)
-    if end_tokens:  # a class of their own
-        token_class[end_tokens] = num_classes
-        following = np.column_stack((following, np.where(accepts, np.arange(num_states), -1)))
-        need = np.column_stack((need, np.where(accepts, 0, NEVER_ENDS)))
-    width = 1 + following.shape[1]
+    width = 1 + num_classes + bool(end_tokens)
     if num_states * width * 8 > _MAX_TABLE_BYTES:
         raise TooLarge("the token tables are too large; shorten counted repetitions (maxLength, maxItems, {low,high})")
     table = np.zeros((num_states, width, 2), np.int32)
+    tokens = table[:, 1 : 1 + num_classes]
+    np.multiply(np.maximum(following, 0), width, out=tokens[:, :, 0])
+    need = np.append(distance, NEVER_ENDS).astype(np.int32)[following]  # the last is of no state
+    tokens[:, :, 1] = need
+    longer = np.minimum(1 + need.min(1, initial=NEVER_ENDS), NEVER_ENDS)
     table[:, 0, 0] = accepts & (longer >= NEVER_ENDS)
     table[:, 0, 1] = np.where(accepts, longer, 0)
-    table[:, 1:, 0] = np.where(following >= 0, following, 0) * width
-    table[:, 1:, 1] = need
+    sizes = np.bincount(token_class, minlength=num_classes)
+    if end_tokens:  # a class of their own
+        token_class[end_tokens] = num_classes
+        table[:, -1, 0] = np.where(accepts, np.arange(num_states) * width, 0)
+        table[:, -1, 1] = np.where(accepts, 0, NEVER_ENDS)
 
-    possible = need[:, :num_classes] < NEVER_ENDS
-    alone = np.flatnonzero(((possible * sizes).sum(1) == 1) & ~(accepts & bool(end_tokens)))
-    first_of_class = np.zeros(num_classes, np.int64)
-    first_of_class[token_class[::-1][token_class[::-1] < num_classes]] = np.flatnonzero(token_class < num_classes)[::-1]
-    forced = {int(state) * width: int(first_of_class[possible[state].argmax()]) for state in alone}
+    possible = need < NEVER_ENDS
+    alone = np.flatnonzero(
+        (possible.astype(np.float32) @ sizes.astype(np.float32) == 1) & ~(accepts & bool(end_tokens))
+    )
+    token_of = np.zeros(width, np.int64)  # one of each class
+    token_of[token_class] = np.arange(len(token_class))
+    forced = dict(zip((alone * width).tolist(), token_of[possible[alone].argmax(1)].tolist(), strict=True))
     return CompiledGrammar(
         table.reshape(-1, 2), (token_class + 1).astype(np.int32), start * width, int(distance[start]),
         int(longer[start]), bool(end_tokens), forced,
     )  # fmt: skip
-
-
-def _distance(following: npt.NDArray[np.int32], accepts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The fewest tokens from each state to an accepting one, NEVER_ENDS where there is none. [S]."""
-    source, column = np.nonzero(following >= 0)
-    edges = np.unique(following[source, column].astype(np.int64) << 32 | source)  # (to, from), by `to`
-    first = np.searchsorted(edges >> 32, np.arange(len(accepts) + 1))
-    edges &= 2**32 - 1
-    distance = np.full(len(accepts), NEVER_ENDS, np.int64)
-    frontier = np.flatnonzero(accepts)
-    steps = 0
-    while len(frontier):
-        distance[frontier] = steps
-        steps += 1
-        spans = [edges[first[state] : first[state + 1]] for state in frontier]
-        before = np.unique(np.concatenate(spans))
-        frontier = before[distance[before] == NEVER_ENDS]
-    return distance

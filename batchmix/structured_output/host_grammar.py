@@ -71,9 +71,9 @@ class HostVocabulary:
         self._tokenizer = llguidance.LLTokenizer(tokens_of, eos_token=len(pieces))
         self._executor = llguidance.LLExecutor()
 
-    def matcher(self, grammar: Grammar, before: str) -> LLMatcher:
-        """At the start of the grammar's texts with `before` in front of them. Unsupported where the library refuses it."""
-        text = self._library.LLMatcher.grammar_from_lark(lark(grammar, before))
+    def matcher(self, text: str) -> LLMatcher:
+        """At the start of the texts of a grammar in Lark's notation. Unsupported where the library refuses it."""
+        text = self._library.LLMatcher.grammar_from_lark(text)
         try:
             found: LLMatcher = self._library.LLMatcher(self._tokenizer, text, log_level=0)
         except BaseException as error:
@@ -167,12 +167,13 @@ def host_grammar(grammar: Grammar, vocabulary: HostVocabulary, end_tokens: Seque
         grammar = without_dead_ends(grammar)
         if grammar.pattern == NEVER:
             raise NoText
-    matcher = vocabulary.matcher(grammar, "")
+    own, behind_space = lark(grammar, "", " ")
+    matcher = vocabulary.matcher(own)
     first = vocabulary.masks([matcher.deep_copy()])[0]
     spaced = None
     if vocabulary.drops_leading_space:
         # One space at the start is not part of the text: a token that begins with it says what follows the space.
-        spaced = vocabulary.matcher(grammar, " ")
+        spaced = vocabulary.matcher(behind_space)
         with_space = vocabulary.masks([spaced.deep_copy()])[0]
         forced = np.bitwise_count(with_space).sum() == 1  # the way that the tokenizer itself begins
         first = with_space if forced else with_space | (first & ~pack(vocabulary.begins_with_space))

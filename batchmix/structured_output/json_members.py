@@ -25,53 +25,40 @@ def members_graph(members: Sequence[Member], more: Pattern | None, low: int, hig
 
     All of `more` count as one towards `low`, since they may be the same member again. NEVER where there is no such text.
     """
-    required = sum(member.required for member in members)
-    low = 0 if low <= required else low
+    required = [place for place, member in enumerate(members) if member.required]
+    low = 0 if low <= len(required) else low
     if high is not None and more is None and high >= len(members):
         high = None
-    cap = high if high is not None else low if low > 1 else 1  # counts beyond it are told apart no more
+    cap = high if high is not None else max(low, 1)  # counts beyond it are told apart no more
     if (len(members) + 2) * (cap + 1) > _MAX_NODES:
         raise BeyondUs("has too many properties or items to count; leave out the limits of their number")
-    nodes: dict[tuple[int, int, str], int] = {(0, 0, "after"): 0}
+    nodes: dict[tuple[int, int, str], int] = {(0, 0, "next"): 0}
 
-    def node(place: int, count: int, kind: str = "after") -> int:
+    def node(place: int, count: int, kind: str) -> int:
+        """`next`: a member from this place on follows; `after`: one may, behind a comma."""
         return nodes.setdefault((place, count, kind), len(nodes))
 
     edges: list[tuple[int, Pattern, int]] = []
-
-    def counted(count: int) -> int | None:
-        """One more, None where that is too many."""
-        return None if high is not None and count == high else min(count + 1, cap)
-
-    last = len(members)
-    for place, member in enumerate(members):
-        for count in range(cap + 1):
-            after = counted(count)
-            if not member.required:
-                edges.append((node(place, count), EMPTY, node(place + 1, count)))
-            if after is not None:
-                start = node(place, after, "start") if high is None and cap == 1 else node(place, count, "start")
-                edges.append((node(place, count), COMMA if count else EMPTY, start))
-                edges += _ways(start, member, node(place, after, "value"), node(place + 1, after))
-    end = node(last + 2, 0)
+    last, end = len(members), node(0, 0, "end")
     for count in range(cap + 1):
-        if count >= low:
-            edges.append((node(last, count), EMPTY, end))
-        after = counted(count)
-        if more is None or after is None:
-            continue
-        start = node(last, count, "start")
-        edges.append((node(last, count), COMMA if count else EMPTY, start))
-        if after < low:
-            continue
-        if high is None:
-            edges.append((start, seq([more, repeat(seq([COMMA, more]), 0, None)]), end))
-        else:
-            edges.append((start, seq([more, repeat(seq([COMMA, more]), 0, high - after)]), end))
+        after = None if count == high else min(count + 1, cap)  # one more, None where that is too many
+        for place in range(last + 1):
+            if count >= low and (not required or place > required[-1]) and (count or not place):
+                edges.append((node(place, count, "after" if count else "next"), EMPTY, end))
+            if after is None:
+                continue
+            if count:
+                edges.append((node(place, count, "after"), COMMA, node(place, count, "next")))
+            if place < last:
+                member, start = members[place], node(place, count, "next")
+                if not member.required:
+                    edges.append((start, EMPTY, node(place + 1, count, "next")))
+                if member.name == EMPTY:
+                    edges.append((start, member.value, node(place + 1, after, "after")))
+                else:
+                    value = node(place, after, "value")
+                    edges += [(start, member.name, value), (value, member.value, node(place + 1, after, "after"))]
+            elif more is not None and after >= low:
+                others = repeat(seq([COMMA, more]), 0, None if high is None else high - after)
+                edges.append((node(last, count, "next"), seq([more, others]), end))
     return graph(dict.fromkeys(edges), end)
-
-
-def _ways(start: int, member: Member, between: int, end: int) -> list[tuple[int, Pattern, int]]:
-    if member.name == EMPTY:
-        return [(start, member.value, end)]
-    return [(start, member.name, between), (between, member.value, end)]

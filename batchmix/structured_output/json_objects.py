@@ -128,8 +128,8 @@ class _Object:
                 value = self._translation.schema(atoms, f"{self._path}/additionalProperties", self._depth + 1)
                 if value == NEVER:
                     continue
-                others = [one for one in self._patterns if one not in matched]
-                name = string_of(0, None, matched, (), [*self._forbidden, *names], others)
+                others = tuple(one for one in self._patterns if one not in matched)
+                name = string_of(0, None, matched, (), (*self._forbidden, *names), others)
                 if self._names and name != NEVER:
                     allowed = self._translation.schema(
                         [*self._names, self._translation.atom(_TEXT, "", self._path)], f"{self._path}/propertyNames", 0

@@ -7,7 +7,6 @@ characters without a short escape cannot be written.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from functools import cache, lru_cache
 
 from batchmix.structured_output.dfa import both
@@ -35,18 +34,20 @@ _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r
 _PLAIN = complement([(0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\"))])
 
 
+@lru_cache(maxsize=1024)
 def any_string(low: int = 0, high: int | None = None) -> Pattern:
     """A JSON string of `low` to `high` characters (None: any number)."""
     return quoted(_text(low, high))
 
 
+@lru_cache(maxsize=1024)
 def string_of(
     low: int,
     high: int | None,
-    regexes: Iterable[str],
-    formats: Iterable[str],
-    other_than: Iterable[str] = (),
-    unlike: Iterable[str] = (),
+    regexes: tuple[str, ...],
+    formats: tuple[str, ...],
+    other_than: tuple[str, ...] = (),
+    unlike: tuple[str, ...] = (),
 ) -> Pattern:
     """A JSON string that keeps all of these limits, in which no regex of `unlike` is found; NEVER where there is none.
 

@@ -22,6 +22,7 @@ from batchmix.structured_output.pattern import (
     Repeat,
     Seq,
     Unsupported,
+    has_graph,
 )
 
 _MAX_TEXT = 2_000_000  # characters; 30,000 short choices have 600,000, and take the library a tenth of a second
@@ -29,19 +30,21 @@ _MAX_NODES = 20_000  # of graphs
 _TOO_LONG = "it is too large without tables too"
 
 
-def lark(grammar: Grammar, before: str = "") -> str:
-    """The texts of the grammar, each with the text `before` in front of it. Unsupported where that would be too long."""
-    if grammar.schema is not None:
-        head = f"TERMINAL_0 schema\nTERMINAL_0: /{_literal(before)}/" if before else "schema"
-        return f"start: {head}\nschema: %json {grammar.schema}\n"
+def lark(grammar: Grammar, *befores: str) -> list[str]:
+    """The texts of the grammar, once for each text in `befores` that stands in front. Unsupported where that would be too long."""
     writer = _Writer({name: f"rule_{number}" for number, name in enumerate(grammar.rules)})
-    lines = [f"{writer.names[name]}: {writer.rule(pattern)}" for name, pattern in grammar.rules.items()]
-    head = writer.terminal(f"/{_literal(before)}/") if before else ""
-    start = f"start: {head} {writer.rule(grammar.pattern)}"
-    terminals = [f"{name}: {text}" for text, name in writer.terminals.items()]
-    found = "\n".join([start, *lines, *writer.nodes, *terminals, ""])
-    if len(found) > _MAX_TEXT:
+    if grammar.schema is not None:
+        start, lines = "schema", [f"schema: %json {grammar.schema}"]
+    else:
+        lines = [f"{writer.names[name]}: {writer.rule(pattern)}" for name, pattern in grammar.rules.items()]
+        start = writer.rule(grammar.pattern)
+        lines += [*writer.nodes, *(f"{name}: {text}" for text, name in writer.terminals.items())]
+    if sum(map(len, lines)) > _MAX_TEXT:
         raise Unsupported(_TOO_LONG)
+    found = []
+    for before in befores:
+        head = [f"start: BEFORE {start}", f"BEFORE: /{_literal(before)}/"] if before else [f"start: {start}"]
+        found.append("\n".join([*head, *lines, ""]))
     return found
 
 
@@ -128,7 +131,7 @@ class _Writer:
         return _Part(" ".join(map(self._in_rule, joined)), _RULE)
 
     def _both(self, pattern: Both) -> _Part:
-        if _has_graph(pattern):
+        if has_graph(pattern):  # which no expression of terminals says
             return _Part(automaton_regex(build_automaton(pattern)), _REGEX)
         parts = [self.part(item).terminal for item in pattern.items]
         without = [f"~{self.part(item).terminal}" for item in pattern.without]
@@ -143,13 +146,6 @@ class _Writer:
             ways.setdefault(start, []).append(f"{self.rule(item) if item != EMPTY else ''} {name}_{to}")
         self.nodes += [f"{name}_{node}: {' | '.join(texts)}" for node, texts in ways.items()]
         return _Part(f"{name}_0", _RULE)
-
-
-def _has_graph(pattern: Pattern) -> bool:
-    """Whether a graph is one of the limits, which no expression of terminals says."""
-    if isinstance(pattern, Both):
-        return any(map(_has_graph, (*pattern.items, *pattern.without)))
-    return isinstance(pattern, Graph)
 
 
 def _set(pattern: Chars) -> str:

@@ -8,7 +8,7 @@ digit: a float64 tells apart what 15 digits do (C's DBL_DIG), and validators com
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from batchmix.structured_output.dfa import both
 from batchmix.structured_output.pattern import (
@@ -50,6 +50,7 @@ def _either(parts: list[Pattern]) -> Pattern:
     return alt([part for part in parts if part != NEVER])
 
 
+@cache
 def _exponent(low: int = -_MAX_EXPONENT, high: int = _MAX_EXPONENT) -> Pattern:
     """`e` and a number from low to high, as it may be written: e5, E+05, e-7."""
     low, high = max(low, -_MAX_EXPONENT), min(high, _MAX_EXPONENT)
@@ -64,16 +65,19 @@ def _exponent(low: int = -_MAX_EXPONENT, high: int = _MAX_EXPONENT) -> Pattern:
     return seq([chars([(69, 69), (101, 101)]), alt(found)])
 
 
+@cache
 def any_integer() -> Pattern:
     """Any integer of JSON's."""
     return seq([optional(_MINUS), _NATURAL])
 
 
+@cache
 def any_number() -> Pattern:
     """Any number of JSON's."""
     return seq([optional(_MINUS), _NATURAL, _FRACTION, optional(_exponent())])
 
 
+@cache
 def any_fraction() -> Pattern:
     """Numbers that are no integers, with so few digits that they are none as floats."""
     whole = alt([_digit(0, 0), seq([_digit(1), repeat(_digit(), 0, 8)])])
@@ -81,6 +85,7 @@ def any_fraction() -> Pattern:
     return seq([optional(_MINUS), whole, literal("."), digits])
 
 
+@lru_cache(maxsize=1024)
 def integers_between(low: Decimal | None, open_low: bool, high: Decimal | None, open_high: bool) -> Pattern:
     """The integers from `low` to `high`; None: no bound. NEVER where there is none."""
     _check(low, high)
@@ -145,6 +150,7 @@ def _same_length(low: str, high: str) -> Pattern:
     return seq([head, _either([seq([_digit(a, a), at_least]), middle, seq([_digit(b, b), at_most])])])
 
 
+@lru_cache(maxsize=1024)
 def numbers_between(low: Decimal | None, open_low: bool, high: Decimal | None, open_high: bool) -> Pattern:
     """The numbers between the bounds; an open bound is left out itself. NEVER where there is none."""
     _check(low, high)
@@ -280,6 +286,7 @@ def _at_most(high: str) -> Pattern:
     return rest
 
 
+@lru_cache(maxsize=1024)
 def multiples(of: Decimal, integers: bool) -> Pattern:
     """The multiples of a number above 0, without exponent; of those the integers. Unsupported where it has too many digits."""
     places = max(0, -int(of.normalize().as_tuple().exponent))

@@ -67,7 +67,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Both:
-    """The texts of all `items` that none of `without` has. No names stand in it; products.py makes it."""
+    """The texts of all `items` that none of `without` has. No names stand in it; `dfa.both` makes it."""
 
     items: tuple[Pattern, ...]
     without: tuple[Pattern, ...]
@@ -202,14 +202,36 @@ def optional(item: Pattern) -> Pattern:
 def graph(edges: Iterable[tuple[int, Pattern, int]], end: int) -> Pattern:
     """The texts along the ways from node 0 to `end`, without ways that lead nowhere; NEVER where there is none."""
     kept = [edge for edge in edges if edge[1] != NEVER]
-    reached, leading = {0}, {end}
-    while more := {to for start, _, to in kept if start in reached} - reached:
-        reached |= more
-    while more := {start for start, _, to in kept if to in leading} - leading:
-        leading |= more
+    reached = _met({0}, [(start, to) for start, _, to in kept])
+    leading = _met({end}, [(to, start) for start, _, to in kept])
     if end not in reached:
         return NEVER
     return Graph(tuple(edge for edge in kept if edge[0] in reached and edge[2] in leading), end)
+
+
+def has_graph(pattern: Pattern) -> bool:
+    """Whether a graph is part of the pattern. Found once for each object."""
+    if isinstance(pattern, Chars | Named | Graph):
+        return isinstance(pattern, Graph)
+    known: bool | None = pattern.__dict__.get("_has_graph")
+    if known is None:
+        parts = (pattern.item,) if isinstance(pattern, Repeat) else pattern.items
+        more = pattern.without if isinstance(pattern, Both) else ()
+        known = pattern.__dict__["_has_graph"] = any(map(has_graph, (*parts, *more)))
+    return known
+
+
+def _met(nodes: set[int], ways: Iterable[tuple[int, int]]) -> set[int]:
+    """The nodes, and those that ways lead to from them."""
+    following: dict[int, list[int]] = {}
+    for start, to in ways:
+        following.setdefault(start, []).append(to)
+    todo = list(nodes)
+    while todo:
+        new = set(following.get(todo.pop(), ())) - nodes
+        nodes |= new
+        todo += new
+    return nodes
 
 
 def nullable(pattern: Pattern) -> bool:

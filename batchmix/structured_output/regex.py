@@ -15,7 +15,6 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from batchmix.structured_output.pattern import (
-    EMPTY,
     Pattern,
     Range,
     Unsupported,
@@ -36,14 +35,6 @@ _REFUSED = {
     c.ATOMIC_GROUP: "an atomic group (?>...)",
     c.POSSESSIVE_REPEAT: "a possessive repeat",
 }
-# What ECMA-262 takes \d, \w, \s and the ends of lines for.
-_LINE_ENDS = [(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]
-_ECMA: dict[str, list[Range]] = {
-    "DIGIT": [(0x30, 0x39)],
-    "WORD": [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)],
-    "SPACE": [(0x09, 0x0D), (0x20, 0x20), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
-              (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)],
-}  # fmt: skip
 _BEGIN, _END = {c.AT_BEGINNING, c.AT_BEGINNING_STRING}, {c.AT_END, c.AT_END_STRING}
 
 
@@ -52,24 +43,12 @@ def regex_pattern(regex: str) -> Pattern:
 
     Unsupported, in one line, for what Python refuses and for look-around, back-references, \\b and the like.
     """
-    return _parse(regex, searched=False)
-
-
-def searched_pattern(regex: str) -> Pattern:
-    """The texts t for which re.search(regex, t) holds, and in which ECMA-262, JSON Schema's own, finds the regex too.
-
-    They differ in \\d, \\w, \\s and the dot: a character counts where both take it, so every validator accepts the text.
-    """
-    return _parse(regex, searched=True)
-
-
-def _parse(regex: str, searched: bool) -> Pattern:
     try:
         tree = _parser.parse(regex)
         flags = tree.state.flags
         if flags & re.LOCALE or (flags & re.MULTILINE and _has_anchor(tree)):
             raise Unsupported("the flags L, and m together with ^ or $, are not supported")
-        return alt(_Translation(flags, searched).anchored(list(tree), True, True))
+        return alt(_Translation(flags).anchored(list(tree)))
     except (re.error, OverflowError, Unsupported) as error:
         raise Unsupported(f"{regex!r}: {error}") from None
 
@@ -88,34 +67,27 @@ def _parts(argument: Any) -> Sequence[Any]:
 
 
 class _Translation:
-    """One regex. `searched`: where an end is not anchored, any text may stand before or after; classes are also ECMA's."""
+    """One regex."""
 
-    def __init__(self, flags: int, searched: bool) -> None:
+    def __init__(self, flags: int) -> None:
         self.flags = flags
-        self.ecma = searched
-        self.anything = repeat(chars([(0, sys.maxunicode)]), 0, None) if searched else EMPTY
 
-    def anchored(self, items: list[Any], first: bool, last: bool) -> list[Pattern]:
-        """The alternatives of a sequence at the text's beginning (`first`) and end (`last`), where ^ and $ may stand."""
-        begun = not first
-        while first and items and items[0][0] is c.AT and items[0][1] in _BEGIN:
-            items, begun = items[1:], True
-        ended = not last
-        while last and items and items[-1][0] is c.AT and items[-1][1] in _END:
-            items, ended = items[:-1], True
-        # A group or a choice at an end that is still open may hold the anchor itself.
-        if len(items) == 1 and not (begun and ended):
+    def anchored(self, items: list[Any]) -> list[Pattern]:
+        """The alternatives of a sequence from the text's beginning to its end, where ^ and $ may stand."""
+        while items and items[0][0] is c.AT and items[0][1] in _BEGIN:
+            items = items[1:]
+        while items and items[-1][0] is c.AT and items[-1][1] in _END:
+            items = items[:-1]
+        if len(items) == 1:  # a group or a choice may hold anchors too
             op, argument = items[0]
             branches = self._inner(op, argument)
             if branches is not None:
                 flags, bodies = branches
                 before, self.flags = self.flags, flags
-                found = [one for body in bodies for one in self.anchored(list(body), not begun, not ended)]
+                found = [one for body in bodies for one in self.anchored(list(body))]
                 self.flags = before
                 return found
-        head = EMPTY if begun else self.anything
-        tail = EMPTY if ended else self.anything
-        return [seq([head, self.sequence(items), tail])]
+        return [self.sequence(items)]
 
     def _inner(self, op: Any, argument: Any) -> tuple[int, list[Any]] | None:
         if op is c.SUBPATTERN:
@@ -149,8 +121,7 @@ class _Translation:
 
     def _characters(self, op: Any, argument: Any) -> Pattern:
         if op is c.ANY:
-            line_ends = _LINE_ENDS if self.ecma else [(10, 10)]
-            return chars([(0, sys.maxunicode)] if self.flags & re.DOTALL else complement(line_ends))
+            return chars([(0, sys.maxunicode)] if self.flags & re.DOTALL else complement([(10, 10)]))
         if op in (c.LITERAL, c.NOT_LITERAL):
             return self._set([(c.LITERAL, argument)], negated=op is c.NOT_LITERAL)
         if op is c.IN:
@@ -164,19 +135,14 @@ class _Translation:
         if flags & re.IGNORECASE:
             inside = "".join(_written(op, argument) for op, argument in items)
             return chars(_matching(f"[{'^' * negated}{inside}]+", flags))
-        ranges = [part for op, argument in items for part in _ranges(op, argument, flags, self.ecma, negated)]
+        ranges = [part for op, argument in items for part in _ranges(op, argument, flags)]
         return chars(complement(ranges) if negated else ranges)
 
 
-def _ranges(op: Any, argument: Any, flags: int, ecma: bool, negated: bool) -> Sequence[Range]:
-    """An item of a set, with `ecma` in its narrower reading of two, so of a negated set in its wider one."""
+def _ranges(op: Any, argument: Any, flags: int) -> Sequence[Range]:
+    """An item of a set."""
     if op is c.CATEGORY:
-        own = _matching(f"{_written(op, argument)}+", flags)
-        if not ecma:
-            return own
-        other = _ECMA[str(argument).rpartition("_")[2]]
-        other = complement(other) if "NOT" in str(argument) else other
-        return [*own, *other] if negated else intersection(own, other)
+        return _matching(f"{_written(op, argument)}+", flags)
     return [argument if op is c.RANGE else (argument, argument)]
 
 

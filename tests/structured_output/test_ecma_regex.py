@@ -46,6 +46,8 @@ def check(regex: str, texts: list[str]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(REGEXES, st.lists(TEXTS, min_size=1, max_size=12))
+@example("a{2,5}(?:b{0,3}|ab+)c*", ["a", "xaay", "baaab", "caac", "abab"])  # counts before and behind any text
+@example("(?:a{0,2}|b)+(?=c)[cd]{1,9}", ["c", "acd", "xbc", "d", "ab"])
 @example("(?!(?:.)*$)", ["😀"])  # which V8 finds between the halves of the character
 def test_a_text_fits_where_javascript_finds_the_regex(regex, texts):
     check(regex, texts)

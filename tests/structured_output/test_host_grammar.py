@@ -46,7 +46,7 @@ TREE: dict[str, Any] = {
 @cache
 def vocabulary(drops_leading_space: bool) -> HostVocabulary:
     tokens = np.zeros(len(PIECES), np.bool_)
-    tokens[TRIE.token[TRIE.token >= 0]] = True
+    tokens[TRIE.tree.token[TRIE.tree.token >= 0]] = True
     return HostVocabulary(PIECES, tokens, None, drops_leading_space)
 
 
