@@ -26,7 +26,7 @@ from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.checkpoints.config import ModelConfig
 from batchmix.dtypes import Dtype
 from batchmix.engine.build import start_engine
-from batchmix.engine.config import EngineConfig
+from batchmix.engine.config import Backend, EngineConfig
 from batchmix.planning.planner import Limits, plan
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
@@ -53,10 +53,10 @@ for _ in sys.stdin:
 Generate = Callable[[list[list[int]], int], list[list[int]]]  # prompts and number of new tokens -> new tokens
 
 
-def open_batchmix(folder: Path, dtype: str) -> Generate:
+def open_batchmix(folder: Path, dtype: str, backend: str = "auto") -> Generate:
     """Ours: planned batches through the engine."""
     checkpoint = open_checkpoint(ModelConfig(path=str(folder), dtype=Dtype[dtype], max_model_len=1024))
-    engine = start_engine(checkpoint, None, EngineConfig(max_num_seqs=256), lambda: False)
+    engine = start_engine(checkpoint, None, EngineConfig(max_num_seqs=256, backend=Backend[backend]), lambda: False)
     limits = Limits(
         engine.scheduler.batch.capacity, engine.scheduler.pool.num_blocks, engine.scheduler.block_size, 16384
     )

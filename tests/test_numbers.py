@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -114,6 +115,14 @@ def test_readme_on_a_cpu(dtype):
     text = page("README.md")
     assert f"| {dtype} | {ours:,.0f} | {hf:,.0f} (" in text
     assert f"{ours / hf:.2f} x) | {vllm:,.0f} ({ours / vllm:.2f} x) |" in text
+
+
+def test_readme_on_cpu_time():
+    found = result("cpu-engine-float32")
+    ours, hf, vllm = (median(found["cpu_seconds"][name]) for name in ("batchmix", "transformers", "vllm"))
+    assert f"by CPU time batchmix is {vllm / ours:.2f} x vLLM and {hf / ours:.2f} x transformers" in page("README.md")
+    same = found["prompts_with_the_same_tokens"]
+    assert f"vLLM's for {same['vllm']} of 256 prompts and transformers' for {same['transformers']}" in page("README.md")
 
 
 def test_readme_beside_the_model():
