@@ -125,6 +125,18 @@ def test_readme_on_cpu_time():
     assert f"vLLM's for {same['vllm']} of 256 prompts and transformers' for {same['transformers']}" in page("README.md")
 
 
+def test_cpu_profile():
+    found = result("cpu-profile")
+    parts = found["cpu_seconds"]["numba"].keys() - {"the rest"}
+    for part in parts:
+        torch, numba = (found["cpu_seconds"][backend][part] for backend in ("torch", "numba"))
+        line = next(
+            line for line in (ROOT / "docs/performance.md").read_text().splitlines() if line.startswith(f"| {part} |")
+        )
+        assert line.endswith(f"| {torch:.2f} | {numba:.2f} |")
+    assert f"| {found['run']['torch']:.2f} | {found['run']['numba']:.2f} |" in page("docs/performance.md")
+
+
 def test_readme_beside_the_model():
     text = page("README.md")
     found = result("cpu-pipeline")

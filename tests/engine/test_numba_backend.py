@@ -11,7 +11,7 @@ from engines import answers, load, make_engine, prompts, run, threads
 
 from batchmix.models.numba_ops import NumbaOperators
 
-SAMPLED = {"temperature": 1.0, "top_p": 0.95, "logprobs": 2, "max_tokens": 20}
+SAMPLED = {"temperature": 1.0, "top_p": 0.95, "logprobs": 2, "max_tokens": 10}
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +32,16 @@ def test_greedy_tokens_are_the_torch_backends(folder, model):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_answers_depend_on_neither_company_nor_threads(folder, model, dtype):
     if dtype is not torch.float32:
         model = load(folder, dtype, operators=NumbaOperators(dtype))
-    rows = prompts(24, 512, seed=2, **SAMPLED)
+    rows = prompts(16, 512, seed=2, longest=60, **SAMPLED)
     expected = answers(run(make_engine(model, prefill_chunk=64), rows))
-    assert len({str(answer) for answer in expected.values()}) > 20, "the answers must differ for this to say anything"
+    assert len({str(answer) for answer in expected.values()}) > 13, "the answers must differ for this to say anything"
     shuffled = random.Random(5).sample(rows, len(rows))
     for seqs, batched, blocks, order, count in [
-        (1, 512, 2000, rows[::6], 1), (7, 512, 2000, rows, 2), (16, 64, 2000, shuffled, 3), (24, 512, 40, shuffled, 1),
+        (1, 512, 2000, rows[::6], 1), (7, 512, 2000, rows, 2), (16, 64, 2000, shuffled, 3), (24, 512, 30, shuffled, 1),
     ]:  # fmt: skip
         engine = make_engine(
             model, max_num_seqs=seqs, max_num_batched_tokens=batched, kv_blocks=blocks, prefill_chunk=64
