@@ -286,7 +286,7 @@ def _grammar(outputs: StructuredOutputs, unknown: dict[str, None]) -> Grammar:
         raise Unsupported(f"no JSON ({error}); give a mapping or JSON text, a file is not read") from None
     try:
         return json_schema_grammar(schema, unknown)
-    except BeyondUs as error:
+    except (BeyondUs, TooLarge) as error:
         try:
             return Grammar(NEVER, schema=delegated_schema(schema))
         except Unsupported as other:

@@ -57,7 +57,7 @@ def string_of(
     parts += [_whole(FORMATS[name]) for name in dict.fromkeys(formats) if name in FORMATS]
     if low or high is not None or not parts:
         parts.append(_text(low, high))
-    without = [_encoded(literal(text)) for text in other_than] + [_found(regex) for regex in dict.fromkeys(unlike)]
+    without = [alt(_encoded(literal(text)) for text in other_than), *map(_found, unlike)]
     return quoted(both(parts, without))
 
 

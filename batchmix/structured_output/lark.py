@@ -6,6 +6,7 @@ stay apart: what follows a value, a comma or a bracket, never goes on with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchmix.structured_output.automaton_regex import automaton_regex
@@ -19,10 +20,12 @@ from batchmix.structured_output.pattern import (
     Graph,
     Named,
     Pattern,
+    Range,
     Repeat,
     Seq,
     Unsupported,
     has_graph,
+    intersection,
 )
 
 _MAX_TEXT = 2_000_000  # characters; 30,000 short choices have 600,000, and take the library a tenth of a second
@@ -49,8 +52,12 @@ def lark(grammar: Grammar, *befores: str) -> list[str]:
 
 
 def regex_text(pattern: Pattern) -> str:
-    """A pattern without names as a regex of sets and groups, which all engines read alike. Unsupported where none says it."""
-    part = _Writer({}).part(pattern)
+    """A pattern without names as a regex of sets and groups, which all engines read alike. Unsupported where none says it.
+
+    Without the control characters that have no short escape in JSON: where a set has all of them, llguidance lets a string
+    have quotation marks and backslashes too.
+    """
+    part = _Writer({}, [(0x08, 0x0A), (0x0C, 0x0D), (0x20, 0x10FFFF)]).part(pattern)
     if part.kind != _REGEX:
         raise Unsupported("has limits that hold at once, which no regex says")
     return part.text
@@ -71,8 +78,9 @@ class _Part:
 
 
 class _Writer:
-    def __init__(self, names: dict[str, str]) -> None:
+    def __init__(self, names: dict[str, str], within: Sequence[Range] = ((0, 0x10FFFF),)) -> None:
         self.names = names  # of rules
+        self._within = within  # characters that may be written
         self.terminals: dict[str, str] = {}  # names by expression
         self.nodes: list[str] = []  # rules of graphs
         self._graphs = 0
@@ -99,7 +107,7 @@ class _Writer:
 
     def _written(self, pattern: Pattern) -> _Part:
         if isinstance(pattern, Chars):
-            return _Part(_set(pattern), _REGEX)
+            return _Part(_set(intersection(pattern.ranges, self._within)), _REGEX)
         if isinstance(pattern, Named):
             return _Part(self.names[pattern.name], _RULE)
         if isinstance(pattern, Graph):
@@ -148,10 +156,12 @@ class _Writer:
         return _Part(f"{name}_0", _RULE)
 
 
-def _set(pattern: Chars) -> str:
-    if len(pattern.ranges) == 1 and pattern.ranges[0][0] == pattern.ranges[0][1]:
-        return _literal(chr(pattern.ranges[0][0]))
-    spans = [f"\\u{{{low:x}}}-\\u{{{high:x}}}" for low, high in pattern.ranges]
+def _set(ranges: Sequence[Range]) -> str:
+    if not ranges:
+        raise Unsupported("has characters that cannot be written in a string")
+    if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
+        return _literal(chr(ranges[0][0]))
+    spans = [f"\\u{{{low:x}}}-\\u{{{high:x}}}" for low, high in ranges]
     return f"[{''.join(spans)}]"
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from batchmix.structured_output.pattern import TooLarge
 from batchmix.structured_output.trie import Ints, TokenTrie
 
 QUOTES = b'"\\'
 _MANY_BYTES = 32  # of a state: hexadecimal digits are fewer, a character's last byte alone has 64
+_MAX_ENTRIES = 3_000_000  # states by tokens, or by groups of tokens: half a second
 _MANY_TOKENS = 300  # that may begin a way through several such states
 
 
@@ -26,6 +28,12 @@ class Inside:
     states: Ints
     after: npt.NDArray[np.int32]  # [states, groups + 1], -1: none; the last group is of tokens with one of QUOTES
     group: Ints  # of each token, [V]
+
+
+def check_entries(count: int) -> None:
+    """TooLarge where tables of so many entries take too long."""
+    if count > _MAX_ENTRIES:
+        raise TooLarge("the token tables take too long; shorten patterns, counted repetitions or choices")
 
 
 class StringStates:
@@ -91,6 +99,7 @@ class StringStates:
         first_class, other_class = (np.append(one, -1)[self._run] for one in (len(others) + first_class, other_class))
         tree, group = self._trie.grouped(first_class, other_class)
         groups = int(group.max(initial=-1)) + 1
+        check_entries(len(states) * groups)
         origin, token, after = tree.walk(self._rows[:, np.append(others, firsts)], states)
         table = np.full((len(states), groups + 1), -1, np.int32)
         table[origin, token] = after

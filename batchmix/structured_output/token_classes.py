@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.structured_output.pattern import TooLarge
-from batchmix.structured_output.string_states import QUOTES, Inside, StringStates
+from batchmix.structured_output.string_states import QUOTES, Inside, StringStates, check_entries
 from batchmix.structured_output.trie import Ints, TokenTrie, Tree
 
 Words = npt.NDArray[np.uint64]
 _BLOCK_STATES = 1024  # walked together
-_MAX_ENTRIES = 4_000_000  # states by tokens: half a second
 
 
 def token_classes(
@@ -39,12 +37,11 @@ def token_classes(
     parts: list[Triples] = [_start(trie, goto, drops_leading_space, only_first)]
     for low in range(0, len(others), _BLOCK_STATES):
         parts.append(_kept(_walked(trie.tree, goto, others[low : low + _BLOCK_STATES]), only, num_states))
-        _check(sum(len(part[0]) for part in parts))
+        check_entries(sum(len(part[0]) for part in parts))
     strings = []
     if len(inside.states):
         parts.append(_walked(trie.having(QUOTES), goto, inside.states))
         strings = inside.insides()
-        _check(sum(one.after.size for one in strings) // 4)
     origin, token, after = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     group, columns = _joint(strings, trie.num_tokens)
     groups = int(group.max()) + 1
@@ -82,11 +79,6 @@ def token_classes(
 
 
 Triples = tuple[Ints, Ints, Ints]  # states, tokens, states after them
-
-
-def _check(entries: int) -> None:
-    if entries > _MAX_ENTRIES:
-        raise TooLarge("the token tables take too long; shorten patterns, counted repetitions or choices")
 
 
 def _joint(strings: Sequence[Inside], num_tokens: int) -> tuple[Ints, list[Ints]]:

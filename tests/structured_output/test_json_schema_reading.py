@@ -189,6 +189,24 @@ def test_what_is_too_large_for_us_goes_to_llguidance_with_our_patterns():
         assert not accepts_on_host(schema, text), text
 
 
+def test_a_set_with_all_control_characters_has_no_quotes_and_backslashes_that_it_leaves_out():
+    """llguidance lets a string have them, if such a set is in its pattern."""
+    pytest.importorskip("llguidance")
+    value = {"type": "string", "pattern": r'^[^"\\#]*$'}
+    schema = {"patternProperties": {f"^{name}\\d+$": value for name in "abcdef"}, "additionalProperties": False}
+    assert accepts_on_host(schema, r'{"a1": "x\n\té"}')
+    for text in [r'{"a1": "x\"y"}', r'{"a1": "x\\y"}', '{"a1": "#"}']:
+        assert not accepts_on_host(schema, text), text
+
+
+def test_open_names_besides_many_that_are_declared():
+    names = [f"{first}{second}name" for first in "abcdefgh" for second in "pqrstuvw"]
+    schema = {"properties": {name: {"const": 1} for name in names}, "additionalProperties": {"const": 2}}
+    automaton = build_automaton(json_schema_grammar(schema).pattern)
+    assert automaton.has('{"apname": 1, "hwname": 1, "apnam": 2, "other": 2}')
+    assert not automaton.has('{"other": 2, "cpname": 2}')
+
+
 def test_keywords_that_are_read_past_are_named_once(caplog):
     grammars = GrammarCompiler([b"", b"1", b'"'], drops_leading_space=False, eos_token_ids=[0])
     with caplog.at_level(logging.WARNING):
