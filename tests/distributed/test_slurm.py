@@ -9,6 +9,7 @@ from hydra.errors import MissingConfigException
 
 from batchmix.config_errors import explain
 from batchmix.distributed import slurm
+from batchmix.install_hint import install_hint
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_nothing_is_requeued_outside_submitit(called: Path, monkeypatch: pytest.
 
 def test_what_is_missing_is_named() -> None:
     missing = MissingConfigException("Could not load", missing_cfg_file="hydra/launcher/submitit_slurm")
-    assert explain(missing, "generate") == "hydra/launcher=slurm: needs submitit; pip install 'batchmix[cluster]'"
+    assert explain(missing, "generate") == f"hydra/launcher=slurm: needs submitit; {install_hint('cluster')}"
     no_srun = RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
     assert "no Slurm on this machine" in str(slurm.explain(no_srun))
     assert slurm.explain(ValueError("a bug")) is None
