@@ -41,9 +41,12 @@ def build_automaton(pattern: Pattern) -> ByteAutomaton:
     """The automaton of the UTF-8 texts of a pattern. Unsupported where there is none or it would be too large."""
     if pattern == NEVER:
         raise NoText
-    if has_graph(pattern) and not isinstance(pattern, Both):
-        return _built(pattern, True)
-    return _automaton(pattern)
+    try:
+        if has_graph(pattern) and not isinstance(pattern, Both):
+            return _built(pattern, True)
+        return _automaton(pattern)
+    except RecursionError:  # a pattern within a pattern, for each of the 308 digits of a bound
+        raise TooLarge(TOO_LARGE) from None
 
 
 def both(items: Iterable[Pattern], without: Iterable[Pattern] = ()) -> Pattern:
@@ -55,7 +58,7 @@ def both(items: Iterable[Pattern], without: Iterable[Pattern] = ()) -> Pattern:
         return items[0]
     found = Both(items, without)
     try:
-        return found if len(_automaton(found).accepts) else NEVER
+        return found if len(build_automaton(found).accepts) else NEVER
     except TooLarge:
         return found
 
