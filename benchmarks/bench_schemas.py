@@ -182,12 +182,12 @@ def main() -> None:
         for result in results:
             if result.get("wrong") or result.get("accepted"):
                 print(f"    WRONG {result['name']}: {result['wrong'][:1]} {result['accepted'][:2]}"[:300])
-    if args.list:
-        args.list.write_text(json.dumps(listed, indent=1))
-    if args.save:
-        path = save_result(args.save_folder, "cpu", f"schemas-{args.folder.name}", {"machine": machine(), "folder": args.folder.name,
-                           "sample": args.sample, "seed": args.seed, "walks": args.walks, "engines": found})  # fmt: skip
-        print(f"written: {path.name}")
+        if args.list:  # after each engine, as a run may be cut short
+            args.list.write_text(json.dumps(listed, indent=1))
+        if args.save:
+            path = save_result(args.save_folder, "cpu", f"schemas-{args.folder.name}", {"machine": machine(), "folder": args.folder.name,
+                               "sample": args.sample, "seed": args.seed, "walks": args.walks, "engines": found})  # fmt: skip
+            print(f"written: {path.name}")
 
 
 if __name__ == "__main__":
