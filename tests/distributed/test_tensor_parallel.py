@@ -150,7 +150,7 @@ TWO = ["model.tensor_parallel_size=2", "model.dtype=float32"]
 
 @pytest.mark.slow  # kills processes of runs that take ten seconds
 def test_what_ends_a_run_early(tickets, tmp_path):
-    code, output = finish(start(tickets, tmp_path / "undisturbed", "model.dtype=float32", threads=1))
+    code, output = finish(start(tickets, tmp_path / "undisturbed", *TWO, threads=2))
     assert code == 0, output
     expected = read(tmp_path / "undisturbed")
     out = tmp_path / "out"
