@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from tqdm import tqdm
 
@@ -38,6 +35,7 @@ from batchmix.planning.sampled_rows import sample
 from batchmix.planning.survey import Survey
 from batchmix.prompts.prompt import without_pauses
 from batchmix.records import Prompt
+from batchmix.signals import KeyboardStop
 from batchmix.stages import Prompts
 from batchmix.templates.chat_template import read_chat_template
 
@@ -65,12 +63,12 @@ def plan_report(config: Config) -> None:
     builder = Prompts.open(config, checkpoint).builder
     total, skipped = sample(source, config.plan.sample_rows, config.shard.count)
     rows = builder.show_first(source.rows(skipped))
-    with _heeding_ctrl_c() as interrupted:
-        built = builder.build(rows, keep=[], clock=StageClock(), stopping=interrupted.is_set)
+    with KeyboardStop() as interrupt:
+        built = builder.build(rows, keep=[], clock=StageClock(), stopping=lambda: interrupt.received)
         with closing(without_pauses(built)) as prompts:
-            watched = survey.watch(_with_progress(prompts, interrupted))
+            watched = survey.watch(_with_progress(prompts, interrupt))
             batches = sum(1 for batch in plan(watched, limits) if batch.prompts[0].error is None)
-    if interrupted.is_set():
+    if interrupt.received:
         if not survey.runnable:
             raise KeyboardInterrupt
         _log.warning("interrupted: what follows is estimated from the first %s rows that were read", f"{survey.rows:,}")
@@ -97,32 +95,12 @@ def plan_report(config: Config) -> None:
         print(f"histogram: {picture}")
 
 
-@contextmanager
-def _heeding_ctrl_c() -> Iterator[threading.Event]:
-    """Set at the first Ctrl-C; the second raises KeyboardInterrupt, and so does the first outside of the main thread."""
-    interrupted = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _with_progress(prompts: Iterable[Prompt], interrupted: threading.Event) -> Iterator[Prompt]:
+def _with_progress(prompts: Iterable[Prompt], interrupt: KeyboardStop) -> Iterator[Prompt]:
     """The prompts, until interrupted, with a bar where a person looks, else a line now and then."""
     said, rows = time.monotonic(), 0
     with tqdm(unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:
         for prompt in prompts:
-            if interrupted.is_set():
+            if interrupt.received:
                 return
             yield prompt
             rows += 1

@@ -89,3 +89,22 @@ class Completion:
     def failed(cls, prompt: Prompt, error: str, sample_index: int = 0, num_tokens: int = 0) -> Completion:
         """A prompt that could not be run (`prompt.error`; one stands for all its samples), or a sample without an answer."""
         return cls(prompt, sample_index, (), "error", num_tokens=num_tokens, error=error)
+
+
+class RowSamples:
+    """Gathers the samples of each row, of which several rows are under way."""
+
+    def __init__(self) -> None:
+        self._incomplete: dict[int, list[Completion]] = {}
+
+    def add(self, completion: Completion) -> list[Completion]:
+        """All samples of the row in their order, if this was the last that was missing, else none. A prompt that could not
+        be run has one completion for all."""
+        prompt = completion.prompt
+        if prompt.error is not None or prompt.sampling.n == 1:
+            return [completion]
+        samples = self._incomplete.setdefault(prompt.row, [])
+        samples.append(completion)
+        if len(samples) < prompt.sampling.n:
+            return []
+        return sorted(self._incomplete.pop(prompt.row), key=lambda sample: sample.sample_index)

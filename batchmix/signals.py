@@ -58,18 +58,19 @@ class KeyboardStop:
 
     def __init__(self) -> None:
         self.received = False
-        self._entered = False
+        self._old: Any = None
 
     def __enter__(self) -> KeyboardStop:
-        ours = threading.current_thread() is threading.main_thread()
-        self._entered = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._entered:
-            signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            old = signal.getsignal(signal.SIGINT)
+            if old in (signal.default_int_handler, _interrupt_early):
+                self._old = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._entered:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)
+            self._old = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import typing
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from batchmix.api.names import NO_EFFECT, NOT_THERE, asks_for_nothing, refuse
-from batchmix.checkpoints.config import ModelConfig, ModelFormat, OffloadMode
+from batchmix.checkpoints.config import ModelConfig
 from batchmix.config import Config
 from batchmix.config_checks import check
-from batchmix.dtypes import Dtype, KVCacheDtype, Quantization
-from batchmix.engine.config import Backend, EngineConfig
+from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig
 from batchmix.output.config import OutputConfig
@@ -88,21 +88,23 @@ def _value(name: str, value: Any) -> Any:
 
 def _enums(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of an enum's members as those. ValueError for a value of the wrong type."""
-    enums: dict[str, type[Enum]] = {
-        "format": ModelFormat, "dtype": Dtype, "quantization": Quantization, "kv_cache_dtype": KVCacheDtype,
-        "offload": OffloadMode, "backend": Backend,
-    }  # fmt: skip
+    hints = typing.get_type_hints(cls)
     kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
     found = dict(values)
     for name, value in values.items():
-        if name in enums:
-            members = enums[name].__members__
-            if value not in members:
-                raise ValueError(f"{name}={value!r}: must be one of {', '.join(members)}")
-            found[name] = members[value]
+        if enum := _enum(hints[name]):
+            if value not in enum.__members__:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(enum.__members__)}")
+            found[name] = enum[value]
         elif not _fits(value, kinds[name]):
             raise ValueError(f"{name}={value!r}: must be {kinds[name].removesuffix(' | None')}")
     return found
+
+
+def _enum(hint: Any) -> type[Enum] | None:
+    """The enum of `hint`, an enum or a union with one."""
+    kinds = (hint, *typing.get_args(hint))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)), None)
 
 
 def _fits(value: Any, kind: str) -> bool:

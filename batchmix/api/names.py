@@ -29,6 +29,12 @@ def refuse(where: str, given: Mapping[str, Any], not_there: Mapping[str, str], k
 
 _LORA = "merge the adapter into its base model and give the merged folder (peft: merge_and_unload)"
 _TEXT = "prompts are text or token ids"
+_ANSWERS = "only answers are generated"
+_CLOSE = "close() gives the memory back, and another LLM(...) loads the model again"
+_NO_CODE = "no code of a model folder ever runs"
+_TRACE = "batchmix.run('generate', ['engine.trace=true', ...]) writes a trace"
+_CHUNKS = "long prompts are always cut into chunks"
+_SIZES = "sizes follow from max_num_seqs"
 
 CALL = {
     "lora_request": _LORA,
@@ -55,14 +61,14 @@ METHODS = {
     "llm_engine": "the engine is no part of the API",
     "preprocess_chat": "get_tokenizer().apply_chat_template makes token ids of a conversation",
     "reset_prefix_cache": "nothing is cached between calls",
-    "reward": "only answers are generated",
+    "reward": _ANSWERS,
     "score": "use StructuredOutputsParams(choice=[...], score_choices=True), which gives each text's probability",
     "set_tokenizer": "the tokenizer is the model folder's",
-    "sleep": "close() gives the memory back, and another LLM(...) loads the model again",
-    "start_profile": "batchmix.run('generate', ['engine.trace=true', ...]) writes a trace",
-    "stop_profile": "batchmix.run('generate', ['engine.trace=true', ...]) writes a trace",
+    "sleep": _CLOSE,
+    "start_profile": _TRACE,
+    "stop_profile": _TRACE,
     "wait_for_completion": "generate and chat wait themselves, or return an iterator where they are given one",
-    "wake_up": "close() gives the memory back, and another LLM(...) loads the model again",
+    "wake_up": _CLOSE,
 }
 """Methods and attributes of `LLM`."""
 
@@ -74,23 +80,23 @@ NO_EFFECT = {
     "block_size": "KV blocks have 64 tokens",
     "compilation_config": "kernels are compiled as they are needed",
     "cpu_offload_gb": "experts that do not fit the GPU are streamed from host memory by themselves (offload='auto')",
-    "cuda_graph_sizes": "sizes follow from max_num_seqs",
-    "cudagraph_capture_sizes": "sizes follow from max_num_seqs",
+    "cuda_graph_sizes": _SIZES,
+    "cudagraph_capture_sizes": _SIZES,
     "disable_cascade_attn": "share_prefix=False computes every prompt by itself",
     "disable_custom_all_reduce": "NCCL's is used",
     "disable_hybrid_kv_cache_manager": "all layers have one kind of cache",
     "disable_log_stats": "there are no periodic statistics",
     "disable_nccl_for_dp_synchronization": "models side by side do not synchronise",
     "distributed_executor_backend": "ranks are processes of this machine",
-    "enable_chunked_prefill": "long prompts are always cut into chunks",
+    "enable_chunked_prefill": _CHUNKS,
     "enable_expert_parallel": "ranks hold slices of every expert",
     "guided_decoding_backend": "there is one backend",
     "ignore_patterns": "only what is needed is downloaded",
-    "long_prefill_token_threshold": "long prompts are always cut into chunks",
-    "max_cudagraph_capture_size": "sizes follow from max_num_seqs",
+    "long_prefill_token_threshold": _CHUNKS,
+    "max_cudagraph_capture_size": _SIZES,
     "max_logprobs": "up to 100 may be asked for",
-    "max_long_partial_prefills": "long prompts are always cut into chunks",
-    "max_num_partial_prefills": "long prompts are always cut into chunks",
+    "max_long_partial_prefills": _CHUNKS,
+    "max_num_partial_prefills": _CHUNKS,
     "max_parallel_loading_workers": "weights are read one by one",
     "max_seq_len_to_capture": "graphs serve any length",
     "model_impl": "there is one implementation",
@@ -104,19 +110,18 @@ NO_EFFECT = {
     "structured_outputs_config": "there is one backend",
     "swap_space": "a preempted sequence starts over",
     "tokenizer_mode": "the model folder says which tokenizer it has",
-    "trust_remote_code": "no code of a model folder ever runs",
+    "trust_remote_code": _NO_CODE,
     "use_tqdm_on_load": "the log says what is loaded",
 }
 """vLLM's arguments that are taken and change nothing here: a line in the log says why."""
 
 _GROUPED = {
-    "prompts are text or token ids": "allowed_local_media_path allowed_media_domains default_mm_loras disable_chunked_mm_input"
+    _TEXT: "allowed_local_media_path allowed_media_domains default_mm_loras disable_chunked_mm_input"
     " disable_mm_preprocessor_cache enable_mm_embeds enable_multimodal_encoder_data_parallel enable_prompt_embeds"
     " interleave_mm_strings io_processor_plugin limit_mm_per_prompt media_io_kwargs mm_encoder_attn_backend"
     " mm_encoder_tp_mode mm_processor_cache_gb mm_processor_cache_type mm_processor_kwargs"
     " mm_shm_cache_max_object_size_mb skip_mm_profiling video_pruning_rate",
-    "merge the adapter into its base model and give the merged folder (peft: merge_and_unload)": "enable_lora"
-    " fully_sharded_loras lora_dtype lora_extra_vocab_size max_cpu_loras max_lora_rank max_loras",
+    _LORA: "enable_lora fully_sharded_loras lora_dtype lora_extra_vocab_size max_cpu_loras max_lora_rank max_loras",
     "batchmix.run('generate', ['engine.data_parallel_size=2', ...]) runs several models side by side": "data_parallel_address data_parallel_backend data_parallel_hybrid_lb data_parallel_rank data_parallel_rpc_port"
     " data_parallel_size data_parallel_size_local data_parallel_start_rank",
     "every rank holds a slice of every expert; use tensor_parallel_size": "all2all_backend dbo_decode_token_threshold"
@@ -128,23 +133,22 @@ _GROUPED = {
     " rope_scaling rope_theta",
     "Mixtral has no such layers": "mamba_block_size mamba_cache_dtype mamba_ssm_cache_dtype",
     "there is no speculative decoding": "num_lookahead_slots spec_method spec_model spec_tokens speculative_config",
-    "only answers are generated": "convert override_pooler_config pooler_config runner task",
+    _ANSWERS: "convert override_pooler_config pooler_config runner task",
     "use format='mistral', or format='random' for random weights": "config_format load_format",
     "use SamplingParams' logit_bias, allowed_token_ids or structured_outputs": "logits_processor_pattern logits_processors",
     "keys and values stay in this process": "kv_events_config kv_sharing_fast_prefill kv_transfer_config",
     "there are no workers or schedulers to exchange": "additional_config external_parameters scheduler_cls worker_cls"
     " worker_extension_cls",
-    "batchmix.run('generate', ['engine.trace=true', ...]) writes a trace": "collect_detailed_traces otlp_traces_endpoint"
-    " profiler_config ray_workers_use_nsight",
+    _TRACE: "collect_detailed_traces otlp_traces_endpoint profiler_config ray_workers_use_nsight",
     "white space in JSON is as docs/guided.md says": "guided_decoding_disable_additional_properties"
     " guided_decoding_disable_any_whitespace guided_decoding_disable_fallback",
 }
 NOT_THERE = {
     "calculate_kv_scales": "the scales of an fp8 cache are 1",
-    "code_revision": "no code of a model folder ever runs",
+    "code_revision": _NO_CODE,
     "download_dir": "set HF_HOME",
     "enable_return_routed_experts": "routing is not returned; _summary.json of a job counts tokens by expert",
-    "enable_sleep_mode": "close() gives the memory back, and another LLM(...) loads the model again",
+    "enable_sleep_mode": _CLOSE,
     "hf_config_path": "config.json is read from the model folder",
     "hf_token": "set HF_TOKEN",
     "kv_cache_memory_bytes": "use gpu_memory_utilization",

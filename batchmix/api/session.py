@@ -12,7 +12,7 @@ import torch
 from batchmix.checkpoints.checkpoint import Checkpoint
 from batchmix.config import Config
 from batchmix.distributed.executor import LocalExecutor
-from batchmix.records import Completion, InputRow
+from batchmix.records import Completion, InputRow, RowSamples
 from batchmix.signals import KeyboardStop
 from batchmix.stages import Prompts
 
@@ -78,7 +78,7 @@ class EngineSession:
             self._busy.release()
 
     def _whole_rows(self, completions: Iterator[Completion]) -> Iterator[list[Completion]]:
-        incomplete: dict[int, list[Completion]] = {}
+        rows = RowSamples()
         while True:
             with self._keyboard:  # not while the caller has the outputs
                 completion = next(completions, None)
@@ -86,11 +86,8 @@ class EngineSession:
                 raise KeyboardInterrupt
             if completion is None:
                 return
-            prompt = completion.prompt
-            samples = incomplete.setdefault(prompt.row, [])
-            samples.append(completion)
-            if prompt.error is not None or len(samples) == prompt.sampling.n:
-                yield sorted(incomplete.pop(prompt.row), key=lambda sample: sample.sample_index)
+            if samples := rows.add(completion):
+                yield samples
 
     def _abort(self, completions: Generator[Completion, None, None]) -> None:
         """Make the engine ready for another run; where ranks share the model, by loading it again when it is needed."""

@@ -12,9 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
-import os
 import sys
-import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from batchmix.install_hint import install_hint
-from batchmix.user_cache import user_cache
+from batchmix.user_cache import user_cache, write_whole
 
 DTYPES = (torch.float32, torch.bfloat16)
 _SOURCES = [Path(__file__).with_name(name) for name in ("numba_math.py", "numba_kernels.py", "numba_cache.py")]
@@ -85,10 +83,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels:
     code = _compile(dtype)
     _log.info("compiled the CPU kernels for %s in %.1f s, once on this machine", dtype, time.perf_counter() - started)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+        write_whole(path, hashlib.sha256(code).digest() + code)
     except OSError as error:
         _log.warning("the CPU kernels are compiled anew at each start: %s", error)
     return Kernels(code)

@@ -16,7 +16,7 @@ from batchmix.output.detokenize import detokenize
 from batchmix.output.parts import PartLog
 from batchmix.prompts.buffers import BoundedQueue, Buffers, buffered_bytes
 from batchmix.prompts.tokenizer import Tokenizer
-from batchmix.records import Completion
+from batchmix.records import Completion, RowSamples
 
 _QUEUE_DEPTH = 64  # lists of completions; with the row being built, all that waits for the disk
 _COMPLETION_BYTES = 500  # of one without tokens
@@ -52,7 +52,7 @@ class Sink:
         self._outgoing: list[Completion] = []
         self._outgoing_bytes = 0
         self._handed_over = time.monotonic()
-        self._incomplete: dict[int, list[Completion]] = {}  # rows that miss samples
+        self._samples = RowSamples()
         self._pending: list[Completion] = []  # whole rows, not committed yet
         self._pending_rows = self._pending_bytes = 0
         self._pending_since = 0.0
@@ -135,15 +135,9 @@ class Sink:
     def _whole_row(self, completion: Completion) -> list[Completion]:
         """All samples of the row if this was the last that was missing, else none."""
         prompt = completion.prompt
-        if prompt.error is not None:  # comes once for all samples
+        if prompt.error is not None:
             return [Completion.failed(prompt, prompt.error, i) for i in range(prompt.sampling.n)]
-        if prompt.sampling.n == 1:
-            return [completion]
-        samples = self._incomplete.setdefault(prompt.row, [])
-        samples.append(completion)
-        if len(samples) < prompt.sampling.n:
-            return []
-        return sorted(self._incomplete.pop(prompt.row), key=lambda sample: sample.sample_index)
+        return self._samples.add(completion)
 
     def _commit(self) -> None:
         if not self._pending:

@@ -92,15 +92,11 @@ def _dollars(card_hours: float, config: Config) -> str:
 def _copies(cost: Cost, deadline: float, config: Config) -> str:
     copies = max(1, math.ceil(cost.hours / deadline))
     if copies == 1:
-        return f"{_number(cost.gpus, 'card')} will do"
+        return f"{cost.gpus} card{'s' * (cost.gpus != 1)} will do"
     return (
         f"{copies * cost.gpus} cards, {copies} copies of the model (engine.data_parallel_size={copies} in one machine,"
         f" shard.count={copies} over several{_dollars(cost.hours * cost.gpus, config)})"
     )
-
-
-def _number(count: int, name: str) -> str:
-    return f"{count} {name}{'s' * (count != 1)}"
 
 
 def _settings(cost: Cost, config: Config) -> list[str]:

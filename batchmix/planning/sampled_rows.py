@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batchmix.input.rowset import RowSet, Skip
+from batchmix.input.rowset import AllBut, RowSet, Skip
 from batchmix.input.source import Source
 
 
@@ -24,11 +24,6 @@ class OneIn:
         return skipped
 
 
-class _All:
-    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        return np.ones(stop - start, bool)
-
-
 def sample(source: Source, most: int | None, shards: int) -> tuple[int | None, Skip]:
     """(rows of the shard, rows to skip): evenly spaced rows are left, at most `most`.
 
@@ -38,7 +33,7 @@ def sample(source: Source, most: int | None, shards: int) -> tuple[int | None, S
     if most is None:
         return source.shard_rows, RowSet()
     if source.shard_rows is None:
-        for _ in source.rows(_All()):  # sets num_rows
+        for _ in source.rows(AllBut(RowSet(), RowSet())):  # sets num_rows
             pass
     total = source.shard_rows or 0
     stride = max(1, -(-total // most))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from batchmix.structured_output.grammar import CompiledGrammar
-from batchmix.user_cache import user_cache
+from batchmix.user_cache import user_cache, write_whole
 
 _MAX_FILES = 1_000  # of which the oldest go
 
@@ -59,17 +59,14 @@ class GrammarCache:
             return None
 
     def put(self, key: Any, grammar: CompiledGrammar, unknown: Iterable[str]) -> None:
-        """Keep the grammar; atomically, as others may read or write the same."""
+        """Keep the grammar, as one of a bounded number."""
         notes = {"start": grammar.start, "shortest": grammar.shortest, "shortest_longer": grammar.shortest_longer,
                  "has_end": grammar.has_end, "unknown": list(unknown)}  # fmt: skip
         forced = np.array(sorted(grammar.forced.items()), np.int64).reshape(-1, 2)
+        content = io.BytesIO()
+        np.savez(content, table=grammar.table, token_class=grammar.token_class, forced=forced, notes=json.dumps(notes))
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-                np.savez(
-                    file, table=grammar.table, token_class=grammar.token_class, forced=forced, notes=json.dumps(notes)
-                )
-            os.replace(file.name, self._path(key))
+            write_whole(self._path(key), content.getvalue())
             self._trim()
         except OSError:
             return

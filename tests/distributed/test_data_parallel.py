@@ -193,7 +193,10 @@ def test_what_a_killed_parent_leaves_behind_commits_nothing(data, tmp_path, expe
 
 @pytest.mark.slow  # starts five processes
 def test_whole_models_of_two_slices_each(data, tmp_path, expected):
-    slices = ["model.tensor_parallel_size=2", "model.dtype=float32"]  # other sums than one process has: near ties may differ
+    slices = [
+        "model.tensor_parallel_size=2",
+        "model.dtype=float32",
+    ]  # other sums than one process has: near ties may differ
     code, output = finish(start(data, tmp_path / "plain", *slices, threads=2))
     assert code == 0, output
     more = [TWO, *slices]
