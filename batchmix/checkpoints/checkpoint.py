@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,11 +28,14 @@ from batchmix.models.quantized import check_shape
 TINY = Path(__file__).parents[1] / "models" / "tiny"
 CONFIG, PARAMS, INDEX = "config.json", "params.json", "model.safetensors.index.json"
 SINGLE, ADAPTER = "model.safetensors", "adapter_config.json"
+_HUB_SECONDS = 5  # that the hub may take to answer, for each of two tries
 _SMALL_FILES = ["*.json", "tokenizer*", "*.jinja"]
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt")
 _FILE_NAME = re.compile(r"[^/\\\0-\x1f\ud800-\udfff]{1,200}\.safetensors")
 _HEADER_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,25 +165,46 @@ def _find_folder(model: ModelConfig, weights: bool) -> Path:
 
 def _download(model: ModelConfig, weights: bool) -> Path:
     """The hub's snapshot of `model.revision` in the local cache: configuration and tokenizer first, which say what
-    the weights' files are called. With HF_HUB_OFFLINE=1, or without a network, what the cache has."""
+    the weights' files are called. With HF_HUB_OFFLINE=1, or where the hub does not answer, what the cache has."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unanswered = _unanswered(model)
+    download = functools.partial(snapshot_download, model.path, local_files_only=unanswered is not None)
     try:
-        folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_SMALL_FILES))
+        folder = Path(download(revision=model.revision, allow_patterns=_SMALL_FILES))
         if weights:
             patterns = _weight_patterns(folder, _find_format(folder, model.format))
             commit = folder.name  # a branch can move meanwhile
-            snapshot_download(model.path, revision=commit, allow_patterns=patterns)
+            download(revision=commit, allow_patterns=patterns)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = unanswered or str(error).strip().splitlines()[0]
         revision = f" at model.revision={model.revision}" if model.revision else ""
         raise BatchmixError(
             f"model.path={model.path}: neither a folder here nor to be had from the hub{revision} ({reason});"
             f" where there is no network, run `hf download {model.path}` where there is one and give the folder; a model that"
             " asks for consent needs HF_TOKEN"
         ) from None
+    if unanswered is not None:
+        _log.warning(
+            "model.path=%s: the hub was not asked (%s); the copy in the local cache is used", model.path, unanswered
+        )
     return folder
+
+
+def _unanswered(model: ModelConfig) -> str | None:
+    """Why the hub does not answer, or None where it does. `snapshot_download` would wait for minutes where a firewall drops
+    what is sent."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(model.path, revision=model.revision, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):  # the download says which
+        return None
+    except Exception as error:  # those of its HTTP client, whichever that is
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None
 
 
 def _weight_patterns(folder: Path, form: ModelFormat) -> list[str]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import socket
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from checkpoints import random_mixtral, save_hub, save_mistral
+from huggingface_hub import HfApi
 
+from batchmix.checkpoints import checkpoint
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.checkpoints.config import ModelConfig, ModelFormat
 from batchmix.errors import BatchmixError
 
 ID = "someone/Mixtral-mini"
+ask = HfApi.model_info
 OLD, NEW = "a" * 40, "b" * 40
 
 
@@ -64,6 +69,31 @@ def test_what_the_cache_lacks_is_one_line(cache: Path) -> None:
     assert open_checkpoint(ModelConfig(path=ID, revision="v0"), weights=False).files == ()
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_that_does_not_answer_is_not_waited_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cached: bool
+) -> None:
+    """As behind a firewall that drops packets: connections open, and no answer comes."""
+    monkeypatch.setattr(checkpoint, "_HUB_SECONDS", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(
+            HfApi, "model_info", functools.partial(asked_at, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        )
+        if cached:
+            assert open_checkpoint(ModelConfig(path=ID)).folder == cache / "snapshots" / NEW
+            assert "the hub was not asked (timed out); the copy in the local cache is used" in caplog.text
+        else:
+            with pytest.raises(
+                BatchmixError, match=r"nor to be had from the hub \(timed out\); where there is no network"
+            ):
+                open_checkpoint(ModelConfig(path="someone/Other"))
+
+
+def asked_at(endpoint: str, path: str, *, revision: str | None, timeout: float) -> object:
+    return ask(HfApi(endpoint), path, revision=revision, timeout=timeout)
+
+
 @pytest.mark.parametrize(
     ("form", "weights", "expected"),
     [
@@ -77,7 +107,7 @@ def test_only_the_files_of_one_layout_are_downloaded(tmp_path, monkeypatch, form
     folder = save_mistral(save_hub_in_two(tmp_path), tmp_path)
     asked = []
 
-    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str], **options: bool) -> str:
         asked.append(allow_patterns)
         return str(folder)
 
