@@ -12,7 +12,7 @@ EVERY_CPU := -n logical --dist loadfile
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchmix needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-lowest test-newest test-cluster test-browser docs lint format bench clean
+.PHONY: help demo test test-slow test-lowest test-newest test-cluster test-browser test-tracking docs lint format bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -45,6 +45,10 @@ test-browser: $(INSTALLED)  ## the report in headless Chromium, which has to be 
 	@command -v "$(CHROMIUM)" >/dev/null || { echo "make test-browser: no $(CHROMIUM) on this machine: apt-get install chromium, or CHROMIUM=/path/of/it" >&2; exit 1; }
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
 	CHROMIUM="$$(command -v "$(CHROMIUM)")" $(RUN)python -m pytest -m browser
+
+test-tracking: $(INSTALLED)  ## what reports to W&B, MLflow and Prometheus, without a network (210 MB)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,wandb,mlflow,prometheus]'
+	$(RUN)python -m pytest -m tracking
 
 docs: $(INSTALLED)  ## write docs/configuration.md from the code
 	$(RUN)python tests/helpers/config_reference.py

@@ -24,8 +24,9 @@ from batchmix.observability.metrics import Metrics
 from batchmix.observability.progress import Progress
 from batchmix.observability.summary import RunStatistics
 from batchmix.observability.totals import Totals
+from batchmix.observability.tracking import Trackers
 from batchmix.output.finalize import check_errors
-from batchmix.output.run_info import accept_weights
+from batchmix.output.run_info import accept_weights, flatten
 from batchmix.output.sink import Sink
 from batchmix.output.store_errors import output_errors_in_one_line
 from batchmix.preflight import Run, open_run
@@ -33,6 +34,16 @@ from batchmix.records import InputRow
 from batchmix.signals import StopSignals
 from batchmix.stages import buffers_of
 
+_TRACKED = (
+    "model",
+    "data",
+    "sampling",
+    "engine",
+    "output",
+    "shard",
+    "cluster",
+    "annotate",
+)  # groups of a run's settings
 _log = logging.getLogger(__name__)
 
 
@@ -67,12 +78,12 @@ def generate(config: Config) -> None:
 def _execute(run: Run, signals: StopSignals, rows: Iterator[InputRow]) -> RunStatistics:
     """The rows' way through the engine into the sink, as its user sees it. Interrupted where a signal ended it early."""
     config, source, output = run.config, run.source, run.output
-    with _executor(run, signals) as executor:
+    with _trackers(run) as trackers, _executor(run, signals) as executor:
         signals.defer()
         started = time.monotonic()
         with (
             Progress(source.shard_rows, output.num_done, executor.stats) as progress,
-            Metrics(output.storage, executor.stats, progress.totals, config.shard.index),
+            Metrics(output.storage, executor.stats, progress.totals, config.shard.index, trackers),
             _sink(run, executor) as sink,
             closing(executor.run(rows)) as completions,
         ):
@@ -88,6 +99,15 @@ def _execute(run: Run, signals: StopSignals, rows: Iterator[InputRow]) -> RunSta
         seconds = time.monotonic() - started
     signals.raise_if_received()
     return RunStatistics(progress.totals, executor.stats, executor.clock, seconds, device_seconds)
+
+
+def _trackers(run: Run) -> Trackers:
+    """What `output.report_to` and `output.prometheus_file` name."""
+    output, shard = run.config.output, run.config.shard
+    identity, written = run.description["identity"], run.description["config"]
+    shown = {key: value for key, value in flatten(written) if key.partition(".")[0] in _TRACKED}
+    place = run.output.storage.url
+    return Trackers(output.report_to, output.prometheus_file, place, (shard.index, shard.count), identity, shown)
 
 
 def _executor(run: Run, signals: StopSignals) -> Executor:

@@ -13,6 +13,7 @@ from typing import Any
 from batchmix.memory import resident_bytes
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.observability.totals import Totals
+from batchmix.observability.tracking import Trackers
 from batchmix.storage import LocalFolder, Storage
 
 _EVERY, _EVERY_UPLOAD = 10.0, 60.0  # seconds
@@ -21,7 +22,9 @@ _EVERY, _EVERY_UPLOAD = 10.0, 60.0  # seconds
 class Metrics:
     """Appends to the file from a thread until the end of the block, where a last line is written. Runs that resume append."""
 
-    def __init__(self, storage: Storage, stats: EngineStats, totals: Totals, shard: int) -> None:
+    def __init__(
+        self, storage: Storage, stats: EngineStats, totals: Totals, shard: int, trackers: Trackers | None = None
+    ) -> None:
         self._storage = storage
         appends = isinstance(storage, LocalFolder)
         self._name, self._every = (
@@ -30,6 +33,7 @@ class Metrics:
         self._stats = stats
         self._totals = totals
         self._shard = shard
+        self._trackers = trackers
         self._last = (time.time(), 0, 0)  # time, prompt tokens, completion tokens
         self._closed = threading.Event()
         self._error: OSError | None = None
@@ -55,7 +59,10 @@ class Metrics:
             self._error = error
 
     def _append(self) -> None:
-        self._storage.append(self._name, json.dumps(self._line()).encode() + b"\n")
+        line = self._line()
+        self._storage.append(self._name, json.dumps(line).encode() + b"\n")
+        if self._trackers is not None:
+            self._trackers.log(line)
 
     def _line(self) -> dict[str, Any]:
         stats, (then, prompt, completion) = self._stats, self._last

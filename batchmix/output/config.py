@@ -26,6 +26,11 @@ class Redo(Enum):
     error = "error"
 
 
+class ReportTo(Enum):
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
 @dataclass
 class OutputConfig:
     """Where the answers go."""
@@ -39,3 +44,5 @@ class OutputConfig:
     overwrite: bool = key(False, "delete the rows that output.dir holds and start afresh")
     redo: Redo | None = key(None, "rerun only the rows of this finish_reason and replace them")
     token_ids: bool = key(False, "add the column `generated_token_ids`")
+    report_to: list[ReportTo] = key([], "send the counters of _metrics.jsonl to these too: wandb, mlflow")
+    prometheus_file: str | None = key(None, "write them into this file too, for node_exporter; one for each shard")
