@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_module
 
@@ -69,6 +70,12 @@ def test_the_job_finds_its_volume_and_image(job: dict[str, Any]) -> None:
     image = pod["containers"][0]["image"]
     assert image.endswith(f":{__version__}")
     assert image in (K8S / "Dockerfile").read_text()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch without CUDA; `make test-lowest` has one with it")
+def test_the_image_asks_for_the_cuda_of_torch() -> None:
+    [found] = re.findall(r"^FROM nvidia/cuda:(\d+\.\d+)\.", (K8S / "Dockerfile").read_text(), re.MULTILINE)
+    assert found == torch.version.cuda
 
 
 def test_the_images_are_one(job: dict[str, Any]) -> None:
