@@ -26,7 +26,9 @@ _KERNELS.mkdir(parents=True, exist_ok=True)
 (Path(_CACHE.name) / "batchmix" / "kernels").symlink_to(_KERNELS)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name  # tables of grammars are kept there: none of another run's, and none for it
 os.environ["PYTHONSAFEPATH"] = "1"  # subprocesses: the repository's own folders are not importable by their bare names
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as what a shell starts in the background has it, and its children
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as what a shell starts in the background has it, and its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if os.environ.get("PYTEST_XDIST_WORKER"):  # processes that share the machine's cores
     os.environ["OMP_NUM_THREADS"] = "1"

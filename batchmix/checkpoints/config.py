@@ -36,16 +36,16 @@ class ModelConfig:
         ModelFormat.auto,
         "hf: config.json + safetensors; mistral: params.json + consolidated; random: config.json alone, to measure with",
     )
-    dtype: Dtype = key(Dtype.auto, "auto: as the checkpoint was saved")
-    quantization: Quantization | None = key(None, "of the experts; null: as the checkpoint has them")
-    kv_cache_dtype: KVCacheDtype = key(KVCacheDtype.auto, "auto: as dtype")
-    max_model_len: int | None = key(None, "prompt + completion tokens; null: what the checkpoint allows")
-    tensor_parallel_size: int = key(1, "processes, each on a GPU of its own, that share one model")
+    dtype: Dtype = key(Dtype.auto, "type of weights and activations; auto: as the checkpoint was saved")
+    quantization: Quantization | None = key(None, "format of the experts; null: as the checkpoint has them")
+    kv_cache_dtype: KVCacheDtype = key(KVCacheDtype.auto, "format of the KV cache; auto: that of model.dtype")
+    max_model_len: int | None = key(None, "most tokens of prompt and answer together; null: what the checkpoint allows")
+    tensor_parallel_size: int = key(1, "GPUs that share one model, each with a slice of it")
     offload: OffloadMode = key(
-        OffloadMode.auto, "of experts that do not fit the GPU: auto streams them from host memory; never: out of memory"
+        OffloadMode.auto, "experts that do not fit the GPU: auto streams them from host memory; never refuses the run"
     )
-    offload_dir: str | None = key(None, "for experts that do not fit host memory either: a folder on a fast disk")
-    revision: str | None = key(None, "of a hub id")
+    offload_dir: str | None = key(None, "folder on a fast disk, for experts that do not fit host memory either")
+    revision: str | None = key(None, "branch, tag or commit of a hub id")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ConvertConfig:
         ConvertFormat.hf,
         "hf: config.json, the hub's names; fused: the same with transformers 5's own names; mistral: params.json",
     )
-    dtype: Dtype = key(Dtype.auto, "auto: every tensor as it is stored")
+    dtype: Dtype = key(Dtype.auto, "type to write; auto: every tensor as it is stored")
     max_shard_size: str = key(
-        "5GB", "of a file, GB: 10^9 bytes; format=mistral has one file, as mistral_inference reads it"
+        "5GB", "largest size of a file (GB: 10^9 bytes); format=mistral writes one file, as mistral_inference reads it"
     )

@@ -17,10 +17,10 @@ class ClusterKind(Enum):
 class ClusterConfig:
     """Other machines that run the rows for this process; `cluster=ray` sets `kind`."""
 
-    kind: ClusterKind = key(ClusterKind.none, "none: this machine alone")
+    kind: ClusterKind = key(ClusterKind.none, "none: this machine alone; ray: a Ray cluster")
     address: str | None = key(
-        None, "of Ray: auto, HOST:PORT or local; null: what RAY_ADDRESS names or this machine belongs to, else local"
+        None, "Ray's address: auto, HOST:PORT, local; null: RAY_ADDRESS or the cluster of this machine, else local"
     )
-    workers: int | None = key(None, "models at once; null: as many as the cluster has room for, also while it grows")
-    cpus_per_worker: int = key(1, "that Ray keeps free for each")
-    rows_per_unit: int = key(4096, "rows that a worker is given at a time")
+    workers: int | None = key(None, "models at once; null: as many as the cluster has room for, also as nodes join")
+    cpus_per_worker: int = key(1, "CPUs that Ray reserves for each worker")
+    rows_per_unit: int = key(4096, "rows that a worker gets at a time")

@@ -27,18 +27,22 @@ class EngineConfig:
     is warned of otherwise.
     """
 
-    device: str = key("auto", "auto: a GPU if there is one; cpu, cuda, cuda:1, ...; of several processes, the first's")
+    device: str = key(
+        "auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...; with several processes, the device of the first"
+    )
     data_parallel_size: int = key(1, "models that run side by side on this machine, each with a share of the rows")
     backend: Backend = key(Backend.auto, "auto: triton on a GPU; on the CPU numba where it is installed, else torch")
-    gpu_memory_utilization: float = key(0.9, "share of the device's memory; on CPU, of the memory now free")
+    gpu_memory_utilization: float = key(
+        0.9, "share of the device's memory to use; on a CPU, of the memory that is free at the start"
+    )
     max_num_seqs: int | None = key(
-        None, "rows decoded together; null: as many as the KV cache holds, at most 1,024, 256 on CPU"
+        None, "most rows that decode at once; null: what the KV cache holds, up to 1,024 (256 on a CPU)"
     )
     max_num_batched_tokens: int = key(
-        8192, "of a step: rows that decode and prompt chunks, which may have 2,048 tokens each"
+        8192, "most tokens of a step: one for each decoding row, and prompt chunks of up to 2,048 tokens"
     )
-    sort_window: int = key(16384, "rows held at once and sorted by length")
-    share_prefix: bool = key(True, "triton backend: what prompts begin with in common is computed once")
-    cuda_graphs: bool = key(True, "triton backend: a step that only decodes is one CUDA graph")
-    batch_invariant: bool = key(False, "give a row the same bits whatever other rows are in its batch, at some speed")
+    sort_window: int = key(16384, "rows that are held and sorted by length at once")
+    share_prefix: bool = key(True, "triton backend: compute once what prompts begin with in common")
+    cuda_graphs: bool = key(True, "triton backend: run a step that only decodes as one CUDA graph")
+    batch_invariant: bool = key(False, "GPU: a row has the same bits whatever other rows are in its batch; slower")
     trace: bool = key(False, "write _trace.json, a Chrome trace of all threads and the device, into output.dir")

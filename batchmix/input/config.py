@@ -33,43 +33,51 @@ class DataConfig:
     """
 
     path: Any = key(MISSING, "one or many: file, folder, glob, fsspec URL, or the name of a hub data set")
-    format: DataFormat = key(DataFormat.auto, "auto: by the files' names")
-    split: str = key("train", "of a hub data set")
+    format: DataFormat = key(DataFormat.auto, "format of the files; auto: by their names and bytes")
+    split: str = key("train", "split of a hub data set")
     csv_delimiter: str | None = key(None, r"one character, \t for a tab; null: a comma, a tab in files called .tsv")
-    csv_encoding: str | None = key(None, "as Python calls it: cp1252, utf-16, ...; null: utf-8")
-    messages_column: str | None = key(None, "list of {role, content}; null: messages, where no prompt column is named")
-    prompt_column: str | None = key(
-        None, "plain text, sent as one user message or to a base model as it is; null: prompt, as above"
+    csv_encoding: str | None = key(None, "Python's name of the encoding: cp1252, utf-16, ...; null: utf-8")
+    messages_column: str | None = key(
+        None, "column with a list of {role, content}; null: messages, unless another prompt column is named"
     )
-    token_ids_column: str | None = key(None, "token ids, used as they are; null: prompt_token_ids, as above")
-    id_column: str | None = key(None, "null: the row's ordinal")
-    columns: list[str] | None = key(None, "kept in the output; null: all")
+    prompt_column: str | None = key(
+        None, "column with a text: one user message, or for a base model the prompt itself; null: prompt, as above"
+    )
+    token_ids_column: str | None = key(
+        None, "column with token ids, used as they are; null: prompt_token_ids, as above"
+    )
+    id_column: str | None = key(None, "column with the rows' ids; null: the row's ordinal")
+    columns: list[str] | None = key(None, "columns that the output keeps; null: all")
     chat_template: str = key(
         "auto", "auto (the model's own, none for a base model), none, mistral, a Jinja file or Jinja text"
     )
     system_prompt: str | None = key(
-        None, "Jinja over the row's columns; for rows whose messages have no system message"
+        None, "system prompt for rows whose messages have none: Jinja over the row's columns"
     )
-    system_prompt_column: str | None = key(None, "each row's system prompt; where it is null, data.system_prompt")
-    template: str | None = key(
-        None, "Jinja over the columns of a row, in at most 250,000 steps; its result is the row's prompt"
+    system_prompt_column: str | None = key(
+        None, "column with each row's system prompt; where it is null, data.system_prompt is used"
     )
-    swap_columns: list[str] | None = key(None, "two that change places in data.template for samples 1, 3, 5, ...")
-    limit: int | None = key(None, "the first so many rows; null: all")
+    template: str | None = key(None, "the row's prompt: Jinja over its columns, in at most 250,000 steps")
+    swap_columns: list[str] | None = key(None, "two columns that are swapped in data.template for samples 1, 3, 5, ...")
+    limit: int | None = key(None, "how many rows to take from the beginning; null: all")
     max_buffered_bytes: int | None = key(
-        None, "memory for rows between input and output; null: 2 % of what is free, from 128 MiB to 4 GiB"
+        None, "memory for rows between input and output; null: 2 % of free memory, from 128 MiB to 4 GiB"
     )
     max_error_share: float = key(
-        1.0, "of the rows of the whole data set: a run with more error rows, or with no answer at all, fails at its end"
+        1.0, "share of all rows; a run with more error rows, or without any answer, ends with exit code 1"
     )
-    on_error: OnError = key(OnError["record"], "of a row that cannot be run: record it as an error row, or raise")
+    on_error: OnError = key(
+        OnError["record"], "what to do with a row that cannot be run: record it as an error row, or raise"
+    )
 
 
 @dataclass
 class ShardConfig:
     """Which share of the rows this process runs: those with row % count == index."""
 
-    index: int = key(0, "of this process, from 0")
-    count: int = key(1, "processes that share the rows")
-    heartbeat_seconds: float = key(10.0, "how often this worker says that it is alive, see docs/clusters.md")
-    takeover_seconds: float = key(90.0, "without a heartbeat, after which another process may take this shard over")
+    index: int = key(0, "which share of the rows this process has, from 0")
+    count: int = key(1, "number of processes that share the rows")
+    heartbeat_seconds: float = key(10.0, "seconds between heartbeats of this worker (docs/clusters.md)")
+    takeover_seconds: float = key(
+        90.0, "seconds without a heartbeat after which another process may take over this shard"
+    )

@@ -1,4 +1,4 @@
-"""docs/python.md and docs/coming-from-vllm.md: every block runs, every argument is in a table."""
+"""docs/python.md and docs/coming-from-vllm.md: every argument is in a table, and the tables are those of the code."""
 
 from __future__ import annotations
 
@@ -6,39 +6,12 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from batchmix import LLM, SamplingParams, StructuredOutputsParams
 from batchmix.api import arguments, names, sampling_params
 
 ROOT = Path(__file__).parents[2]
 SAME, OTHER, NO_EFFECT, NOT_THERE = "same", "other name", "no effect", "not there"
-
-
-def python_blocks(name: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
-@pytest.mark.slow  # loads the model and runs a job
-def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks, scope = python_blocks("docs/python.md"), dict[str, Any]()
-    assert len(blocks) >= 9
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/python.md, block {number}", "exec"), scope)
-    said = capsys.readouterr().out
-    assert '"sentiment"' in said
-    assert "prompt has 5002 tokens; at most 4095 fit model.max_model_len=4096\n" in said
-    assert len(scope["frame"]) == 2
-
-
-@pytest.mark.slow  # loads the model
-def test_the_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    [block] = python_blocks("README.md")
-    exec(compile(block, "README.md", "exec"), {})
 
 
 def tables() -> list[dict[str, tuple[str, str]]]:

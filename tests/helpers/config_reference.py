@@ -17,9 +17,9 @@ from batchmix.config import JOBS, Config
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 _HEAD = """# Configuration
 
-Every key, with its default. `batchmix JOB --help` prints those that a job reads; a key of another job is refused. Keys are
-given as `group.key=value`; what a text needs quoted is quoted twice, `"data.template='Summarise: {{ text }}'"`. `make docs`
-writes this page from the code.
+Every key, with its type and its default. `batchmix JOB --help` prints the keys of a job; a key of another job is refused. Keys
+are given as `group.key=value`. A text with special characters is quoted twice, for the shell and for Hydra:
+`"data.template='Summarise: {{ text }}'"`. `make docs` writes this page from the code.
 """
 
 
