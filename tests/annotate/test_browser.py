@@ -78,7 +78,7 @@ def shown(page: Any) -> list[list[str]]:
 def test_every_plot_shows(page: Any) -> None:
     names = page.locator("svg").evaluate_all("found => found.map(svg => svg.getAttribute('aria-label'))")
     assert {"Labels of mood", "Confusion matrix of mood", "Lengths", "Throughput", "KV cache in use", "Batch",
-            "Calibration: accuracy over confidence", "Expert load: share of each layer's tokens"} == set(names)  # fmt: skip
+            "Calibration: accuracy over confidence", "Expert load: percent of each layer's tokens"} == set(names)  # fmt: skip
     for plot in page.locator("svg").all():
         box = plot.bounding_box()
         assert box["width"] > 200

@@ -98,9 +98,9 @@ def test_all_there_is_to_see(tmp_path: Path) -> None:
     plots = [attributes["aria-label"] for tag, attributes in parsed.tags if tag == "svg"]
     assert plots == [
         "Labels of mood", "Confusion matrix of mood", "Calibration: accuracy over confidence", "Lengths", "Throughput",
-        "KV cache in use", "Batch", "Expert load: share of each layer's tokens",
+        "KV cache in use", "Batch", "Expert load: percent of each layer's tokens",
     ]  # fmt: skip
-    assert "75.0%" in parsed.texts  # 60 of 80 tokens of both runs
+    assert "75.0" in parsed.texts  # 60 of 80 tokens of both runs
     assert "0:01:01" in parsed.texts
     rows = parsed.rows
     assert [row["right"] for row in rows] == [True, False, False, None, True, True]
