@@ -1,7 +1,8 @@
 """`report.html`: one file that shows a run to a person. It loads nothing, and nothing from data can become markup in it.
 
-Texts from data go into the page as JSON whose `<`, `>` and `&` are escaped, and from there by `textContent`; labels of plots
-go through markupsafe. Should a hole be found all the same, the page's content security policy runs no script but ours.
+Texts from data go into the page through Jinja's escaping, labels of plots through markupsafe. Should a hole be found all the
+same, the page's content security policy runs no script but ours. All that the page shows is in its HTML, so it can be read
+without JavaScript; the script only searches, filters and sorts the rows that are there.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     summary = find_json(results.storage, "_summary.json")
     run = results.run
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_without_nul)
     return environment.from_string((_HERE / "page.html").read_text(encoding="utf-8")).render(
         title=results.title,
         subtitle=f"{run['config']['model']['path']} on {run['config']['data']['path']}, batchmix {run['versions']['batchmix']}",
@@ -69,16 +70,16 @@ def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows:
         sampling=sample.description,
         shared_prompt=sample.shared_prompt,
         settings=json.dumps(run["config"], indent=2, ensure_ascii=False),
-        rows=Markup(_in_script(sample.rows)),
+        rows=sample.rows,
+        has={"people": any(row.people for row in sample.rows),
+             "confidence": any(row.confidence for row in sample.rows),
+             "error": any(row.error is not None for row in sample.rows)},
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
-    )
+    )  # fmt: skip
 
 
-def _in_script(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=False)
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
+def _without_nul(value: Any) -> Any:
+    """HTML cannot hold the character NUL; browsers leave it out of texts, which would show two texts as one."""
+    return value.replace("\0", "\ufffd") if isinstance(value, str) else value

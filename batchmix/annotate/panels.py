@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +13,7 @@ from markupsafe import Markup
 
 from batchmix.annotate.checks import checks_text
 from batchmix.annotate.sample import Sample
-from batchmix.observability.charts import bar_chart, calibration_chart, histogram, line_chart, matrix
+from batchmix.observability.charts import bar_chart, calibration_chart, empty_plot, histogram, line_chart, matrix
 from batchmix.observability.progress import duration
 from batchmix.storage import Storage
 
@@ -22,6 +24,9 @@ _RATE_SECONDS = 1.0
 _METRICS = ("time", "shard", "rows", "completion_tokens", "output_tokens_per_second", "prompt_tokens_per_second",
             "kv_blocks_used", "kv_blocks_total", "running")  # fmt: skip
 
+_TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+
+Lines = dict[str, list[list[tuple[float, float]]]]  # the stretches of each
 Metrics = list[list[dict[str, Any]]]  # stretches of one process without a restart
 
 
@@ -49,15 +54,24 @@ def label_plots(checks: dict[str, Any] | None) -> list[Markup]:
     """How often each label occurs, and how often people give it."""
     plots = []
     for name, entry in (checks or {"fields": {}})["fields"].items():
-        labels = dict(list(entry["labels"].items())[:_MOST_BARS])
+        labels = entry["labels"]
         if entry["distinct"] > _MOST_BARS and max(labels.values(), default=0) <= 1:
             continue  # free text: every one occurs once
         counts = {"model": labels}
         if agreement := entry.get("agreement"):
-            people = {label: scores["rows"] for label, scores in agreement["classes"].items() if scores["rows"]}
-            counts["people"] = people
-        if any(counts.values()):
-            plots.append(bar_chart(f"Labels of {name}", counts))
+            counts["people"] = {label: row["rows"] for label, row in agreement["classes"].items() if row["rows"]}
+        totals = Counter(dict.fromkeys(labels, 0))
+        for values in counts.values():
+            totals.update(values)
+        if not totals.total():
+            plots.append(empty_plot(f"Labels of {name}", "No row has a valid answer."))
+            continue
+        title = f"Labels of {name}"
+        if max(entry["distinct"], len(totals)) > _MOST_BARS:
+            title += f": the {_MOST_BARS} most frequent"
+            kept = dict(totals.most_common(_MOST_BARS))
+            counts = {who: {label: values.get(label, 0) for label in kept} for who, values in counts.items()}
+        plots.append(bar_chart(title, counts))
     return plots
 
 
@@ -77,40 +91,65 @@ def score_panel(checks: dict[str, Any] | None) -> dict[str, Any] | None:
         rows = [[label, f"{scores['rows']:,}", *(_interval(scores[key]) for key in ("precision", "recall", "f1"))]
                 for label, scores in agreement["classes"].items()]  # fmt: skip
         tables.append({"head": [name, "rows", "precision", "recall", "F1"], "rows": rows})
+    name = "Calibration: accuracy over confidence"
     if "calibration" in checks:
-        plots.append(calibration_chart("Calibration: accuracy over confidence", checks["calibration"]["bins"]))
+        plots.append(calibration_chart(name, checks["calibration"]["bins"]))
+    else:
+        plots.append(empty_plot(name, "None of the compared answers has a confidence."))
     return {"lines": checks_text(checks).splitlines()[1:], "plots": plots, "tables": tables}
 
 
 def run_plots(storage: Storage, summary: dict[str, Any] | None, sample: Sample) -> list[Markup]:
     """Lengths, throughput, KV cache and batch over time, and the load of the experts."""
-    plots = [histogram("Lengths", sample.lengths, "tokens", "rows")] if any(sample.lengths.values()) else []
-    metrics = _metrics(storage)
-    if metrics:
-        start = min(stretch[0]["time"] for stretch in metrics)
-        rates = [_with_rates(stretch) for stretch in metrics]
-        output = _lines(rates, start, lambda line: line["output_tokens_per_second"])
-        prompt = _lines(rates, start, lambda line: line["prompt_tokens_per_second"])
-        throughput = {f"output{key}": value for key, value in output.items()}
-        throughput |= {f"prompt{key}": value for key, value in prompt.items()} if len(output) == 1 else {}
-        plots.append(line_chart("Throughput", throughput, "seconds", "tokens/s"))
-        kv = _lines(metrics, start, lambda line: 100 * line["kv_blocks_used"] / max(1, line["kv_blocks_total"]))
-        plots.append(
-            line_chart("KV cache in use", {f"in use{key}": value for key, value in kv.items()}, "seconds", "percent")
+    if any(sample.lengths.values()):
+        lengths = histogram("Lengths", sample.lengths, "tokens", "rows")
+    else:
+        lengths = empty_plot("Lengths", "No row has an answer yet.")
+    return [lengths, *_time_plots(_metrics(storage)), _load_plot(_expert_load(summary))]
+
+
+def _time_plots(metrics: Metrics) -> list[Markup]:
+    if not metrics:
+        return [empty_plot("Throughput, KV cache and batch", "The run has no metrics (_metrics*.jsonl).")]
+    start = min(line["time"] for stretch in metrics for line in stretch)
+    longest = max(line["time"] for stretch in metrics for line in stretch) - start
+    seconds, unit = next((size, name) for size, name in _TIME_UNITS if longest >= 2 * size or size == 1)
+
+    def chart(title: str, y_label: str, lines: Lines, whole: bool = False) -> Markup:
+        series = {
+            name: [[(time / seconds, value) for time, value in stretch] for stretch in stretches]
+            for name, stretches in lines.items()
+        }
+        return line_chart(title, series, unit, y_label, whole)
+
+    rates = [_with_rates(stretch) for stretch in metrics]
+    throughput = _lines(rates, start, "output", lambda line: line["output_tokens_per_second"])
+    if len(throughput) == 1:
+        throughput |= _lines(rates, start, "prompt", lambda line: line["prompt_tokens_per_second"])
+    plots = [chart("Throughput", "tokens/s", throughput)]
+    cached = [stretch for stretch in metrics if stretch[0]["kv_blocks_total"]]
+    if cached:
+        in_use = _lines(
+            cached, start, "in use", lambda line: 100 * line["kv_blocks_used"] / max(1, line["kv_blocks_total"])
         )
-        running = _lines(metrics, start, lambda line: line["running"])
-        plots.append(
-            line_chart("Batch", {f"rows{key}": value for key, value in running.items()}, "seconds", "rows at once")
-        )
-    load = _expert_load(summary)
-    if load:
-        shares = [[cell / max(1, sum(row)) for cell in row] for row in load]
-        shade = [[share * len(row) / 2 for share in row] for row in shares]  # an even load is half as dark as can be
-        shown = [[f"{share:.1%}" if len(load[0]) <= 8 else f"{100 * share:.0f}" for share in row] for row in shares]
-        names = [str(index) for index in range(len(load[0]))]
-        plots.append(matrix("Expert load: share of each layer's tokens", shade, [f"layer {i}" for i in range(len(load))],
-                            names, shown, "", "expert"))  # fmt: skip
-    return plots
+        plots.append(chart("KV cache in use", "percent", in_use, whole=True))
+    else:
+        plots.append(empty_plot("KV cache in use", "The metrics tell of no KV cache."))
+    running = _lines(metrics, start, "rows", lambda line: line["running"])
+    return [*plots, chart("Batch", "rows at once", running, whole=True)]
+
+
+def _load_plot(load: list[list[int]]) -> Markup:
+    """`load`: tokens, [layers][experts]."""
+    name = "Expert load: percent of each layer's tokens"
+    if not any(map(any, load)):
+        return empty_plot(name, "No step of the run is counted (_summary.json).")
+    shares = [[cell / max(1, sum(row)) for cell in row] for row in load]
+    shade = [[share * len(row) / 2 for share in row] for row in shares]  # an even load is half as dark as can be
+    decimals = 1 if len(load[0]) <= 8 else 0
+    shown = [[f"{100 * share:.{decimals}f}" for share in row] for row in shares]
+    experts = [str(index) for index in range(len(load[0]))]
+    return matrix(name, shade, [f"layer {index}" for index in range(len(load))], experts, shown, "", "expert")
 
 
 def _metrics(storage: Storage) -> Metrics:
@@ -119,9 +158,10 @@ def _metrics(storage: Storage) -> Metrics:
     for line in (line for name in storage.names("_metrics*.jsonl") for line in storage.read(name).splitlines()):
         try:
             entry = json.loads(line)
-            float(sum(entry[key] for key in _METRICS))
-        except (ValueError, KeyError, TypeError, RecursionError):  # what a killed process was writing, or damage
-            continue
+            if not math.isfinite(sum(entry[key] for key in _METRICS)):
+                continue
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # what a killed process was writing, or damage
         known = stretches.setdefault(entry["shard"], [])
         if (
             not known
@@ -139,14 +179,14 @@ def _with_rates(stretch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for before, line in pairs if line["time"] - before["time"] >= _RATE_SECONDS] or stretch[-1:]
 
 
-def _lines(metrics: Metrics, start: float, value: Any) -> dict[str, list[Sequence[tuple[float, float]]]]:
-    """Points by shard; where there is but one its name is empty."""
+def _lines(metrics: Metrics, start: float, title: str, value: Callable[[dict[str, Any]], float]) -> Lines:
+    """Points by title, which names the shard where there are several."""
     shards = sorted({stretch[0]["shard"] for stretch in metrics})[:_MOST_LINES]
-    found: dict[str, list[Sequence[tuple[float, float]]]] = {}
+    found: Lines = {}
     for stretch in metrics:
         shard = stretch[0]["shard"]
         if shard in shards:
-            name = f", shard {shard}" if len(shards) > 1 else ""
+            name = f"{title}, shard {shard}" if len(shards) > 1 else title
             step = -(-len(stretch) // _MOST_POINTS)
             points = [(line["time"] - start, float(value(line))) for line in stretch[::step]]
             found.setdefault(name, []).append(points)

@@ -2,100 +2,131 @@
 
 Every text goes through markupsafe, so a label from data stays text. Colours come from the style sheet of whoever shows the
 plot (annotate/page.css, planning/picture.py). Each plot says what it shows in its `aria-label`, and its marks in their
-`<title>`, which browsers show under the pointer.
+`<title>`, which browsers show under the pointer. Texts do not touch each other: chart_layout.py says how much room each takes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 560, 252
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 24, 40
+from batchmix.observability.chart_layout import LABEL_SIZE, TICK_SIZE, Axis, fit_text, text_width
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 28, 24, 40  # of a frame: room for ticks and names of axes
 _SERIES = 6  # colours
-_LABEL_CHARS = 28
+_LABEL_ROOM = 140  # pixels for a label beside a bar or a row of a matrix
+_COLUMN_ROOM = 120  # pixels for a label that stands upright above a column
+_BAR, _GAP = 14, 8  # a bar is as thick as its number is high
+_CELL, _LARGEST_CELL, _CELL_HEIGHT = 24, 88, 24
 Point = tuple[float, float]
 
 
-def line_chart(name: str, series: Mapping[str, Sequence[Sequence[Point]]], x_label: str, y_label: str) -> Markup:
-    """Lines over time; a series is a list of stretches between which nothing is known."""
+@dataclass(frozen=True)
+class Frame:
+    """The size of a plot with axes, in pixels."""
+
+    width: int
+    height: int
+
+    def x(self, share: float) -> float:
+        return _LEFT + share * (self.width - _LEFT - _RIGHT)
+
+    def y(self, share: float) -> float:
+        return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
+
+
+PANEL = Frame(360, 220)  # as wide as a phone, so that its texts keep their size there
+
+
+def line_chart(
+    name: str, series: Mapping[str, Sequence[Sequence[Point]]], x_label: str, y_label: str, whole: bool = False
+) -> Markup:
+    """Lines over time; a series is a list of stretches between which nothing is known. `whole`: so are the ticks of y."""
     points = [point for stretches in series.values() for stretch in stretches for point in stretch]
-    right = _nice(max((x for x, _ in points), default=1.0))
-    top = _nice(max((y for _, y in points), default=1.0))
+    x_axis = Axis.up_to(max((x for x, _ in points), default=1.0))
+    y_axis = Axis.up_to(max((y for _, y in points), default=1.0), whole)
     marks = []
     for number, (title, stretches) in enumerate(series.items()):
         for stretch in stretches:
-            path = " ".join(f"{_x(x / right):.1f},{_y(y / top):.1f}" for x, y in stretch)
+            places = [(PANEL.x(x / x_axis.end), PANEL.y(y / y_axis.end)) for x, y in stretch]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             marks.append(Markup('<polyline class="line s{}" points="{}"/>').format(number % _SERIES, path))
-            for x, y in stretch:
-                marks.append(_dot(_x(x / right), _y(y / top), 2.5, number, f"{title}: {_number(y)} at {_number(x)}"))
-    body = Markup("").join([*_axes(right, top, x_label, y_label), *marks])
-    return _figure(name, body, HEIGHT, list(series) if len(series) > 1 else [])
+            for (left, top), (x, y) in zip(places, stretch, strict=True):
+                marks.append(_dot(left, top, 2.5, number, f"{title}: {_number(y)} at {_number(x)}"))
+    body = Markup("").join([*_axes(PANEL, x_axis, y_axis, x_label, y_label), *marks])
+    return _figure(name, body, PANEL.width, PANEL.height, list(series) if len(series) > 1 else [])
 
 
 def histogram(name: str, series: Mapping[str, Mapping[int, int]], x_label: str, y_label: str, bins: int = 32) -> Markup:
     """How often each whole number occurs, as bars of equal width side by side."""
-    body = histogram_marks(series, x_label, y_label, bins)
-    return _figure(name, body, HEIGHT, list(series) if len(series) > 1 else [])
+    body = histogram_marks(PANEL, series, x_label, y_label, bins)
+    return _figure(name, body, PANEL.width, PANEL.height, list(series) if len(series) > 1 else [])
 
 
 def histogram_marks(
+    frame: Frame,
     series: Mapping[str, Mapping[int, int]],
     x_label: str,
     y_label: str,
-    bins: int = 32,
+    bins: int,
     lines: Mapping[str, int] | None = None,
 ) -> Markup:
-    """The inside of a histogram of at most about `bins` bars, WIDTH by HEIGHT; `lines` marks values on its x-axis."""
+    """The inside of a histogram of at most `bins` bars; `lines` marks values on its x-axis."""
     most = max((value for counts in series.values() for value in counts), default=0)
     width = _round_step((most + 1) / bins)
     bins = most // width + 1
-    right = 4 * width * -(-bins // 4)  # so that the quarters, which carry numbers, are where bars meet
+    x_axis = Axis.up_to(bins * width, whole=True)  # its ticks are where bars meet
     totals = {title: [0] * bins for title in series}
     for title, counts in series.items():
         for value, count in counts.items():
             totals[title][value // width] += count
-    top = _nice_count(max((total for values in totals.values() for total in values), default=1))
+    y_axis = Axis.up_to(max((total for values in totals.values() for total in values), default=1), whole=True)
     marks = []
     for number, (title, values) in enumerate(totals.items()):
         share = 1 / len(totals)
         for index, total in enumerate(values):
-            low, high = (_x((index + part) * width / right) for part in (share * number, share * (number + 1)))
+            low, high = (
+                frame.x((index + part) * width / x_axis.end) for part in (share * number, share * (number + 1))
+            )
+            top = frame.y(total / y_axis.end)
             text = f"{title}: {total:,} of {index * width:,} to {(index + 1) * width - 1:,}"
-            marks.append(_bar(low, _y(total / top), high - low, _y(0) - _y(total / top), number, text))
+            marks.append(_bar(low, top, high - low, frame.y(0) - top, number, text))
     for number, (title, value) in enumerate((lines or {}).items()):
-        x = _x((value + 0.5) / right)
+        x = frame.x((value + 0.5) / x_axis.end)
         marks.append(
             Markup(
                 '<line class="mark m{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"><title>{}</title></line>'
-            ).format(number, x, x, _y(0), _y(1), title)
+            ).format(number, x, x, frame.y(0), frame.y(1), title)
         )
-    return Markup("").join([*_axes(right, top, x_label, y_label), *marks])
+    return Markup("").join([*_axes(frame, x_axis, y_axis, x_label, y_label), *marks])
 
 
 def bar_chart(name: str, counts: Mapping[str, Mapping[str, int]]) -> Markup:
     """A horizontal bar for each label and series: {series: {label: rows}}."""
     labels = list(dict.fromkeys(label for values in counts.values() for label in values))
-    most = max((count for values in counts.values() for count in values.values()), default=0) or 1
-    thick = 20 / len(counts)
+    numbers = [count for values in counts.values() for count in values.values()]
+    most = max(numbers, default=0) or 1
+    left = 8 + _room(labels, _LABEL_ROOM, LABEL_SIZE)
+    longest = PANEL.width - left - 10 - _room([f"{number:,}" for number in [*numbers, 0]], PANEL.width, TICK_SIZE)
+    tall = _BAR * len(counts) + _GAP
     marks = []
     for place, label in enumerate(labels):
-        top = 8 + 26 * place
-        marks.append(
-            Markup('<text class="label" x="176" y="{}" text-anchor="end">{}</text>').format(top + 14, _short(label))
-        )
+        top = _GAP + tall * place
+        marks.append(_label(left - 8, top + _BAR * len(counts) / 2 + 4, "end", label, _LABEL_ROOM))
         for number, (title, values) in enumerate(counts.items()):
-            count, y = values.get(label, 0), top + thick * number
-            length = (WIDTH - 250) * count / most
-            marks.append(_bar(184, y, length, thick - 1, number, f"{title}, {label}: {count:,}"))
+            count, y = values.get(label, 0), top + _BAR * number
+            length = longest * count / most
+            marks.append(_bar(left, y, length, _BAR - 1, number, f"{title}, {label}: {count:,}"))
             marks.append(
                 Markup('<text class="value" x="{:.1f}" y="{:.1f}">{:,}</text>').format(
-                    190 + length, y + thick / 2 + 4, count
+                    left + length + 6, y + _BAR / 2 + 4, count
                 )
             )
-    return _figure(name, Markup("").join(marks), 16 + 26 * len(labels), list(counts) if len(counts) > 1 else [])
+    body = Markup("").join(marks)
+    return _figure(name, body, PANEL.width, _GAP + tall * len(labels), list(counts) if len(counts) > 1 else [])
 
 
 def matrix(
@@ -107,78 +138,100 @@ def matrix(
     row_label: str,
     column_label: str,
 ) -> Markup:
-    """A heat map: `cells` from 0 to 1 say how dark, `shown` what stands there."""
-    left = 150
-    wide = min(64.0, (WIDTH - left - 8) / max(1, len(columns)))
-    tall = 24
+    """A heat map: `cells` from 0 to 1 say how dark, `shown` what stands there. With many columns it is wider than others."""
+    left = 12 + max(_room(rows, _LABEL_ROOM, LABEL_SIZE), text_width(row_label, TICK_SIZE))
+    needed = max(_CELL, 4 + _room([text for row in shown for text in row], math.inf, LABEL_SIZE))
+    wide = max(needed, min(_LARGEST_CELL, (PANEL.width - left - 4) / max(1, len(columns))))
+    width = max(PANEL.width, left + wide * len(columns) + 4)
+    upright = 6 + max((text_width(label, LABEL_SIZE) for label in columns), default=0) > wide
+    head = 38 + (_room(columns, _COLUMN_ROOM, LABEL_SIZE) - LABEL_SIZE if upright else 0)
     marks = [
-        Markup('<text class="axis" x="{:.1f}" y="12" text-anchor="middle">{}</text>').format(
-            left + wide * len(columns) / 2, column_label
+        Markup('<text class="axis" x="{:.1f}" y="12" text-anchor="{}">{}</text>').format(
+            *((left, "start") if upright else (left + wide * len(columns) / 2, "middle")), column_label
         ),
-        Markup('<text class="axis" x="4" y="30">{}</text>').format(row_label),
+        Markup('<text class="axis" x="4" y="{:.1f}">{}</text>').format(head - 8, row_label),
     ]
     for j, label in enumerate(columns):
-        marks.append(Markup('<text class="label" x="{:.1f}" y="30" text-anchor="middle">{}<title>{}</title></text>').format(
-            left + wide * (j + 0.5), _short(label, max(2, int(wide / 7))), label))  # fmt: skip
+        x = left + wide * (j + 0.5)
+        if upright:
+            marks.append(_label(x + 4, head - 8, "start", label, _COLUMN_ROOM, upright=True))
+        else:
+            marks.append(_label(x, head - 8, "middle", label, wide))
     for i, label in enumerate(rows):
-        y = 38 + tall * i
-        marks.append(
-            Markup('<text class="label" x="{}" y="{}" text-anchor="end">{}</text>').format(
-                left - 8, y + 16, _short(label, 20)
-            )
-        )
+        y = head + _CELL_HEIGHT * i
+        marks.append(_label(left - 8, y + 16, "end", label, _LABEL_ROOM))
         for j, column in enumerate(columns):
             shade = min(1.0, max(0.0, cells[i][j]))
             marks.append(Markup(
-                '<g><rect class="cell" x="{:.1f}" y="{}" width="{:.1f}" height="{}" fill-opacity="{:.3f}"/>'
-                '<text class="{}" x="{:.1f}" y="{}" text-anchor="middle">{}</text><title>{}</title></g>'
-            ).format(left + wide * j, y, wide - 1, tall - 1, shade, "on-dark" if shade > 0.55 else "on-light",
+                '<g><rect class="cell" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{}" fill-opacity="{:.3f}"/>'
+                '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text><title>{}</title></g>'
+            ).format(left + wide * j, y, wide - 1, _CELL_HEIGHT - 1, shade, "on-dark" if shade > 0.8 else "on-light",
                      left + wide * (j + 0.5), y + 16, shown[i][j], f"{row_label} {label}, {column_label} {column}: {shown[i][j]}"))  # fmt: skip
-    return _figure(name, Markup("").join(marks), 46 + tall * len(rows), [])
+    return _figure(name, Markup("").join(marks), width, head + 8 + _CELL_HEIGHT * len(rows), [])
 
 
 def calibration_chart(name: str, bins: Sequence[Mapping[str, float]]) -> Markup:
     """Accuracy over confidence; the area of a dot is the number of its rows."""
     most = max(entry["rows"] for entry in bins)
-    marks = [Markup('<line class="grammar" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(_x(0), _y(0), _x(1), _y(1))]
+    axis = Axis.up_to(1.0)
+    x, y = PANEL.x, PANEL.y
+    marks = [Markup('<line class="guide" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(x(0), y(0), x(1), y(1))]
     for entry in bins:
         text = f"confidence {entry['confidence']:.3f}, accuracy {entry['accuracy']:.3f}, {entry['rows']:,} rows"
         radius = 3 + 9 * math.sqrt(entry["rows"] / most)
-        marks.append(_dot(_x(entry["confidence"]), _y(entry["accuracy"]), radius, 0, text))
-    body = Markup("").join([*_axes(1.0, 1.0, "confidence", "accuracy"), *marks])
-    return _figure(name, body, HEIGHT, [])
+        marks.append(_dot(x(entry["confidence"]), y(entry["accuracy"]), radius, 0, text))
+    body = Markup("").join([*_axes(PANEL, axis, axis, "confidence", "accuracy"), *marks])
+    return _figure(name, body, PANEL.width, PANEL.height, [])
 
 
-def _figure(name: str, body: Markup, height: float, legend: Sequence[str]) -> Markup:
+def empty_plot(name: str, why: str) -> Markup:
+    """What stands in the place of a plot for which there is no data."""
+    return Markup('<figure class="plot"><figcaption>{}</figcaption><p class="faint">{}</p></figure>').format(name, why)
+
+
+def _figure(name: str, body: Markup, width: float, height: float, legend: Sequence[str]) -> Markup:
+    """A plot wider than a panel keeps its size, and its figure scrolls sideways."""
     keys = Markup("").join(
         Markup('<span class="key s{}">{}</span>').format(number % _SERIES, title) for number, title in enumerate(legend)
     )
+    width, height = math.ceil(width), math.ceil(height)
+    wide, size = (" wide", Markup(' style="min-width:{}px"').format(width)) if width > PANEL.width else ("", "")
     return Markup(
-        '<figure class="plot"><figcaption>{} {}</figcaption>'
-        '<svg role="img" aria-label="{}" viewBox="0 0 {} {:.0f}">{}</svg></figure>'
-    ).format(name, keys, name, WIDTH, height, body)
+        '<figure class="plot{}"><figcaption>{} {}</figcaption>'
+        '<svg role="img" aria-label="{}" viewBox="0 0 {} {}"{}>{}</svg></figure>'
+    ).format(wide, name, keys, name, width, height, size, body)
 
 
-def _axes(right: float, top: float, x_label: str, y_label: str) -> list[Markup]:
+def _axes(frame: Frame, x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[Markup]:
     marks = []
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        y = _y(part)
+    for share, number in y_axis.ticks:
+        y = frame.y(share)
         marks.append(
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(_LEFT, WIDTH - _RIGHT, y, y)
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(frame.x(0), frame.x(1), y, y)
         )
         marks.append(
-            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                _LEFT - 6, y + 4, _number(top * part)
-            )
+            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 4, number)
         )
+    for share, number in x_axis.ticks:
         marks.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            _x(part), HEIGHT - 22, _number(right * part)))  # fmt: skip
-    middle = (_LEFT + WIDTH - _RIGHT) / 2
-    marks.append(
-        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, HEIGHT - 4, x_label)
-    )
-    marks.append(Markup('<text class="axis" x="{}" y="10">{}</text>').format(2, y_label))
+            frame.x(share), frame.height - 22, number))  # fmt: skip
+    marks.append(Markup('<text class="axis" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+        frame.x(0.5), frame.height - 4, x_label))  # fmt: skip
+    marks.append(Markup('<text class="axis" x="2" y="10">{}</text>').format(y_label))
     return marks
+
+
+def _label(x: float, y: float, anchor: str, label: str, room: float, upright: bool = False) -> Markup:
+    """A label as much of which shows as there is room for; the whole of it stands in its title."""
+    turn = Markup(' transform="rotate(-90 {:.1f} {:.1f})"').format(x, y) if upright else ""
+    return Markup('<text class="label" x="{:.1f}" y="{:.1f}" text-anchor="{}"{}>{}<title>{}</title></text>').format(
+        x, y, anchor, turn, fit_text(label, room, LABEL_SIZE), label
+    )
+
+
+def _room(texts: Sequence[str], most: float, size: float) -> float:
+    """Pixels for the widest of the texts, each cut to `most`."""
+    return max((text_width(fit_text(text, most, size), size) for text in texts), default=0)
 
 
 def _bar(x: float, y: float, width: float, height: float, number: int, title: str) -> Markup:
@@ -189,30 +242,6 @@ def _bar(x: float, y: float, width: float, height: float, number: int, title: st
 def _dot(x: float, y: float, radius: float, number: int, title: str) -> Markup:
     return Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>').format(
         number % _SERIES, x, y, radius, title)  # fmt: skip
-
-
-def _x(share: float) -> float:
-    return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
-
-
-def _y(share: float) -> float:
-    return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
-
-
-def _nice(most: float) -> float:
-    """The end of an axis that holds `most`: a round number, whose quarters are short too."""
-    if most <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(most))
-    return next(step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10) if step * power >= most)
-
-
-def _nice_count(most: int) -> float:
-    """The same for a number of things, whose quarters are whole too."""
-    top = _nice(max(4, most))
-    while top % 4:
-        top = _nice(top + 1)
-    return top
 
 
 def _round_step(least: float) -> int:
@@ -227,8 +256,3 @@ def _number(value: float) -> str:
             if value >= size:
                 return f"{value / size:.3g}{letter}"
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _short(label: str, limit: int = _LABEL_CHARS) -> str:
-    label = " ".join(label.split())
-    return label if len(label) <= limit else label[: limit - 1] + "…"

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from batchmix.observability.charts import HEIGHT, WIDTH, histogram_marks
+from batchmix.observability.charts import Frame, histogram_marks
 from batchmix.planning.survey import Survey
 
 _BINS = 60
 _MARKED = (0.5, 0.99)  # shares of the rows
 _HEAD = 62  # of text, above the plot
-_WIDTH, _HEIGHT = WIDTH + 24, HEIGHT + _HEAD + 6
+_PLOT = Frame(560, 252)
+_WIDTH, _HEIGHT = _PLOT.width + 24, _PLOT.height + _HEAD + 6
 # Colours stand here as such: viewers of SVG files, unlike browsers, know no CSS variables.
 _STYLE = """
 text { font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1b1f24; }
@@ -42,7 +43,7 @@ def _drawing(survey: Survey, title: str) -> Markup:
         ).format(number, 12 + 190 * number, 34 + 190 * number, 40 + 190 * number, text)
         for number, text in enumerate(lines)
     )
-    plot = histogram_marks({"rows": lengths}, "prompt length in tokens", "rows", _BINS, lines)
+    plot = histogram_marks(_PLOT, {"rows": lengths}, "prompt length in tokens", "rows", _BINS, lines)
     return Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}">'
         '<style>{}</style><rect class="paper" width="100%" height="100%"/>'
