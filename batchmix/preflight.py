@@ -23,7 +23,7 @@ from batchmix.output.run_info import describe_run, differences, provenance, read
 from batchmix.prompts.escapes import warn_of_escapes
 from batchmix.prompts.tokenizer import Tokenizer, tokenizer_fingerprint
 from batchmix.stages import Prompts
-from batchmix.storage import open_storage
+from batchmix.storage.layout import open_output
 from batchmix.templates.chat_template import read_chat_template
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Run:
     prompts: Prompts
     parts: Parts
     output: OutputFolder
-    description: dict[str, Any]  # what `_run.json` says
+    description: dict[str, Any]  # what `run.json` says
 
     def __enter__(self) -> Run:
         return self
@@ -126,4 +126,4 @@ def _parts(
     if source.openai_batch and config.annotate.input is not None:
         raise BatchmixError("data.format=openai_batch: its requests are prompts already; annotate rows with columns")
     form = part_format(config.output.format, columns, config.output.compression, run["openai_model"])
-    return Parts(open_storage(config.output.dir), form)
+    return Parts(open_output(config.output.dir), form)

@@ -14,6 +14,7 @@ from batchmix.annotate.sample import Sample
 from batchmix.observability.charts import bar_chart, calibration_chart, histogram, line_chart, matrix
 from batchmix.observability.progress import duration
 from batchmix.storage import Storage
+from batchmix.storage.bookkeeping import ALL_METRICS
 
 _MOST_BARS = 20
 _MOST_LINES = 6  # shards with a line of their own
@@ -116,7 +117,7 @@ def run_plots(storage: Storage, summary: dict[str, Any] | None, sample: Sample) 
 def _metrics(storage: Storage) -> Metrics:
     """The lines by process: a shard that starts anew begins its counts anew."""
     stretches: dict[int, list[list[dict[str, Any]]]] = {}
-    for line in (line for name in storage.names("_metrics*.jsonl") for line in storage.read(name).splitlines()):
+    for line in (line for name in storage.names(ALL_METRICS) for line in storage.read(name).splitlines()):
         try:
             entry = json.loads(line)
             float(sum(entry[key] for key in _METRICS))

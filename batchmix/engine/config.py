@@ -41,4 +41,6 @@ class EngineConfig:
     share_prefix: bool = key(True, "triton backend: what prompts begin with in common is computed once")
     cuda_graphs: bool = key(True, "triton backend: a step that only decodes is one CUDA graph")
     batch_invariant: bool = key(False, "give a row the same bits whatever other rows are in its batch, at some speed")
-    trace: bool = key(False, "write _trace.json, a Chrome trace of all threads and the device, into output.dir")
+    trace: bool = key(
+        False, "write trace.json, a Chrome trace of all threads and the device, into output.dir/.batchmix"
+    )
