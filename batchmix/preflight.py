@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from batchmix.annotate.columns import annotation_columns
 from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from batchmix.config import Config
@@ -15,14 +17,15 @@ from batchmix.engine.device import check_places
 from batchmix.errors import BatchmixError
 from batchmix.input.source import Source, check_apart, open_source
 from batchmix.models.tensor_parallel import TensorParallel
-from batchmix.output.columns import OutputColumns
+from batchmix.output.columns import ID, OutputColumns
 from batchmix.output.output_folder import OutputFolder
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import Parts
-from batchmix.output.run_info import describe_run, differences, provenance, read_run
+from batchmix.output.run_info import describe_run, differences, fills_ids, provenance, read_run
 from batchmix.prompts.escapes import warn_of_escapes
 from batchmix.prompts.tokenizer import Tokenizer, tokenizer_fingerprint
 from batchmix.stages import Prompts
+from batchmix.storage import Storage
 from batchmix.storage.layout import open_output
 from batchmix.templates.chat_template import read_chat_template
 
@@ -66,7 +69,9 @@ def open_run(config: Config) -> Run:
     if not on_ray:  # whose nodes are not this machine
         check_places(config.engine, config.model.tensor_parallel_size)
     check_apart(config.data, config.output.dir, f"part-00000-000000.{config.output.format.value}")
-    source = open_source(config.data, config.shard)
+    storage = open_output(config.output.dir)
+    ids = config.output.overwrite or fills_ids(storage)
+    source = open_source(config.data, config.shard, usual_ids=ids)
     checkpoint = open_checkpoint(config.model)
     for note in checkpoint.notes:
         _log.warning("%s", note)
@@ -75,8 +80,8 @@ def open_run(config: Config) -> Run:
     TensorParallel(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
     prompts = Prompts.open(config, checkpoint)
     warn_of_escapes(config)
-    description = _describe(config, source, checkpoint)
-    parts = _parts(config, source, checkpoint, prompts.tokenizer, description)
+    description = _describe(config, source, checkpoint, source.id_column if ids else None)
+    parts = _parts(config, storage, source, prompts.tokenizer, description)
     output = OutputFolder(
         config.output, config.shard, parts, description, config.data.limit, config.data.max_error_share
     )
@@ -88,7 +93,7 @@ def open_run(config: Config) -> Run:
     return Run(config, source, checkpoint, prompts, parts, output, description)
 
 
-def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
+def _describe(config: Config, source: Source, checkpoint: Checkpoint, id_column: str | None) -> dict[str, Any]:
     run = describe_run(
         config,
         openai_model=checkpoint.folder.name if source.openai_batch else None,
@@ -98,6 +103,7 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint) -> dict[st
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         quantization=None if checkpoint.quantization is None else checkpoint.quantization.value,
         max_model_len=checkpoint.max_model_len,
+        id_column=id_column,
     )
     return run | {"data_versions": source.versions()}
 
@@ -110,12 +116,11 @@ def _check_data(source: Source, output: OutputFolder) -> None:
                             "another output.dir, or set output.overwrite=true to delete them and start afresh")  # fmt: skip
 
 
-def _parts(
-    config: Config, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None, run: dict[str, Any]
-) -> Parts:
+def _parts(config: Config, storage: Storage, source: Source, tokenizer: Tokenizer | None, run: dict[str, Any]) -> Parts:
     structured = config.sampling.structured_outputs
+    filled = {run["identity"].get("id_column")} & {ID}  # its values are in the output's own column of that name
     columns = OutputColumns(
-        source.schema,
+        pa.schema([field for field in source.schema if field.name not in filled]),
         token_ids=config.output.token_ids or tokenizer is None,
         logprobs=config.sampling.logprobs is not None,
         choice_probabilities=structured is not None and structured.score_choices,
@@ -126,4 +131,4 @@ def _parts(
     if source.openai_batch and config.annotate.input is not None:
         raise BatchmixError("data.format=openai_batch: its requests are prompts already; annotate rows with columns")
     form = part_format(config.output.format, columns, config.output.compression, run["openai_model"])
-    return Parts(open_output(config.output.dir), form)
+    return Parts(storage, form)

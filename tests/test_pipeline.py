@@ -123,7 +123,7 @@ def test_the_output_contract(tmp_path, rows):
     generate(job(data, out, sampling={**SAMPLED, "n": 2, "logprobs": 1}, output={"token_ids": True}))
     table = ds.dataset(out, format="arrow").to_table()
     assert table.schema.names == [
-        "row", "id", "sample_index", "input_id", "messages", "gold", "n", "input_row", "tags", "generated_text",
+        "row", "id", "sample_index", "messages", "gold", "n", "input_row", "tags", "generated_text",
         "finish_reason", "stop_reason", "prompt_tokens", "completion_tokens", "cumulative_logprob", "error",
         "generated_token_ids", "logprobs",
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def test_the_output_contract(tmp_path, rows):
     assert b"batchmix.model_sha256" in table.schema.metadata
     for found in read(out):
         given = rows[found["row"]]
-        assert (found["id"], found["input_id"], found["input_row"]) == (given["id"], given["id"], given["row"])
+        assert (found["id"], found["input_row"]) == (given["id"], given["row"])
         assert (found["messages"], found["n"], found["tags"]) == (given["messages"], given["n"], given["tags"])
         assert len(found["logprobs"]) == found["completion_tokens"]
         assert found["cumulative_logprob"] == pytest.approx(
@@ -196,7 +196,7 @@ def test_order_input(tmp_path, rows):
         assert [(row["row"], row["sample_index"]) for row in found] == [
             (i, s) for i in range(len(rows)) for s in (0, 1)
         ]
-        assert [row["input_id"] for row in found[::2]] == [row["id"] for row in rows]
+        assert [row["id"] for row in found[::2]] == [row["id"] for row in rows]
         assert not (out / ".batchmix/merge").exists()
         generate(job(data, out, sampling=sampling, output=options))  # nothing to do, nothing refused
 

@@ -16,7 +16,7 @@ from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.task import answer_of
 from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text, infer_schema, settle
-from batchmix.output.columns import FIRST, LAST
+from batchmix.output.columns import FIRST, ID, LAST
 from batchmix.output.finalize import is_finished
 from batchmix.output.part_formats import LineParts
 from batchmix.output.stored_run import open_stored
@@ -61,7 +61,10 @@ class Results:
         return pa.schema([known.get(field.name, field) for field in settle(infer_schema(sample))])
 
     def column_of(self, name: str) -> str | None:
-        """What the input's column `name` is called in the records: `input_<name>` where the name is one of ours."""
+        """What the input's column `name` is called in the records: `input_<name>` where the name is one of ours, but for an
+        `id` that fills ours."""
+        if name == ID == self.run["identity"].get("id_column"):
+            return name
         columns = annotation_columns(self.task)
         ours = {*FIRST.names, *LAST.names, *(columns.schema.names if columns else ())}
         while name in ours:

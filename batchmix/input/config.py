@@ -42,7 +42,11 @@ class DataConfig:
         None, "plain text, sent as one user message or to a base model as it is; null: prompt, as above"
     )
     token_ids_column: str | None = key(None, "token ids, used as they are; null: prompt_token_ids, as above")
-    id_column: str | None = key(None, "null: the row's ordinal")
+    id_column: str | None = key(
+        None,
+        "fills the output's id and keys the random numbers; null: id is id, custom_id or uuid, the first that the data"
+        " has, and the ordinal is the key",
+    )
     columns: list[str] | None = key(None, "kept in the output; null: all")
     chat_template: str = key(
         "auto", "auto (the model's own, none for a base model), none, mistral, a Jinja file or Jinja text"

@@ -11,7 +11,8 @@ from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text
 from batchmix.records import Completion
 
-FIRST = pa.schema([("row", pa.int64()), ("id", pa.string()), ("sample_index", pa.int32())])
+ID = "id"
+FIRST = pa.schema([("row", pa.int64()), (ID, pa.string()), ("sample_index", pa.int32())])
 LAST = pa.schema(
     [
         ("generated_text", pa.string()),
@@ -53,7 +54,8 @@ class TypedColumns(Protocol):
 class OutputColumns:
     """`row`, `id`, `sample_index`, the kept input columns, an annotation task's, and what was generated.
 
-    `schema` has them all, in order. An input column that is called as one of ours becomes `input_<name>`.
+    `schema` has them all, in order. An input column that is called as one of ours becomes `input_<name>`; `id` is not among
+    the kept ones where it fills ours.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ import batchmix
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
 from batchmix.redact import fingerprint
-from batchmix.storage import Storage, create_json, read_json, reason_of, write_json
+from batchmix.storage import Storage, create_json, find_json, read_json, reason_of, write_json
 from batchmix.storage.bookkeeping import RUN, WEIGHTS
 from batchmix.written_config import hidden_texts, identifying, same, to_plain
 
@@ -43,6 +43,7 @@ def describe_run(
     dtype: str,
     quantization: str | None,
     max_model_len: int,
+    id_column: str | None = None,
 ) -> dict[str, Any]:
     """All that goes into `run.json`. `identity` is what a rerun must share."""
     resolved = to_plain(config)
@@ -58,7 +59,7 @@ def describe_run(
         "model": model,
         "tokenizer": tokenizer,
         "data": dict(data),
-    }
+    } | ({} if id_column is None else {"id_column": id_column})  # releases that did not fill ids by default lack it
     versions = {name: _version(name) for name in _LIBRARIES}
     return {
         "identity": identity,
@@ -113,6 +114,13 @@ def accept_weights(storage: Storage, fingerprint: str | None) -> None:
             f"output.dir={storage.url} holds rows made with other settings (model is another: the values of its weights"
             " differ); choose another output.dir, or set output.overwrite=true to delete them and start afresh"
         )
+
+
+def fills_ids(storage: Storage) -> bool:
+    """Whether `id` is filled from a column that is called as ids usually are, and takes that column's place: in all folders
+    but those that a release began which left both to data.id_column and kept a column `id` as `input_id`."""
+    stored = find_json(storage, RUN)
+    return not isinstance(stored, dict) or "id_column" in stored.get("identity", ())
 
 
 def read_run(storage: Storage, name: str = RUN) -> dict[str, Any]:
