@@ -18,10 +18,11 @@ from batchmix.errors import BatchmixError
 from batchmix.input.source import Source, check_apart, open_source
 from batchmix.models.tensor_parallel import TensorParallel
 from batchmix.output.columns import ID, OutputColumns
+from batchmix.output.logprobs import TokenTexts
 from batchmix.output.output_folder import OutputFolder
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import Parts
-from batchmix.output.run_info import describe_run, differences, fills_ids, provenance, read_run
+from batchmix.output.run_info import COLUMNS, columns_of, describe_run, differences, provenance, read_run
 from batchmix.prompts.escapes import warn_of_escapes
 from batchmix.prompts.tokenizer import Tokenizer, tokenizer_fingerprint
 from batchmix.stages import Prompts
@@ -70,8 +71,8 @@ def open_run(config: Config) -> Run:
         check_places(config.engine, config.model.tensor_parallel_size)
     check_apart(config.data, config.output.dir, f"part-00000-000000.{config.output.format.value}")
     storage = open_output(config.output.dir)
-    ids = config.output.overwrite or fills_ids(storage)
-    source = open_source(config.data, config.shard, usual_ids=ids)
+    version = COLUMNS if config.output.overwrite else columns_of(storage)
+    source = open_source(config.data, config.shard, usual_ids=version == COLUMNS)
     checkpoint = open_checkpoint(config.model)
     for note in checkpoint.notes:
         _log.warning("%s", note)
@@ -80,7 +81,7 @@ def open_run(config: Config) -> Run:
     TensorParallel(size=config.model.tensor_parallel_size).check(checkpoint.config, checkpoint.quantization)
     prompts = Prompts.open(config, checkpoint)
     warn_of_escapes(config)
-    description = _describe(config, source, checkpoint, source.id_column if ids else None)
+    description = _describe(config, source, checkpoint, version)
     parts = _parts(config, storage, source, prompts.tokenizer, description)
     output = OutputFolder(
         config.output, config.shard, parts, description, config.data.limit, config.data.max_error_share
@@ -93,7 +94,7 @@ def open_run(config: Config) -> Run:
     return Run(config, source, checkpoint, prompts, parts, output, description)
 
 
-def _describe(config: Config, source: Source, checkpoint: Checkpoint, id_column: str | None) -> dict[str, Any]:
+def _describe(config: Config, source: Source, checkpoint: Checkpoint, columns: int) -> dict[str, Any]:
     run = describe_run(
         config,
         openai_model=checkpoint.folder.name if source.openai_batch else None,
@@ -103,7 +104,8 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint, id_column:
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         quantization=None if checkpoint.quantization is None else checkpoint.quantization.value,
         max_model_len=checkpoint.max_model_len,
-        id_column=id_column,
+        id_column=source.id_column,
+        columns=columns,
     )
     return run | {"data_versions": source.versions()}
 
@@ -127,6 +129,7 @@ def _parts(config: Config, storage: Storage, source: Source, tokenizer: Tokenize
         guided_logprobs=structured is not None and structured.token_probabilities and config.annotate.input is None,
         provenance=provenance(run),
         annotations=annotation_columns(config.annotate),
+        tokens=TokenTexts(tokenizer) if run["identity"].get("columns") == COLUMNS else None,
     )
     if source.openai_batch and config.annotate.input is not None:
         raise BatchmixError("data.format=openai_batch: its requests are prompts already; annotate rows with columns")

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text
+from batchmix.output.logprobs import LOGPROBS, LOGPROBS_OF_IDS, TokenTexts, records_of_ids
 from batchmix.records import Completion
 
 ID = "id"
@@ -25,18 +26,6 @@ LAST = pa.schema(
     ]
 )
 TOKEN_IDS = pa.field("generated_token_ids", pa.list_(pa.int32()))
-LOGPROBS = pa.field(
-    "logprobs",
-    pa.list_(
-        pa.struct(
-            [
-                ("token_id", pa.int32()),
-                ("logprob", pa.float32()),
-                ("top", pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))),
-            ]
-        )
-    ),
-)
 GUIDED_LOGPROBS = pa.field("guided_logprobs", pa.list_(pa.float32()))  # of each token, one that ends the text included
 CHOICE_PROBABILITIES = pa.field("choice_probabilities", pa.list_(pa.float64()))  # in the order of the choices
 
@@ -68,8 +57,11 @@ class OutputColumns:
         guided_logprobs: bool = False,
         provenance: Mapping[str, str] | None = None,
         annotations: TypedColumns | None = None,
+        tokens: TokenTexts | None = None,
     ) -> None:
-        asked = {TOKEN_IDS: token_ids, LOGPROBS: logprobs, CHOICE_PROBABILITIES: choice_probabilities,
+        """`tokens`: what the tokens of logprobs are as text; None: they have ids alone, as in earlier releases."""
+        of_logprobs = LOGPROBS_OF_IDS if tokens is None else LOGPROBS
+        asked = {TOKEN_IDS: token_ids, of_logprobs: logprobs, CHOICE_PROBABILITIES: choice_probabilities,
                  GUIDED_LOGPROBS: guided_logprobs}  # fmt: skip
         extra = [field for field, wanted in asked.items() if wanted]
         own = {*FIRST.names, *LAST.names, *(field.name for field in extra)}
@@ -80,6 +72,7 @@ class OutputColumns:
                 raise BatchmixError(f"annotate: a field of the answers is called {name!r}, as a column that the output has"
                                     " anyway; give it another name")  # fmt: skip
         own |= set(names)
+        self.tokens = tokens
         self._annotations = annotations
         self._kept = kept
         taken = own | set(kept.names)
@@ -123,7 +116,8 @@ class OutputColumns:
         if self._token_ids:
             columns.append([None if c.error is not None else list(c.token_ids) for c in completions])
         if self._logprobs:
-            columns.append([_logprobs(completion) for completion in completions])
+            records = records_of_ids if self.tokens is None else self.tokens.records
+            columns.append([records(completion.logprobs) for completion in completions])
         if self._choice_probabilities:
             columns.append([completion.choice_probabilities for completion in completions])
         if self._guided_logprobs:
@@ -133,16 +127,3 @@ class OutputColumns:
             for values, field in zip(columns, self.schema, strict=True)
         ]
         return pa.Table.from_arrays(arrays, schema=self.schema)
-
-
-def _logprobs(completion: Completion) -> list[dict[str, object]] | None:
-    if completion.logprobs is None:
-        return None
-    return [
-        {
-            "token_id": entry.token_id,
-            "logprob": entry.logprob,
-            "top": [{"token_id": token, "logprob": logprob} for token, logprob in entry.top],
-        }
-        for entry in completion.logprobs
-    ]

@@ -21,6 +21,8 @@ from batchmix.storage import Storage, create_json, find_json, read_json, reason_
 from batchmix.storage.bookkeeping import RUN, WEIGHTS
 from batchmix.written_config import hidden_texts, identifying, same, to_plain
 
+# What the columns are: 1 left `id` to data.id_column and kept a column `id` as `input_id`, and its logprobs had no texts.
+_FIRST_COLUMNS, COLUMNS = 1, 2
 _CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
               "llguidance", "numba")  # fmt: skip
@@ -44,6 +46,7 @@ def describe_run(
     quantization: str | None,
     max_model_len: int,
     id_column: str | None = None,
+    columns: int = COLUMNS,
 ) -> dict[str, Any]:
     """All that goes into `run.json`. `identity` is what a rerun must share."""
     resolved = to_plain(config)
@@ -59,7 +62,7 @@ def describe_run(
         "model": model,
         "tokenizer": tokenizer,
         "data": dict(data),
-    } | ({} if id_column is None else {"id_column": id_column})  # releases that did not fill ids by default lack it
+    } | ({} if columns == _FIRST_COLUMNS else {"columns": columns, "id_column": id_column})  # fmt: skip
     versions = {name: _version(name) for name in _LIBRARIES}
     return {
         "identity": identity,
@@ -116,11 +119,12 @@ def accept_weights(storage: Storage, fingerprint: str | None) -> None:
         )
 
 
-def fills_ids(storage: Storage) -> bool:
-    """Whether `id` is filled from a column that is called as ids usually are, and takes that column's place: in all folders
-    but those that a release began which left both to data.id_column and kept a column `id` as `input_id`."""
+def columns_of(storage: Storage) -> int:
+    """Which columns a run there is to write: COLUMNS, but those of an earlier release where that began the folder."""
     stored = find_json(storage, RUN)
-    return not isinstance(stored, dict) or "id_column" in stored.get("identity", ())
+    identity = stored.get("identity") if isinstance(stored, dict) else None
+    first = isinstance(identity, dict) and "columns" not in identity
+    return _FIRST_COLUMNS if first else COLUMNS
 
 
 def read_run(storage: Storage, name: str = RUN) -> dict[str, Any]:
