@@ -22,7 +22,15 @@ from batchmix.output.logprobs import TokenTexts
 from batchmix.output.output_folder import OutputFolder
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import Parts
-from batchmix.output.run_info import COLUMNS, columns_of, describe_run, differences, provenance, read_run
+from batchmix.output.run_info import (
+    COLUMNS,
+    columns_of,
+    describe_run,
+    differences,
+    messages_column,
+    provenance,
+    read_run,
+)
 from batchmix.prompts.escapes import warn_of_escapes
 from batchmix.prompts.tokenizer import Tokenizer, tokenizer_fingerprint
 from batchmix.stages import Prompts
@@ -120,6 +128,7 @@ def _check_data(source: Source, output: OutputFolder) -> None:
 
 def _parts(config: Config, storage: Storage, source: Source, tokenizer: Tokenizer | None, run: dict[str, Any]) -> Parts:
     structured = config.sampling.structured_outputs
+    today = run["identity"].get("columns") == COLUMNS
     filled = {run["identity"].get("id_column")} & {ID}  # its values are in the output's own column of that name
     columns = OutputColumns(
         pa.schema([field for field in source.schema if field.name not in filled]),
@@ -129,7 +138,8 @@ def _parts(config: Config, storage: Storage, source: Source, tokenizer: Tokenize
         guided_logprobs=structured is not None and structured.token_probabilities and config.annotate.input is None,
         provenance=provenance(run),
         annotations=annotation_columns(config.annotate),
-        tokens=TokenTexts(tokenizer) if run["identity"].get("columns") == COLUMNS else None,
+        tokens=TokenTexts(tokenizer) if today else None,
+        messages=messages_column(run),
     )
     if source.openai_batch and config.annotate.input is not None:
         raise BatchmixError("data.format=openai_batch: its requests are prompts already; annotate rows with columns")

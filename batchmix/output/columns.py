@@ -10,6 +10,7 @@ import pyarrow as pa
 from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text
 from batchmix.output.logprobs import LOGPROBS, LOGPROBS_OF_IDS, TokenTexts, records_of_ids
+from batchmix.output.messages import MESSAGES, is_list_of_structs, message_records
 from batchmix.records import Completion
 
 ID = "id"
@@ -58,8 +59,10 @@ class OutputColumns:
         provenance: Mapping[str, str] | None = None,
         annotations: TypedColumns | None = None,
         tokens: TokenTexts | None = None,
+        messages: str | None = None,
     ) -> None:
-        """`tokens`: what the tokens of logprobs are as text; None: they have ids alone, as in earlier releases."""
+        """`tokens`: what the tokens of logprobs are as text; None: they have ids alone, as in earlier releases. `messages`: the
+        input column with conversations, which becomes MESSAGES where it is no list of structs."""
         of_logprobs = LOGPROBS_OF_IDS if tokens is None else LOGPROBS
         asked = {TOKEN_IDS: token_ids, of_logprobs: logprobs, CHOICE_PROBABILITIES: choice_probabilities,
                  GUIDED_LOGPROBS: guided_logprobs}  # fmt: skip
@@ -75,6 +78,9 @@ class OutputColumns:
         self.tokens = tokens
         self._annotations = annotations
         self._kept = kept
+        self._conversations = {
+            field.name for field in kept if field.name == messages and not is_list_of_structs(field.type)
+        }
         taken = own | set(kept.names)
         fields = []
         for field in kept:
@@ -82,7 +88,8 @@ class OutputColumns:
             while name in own or (name != field.name and name in taken):
                 name = f"input_{name}"
             taken.add(name)
-            fields.append(field.with_name(name).remove_metadata())
+            kind = MESSAGES if field.name in self._conversations else field.type
+            fields.append(field.with_name(name).with_type(kind).remove_metadata())
         metadata = {
             f"batchmix.{key}": value.encode(errors="backslashreplace") for key, value in (provenance or {}).items()
         }
@@ -101,7 +108,11 @@ class OutputColumns:
         ]
         for field in self._kept:
             values = [completion.prompt.columns.get(field.name) for completion in completions]
-            columns.append([as_json_text(value) for value in values] if field.metadata == LOOSE else values)
+            if field.name in self._conversations:
+                values = [message_records(value) for value in values]
+            elif field.metadata == LOOSE:
+                values = [as_json_text(value) for value in values]
+            columns.append(values)
         if self._annotations is not None:
             columns += self._annotations.arrays(completions)
         columns += [

@@ -16,12 +16,14 @@ from typing import Any
 import batchmix
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.input.prompt_columns import PromptColumns
 from batchmix.redact import fingerprint
 from batchmix.storage import Storage, create_json, find_json, read_json, reason_of, write_json
 from batchmix.storage.bookkeeping import RUN, WEIGHTS
 from batchmix.written_config import hidden_texts, identifying, same, to_plain
 
-# What the columns are: 1 left `id` to data.id_column and kept a column `id` as `input_id`, and its logprobs had no texts.
+# What the columns are: 1 left `id` to data.id_column and kept a column `id` as `input_id`, and its logprobs had no texts; messages were
+# JSON text where their objects had no common type.
 _FIRST_COLUMNS, COLUMNS = 1, 2
 _CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
@@ -117,6 +119,14 @@ def accept_weights(storage: Storage, fingerprint: str | None) -> None:
             f"output.dir={storage.url} holds rows made with other settings (model is another: the values of its weights"
             " differ); choose another output.dir, or set output.overwrite=true to delete them and start afresh"
         )
+
+
+def messages_column(run: Mapping[str, Any]) -> str | None:
+    """The input column of which the output has lists of structs; None where a template takes the place of messages."""
+    data = run["config"]["data"]
+    if run["identity"].get("columns") != COLUMNS or data.get("template") is not None:
+        return None
+    return PromptColumns.of(data).messages
 
 
 def columns_of(storage: Storage) -> int:
