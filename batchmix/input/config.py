@@ -43,9 +43,7 @@ class DataConfig:
     )
     token_ids_column: str | None = key(None, "token ids, used as they are; null: prompt_token_ids, as above")
     id_column: str | None = key(
-        None,
-        "fills the output's id and keys the random numbers; null: id is id, custom_id or uuid, the first that the data"
-        " has, and the ordinal is the key",
+        None, "fills id and keys the random numbers; null: id, custom_id or uuid fills it, the ordinal is the key"
     )
     columns: list[str] | None = key(None, "kept in the output; null: all")
     chat_template: str = key(
