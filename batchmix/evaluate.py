@@ -16,8 +16,7 @@ from batchmix.output.finalize import is_finished
 from batchmix.output.parts import Parts
 from batchmix.output.stored_run import open_stored
 from batchmix.storage import write_json
-
-EVALUATION = "_evaluation.json"
+from batchmix.storage.bookkeeping import EVALUATION
 
 
 @dataclass(frozen=True)

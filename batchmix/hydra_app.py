@@ -157,11 +157,12 @@ def save_hydra_files(config: Config, storage: Storage) -> None:
     """
     if not HydraConfig.initialized():
         return
-    folder = ".hydra"
+    from batchmix.storage import write_text  # imports pyarrow, as the next
+    from batchmix.storage.bookkeeping import HYDRA
+
+    folder = HYDRA
     if config.shard.count > 1:
         folder += f"/shard-{config.shard.index}-of-{config.shard.count}"
-    from batchmix.storage import write_text  # imports pyarrow
-
     storage.make_folder(folder)
     plain, hidden = to_plain(config), hidden_texts(config)
     given: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)

@@ -37,6 +37,7 @@ from batchmix.prompts.prompt import without_pauses
 from batchmix.records import Prompt
 from batchmix.signals import KeyboardStop
 from batchmix.stages import Prompts
+from batchmix.storage.bookkeeping import LENGTHS
 from batchmix.templates.chat_template import read_chat_template
 
 _LINE_EVERY = 30.0  # seconds
@@ -86,7 +87,7 @@ def plan_report(config: Config) -> None:
     whole = estimate(model, replace(setting, stream=False), work) if cost.placement.streamed else None
     print(plan_text(survey, round(batches * scale), gpu, work, model, cost, whole, where, total, config))
     folder = config.output.dir if "://" not in config.output.dir else ""  # a picture is for a person at this machine
-    picture = config.plan.histogram or (str(Path(folder, "_lengths.svg")) if folder else None)
+    picture = config.plan.histogram or (str(Path(folder, LENGTHS)) if folder else None)
     if picture is not None and survey.runnable:
         try:
             save_picture(survey, Path(picture))

@@ -22,11 +22,12 @@ class InputRow:
     """One input row as it was read."""
 
     row: int  # ordinal in the data set, stable over resume and sharding
-    id: str  # the row's `data.id_column` (`custom_id` in OpenAI batch files), else str(row)
+    id: str  # what the row is called: its `data.id_column`, `id`, `custom_id` or `uuid`, else str(row)
     columns: dict[str, Any]  # the input's columns; empty where the line could not be parsed
     sampling: Mapping[str, Any] | None = None  # the row's own overrides of `sampling.*`, not yet validated
     error: str | None = None  # one line: why this row cannot be run
     text: str | None = None  # the prompt of a /v1/completions request, which no chat template applies to
+    key: str | None = None  # what keys its random numbers; None: its id
 
 
 @dataclass(slots=True)
@@ -42,6 +43,11 @@ class Prompt:
     shared_tokens: int = 0  # leading ones that other prompts of its window begin with too; set by plan
     num_bytes: int = 0  # of memory, about: its columns and token ids
     samples: Sequence[int] | None = None  # of the row's `sampling.n`, those that start from this prompt; None: all
+    key: str | None = None  # what keys its random numbers; None: its id
+
+    @property
+    def random_key(self) -> str:
+        return self.id if self.key is None else self.key
 
     @property
     def num_samples(self) -> int:

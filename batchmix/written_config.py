@@ -150,7 +150,7 @@ def written_override(override: str, plain: Mapping[str, Any], hidden: Mapping[st
 
 
 def value_of(run: Mapping[str, Any], group: str, name: str) -> Any:
-    """What a key was, of which `_run.json` may have but the interpolation; BatchmixError where its variables changed."""
+    """What a key was, of which `run.json` may have but the interpolation; BatchmixError where its variables changed."""
     key, written = f"{group}.{name}", run["config"][group].get(name)
     expected = run.get("fingerprints", {}).get(key)
     if expected is None:

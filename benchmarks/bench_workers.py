@@ -4,7 +4,7 @@
     python benchmarks/bench_workers.py --driver [--rows 100000] [--save]     # what one driver commits for its workers
 
 Each worker is `batchmix generate` in a process of its own, with all its stages, leases, commits, and the last one's
-check and `_SUCCESS`; only the engine is replaced, by one that sleeps as long as a device would work: a batch of n rows
+check and `.batchmix/SUCCESS`; only the engine is replaced, by one that sleeps as long as a device would work: a batch of n rows
 takes n / (rows per second). The ideal split is rows / (workers x rows per second), with nothing but devices at work; the
 time is taken from the start of the first process to the end of the last, with Python's own start. What a worker's thread
 does between two batches (planning, handing over completions) stands in the way of the next, as it would of an engine's.
@@ -138,7 +138,7 @@ def drive(rows: int, keep: bool) -> None:
         began, wall = time.process_time(), time.perf_counter()
         pipeline.generate(config)
         cpu, wall = time.process_time() - began - InstantPool.seconds, time.perf_counter() - wall
-        assert (out / "_SUCCESS").exists()
+        assert (out / ".batchmix/SUCCESS").exists()
     tokens, prompt_tokens = rows * len(ANSWER), rows * len(PROMPT)
     print(f"{rows:,} rows of {len(PROMPT)} + {len(ANSWER)} tokens: the driver took {cpu:.1f} CPU seconds, {tokens / cpu:,.0f} output"
           f" tokens and {(tokens + prompt_tokens) / cpu:,.0f} tokens in all for each ({wall:.1f} s, load {os.getloadavg()[0]:.1f})")  # fmt: skip
@@ -197,8 +197,8 @@ def main() -> None:
         ]
         assert [worker.wait() for worker in workers] == [0] * args.workers
         seconds = time.perf_counter() - started
-        assert Path(out, "_SUCCESS").exists()
-        summary: dict[str, Any] = json.loads(Path(out, "_summary.json").read_text())
+        assert Path(out, ".batchmix/SUCCESS").exists()
+        summary: dict[str, Any] = json.loads(Path(out, ".batchmix/summary.json").read_text())
         assert (summary["rows"], summary["error_rows"]) == (args.rows, 0), summary
     ratio = seconds / args.ideal
     generating = summary["generate_seconds"] / args.ideal

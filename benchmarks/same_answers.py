@@ -150,7 +150,7 @@ def compare(rev: str, count: int, triton_rows: int, overrides: list[str]) -> boo
                 tables = list(map(answers, outs))
                 columns = [name for name in tables[0].column_names if name in tables[1].column_names]
                 differing = [name for name in columns if tables[0][name] != tables[1][name]]
-                summary = json.loads((outs[1] / "_summary.json").read_text())["runs"][-1]
+                summary = json.loads((outs[1] / ".batchmix/summary.json").read_text())["runs"][-1]
                 print(f"{how} {' '.join(more)}: {tables[0].num_rows} answers,"
                       f" {f'other values in {differing}' if differing else 'all equal'};"
                       f" {summary['prompt_tokens']:,} prompt tokens, {summary['preempted']:,} preempted")  # fmt: skip

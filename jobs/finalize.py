@@ -1,4 +1,4 @@
-"""Check that every row is there exactly once, put the rows in order if asked, and write _SUCCESS."""
+"""Check that every row is there exactly once, put the rows in order if asked, and mark the run as complete."""
 
 import sys
 

@@ -69,7 +69,7 @@ def test_an_edit_amid_the_file_is_refused_and_a_copy_is_not(tmp_path: Path) -> N
     with pytest.raises(BatchmixError, match=r"in.jsonl has changed between its bytes "):
         generate(job(tmp_path, name="moved/in.jsonl", order=Order.input))
     generate(job(tmp_path, name="moved/in.jsonl", overwrite=True))
-    shutil.rmtree(tmp_path / "out" / "_checksums")  # as an earlier release leaves a folder
+    shutil.rmtree(tmp_path / "out" / ".batchmix/checksums")  # as an earlier release leaves a folder
     generate(job(tmp_path, 19, name="moved/in.jsonl"))
 
 
@@ -95,7 +95,7 @@ def test_input_that_changes_while_it_is_read_is_noticed(
         patch.setattr(Source, "rows", rows)
         with pytest.raises(BatchmixError, match=r"in.jsonl has changed.* while it was read, .* output.overwrite=true"):
             generate(job(tmp_path))
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert not (tmp_path / "out" / ".batchmix/SUCCESS").exists()
     with pytest.raises(BatchmixError, match=r"in\.jsonl has changed"):
         generate(job(tmp_path))
 

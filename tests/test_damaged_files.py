@@ -73,12 +73,13 @@ RUN = {
     "text", ["", "{", "[]", "null", "[" * 100_000, "\xff", '{"identity": []}', '{"identity": 3, "redone": []}']
 )
 def test_a_damaged_run_file_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "_run.json").write_bytes(text.encode("latin-1"))
+    (tmp_path / ".batchmix").mkdir()
+    (tmp_path / ".batchmix/run.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(
-        BatchmixError, match=r"_run.json: cannot be read \(.*\); it is damaged or not a file of batchmix"
+        BatchmixError, match=r"\.batchmix/run.json: cannot be read \(.*\); it is damaged or not a file of batchmix"
     ):
         read_run(LocalFolder(tmp_path))
-    with pytest.raises(BatchmixError, match=r"_run\.json"):
+    with pytest.raises(BatchmixError, match=r"\.batchmix/run\.json"):
         open_stored(str(tmp_path))
 
 
@@ -93,32 +94,34 @@ def test_a_damaged_run_file_is_named(tmp_path: Path, text: str) -> None:
     ids=str,
 )
 def test_a_run_file_that_lacks_what_readers_need_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
-    (tmp_path / "_run.json").write_text(json.dumps(RUN))
+    (tmp_path / ".batchmix").mkdir()
+    (tmp_path / ".batchmix/run.json").write_text(json.dumps(RUN))
     open_stored(str(tmp_path))
-    (tmp_path / "_run.json").write_text(json.dumps(RUN | change))
-    with pytest.raises(BatchmixError, match=r"_run\.json: is damaged"):
+    (tmp_path / ".batchmix/run.json").write_text(json.dumps(RUN | change))
+    with pytest.raises(BatchmixError, match=r"\.batchmix/run\.json: is damaged"):
         open_stored(str(tmp_path))
 
 
-JOURNAL = {"staging": "_merge-000001", "add": ["_merge-000001/part-0"], "remove": ["part-1"]}
+JOURNAL = {"staging": ".batchmix/merge-000001", "add": [".batchmix/merge-000001/part-0"], "remove": ["part-1"]}
 
 
 @pytest.mark.parametrize(
     "journal",
     [
         "{", "[" * 100_000, "[]", "3", "{}",
-        JOURNAL | {"staging": ""}, JOURNAL | {"staging": "../.."}, JOURNAL | {"staging": 3}, JOURNAL | {"staging": "_merge-1/.."},
-        JOURNAL | {"add": ["_merge-000001/../../x"]}, JOURNAL | {"add": ["/etc/passwd"]}, JOURNAL | {"add": 3},
-        JOURNAL | {"remove": ["../x"]}, JOURNAL | {"remove": ["_run.json"]}, JOURNAL | {"remove": [["x"]]},
+        JOURNAL | {"staging": ""}, JOURNAL | {"staging": "../.."}, JOURNAL | {"staging": 3}, JOURNAL | {"staging": ".batchmix/merge-1/.."},
+        JOURNAL | {"add": [".batchmix/merge-000001/../../x"]}, JOURNAL | {"add": ["/etc/passwd"]}, JOURNAL | {"add": 3},
+        JOURNAL | {"remove": ["../x"]}, JOURNAL | {"remove": [".batchmix/run.json"]}, JOURNAL | {"remove": [["x"]]},
     ],
     ids=repr,
 )  # fmt: skip
 def test_a_damaged_or_hostile_journal_is_named_and_not_followed(tmp_path: Path, journal: Any) -> None:
-    path = tmp_path / "_journal-000001.json"
+    (tmp_path / ".batchmix").mkdir()
+    path = tmp_path / ".batchmix/journal-000001.json"
     path.write_text(json.dumps(JOURNAL))
     assert unfinished_exchange(LocalFolder(tmp_path))
     path.write_text(journal if isinstance(journal, str) else json.dumps(journal))
-    with pytest.raises(BatchmixError, match=r"_journal-000001.json, .* is damaged"):
+    with pytest.raises(BatchmixError, match=r"\.batchmix/journal-000001.json, .* is damaged"):
         unfinished_exchange(LocalFolder(tmp_path))
 
 
@@ -126,10 +129,11 @@ def test_a_damaged_or_hostile_journal_is_named_and_not_followed(tmp_path: Path, 
 def test_damaged_statistics_and_metrics_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
-    (tmp_path / "_summary-00000-of-00001.json").write_text(text)
+    (tmp_path / ".batchmix").mkdir()
+    (tmp_path / ".batchmix/summary-00000-of-00001.json").write_text(text)
     assert read_runs(LocalFolder(tmp_path), 1) == []
-    assert "_summary-00000-of-00001.json is damaged" in caplog.text
-    (tmp_path / "_metrics.jsonl").write_text(text + "\n")
+    assert ".batchmix/summary-00000-of-00001.json is damaged" in caplog.text
+    (tmp_path / ".batchmix/metrics.jsonl").write_text(text + "\n")
     assert _metrics(LocalFolder(tmp_path)) == []
 
 

@@ -82,7 +82,7 @@ def test_a_run_and_then_its_folder_alone(tmp_path, capsys):
     first = evaluate(config)
     assert first.text() in capsys.readouterr().out
     assert first.answers == 8
-    assert json.loads((tmp_path / "out" / "_evaluation.json").read_text())["right"] == first.right >= 6
+    assert json.loads((tmp_path / "out" / ".batchmix/evaluation.json").read_text())["right"] == first.right >= 6
     config.data.path = ""
     assert evaluate(config) == first
     capsys.readouterr()
@@ -93,7 +93,7 @@ def test_a_run_and_then_its_folder_alone(tmp_path, capsys):
     with pytest.raises(BatchmixError, match=r"evaluate\.gold_column=label: .* has no column label, only row, id"):
         evaluate(config)
     config.output.dir = str(tmp_path / "none")
-    with pytest.raises(BatchmixError, match=r"holds no _run\.json, so no run of batchmix has begun there"):
+    with pytest.raises(BatchmixError, match=r"holds no \.batchmix/run\.json, so no run of batchmix has begun there"):
         evaluate(config)
 
 

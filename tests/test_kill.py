@@ -50,7 +50,7 @@ def test_twenty_kills(data, tmp_path, expected):
         code, output = finish(start(data, tmp_path / "out"))
         assert code == 0, output
     assert read(tmp_path / "out") == expected
-    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert (tmp_path / "out" / ".batchmix/SUCCESS").exists()
     assert not list((tmp_path / "out").glob(".part*"))
 
 
@@ -124,7 +124,7 @@ def test_a_full_file_system(data, tmp_path, expected):
 def test_two_writers(data, tmp_path, expected):
     out = tmp_path / "out"
     first = start(data, out)
-    wait_for(lambda: (out / "_metrics.jsonl").exists(), first)
+    wait_for(lambda: (out / ".batchmix/metrics.jsonl").exists(), first)
     first.send_signal(signal.SIGSTOP)  # or it may be done before the second has loaded torch
     code, output = finish(start(data, out))
     assert code == 1, output
@@ -144,7 +144,7 @@ def test_shards_at_the_same_time(data, tmp_path, expected):
         code, output = finish(process)
         assert code == 0, output
     assert read(out) == expected
-    assert json.loads((out / "_summary.json").read_text())["rows"] == 300
+    assert json.loads((out / ".batchmix/summary.json").read_text())["rows"] == 300
     files = sorted(str(path) for path in out.glob("part-*"))
     assert ds.dataset(files, format="arrow").to_table()["row"].to_pylist() == list(range(300))
 

@@ -86,11 +86,11 @@ def test_answers_do_not_depend_on_how_the_job_is_run(tmp_path, rows, sampling, c
     generate(job(shuffled, tmp_path / "shuffled", sampling=sampling))
     assert answers(tmp_path / "shuffled") == expected
     for index in (2, 0, 1):
-        assert not (tmp_path / "shards" / "_SUCCESS").exists()
+        assert not (tmp_path / "shards" / ".batchmix/SUCCESS").exists()
         generate(job(data, tmp_path / "shards", sampling=sampling, shard={"index": index, "count": 3}))
     assert answers(tmp_path / "shards") == expected
-    assert (tmp_path / "shards" / "_SUCCESS").exists()
-    assert json.loads((tmp_path / "shards" / "_summary.json").read_text())["rows"] == len(rows)
+    assert (tmp_path / "shards" / ".batchmix/SUCCESS").exists()
+    assert json.loads((tmp_path / "shards" / ".batchmix/summary.json").read_text())["rows"] == len(rows)
     generate(job(data, tmp_path / "resumed", sampling=sampling, data={"limit": 15}, output={"rows_per_shard": 4}))
     part_files(tmp_path / "resumed")[1].unlink()
     generate(job(data, tmp_path / "resumed", sampling=sampling))
@@ -101,19 +101,19 @@ def test_answers_do_not_depend_on_how_the_job_is_run(tmp_path, rows, sampling, c
 def test_a_trace_shows_every_stage_in_its_thread(tmp_path, rows):
     data = write(tmp_path / "rows.jsonl", rows)
     generate(job(data, tmp_path / "out", engine={"trace": True}))
-    events = json.loads((tmp_path / "out" / "_trace.json").read_text())
+    events = json.loads((tmp_path / "out" / ".batchmix/trace.json").read_text())
     threads = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     spans = [event for event in events if event["ph"] == "X"]
     assert {(threads[span["tid"]], span["name"]) for span in spans} == {
         ("read and tokenise", "read"), ("read and tokenise", "tokenise"), ("engine", "prefill"), ("engine", "decode"),
         ("write", "write"),
     }  # fmt: skip
-    summary = json.loads((tmp_path / "out" / "_summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / ".batchmix/summary.json").read_text())
     for stage, seconds in summary["seconds"].items():
         assert sum(span["dur"] for span in spans if span["name"] == stage) / 1e6 == pytest.approx(seconds, abs=2e-3)
     assert 0.5 < summary["device_busy"] <= 1
     generate(job(data, tmp_path / "out", engine={"trace": False}, output={"overwrite": True}))
-    assert not (tmp_path / "out" / "_trace.json").exists()
+    assert not (tmp_path / "out" / ".batchmix/trace.json").exists()
 
 
 def test_the_output_contract(tmp_path, rows):
@@ -123,7 +123,7 @@ def test_the_output_contract(tmp_path, rows):
     generate(job(data, out, sampling={**SAMPLED, "n": 2, "logprobs": 1}, output={"token_ids": True}))
     table = ds.dataset(out, format="arrow").to_table()
     assert table.schema.names == [
-        "row", "id", "sample_index", "input_id", "messages", "gold", "n", "input_row", "tags", "generated_text",
+        "row", "id", "sample_index", "messages", "gold", "n", "input_row", "tags", "generated_text",
         "finish_reason", "stop_reason", "prompt_tokens", "completion_tokens", "cumulative_logprob", "error",
         "generated_token_ids", "logprobs",
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def test_the_output_contract(tmp_path, rows):
     assert b"batchmix.model_sha256" in table.schema.metadata
     for found in read(out):
         given = rows[found["row"]]
-        assert (found["id"], found["input_id"], found["input_row"]) == (given["id"], given["id"], given["row"])
+        assert (found["id"], found["input_row"]) == (given["id"], given["row"])
         assert (found["messages"], found["n"], found["tags"]) == (given["messages"], given["n"], given["tags"])
         assert len(found["logprobs"]) == found["completion_tokens"]
         assert found["cumulative_logprob"] == pytest.approx(
@@ -143,12 +143,12 @@ def test_the_output_contract(tmp_path, rows):
     files = [str(path) for path in part_files(out)]
     loaded = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == 24
-    summary = json.loads((out / "_summary.json").read_text())
+    summary = json.loads((out / ".batchmix/summary.json").read_text())
     assert (summary["rows"], summary["samples"], summary["error_rows"]) == (12, 24, 0)
     assert summary["completion_tokens"] == sum(row["completion_tokens"] for row in read(out))
     assert summary["prompt_tokens"] == sum(row["prompt_tokens"] for row in read(out)) / 2
     assert {"seconds", "generate_seconds", "output_tokens_per_second"} <= summary.keys()
-    lines = [json.loads(line) for line in (out / "_metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / ".batchmix/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["rows"] == 12
 
 
@@ -196,8 +196,8 @@ def test_order_input(tmp_path, rows):
         assert [(row["row"], row["sample_index"]) for row in found] == [
             (i, s) for i in range(len(rows)) for s in (0, 1)
         ]
-        assert [row["input_id"] for row in found[::2]] == [row["id"] for row in rows]
-        assert not (out / "_merge").exists()
+        assert [row["id"] for row in found[::2]] == [row["id"] for row in rows]
+        assert not (out / ".batchmix/merge").exists()
         generate(job(data, out, sampling=sampling, output=options))  # nothing to do, nothing refused
 
 
@@ -247,10 +247,10 @@ def test_plan_writes_a_picture_or_says_why_not(tmp_path, rows, capsys):
     assert "3 rows" in printed
     assert f"histogram: {picture}" in printed
     assert "<title>3 prompts, " in picture.read_text()
-    assert not (tmp_path / "_lengths.svg").exists()
+    assert not (tmp_path / ".batchmix/lengths.svg").exists()
     config.plan.histogram = None
     plan_report(config)
-    assert (tmp_path / "_lengths.svg").read_text().startswith("<svg ")
+    assert (tmp_path / ".batchmix/lengths.svg").read_text().startswith("<svg ")
     for nowhere in ("/proc/x.svg", str(data / "x.svg"), f"{tmp_path}/new/lengths.html/x.svg"):
         config.plan.histogram = nowhere
         with pytest.raises(BatchmixError, match=f"plan.histogram={nowhere}: cannot be written"):
@@ -307,7 +307,7 @@ def test_redo_replaces_the_cut_rows(tmp_path, rows):
     generate(job(data, tmp_path / "fresh", sampling=longer))
     fresh = answers(tmp_path / "fresh")
     assert answers(out) == {key: fresh[key] if key in cut else before[key] for key in before}
-    assert not (out / "_redo").exists()
+    assert not (out / ".batchmix/redo").exists()
     generate(job(data, out, sampling=longer, output={"redo": Redo.length}))  # done before: nothing to do
     generate(job(data, out, sampling=short))  # so is the first command
     assert len(answers(out)) == len(rows)
@@ -328,7 +328,7 @@ def test_a_damaged_part_is_named_and_can_be_deleted(tmp_path, rows):
     generate(job(data, out, output={"rows_per_shard": 4}, engine={"max_num_seqs": 4}, **short))
     before, part = answers(out), part_files(out)[1]
     part.write_bytes(part.read_bytes()[:100])
-    (out / "_SUCCESS").unlink()
+    (out / ".batchmix/SUCCESS").unlink()
     with pytest.raises(BatchmixError, match=f"{part.name}: cannot be read back"):
         generate(job(data, out, **short))
     part.unlink()
@@ -343,9 +343,9 @@ def test_a_part_deleted_after_all_shards_were_done(tmp_path, rows):
         generate(job(data, out, shard={"index": index, "count": 2}, **options))
     next(out.glob("part-00001-*")).unlink()
     generate(job(data, out, shard={"index": 0, "count": 2}, **options))
-    assert not (out / "_SUCCESS").exists()
+    assert not (out / ".batchmix/SUCCESS").exists()
     generate(job(data, out, shard={"index": 1, "count": 2}, **options))
-    assert (out / "_SUCCESS").exists()
+    assert (out / ".batchmix/SUCCESS").exists()
     assert len(answers(out)) == 8
 
 

@@ -245,9 +245,9 @@ def test_a_run_writes_and_says_no_secret(
     assert call(report, OUT)[0] == 0
     assert call(export, OUT, "export.dir=${oc.env:FOLDER}/card")[0] == 0
     out = tmp_path / "foldersecret" / "out"
-    assert {"_run.json", "report.html", "README.md", "config.yaml", "overrides.yaml", "part-00000-000000.arrow",
+    assert {"run.json", "report.html", "README.md", "config.yaml", "overrides.yaml", "part-00000-000000.arrow",
             "train-00000.parquet"} <= files_without_secrets(out.parent)  # fmt: skip
-    written = json.loads((out / "_run.json").read_text())
+    written = json.loads((out / ".batchmix/run.json").read_text())
     url = f"http://***@{address}/in.jsonl?***"
     assert written["config"]["data"]["path"] == [url, url]
     assert written["config"]["data"]["system_prompt"] == "${oc.env:SYSTEM}"
@@ -330,4 +330,4 @@ def test_no_process_of_a_run_has_a_secret_in_its_arguments(tmp_path: Path, envir
     assert process.returncode == 0, output
     assert len(lines) >= 3
     assert not [secret for secret in SECRETS if secret in output or any(secret in line for line in lines)]
-    assert "_run.json" in files_without_secrets(tmp_path / "foldersecret")
+    assert "run.json" in files_without_secrets(tmp_path / "foldersecret")

@@ -27,6 +27,7 @@ from batchmix.annotate.results import Results
 from batchmix.input.config import ShardConfig
 from batchmix.output.lease import Lease, shard_name
 from batchmix.storage import write_json
+from batchmix.storage.bookkeeping import FOLDER, HYDRA, JOURNAL, MERGE, RUN, SUCCESS, SUMMARY, WORKERS
 from batchmix.storage.object_store import ObjectStore
 
 boto3, s3fs = pytest.importorskip("boto3"), pytest.importorskip("s3fs")  # all of the `dev` extra
@@ -225,9 +226,12 @@ def test_workers_killed_in_the_middle_of_an_upload(
     assert rows(s3, "killed") == read(expected)
     tables = [pa.ipc.open_file(content).read_all() for _, content in sorted(parts(s3, "killed").items())]
     assert pa.concat_tables(tables)["row"].to_pylist() == list(range(200))
-    names = {item["Key"].split("/")[1] for item in s3.list_objects_v2(Bucket=BUCKET, Prefix="killed/")["Contents"]}
-    assert {"_SUCCESS", "_run.json", "_summary.json", "_workers", ".hydra"} <= names
-    assert not any(name.startswith(("_merge", "_journal")) for name in names)
+    listed = s3.list_objects_v2(Bucket=BUCKET, Prefix="killed/")["Contents"]
+    names = {item["Key"].removeprefix("killed/") for item in listed}
+    assert {SUCCESS, RUN, SUMMARY, f"{HYDRA}/shard-0-of-2/config.yaml"} <= names
+    assert any(name.startswith(f"{WORKERS}/") for name in names)
+    assert not any(name.startswith((MERGE, JOURNAL)) for name in names)
+    assert not [name for name in names if not name.startswith(("part-", f"{FOLDER}/", f"{HYDRA}/"))]
     command = [sys.executable, "-m", "batchmix", "status", f"output.dir={out}"]
     status = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert status.returncode == 0, status.stdout + status.stderr
@@ -270,18 +274,18 @@ def test_a_task_and_all_that_comes_after_it(s3: Any, data: Path, tmp_path: Path,
     task = ["annotate", "tickets", f"data.path={data}", "data.limit=60", f"output.format={form}", "output.order=input",
             "output.rows_per_shard=25"]  # fmt: skip
     here, there = run(*task, "output.dir=out"), run(*task, f"output.dir={out}")
-    assert here.splitlines()[-1] == "the report is out/_report/report.html"
-    assert there.splitlines()[-1] == f"the report is {out}/_report/report.html"
+    assert here.splitlines()[-1] == "the report is out/.batchmix/report/report.html"
+    assert there.splitlines()[-1] == f"the report is {out}/.batchmix/report/report.html"
     assert there.splitlines()[-7:-1] == here.splitlines()[-7:-1]  # how well the answers agree with people's
     local, store = Results(str(tmp_path / "out")), Results(out)
     assert len(store.names) == len(local.names) == 3
     assert store.schema.field("topic").type == pa.dictionary(pa.int32(), pa.string())
     expected = pa.concat_tables(local.batches())
     assert pa.concat_tables(store.batches()).equals(expected)
-    assert store.storage.read("_checks.json") == local.storage.read("_checks.json")
-    store.storage.delete("_report/report.html")
+    assert store.storage.read(".batchmix/checks.json") == local.storage.read(".batchmix/checks.json")
+    store.storage.delete(".batchmix/report/report.html")
     assert run("report", f"output.dir={out}").splitlines()[-1] == there.splitlines()[-1]
-    assert b"Confusion matrix of topic" in store.storage.read("_report/report.html")
+    assert b"Confusion matrix of topic" in store.storage.read(".batchmix/report/report.html")
     run("review", "export", f"output.dir={out}", "review.rows=5", "review.path=tasks.json")
     run("review", "export", f"output.dir={out}", "review.rows=5", f"review.path={place}/tasks.json")
     tasks = json.loads((tmp_path / "tasks.json").read_bytes())
@@ -315,7 +319,7 @@ def test_a_store_that_is_gone_in_the_middle_of_a_run_is_one_line(tmp_path: Path)
     data.write_text("".join(TICKETS.read_text().splitlines(keepends=True)[:300]))
     with serving(tmp_path) as (client, server):
         run = start(data, "s3://bucket/gone", "output.flush_seconds=0.2", threads=1)  # type: ignore[arg-type]
-        for name in ("_workers/", "_run.json", "part-"):  # each may take its time; asked seldom, to leave the run some
+        for name in (f"{WORKERS}/", RUN, "part-"):  # each may take its time; asked seldom, to leave the run some
             wait_for(partial(appeared, client, f"gone/{name}"), run)
         server.kill()
         code, output = finish(run)

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow  # more than a thousand runs, nine minutes of CPU time
-SCENARIOS = ["generate", "merge", "finalize", "redo"]
+SCENARIOS = ["generate", "merge", "finalize", "redo", "old-redo"]
 Process = subprocess.Popen[str]
 
 
 def killed_runs(*which: str) -> Process:
     """The command that repeats it, begun."""
-    command = [sys.executable, str(Path(__file__).with_name("helpers") / "killed_runs.py"), *which]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    helpers = Path(__file__).with_name("helpers")
+    command = [sys.executable, str(helpers / "killed_runs.py"), *which]
+    path = os.pathsep.join([str(helpers), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -40,5 +40,5 @@ def test_the_wheel_runs_elsewhere(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(command, cwd=away, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert (away / "out" / "_SUCCESS").exists()
+    assert (away / "out" / ".batchmix/SUCCESS").exists()
     assert sorted(path.name for path in away.iterdir()) == ["out", "rows.jsonl"]

@@ -1,4 +1,4 @@
-"""What the labels of a finished run are, and how they compare with people's: `_checks.json`."""
+"""What the labels of a finished run are, and how they compare with people's: `.batchmix/checks.json`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from batchmix.annotate.metrics import agreement_report, calibration_bin, calibra
 from batchmix.annotate.results import Results
 from batchmix.errors import BatchmixError
 from batchmix.storage import Storage, find_json, write_json, written
+from batchmix.storage.bookkeeping import CHECKS
 
-NAME = "_checks.json"
 NO_ANSWER = "(no answer)"
 _MOST_CLASSES = 50  # an integer with more values is a number rather than a class
 _MOST_LABELS = 1000  # distinct values counted of a field
@@ -46,12 +46,12 @@ def write_checks(results: Results, gold: Any, resamples: int) -> dict[str, Any]:
     """The same, kept beside the parts."""
     checks = check_results(results, gold, resamples)
     with written(results.url, "output.dir"):
-        write_json(results.storage, NAME, checks)
+        write_json(results.storage, CHECKS, checks)
     return checks
 
 
 def read_checks(storage: Storage) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = find_json(storage, NAME)
+    found: dict[str, Any] | None = find_json(storage, CHECKS)
     return found
 
 

@@ -23,8 +23,8 @@ from batchmix.annotate.results import Results
 from batchmix.annotate.sample import read_sample
 from batchmix.config import Config
 from batchmix.storage import find_json, write_text, written
+from batchmix.storage.bookkeeping import REPORT, REPORT_FOLDER, SUMMARY
 
-FOLDER, NAME = "_report", "report.html"  # in a folder of its own, since what does not begin with _ is read as data
 _HERE = Path(__file__).parent
 
 
@@ -41,9 +41,9 @@ def write_report(results: Results, settings: AnnotateConfig, checks: dict[str, A
     """Write the report of a run and return where it is. `checks`: those of its labels, if it has any."""
     page = render(results, checks, _gold(settings, results), settings.report_rows)
     with written(results.url, "output.dir"):
-        results.storage.make_folder(FOLDER)
-        write_text(results.storage, f"{FOLDER}/{NAME}", page)
-    return f"{results.url}/{FOLDER}/{NAME}"
+        results.storage.make_folder(REPORT_FOLDER)
+        write_text(results.storage, REPORT, page)
+    return results.storage.file_url(REPORT)
 
 
 def _gold(settings: AnnotateConfig, results: Results) -> Any:
@@ -56,7 +56,7 @@ def render(results: Results, checks: dict[str, Any] | None, gold: Any, num_rows:
     sample = read_sample(results, gold, num_rows)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    summary = find_json(results.storage, "_summary.json")
+    summary = find_json(results.storage, SUMMARY)
     run = results.run
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_without_nul)
     return environment.from_string((_HERE / "page.html").read_text(encoding="utf-8")).render(

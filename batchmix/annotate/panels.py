@@ -16,6 +16,7 @@ from batchmix.annotate.sample import Sample
 from batchmix.observability.charts import bar_chart, calibration_chart, empty_plot, histogram, line_chart, matrix
 from batchmix.observability.progress import duration
 from batchmix.storage import Storage
+from batchmix.storage.bookkeeping import ALL_METRICS
 
 _MOST_BARS = 20
 _MOST_LINES = 6  # shards with a line of their own
@@ -143,7 +144,7 @@ def _load_plot(load: list[list[int]]) -> Markup:
     """`load`: tokens, [layers][experts]."""
     name = "Expert load: percent of each layer's tokens"
     if not any(map(any, load)):
-        return empty_plot(name, "No step of the run is counted (_summary.json).")
+        return empty_plot(name, "No step of the run is counted (summary.json).")
     shares = [[cell / max(1, sum(row)) for cell in row] for row in load]
     shade = [[share * len(row) / 2 for share in row] for row in shares]  # an even load is half as dark as can be
     decimals = 1 if len(load[0]) <= 8 else 0
@@ -155,7 +156,7 @@ def _load_plot(load: list[list[int]]) -> Markup:
 def _metrics(storage: Storage) -> Metrics:
     """The lines by process: a shard that starts anew begins its counts anew."""
     stretches: dict[int, list[list[dict[str, Any]]]] = {}
-    for line in (line for name in storage.names("_metrics*.jsonl") for line in storage.read(name).splitlines()):
+    for line in (line for name in storage.names(ALL_METRICS) for line in storage.read(name).splitlines()):
         try:
             entry = json.loads(line)
             if not math.isfinite(sum(entry[key] for key in _METRICS)):

@@ -16,9 +16,11 @@ from batchmix.annotate.config import AnnotateConfig
 from batchmix.annotate.task import answer_of
 from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text, infer_schema, settle
-from batchmix.output.columns import FIRST, LAST
+from batchmix.output.columns import FIRST, ID, LAST
 from batchmix.output.finalize import is_finished
+from batchmix.output.messages import MESSAGES, message_records
 from batchmix.output.part_formats import LineParts
+from batchmix.output.run_info import messages_column
 from batchmix.output.stored_run import open_stored
 from batchmix.storage import last_component
 
@@ -58,10 +60,18 @@ class Results:
         columns = annotation_columns(self.task)
         known = {field.name: field for field in [*FIRST, *LAST, *(columns.schema if columns else [])]}
         sample = list(islice((row for rows in self._lines() for row in rows), _SAMPLE_ROWS))
-        return pa.schema([known.get(field.name, field) for field in settle(infer_schema(sample))])
+        found = [known.get(field.name, field) for field in settle(infer_schema(sample))]
+        messages = messages_column(self.run)
+        return pa.schema([
+            field.with_type(MESSAGES) if field.name == messages and field.metadata == LOOSE else field
+            for field in found
+        ])  # fmt: skip
 
     def column_of(self, name: str) -> str | None:
-        """What the input's column `name` is called in the records: `input_<name>` where the name is one of ours."""
+        """What the input's column `name` is called in the records: `input_<name>` where the name is one of ours, but for an
+        `id` that fills ours."""
+        if name == ID == self.run["identity"].get("id_column"):
+            return name
         columns = annotation_columns(self.task)
         ours = {*FIRST.names, *LAST.names, *(columns.schema.names if columns else ())}
         while name in ours:
@@ -105,7 +115,9 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema, url: str) -> pa.Table:
     columns = []
     for field in schema:
         values = [row.get(field.name) for row in rows]
-        if field.metadata == LOOSE:
+        if field.type == MESSAGES:
+            values = [message_records(value) for value in values]
+        elif field.metadata == LOOSE:
             values = [as_json_text(value) for value in values]
         try:
             columns.append(pa.array(values, field.type))

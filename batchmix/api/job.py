@@ -18,6 +18,7 @@ from batchmix.hydra_app import EXIT_REQUEUE, composed_job
 from batchmix.pipeline import generate
 from batchmix.signals import no_exit
 from batchmix.storage import read_json
+from batchmix.storage.bookkeeping import SUMMARY
 
 _JOBS: Mapping[str, Callable[[Config], None]] = {"annotate": annotate, "generate": generate}
 
@@ -30,10 +31,10 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What `_summary.json` says: counts, error rows by reason, seconds. BatchmixError while shards are missing."""
+        """What `summary.json` says: counts, error rows by reason, seconds. BatchmixError while shards are missing."""
         storage = Results(self.output_dir).storage
         try:
-            found: dict[str, Any] = read_json(storage, "_summary.json")
+            found: dict[str, Any] = read_json(storage, SUMMARY)
         except FileNotFoundError:
             raise BatchmixError(f"output.dir={self.output_dir}: rows are left, so there is no summary") from None
         return found

@@ -147,7 +147,7 @@ NOT_THERE = {
     "calculate_kv_scales": "the scales of an fp8 cache are 1",
     "code_revision": _NO_CODE,
     "download_dir": "set HF_HOME",
-    "enable_return_routed_experts": "routing is not returned; _summary.json of a job counts tokens by expert",
+    "enable_return_routed_experts": "routing is not returned; summary.json of a job counts tokens by expert",
     "enable_sleep_mode": _CLOSE,
     "hf_config_path": "config.json is read from the model folder",
     "hf_token": "set HF_TOKEN",

@@ -30,7 +30,7 @@ NOT_THERE = {
     "prompt_logprob_token_ids": "log-probabilities of prompts are not computed",
     "prompt_logprobs": "log-probabilities of prompts are not computed; score_choices scores given answers",
     "repetition_detection": "use max_tokens, and frequency_penalty or repetition_penalty",
-    "routed_experts_prompt_start": "routing is not returned; _summary.json of a job counts tokens by expert",
+    "routed_experts_prompt_start": "routing is not returned; summary.json of a job counts tokens by expert",
     "skip_clone": _FLAG,
     "skip_reading_prefix_cache": _FLAG,
     "spaces_between_special_tokens": "special tokens are written as they are",

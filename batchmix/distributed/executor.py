@@ -17,7 +17,7 @@ from batchmix.observability.trace import Trace
 from batchmix.planning.in_flight import InFlight
 from batchmix.records import Completion, InputRow
 from batchmix.stages import Prompts, buffers_of, planned_batches
-from batchmix.storage import open_storage
+from batchmix.storage.layout import open_output
 
 
 class Executor(Protocol):
@@ -98,6 +98,6 @@ def traced(config: Config, engine: Engine, name: str) -> Iterator[None]:
     if not config.engine.trace:
         yield
         return
-    with open_storage(config.output.dir).local_file(name) as path, Trace(path) as trace:
+    with open_output(config.output.dir).local_file(name) as path, Trace(path) as trace:
         engine.clock.trace = engine.runner.device_clock.trace = trace
         yield

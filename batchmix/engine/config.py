@@ -45,4 +45,6 @@ class EngineConfig:
     share_prefix: bool = key(True, "triton backend: compute once what prompts begin with in common")
     cuda_graphs: bool = key(True, "triton backend: run a step that only decodes as one CUDA graph")
     batch_invariant: bool = key(False, "GPU: a row has the same bits whatever other rows are in its batch; slower")
-    trace: bool = key(False, "write _trace.json, a Chrome trace of all threads and the device, into output.dir")
+    trace: bool = key(
+        False, "write trace.json, a Chrome trace of all threads and the device, into output.dir/.batchmix"
+    )

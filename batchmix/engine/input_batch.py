@@ -205,7 +205,7 @@ class InputBatch:
         host["finish"][slot] = Finish.RUNNING
         host["max_tokens"][slot] = max_tokens
         host["sample"][slot] = sample
-        host["row_key"][slot] = row_key(prompt.id)
+        host["row_key"][slot] = row_key(prompt.random_key)
         for key in _AS_ASKED:
             host[key][slot] = getattr(sampling, key)
         host["wants_logprob"][slot] = sampling.logprobs is not None

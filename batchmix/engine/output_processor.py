@@ -94,7 +94,7 @@ def _choices(request: Request) -> list[Completion]:
         best = int(logprobs.argmax())
         if sampling.temperature > 0:
             running = np.exp((logprobs - logprobs.max()) / sampling.temperature).cumsum()
-            key = [torch.tensor([value]) for value in (sampling.seed, row_key(prompt.id), sample, 0)]
+            key = [torch.tensor([value]) for value in (sampling.seed, row_key(prompt.random_key), sample, 0)]
             best = min(int(np.searchsorted(running, float(uniform(*key)) * running[-1], "right")), len(logprobs) - 1)
         choice = request.choices[best]
         completions.append(

@@ -46,7 +46,10 @@ class DataConfig:
     token_ids_column: str | None = key(
         None, "column with token ids, used as they are; null: prompt_token_ids, as above"
     )
-    id_column: str | None = key(None, "column with the rows' ids; null: the row's ordinal")
+    id_column: str | None = key(
+        None,
+        "column of ids, which also seed the rows' random numbers; null: id, custom_id or uuid, and the ordinal seeds",
+    )
     columns: list[str] | None = key(None, "columns that the output keeps; null: all")
     chat_template: str = key(
         "auto", "auto (the model's own, none for a base model), none, mistral, a Jinja file or Jinja text"

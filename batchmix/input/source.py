@@ -29,11 +29,12 @@ from batchmix.input.openai_batch import read_request
 from batchmix.input.prompt_columns import PromptColumns, column_of, value_of_column
 from batchmix.input.read_log import Extent
 from batchmix.input.rowset import Skip
-from batchmix.input.schema import Conformer, is_unicode, short
+from batchmix.input.schema import LOOSE, Conformer, is_unicode, short
 from batchmix.records import InputRow
 from batchmix.redact import remember_url
 from batchmix.templates.template import RowTemplate
 
+_IDS = ("id", "custom_id", "uuid")  # columns that fill the output's id where data.id_column names none
 _LISTED = 30  # columns that an error message names
 
 
@@ -62,14 +63,17 @@ def check_apart(data: DataConfig, folder: str, part: str = "part-00000-000000.ar
                                 " another output.dir")  # fmt: skip
 
 
-def open_source(data: DataConfig, shard: ShardConfig) -> Source:
-    """Find the data set, check that it can be read as configured, and infer its columns; reads no more than a sample."""
+def open_source(data: DataConfig, shard: ShardConfig, usual_ids: bool = True) -> Source:
+    """Find the data set, check that it can be read as configured, and infer its columns; reads no more than a sample.
+
+    `usual_ids`: whether a column that is called as ids usually are is one where data.id_column names none.
+    """
     paths = _paths(data.path)
     if len(paths) == 1 and _is_hub_name(paths[0]):
-        return Source(data, shard, HubInput(paths[0], data.split))
+        return Source(data, shard, HubInput(paths[0], data.split), usual_ids)
     # Numbers in these stay the text that they are: they are for the model, or identify the row.
     as_text = {*PromptColumns.of(data).names, "sampling", data.id_column or "", data.system_prompt_column or ""}
-    return Source(data, shard, FileInput(find_files(paths, data), as_text))
+    return Source(data, shard, FileInput(find_files(paths, data), as_text), usual_ids)
 
 
 def _paths(path: Any) -> list[str]:
@@ -88,16 +92,21 @@ class Source:
     """A data set, open for reading.
 
     `schema`: the columns that the output keeps, with their types, in input order. `num_rows`: of the whole data set,
-    up to data.limit, where metadata tells or all have been read; else None.
+    up to data.limit, where metadata tells or all have been read; else None. `id_column`: fills the rows' ids; None where
+    ordinals do, or the custom_id of OpenAI batch files.
     """
 
-    def __init__(self, data: DataConfig, shard: ShardConfig, source: Input) -> None:
+    def __init__(self, data: DataConfig, shard: ShardConfig, source: Input, usual_ids: bool = True) -> None:
         self._data = data
         self._shard = shard
         self._input = source
         self.openai_batch = source.openai_batch
         known = source.schema.names
         needed = self._check_columns()
+        self.id_column = data.id_column
+        if data.id_column is None and usual_ids and not self.openai_batch:
+            self.id_column = next((name for name in _IDS if name in known and _is_id(source.schema.field(name))), None)
+            needed |= {self.id_column or ""}
         kept = known if data.columns is None else list(dict.fromkeys(data.columns))
         self.schema = pa.schema([source.schema.field(name) for name in kept])
         for field in self.schema:
@@ -159,7 +168,8 @@ class Source:
         self.num_rows = min(end, limit)
 
     def _rows(self, chunk: InputChunk) -> list[InputRow]:
-        id_column = self._data.id_column
+        id_column = self.id_column
+        set_id = _set_id if self._data.id_column is not None else _set_usual_id
         rows = []
         for place, record in zip(chunk.chunk.numbers, chunk.chunk.records, strict=True):
             number = chunk.offset + place
@@ -170,7 +180,7 @@ class Source:
             else:
                 row = InputRow(number, str(number), record)
                 if id_column is not None:
-                    _set_id(row, id_column)
+                    set_id(row, id_column)
                 if record.get("sampling") is not None:
                     _set_sampling(row, record["sampling"])
             rows.append(row)
@@ -262,6 +272,21 @@ def _set_id(row: InputRow, column: str) -> None:
         row.id = name
     else:
         row.error = f"column {column!r} (data.id_column) holds {short(value)}, which is no text"
+
+
+def _is_id(field: pa.Field) -> bool:
+    """Texts and integers, but no column of JSON text, whose values may be anything."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool((text and field.metadata != LOOSE) or pa.types.is_integer(kind))
+
+
+def _set_usual_id(row: InputRow, column: str) -> None:
+    """A row without an id keeps its ordinal, which keys the random numbers of all rows."""
+    row.key = row.id
+    value = row.columns.get(column)
+    if isinstance(value, str | int) and not isinstance(value, bool) and is_unicode(str(value)):
+        row.id = str(value)
 
 
 def _set_sampling(row: InputRow, value: Any) -> None:

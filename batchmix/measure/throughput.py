@@ -38,6 +38,7 @@ from batchmix.output.config import OutputConfig
 from batchmix.planning.cost import Footprint, footprint
 from batchmix.prompts.tokenizer import load_tokenizer
 from batchmix.sampling import SamplingConfig
+from batchmix.storage.bookkeeping import METRICS, SUMMARY
 
 _RESERVED = 4 << 30  # bytes of a GPU that the roofline leaves to the driver and to activations
 _CACHE_SHARE = 0.15  # of a GPU's memory, left for the cache where benchmark.layers is null
@@ -204,13 +205,13 @@ def run_work(config: Config, folder: Path, work: Work, device: torch.device) -> 
     # What it prints names a folder that will be gone.
     with _peak_memory(device) as peak, contextlib.redirect_stdout(io.StringIO()):
         pipeline.generate(job)
-    summary = json.loads((out / "_summary.json").read_text())
+    summary = json.loads((out / SUMMARY).read_text())
     if summary["error_rows"] or summary["completion_tokens"] != work.output_tokens:
         raise BatchmixError(
             f"{work.name}: {summary['error_rows']} error rows and {summary['completion_tokens']:,} tokens, not"
             f" {work.output_tokens:,}"
         )
-    last = json.loads((out / "_metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((out / METRICS).read_text().splitlines()[-1])
     seconds = max(summary["generate_seconds"], 1e-9)
     return {
         "seconds": seconds,

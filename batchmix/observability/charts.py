@@ -18,7 +18,7 @@ from batchmix.observability.chart_layout import LABEL_SIZE, TICK_SIZE, Axis, fit
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 28, 24, 40  # of a frame: room for ticks and names of axes
 _SERIES = 6  # colours
 _LABEL_ROOM = 140  # pixels for a label beside a bar or a row of a matrix
-_COLUMN_ROOM = 120  # pixels for a label that stands upright above a column
+_COLUMN_ROOM = 120  # pixels for a label that stands vertical above a column
 _BAR, _GAP = 14, 8  # a bar is as thick as its number is high
 _CELL, _LARGEST_CELL, _CELL_HEIGHT = 24, 88, 24
 Point = tuple[float, float]
@@ -143,18 +143,18 @@ def matrix(
     needed = max(_CELL, 4 + _room([text for row in shown for text in row], math.inf, LABEL_SIZE))
     wide = max(needed, min(_LARGEST_CELL, (PANEL.width - left - 4) / max(1, len(columns))))
     width = max(PANEL.width, left + wide * len(columns) + 4)
-    upright = 6 + max((text_width(label, LABEL_SIZE) for label in columns), default=0) > wide
-    head = 38 + (_room(columns, _COLUMN_ROOM, LABEL_SIZE) - LABEL_SIZE if upright else 0)
+    vertical = 6 + max((text_width(label, LABEL_SIZE) for label in columns), default=0) > wide
+    head = 38 + (_room(columns, _COLUMN_ROOM, LABEL_SIZE) - LABEL_SIZE if vertical else 0)
     marks = [
         Markup('<text class="axis" x="{:.1f}" y="12" text-anchor="{}">{}</text>').format(
-            *((left, "start") if upright else (left + wide * len(columns) / 2, "middle")), column_label
+            *((left, "start") if vertical else (left + wide * len(columns) / 2, "middle")), column_label
         ),
         Markup('<text class="axis" x="4" y="{:.1f}">{}</text>').format(head - 8, row_label),
     ]
     for j, label in enumerate(columns):
         x = left + wide * (j + 0.5)
-        if upright:
-            marks.append(_label(x + 4, head - 8, "start", label, _COLUMN_ROOM, upright=True))
+        if vertical:
+            marks.append(_label(x + 4, head - 8, "start", label, _COLUMN_ROOM, vertical=True))
         else:
             marks.append(_label(x, head - 8, "middle", label, wide))
     for i, label in enumerate(rows):
@@ -221,9 +221,9 @@ def _axes(frame: Frame, x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) 
     return marks
 
 
-def _label(x: float, y: float, anchor: str, label: str, room: float, upright: bool = False) -> Markup:
+def _label(x: float, y: float, anchor: str, label: str, room: float, vertical: bool = False) -> Markup:
     """A label as much of which shows as there is room for; the whole of it stands in its title."""
-    turn = Markup(' transform="rotate(-90 {:.1f} {:.1f})"').format(x, y) if upright else ""
+    turn = Markup(' transform="rotate(-90 {:.1f} {:.1f})"').format(x, y) if vertical else ""
     return Markup('<text class="label" x="{:.1f}" y="{:.1f}" text-anchor="{}"{}>{}<title>{}</title></text>').format(
         x, y, anchor, turn, fit_text(label, room, LABEL_SIZE), label
     )

@@ -1,4 +1,4 @@
-"""`_metrics.jsonl`: the engine's counters over time, a line every few seconds.
+"""`.batchmix/metrics.jsonl`: the engine's counters over time, a line every few seconds.
 
 An object store knows no appending: there each shard has a file of its own, written anew once a minute.
 """
@@ -14,7 +14,8 @@ from batchmix.memory import resident_bytes
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.observability.totals import Totals
 from batchmix.observability.tracking import Trackers
-from batchmix.storage import LocalFolder, Storage
+from batchmix.storage import Storage
+from batchmix.storage.bookkeeping import METRICS, metrics_name
 
 _EVERY, _EVERY_UPLOAD = 10.0, 60.0  # seconds
 
@@ -26,10 +27,7 @@ class Metrics:
         self, storage: Storage, stats: EngineStats, totals: Totals, shard: int, trackers: Trackers | None = None
     ) -> None:
         self._storage = storage
-        appends = isinstance(storage, LocalFolder)
-        self._name, self._every = (
-            ("_metrics.jsonl", _EVERY) if appends else (f"_metrics-{shard:05}.jsonl", _EVERY_UPLOAD)
-        )
+        self._name, self._every = (METRICS, _EVERY) if storage.appends else (metrics_name(shard), _EVERY_UPLOAD)
         self._stats = stats
         self._totals = totals
         self._shard = shard

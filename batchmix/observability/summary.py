@@ -1,4 +1,4 @@
-"""`_summary.json`, and the lines at the end of a run."""
+"""`.batchmix/summary.json`, and the lines at the end of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunStatistics:
     device_seconds: float | None = None  # in which the device worked, by its own clock; None: a CPU, which has none
 
     def as_json(self) -> dict[str, Any]:
-        """Its part of `_summary.json`; read, tokenise and write run beside prefill and decode."""
+        """Its part of `summary.json`; read, tokenise and write run beside prefill and decode."""
         generate = (self.stats.last_token_time or 0.0) - (self.stats.first_prefill_time or 0.0)
         seconds = self.clock.seconds
         busy = self.device_seconds

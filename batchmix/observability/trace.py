@@ -1,4 +1,4 @@
-"""`_trace.json`: what each thread did when, for chrome://tracing or https://ui.perfetto.dev."""
+"""`.batchmix/trace.json`: what each thread did when, for chrome://tracing or https://ui.perfetto.dev."""
 
 from __future__ import annotations
 

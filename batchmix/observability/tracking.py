@@ -1,4 +1,4 @@
-"""Where else the lines of `_metrics.jsonl` go: Weights & Biases, MLflow, a text file for Prometheus' node_exporter."""
+"""Where else the lines of `metrics.jsonl` go: Weights & Biases, MLflow, a text file for Prometheus' node_exporter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tracker(Protocol):
     """A service or a file that shows the lines."""
 
     def log(self, line: Mapping[str, float]) -> None:
-        """Take a line of `_metrics.jsonl`; `time` in seconds since 1970."""
+        """Take a line of `metrics.jsonl`; `time` in seconds since 1970."""
 
     def finish(self, failed: bool) -> None:
         """Say that the run has ended."""
@@ -66,7 +66,7 @@ class Trackers:
         self._each(lambda tracker: tracker.finish(error is not None))
 
     def log(self, line: Mapping[str, float]) -> None:
-        """Hand a line of `_metrics.jsonl` to all of them."""
+        """Hand a line of `metrics.jsonl` to all of them."""
         self._each(lambda tracker: tracker.log(line))
 
     def _each(self, call: Any) -> None:
@@ -159,7 +159,7 @@ class PrometheusFile:
             if name in self._labels:
                 continue
             family = CounterMetricFamily if name in _COUNTERS else GaugeMetricFamily
-            metric = family(f"batchmix_{name}", f"{name} of _metrics.jsonl", labels=list(self._labels))
+            metric = family(f"batchmix_{name}", f"{name} of metrics.jsonl", labels=list(self._labels))
             metric.add_metric(list(self._labels.values()), value)
             yield metric
 

@@ -9,9 +9,12 @@ import pyarrow as pa
 
 from batchmix.errors import BatchmixError
 from batchmix.input.schema import LOOSE, as_json_text
+from batchmix.output.logprobs import LOGPROBS, LOGPROBS_OF_IDS, TokenTexts, records_of_ids
+from batchmix.output.messages import MESSAGES, is_list_of_structs, message_records
 from batchmix.records import Completion
 
-FIRST = pa.schema([("row", pa.int64()), ("id", pa.string()), ("sample_index", pa.int32())])
+ID = "id"
+FIRST = pa.schema([("row", pa.int64()), (ID, pa.string()), ("sample_index", pa.int32())])
 LAST = pa.schema(
     [
         ("generated_text", pa.string()),
@@ -24,18 +27,6 @@ LAST = pa.schema(
     ]
 )
 TOKEN_IDS = pa.field("generated_token_ids", pa.list_(pa.int32()))
-LOGPROBS = pa.field(
-    "logprobs",
-    pa.list_(
-        pa.struct(
-            [
-                ("token_id", pa.int32()),
-                ("logprob", pa.float32()),
-                ("top", pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))),
-            ]
-        )
-    ),
-)
 GUIDED_LOGPROBS = pa.field("guided_logprobs", pa.list_(pa.float32()))  # of each token, one that ends the text included
 CHOICE_PROBABILITIES = pa.field("choice_probabilities", pa.list_(pa.float64()))  # in the order of the choices
 
@@ -53,7 +44,8 @@ class TypedColumns(Protocol):
 class OutputColumns:
     """`row`, `id`, `sample_index`, the kept input columns, an annotation task's, and what was generated.
 
-    `schema` has them all, in order. An input column that is called as one of ours becomes `input_<name>`.
+    `schema` has them all, in order. An input column that is called as one of ours becomes `input_<name>`; `id` is not among
+    the kept ones where it fills ours.
     """
 
     def __init__(
@@ -66,8 +58,13 @@ class OutputColumns:
         guided_logprobs: bool = False,
         provenance: Mapping[str, str] | None = None,
         annotations: TypedColumns | None = None,
+        tokens: TokenTexts | None = None,
+        messages: str | None = None,
     ) -> None:
-        asked = {TOKEN_IDS: token_ids, LOGPROBS: logprobs, CHOICE_PROBABILITIES: choice_probabilities,
+        """`tokens`: what the tokens of logprobs are as text; None: they have ids alone, as in earlier releases. `messages`: the
+        input column with conversations, which becomes MESSAGES where it is no list of structs."""
+        of_logprobs = LOGPROBS_OF_IDS if tokens is None else LOGPROBS
+        asked = {TOKEN_IDS: token_ids, of_logprobs: logprobs, CHOICE_PROBABILITIES: choice_probabilities,
                  GUIDED_LOGPROBS: guided_logprobs}  # fmt: skip
         extra = [field for field, wanted in asked.items() if wanted]
         own = {*FIRST.names, *LAST.names, *(field.name for field in extra)}
@@ -78,8 +75,12 @@ class OutputColumns:
                 raise BatchmixError(f"annotate: a field of the answers is called {name!r}, as a column that the output has"
                                     " anyway; give it another name")  # fmt: skip
         own |= set(names)
+        self.tokens = tokens
         self._annotations = annotations
         self._kept = kept
+        self._conversations = {
+            field.name for field in kept if field.name == messages and not is_list_of_structs(field.type)
+        }
         taken = own | set(kept.names)
         fields = []
         for field in kept:
@@ -87,7 +88,8 @@ class OutputColumns:
             while name in own or (name != field.name and name in taken):
                 name = f"input_{name}"
             taken.add(name)
-            fields.append(field.with_name(name).remove_metadata())
+            kind = MESSAGES if field.name in self._conversations else field.type
+            fields.append(field.with_name(name).with_type(kind).remove_metadata())
         metadata = {
             f"batchmix.{key}": value.encode(errors="backslashreplace") for key, value in (provenance or {}).items()
         }
@@ -106,7 +108,11 @@ class OutputColumns:
         ]
         for field in self._kept:
             values = [completion.prompt.columns.get(field.name) for completion in completions]
-            columns.append([as_json_text(value) for value in values] if field.metadata == LOOSE else values)
+            if field.name in self._conversations:
+                values = [message_records(value) for value in values]
+            elif field.metadata == LOOSE:
+                values = [as_json_text(value) for value in values]
+            columns.append(values)
         if self._annotations is not None:
             columns += self._annotations.arrays(completions)
         columns += [
@@ -121,7 +127,8 @@ class OutputColumns:
         if self._token_ids:
             columns.append([None if c.error is not None else list(c.token_ids) for c in completions])
         if self._logprobs:
-            columns.append([_logprobs(completion) for completion in completions])
+            records = records_of_ids if self.tokens is None else self.tokens.records
+            columns.append([records(completion.logprobs) for completion in completions])
         if self._choice_probabilities:
             columns.append([completion.choice_probabilities for completion in completions])
         if self._guided_logprobs:
@@ -131,16 +138,3 @@ class OutputColumns:
             for values, field in zip(columns, self.schema, strict=True)
         ]
         return pa.Table.from_arrays(arrays, schema=self.schema)
-
-
-def _logprobs(completion: Completion) -> list[dict[str, object]] | None:
-    if completion.logprobs is None:
-        return None
-    return [
-        {
-            "token_id": entry.token_id,
-            "logprob": entry.logprob,
-            "top": [{"token_id": token, "logprob": logprob} for token, logprob in entry.top],
-        }
-        for entry in completion.logprobs
-    ]

@@ -48,5 +48,5 @@ class OutputConfig:
     overwrite: bool = key(False, "delete the rows that output.dir holds and start afresh")
     redo: Redo | None = key(None, "run only the rows with this finish_reason again, and replace them")
     token_ids: bool = key(False, "add the column `generated_token_ids`")
-    report_to: list[ReportTo] = key([], "send the counters of _metrics.jsonl to these too: wandb, mlflow")
+    report_to: list[ReportTo] = key([], "send the counters of metrics.jsonl to these too: wandb, mlflow")
     prometheus_file: str | None = key(None, "write them into this file too, for node_exporter; one for each shard")

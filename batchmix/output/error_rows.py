@@ -1,12 +1,10 @@
-"""A run of which too many rows are errors ends with exit code 1 and without `_SUCCESS`: its data or settings are wrong."""
+"""A run of which too many rows are errors ends with exit code 1 and without `SUCCESS`: its data or settings are wrong."""
 
 from __future__ import annotations
 
 from batchmix.errors import BatchmixError
 from batchmix.observability.error_reasons import ErrorReasons
 from batchmix.observability.totals import Totals
-
-FAILED = "_FAILED"
 
 
 class TooManyErrors(BatchmixError):

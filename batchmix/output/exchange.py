@@ -14,9 +14,12 @@ from typing import Any
 from batchmix.errors import BatchmixError
 from batchmix.output.lease import Lease, lost
 from batchmix.storage import Storage, create_json, read_json
+from batchmix.storage.bookkeeping import JOURNAL, MERGE, REDO, journal_name
+from batchmix.storage.layout import old_name
 
 _VOID: dict[str, Any] = {"staging": "", "add": [], "remove": []}
-_STAGING = re.compile(r"_redo|_merge(-\d+)?")
+# Journals that an earlier release has left say the names of its layout.
+_STAGING = re.compile("|".join(rf"{re.escape(name(REDO))}|{re.escape(name(MERGE))}(-\d+)?" for name in (str, old_name)))
 
 
 def exchange(storage: Storage, generation: int, staging: str, staged: Sequence[str], removed: Sequence[str]) -> None:
@@ -26,17 +29,17 @@ def exchange(storage: Storage, generation: int, staging: str, staged: Sequence[s
     `generation`: of the lease FINALIZE that the caller holds. Lost where it was taken over.
     """
     steps = {"staging": staging, "add": list(staged), "remove": list(removed)}
-    if not create_json(storage, _journal(generation), steps):
+    if not create_json(storage, journal_name(generation), steps):
         raise lost(storage, "the whole")
-    _do(storage, _journal(generation), steps)
+    _do(storage, journal_name(generation), steps)
 
 
 def finish_exchange(storage: Storage, lease: Lease) -> None:
     """Complete an exchange that was interrupted, if one was, and keep those who held `lease` before from beginning one."""
     for record in lease.predecessors:
         if record.needs_seal(storage):
-            create_json(storage, _journal(record.generation), _VOID)
-    for name in storage.names("_journal-*.json"):
+            create_json(storage, journal_name(record.generation), _VOID)
+    for name in storage.names(f"{JOURNAL}-*.json"):
         steps = _read(storage, name)
         if steps != _VOID:
             _do(storage, name, steps)
@@ -45,11 +48,7 @@ def finish_exchange(storage: Storage, lease: Lease) -> None:
 
 def unfinished_exchange(storage: Storage) -> bool:
     """Whether there is one."""
-    return any(_read(storage, name) != _VOID for name in storage.names("_journal-*.json"))
-
-
-def _journal(generation: int) -> str:
-    return f"_journal-{generation:06}.json"
+    return any(_read(storage, name) != _VOID for name in storage.names(f"{JOURNAL}-*.json"))
 
 
 def _read(storage: Storage, journal: str) -> dict[str, Any]:

@@ -15,16 +15,15 @@ from batchmix.observability.error_reasons import ErrorReasons
 from batchmix.observability.summary import Summary
 from batchmix.observability.totals import Totals
 from batchmix.output.config import Order
-from batchmix.output.error_rows import FAILED, TooManyErrors, explain_errors, too_many_errors
+from batchmix.output.error_rows import TooManyErrors, explain_errors, too_many_errors
 from batchmix.output.exchange import finish_exchange, unfinished_exchange
 from batchmix.output.lease import CLOSED, CLOSING, FINALIZE, Busy, Lease, Record, read_leases, wait_until_lost
-from batchmix.output.merge import STAGING, check_once, merge_in_order
+from batchmix.output.merge import check_once, merge_in_order
 from batchmix.output.parts import Parts
-from batchmix.output.redo import STAGING as REDO_STAGING
 from batchmix.storage import Storage, read_json, reason_of, write_json
+from batchmix.storage.bookkeeping import DONE, FAILED, MERGE, REDO, SUCCESS, SUMMARY, done_name, statistics_name
 
-SUCCESS = "_SUCCESS"
-_MARKER = re.compile(r"_done-(\d+)-of-(\d+)$")
+_MARKER = re.compile(rf"{re.escape(DONE)}-(\d+)-of-(\d+)$")
 _PATIENCE = 0.5  # seconds between two tries to be the one who finalizes
 
 _log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Marker:
-    """`_done-<index>-of-<count>`: what a shard said when all its rows were committed."""
+    """`done-<index>-of-<count>`: what a shard said when all its rows were committed."""
 
     limit: int | None
     order: Order
@@ -43,21 +42,12 @@ class Marker:
     def write(self, storage: Storage, index: int, count: int) -> None:
         value = {"limit": self.limit, "order": self.order.value, "rows": self.rows, "end": self.end,
                  "max_error_share": self.max_error_share}  # fmt: skip
-        write_json(storage, marker_name(index, count), value)
-
-
-def marker_name(index: int, count: int) -> str:
-    return f"_done-{index:05}-of-{count:05}"
-
-
-def statistics_name(index: int, count: int) -> str:
-    """Of what the last run of a shard did, for the summary."""
-    return f"_summary-{index:05}-of-{count:05}.json"
+        write_json(storage, done_name(index, count), value)
 
 
 def read_marker(storage: Storage, index: int, count: int) -> Marker | None:
     try:
-        said = read_json(storage, marker_name(index, count))
+        said = read_json(storage, done_name(index, count))
         share = float(said.get("max_error_share", 1.0))  # of releases before there was one
         return Marker(said["limit"], Order(said["order"]), int(said["rows"]), int(said["end"]), share)
     except (OSError, ValueError, KeyError, TypeError):
@@ -67,7 +57,7 @@ def read_marker(storage: Storage, index: int, count: int) -> Marker | None:
 def read_markers(storage: Storage) -> dict[tuple[int, int], Marker]:
     """By (index, count), also of runs with another shard.count."""
     found = {}
-    for name in storage.names("_done-*"):
+    for name in storage.names(f"{DONE}-*"):
         if match := _MARKER.match(name):
             place = int(match[1]), int(match[2])
             if (marker := read_marker(storage, *place)) is not None:
@@ -90,7 +80,7 @@ def finalizing(storage: Storage, shard: ShardConfig) -> Iterator[Lease]:
             time.sleep(_PATIENCE)
     try:
         finish_exchange(storage, lease)
-        for name in storage.names(f"{STAGING}-*"):
+        for name in storage.names(f"{MERGE}-*"):
             storage.delete_folder(name)
         yield lease
     finally:
@@ -143,8 +133,8 @@ def finalize(
     reasons = parts.error_reasons() if totals.error_rows else ErrorReasons()
     summary = Summary(totals, runs, reasons)
     lease.check(look=True)
-    parts.checksums.sweep(parts.names() + parts.names(f"{REDO_STAGING}/"))
-    summary.write(parts.storage, "_summary.json")
+    parts.checksums.sweep(parts.names() + parts.names(f"{REDO}/"))
+    summary.write(parts.storage, SUMMARY)
     state = success(limit, order, parts) | {"rows": totals.rows, "error_rows": totals.error_rows}
     failed = too_many_errors(totals, max_error_share)
     if failed:
@@ -161,13 +151,13 @@ def check_errors(storage: Storage) -> None:
 
 
 def read_failure(storage: Storage) -> str | None:
-    """What `_FAILED` says; None where there is none."""
+    """What `FAILED` says; None where there is none."""
     if not storage.exists(FAILED):
         return None
     try:
         return str(read_json(storage, FAILED)["error"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{storage.url}/{FAILED}: cannot be read ({reason_of(error)}); run the command again"
+        return f"{storage.file_url(FAILED)}: cannot be read ({reason_of(error)}); run the command again"
 
 
 def is_finished(storage: Storage) -> bool:
@@ -176,7 +166,7 @@ def is_finished(storage: Storage) -> bool:
 
 
 def success(limit: int | None, order: Order, parts: Parts) -> dict[str, Any]:
-    """What `_SUCCESS` says."""
+    """What `SUCCESS` says."""
     return {"limit": limit, "order": order.value, "parts": len(parts.names())}
 
 
@@ -191,5 +181,5 @@ def read_runs(storage: Storage, count: int) -> list[Any]:
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            _log.warning("%s/%s is damaged (%s): the summary lacks that shard's times", storage.url, name, error)
+            _log.warning("%s is damaged (%s): the summary lacks that shard's times", storage.file_url(name), error)
     return found

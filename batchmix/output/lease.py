@@ -1,7 +1,7 @@
 """How workers share one output folder: a lease for each shard, renewed by heartbeats, and commits that a worker whose
 lease was taken over cannot make.
 
-A lease is a file `_workers/<shard>-<generation>.json`: who holds it, since when, when it last gave a sign of life, and
+A lease is a file `workers/<shard>-<generation>.json`: who holds it, since when, when it last gave a sign of life, and
 under which names it commits. To take a shard is to *create* the file of its next generation, which only one of those who
 try can do. The newest generation holds the shard. Nobody but its holder writes a lease, so nothing is compared and swapped.
 
@@ -50,8 +50,8 @@ from batchmix.errors import BatchmixError
 from batchmix.input.config import ShardConfig
 from batchmix.output.owner import Owner
 from batchmix.storage import Storage, create_json, read_json, write_json
+from batchmix.storage.bookkeeping import WORKERS
 
-FOLDER = "_workers"
 FINALIZE = "finalize"
 RUNNING, CLOSING, CLOSED = "running", "closing", "closed"
 _PATIENCE = 0.5  # seconds between two looks at a heartbeat
@@ -82,12 +82,12 @@ class Record:
     takeover_seconds: float = 90.0
     indices: list[int] = field(default_factory=list)  # of the parts that it commits
     first_number: int | None = None  # of these parts; None: it has not got so far
-    folder: str = ""  # where they go, `_redo/` for rows that are run again
+    folder: str = ""  # where they go, `REDO/` for rows that are run again
     progress: dict[str, Any] = field(default_factory=dict)  # see `Progress`
 
     @property
     def path(self) -> str:
-        return f"{FOLDER}/{self.name}-{self.generation:06}.json"
+        return f"{WORKERS}/{self.name}-{self.generation:06}.json"
 
     def silence(self, storage: Storage) -> float:
         """Seconds without a heartbeat: of a process of this machine since the last one, of another since this process
@@ -144,7 +144,7 @@ def _check_types(value: Record | Owner) -> None:
 def read_leases(storage: Storage) -> dict[str, list[Record]]:
     """All leases by name, the generations of each in order; of most there is only one."""
     found: dict[str, list[Record]] = {}
-    for path in storage.names(f"{FOLDER}/*.json"):
+    for path in storage.names(f"{WORKERS}/*.json"):
         try:
             record = Record.load(storage, path)
         except FileNotFoundError:  # a successor has just removed it
@@ -232,7 +232,7 @@ class Lease:
                 _log.warning("no heartbeat could be written for %s (%s)", self._what, error)
 
     def _look(self) -> None:
-        newest = max(self._storage.names(f"{FOLDER}/{self.record.name}-*.json"), default=self.record.path)
+        newest = max(self._storage.names(f"{WORKERS}/{self.record.name}-*.json"), default=self.record.path)
         if newest > self.record.path:
             self._lost_to = Record.load(self._storage, newest)
 

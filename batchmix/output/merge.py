@@ -16,8 +16,8 @@ from batchmix.errors import BatchmixError
 from batchmix.output.exchange import exchange
 from batchmix.output.lease import lost
 from batchmix.output.parts import Parts
+from batchmix.storage.bookkeeping import merge_folder
 
-STAGING = "_merge"
 _SHOWN = 5  # rows that a message names
 _RANGE_RECORDS = 4_000_000  # records sorted at once
 _NOTHING = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
@@ -81,7 +81,7 @@ def merge_in_order(parts: Parts, rows_per_shard: int, generation: int) -> None:
     """
     if _in_order(parts):
         return
-    storage, staging = parts.storage, f"{STAGING}-{generation:06}"
+    storage, staging = parts.storage, merge_folder(generation)
     storage.make_folder(staging)
     old = _scan_all(parts)
     number = parts.next_number()

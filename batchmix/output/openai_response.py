@@ -6,16 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from batchmix.output.logprobs import TokenTexts
 from batchmix.records import Completion
 
 _ROW_IN_ID = re.compile(r"batch_req_(\d+)$")
 
 
-def response_line(samples: Sequence[Completion], model: str) -> dict[str, Any]:
+def response_line(samples: Sequence[Completion], model: str, tokens: TokenTexts) -> dict[str, Any]:
     """The response to one request; `samples` are the row's, in order. Its `id` ends in the row's ordinal.
 
-    `created` is 0: the same rows give the same bytes whenever they run. Log-probabilities carry token ids, since the
-    text of a single token is not always valid UTF-8.
+    `created` is 0: the same rows give the same bytes whenever they run.
     """
     first = samples[0]
     name = f"batch_req_{first.prompt.row}"
@@ -30,7 +30,7 @@ def response_line(samples: Sequence[Completion], model: str) -> dict[str, Any]:
         "object": "chat.completion",
         "created": 0,
         "model": model,
-        "choices": [_choice(sample) for sample in samples],
+        "choices": [_choice(sample, tokens) for sample in samples],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -81,7 +81,7 @@ def first_choice(response: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _choice(sample: Completion) -> dict[str, Any]:
+def _choice(sample: Completion, tokens: TokenTexts) -> dict[str, Any]:
     choice: dict[str, Any] = {
         "index": sample.sample_index,
         "message": {"role": "assistant", "content": sample.text},
@@ -89,16 +89,5 @@ def _choice(sample: Completion) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
     }
     if sample.logprobs is not None:
-        choice["logprobs"] = {
-            "content": [
-                {
-                    "token": f"token_id:{entry.token_id}",
-                    "logprob": entry.logprob,
-                    "top_logprobs": [
-                        {"token": f"token_id:{token}", "logprob": logprob} for token, logprob in entry.top
-                    ],
-                }
-                for entry in sample.logprobs
-            ]
-        }
+        choice["logprobs"] = {"content": tokens.openai(sample.logprobs)}
     return choice

@@ -11,38 +11,45 @@ from batchmix.input.config import ShardConfig
 from batchmix.input.read_log import Extent
 from batchmix.input.rowset import AllBut, RowSet
 from batchmix.observability.summary import RunStatistics, Summary
-from batchmix.output.checksums import FOLDER as CHECKSUMS
 from batchmix.output.config import OutputConfig
-from batchmix.output.error_rows import FAILED, too_many_errors
+from batchmix.output.error_rows import too_many_errors
 from batchmix.output.finalize import (
-    SUCCESS,
     Marker,
     close_lost,
     describe,
     finalize,
     finalizing,
     is_finished,
-    marker_name,
     open_leases,
     read_marker,
     read_markers,
     read_runs,
     settle,
-    statistics_name,
     success,
 )
-from batchmix.output.lease import FOLDER, Busy, Lease, Record, shard_name, wait_until_lost
+from batchmix.output.lease import Busy, Lease, Record, shard_name, wait_until_lost
 from batchmix.output.parts import PartLog, Parts
-from batchmix.output.redo import STAGING as REDO_STAGING
 from batchmix.output.redo import replace_rows, rows_to_redo
-from batchmix.output.run_info import NAME as RUN_INFO
 from batchmix.output.run_info import accept_run, differences, read_run, record_redo
 from batchmix.storage import read_json, reason_of, write_json
+from batchmix.storage.bookkeeping import (
+    CHECKSUMS,
+    FAILED,
+    FILES,
+    FOLDERS,
+    HYDRA,
+    REDO,
+    REDO_RUN,
+    RUN,
+    SUCCESS,
+    WORKERS,
+    done_name,
+    statistics_name,
+    trace_name,
+)
 
 _PARTS = ("part-*.arrow", "part-*.parquet", "part-*.jsonl")
-_OURS = (*_PARTS, ".part-*.tmp", "_run.json", "_metrics*.jsonl", "_summary*.json", "_evaluation.json", "_checks.json",
-         "_trace*.json", "_weights.json", "_done-*", "_journal-*.json", SUCCESS, FAILED)  # fmt: skip
-_OUR_FOLDERS = (".hydra", REDO_STAGING, "_report", CHECKSUMS)
+_OURS = (*_PARTS, ".part-*.tmp", *FILES)
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ _log = logging.getLogger(__name__)
 class OutputFolder:
     """One shard's hold on the output folder, from its lease to `finish`.
 
-    `folder` is where this run's parts go: "", or `_redo/`. `skip` has the rows not to run; there is none where all is
+    `folder` is where this run's parts go: "", or `REDO/`. `skip` has the rows not to run; there is none where all is
     `complete`. BatchmixError where another process has
     this shard or the folder holds something else.
     """
@@ -58,7 +65,7 @@ class OutputFolder:
     def __init__(self, output: OutputConfig, shard: ShardConfig, parts: Parts, run: dict[str, Any],
                  limit: int | None, max_error_share: float = 1.0) -> None:  # fmt: skip
         self.storage = parts.storage
-        self.folder = "" if output.redo is None else f"{REDO_STAGING}/"
+        self.folder = "" if output.redo is None else f"{REDO}/"
         self._output, self._shard, self._parts, self._limit = output, shard, parts, limit
         self._max_error_share = max_error_share
         self._make()
@@ -74,7 +81,7 @@ class OutputFolder:
             for record in self._lease.predecessors:
                 self._check_overwrite(record)
                 parts.seal(record)
-            if output.overwrite and self.storage.exists(RUN_INFO):
+            if output.overwrite and self.storage.exists(RUN):
                 self._delete_ours()
             self._lease.forget_predecessors()
             self.first_number = parts.next_number()
@@ -88,10 +95,10 @@ class OutputFolder:
         if self._is_void(run):
             self._delete_ours()
         accept_run(self.storage, run)
-        if self.storage.exists(f"{REDO_STAGING}/{RUN_INFO}"):
+        if self.storage.exists(REDO_RUN):
             raise BatchmixError(
                 f"output.dir={self.storage.url}: rows are being redone there; finish that with output.redo, or delete"
-                f" {self.storage.url}/{REDO_STAGING} to give it up"
+                f" {self.storage.file_url(REDO)} to give it up"
             )
         self.storage.delete_unfinished("", self._is_mine)
         done = self._parts.rows(self._parts.names())
@@ -103,7 +110,7 @@ class OutputFolder:
         assert redo is not None
         if self._shard.count > 1:
             raise BatchmixError(f"output.redo={redo.value} runs as one process; leave shard.count at 1")
-        if not self.storage.exists(RUN_INFO) or not is_finished(self.storage):
+        if not self.storage.exists(RUN) or not is_finished(self.storage):
             raise BatchmixError(
                 f"output.redo={redo.value}: output.dir={url} holds no finished run; finish it first, without output.redo"
             )
@@ -120,8 +127,8 @@ class OutputFolder:
         wanted = RowSet()
         if self._redo not in done_before["redone"]:
             wanted = rows_to_redo(self._parts, redo)
-            self.storage.make_folder(REDO_STAGING)
-            accept_run(self.storage, {**run, "identity": self._redo | new}, self.folder)
+            self.storage.make_folder(REDO)
+            accept_run(self.storage, {**run, "identity": self._redo | new}, REDO_RUN)
             self.storage.delete_unfinished(self.folder, self._is_mine)
         else:
             _log.info("rows that ended with %s were redone with these settings before", redo.value)
@@ -131,7 +138,7 @@ class OutputFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether `_SUCCESS` is there, and by these settings nothing is left and not too many rows have an error."""
+        """Whether SUCCESS is there, and by these settings nothing is left and not too many rows have an error."""
         if self._output.redo is not None:
             return False
         try:
@@ -151,7 +158,7 @@ class OutputFolder:
             return
         self._lease.check(look=True)
         self._delete_state()
-        self.storage.delete(marker_name(self._shard.index, self._shard.count))
+        self.storage.delete(done_name(self._shard.index, self._shard.count))
 
     def report(self, progress: Callable[[], dict[str, Any]]) -> None:
         """What heartbeats say of this shard's progress from now on."""
@@ -163,13 +170,13 @@ class OutputFolder:
 
     def extents(self) -> list[Extent]:
         """What all who committed rows had read of the input."""
-        rows = self._parts.names() or self._parts.names(f"{REDO_STAGING}/")
+        rows = self._parts.names() or self._parts.names(f"{REDO}/")
         return self._parts.checksums.extents() if rows else []
 
     @property
     def trace_name(self) -> str:
         """Where this shard's trace goes."""
-        return trace_name(self._shard)
+        return trace_name(self._shard.index, self._shard.count)
 
     def write_statistics(self, run: RunStatistics) -> None:
         """Keep what this run did for the summary of all shards."""
@@ -182,7 +189,7 @@ class OutputFolder:
         """
         self._lease.check(look=True)
         if self._output.redo is not None:
-            if self._parts.names(self.folder) or self.storage.exists(self.folder + RUN_INFO):
+            if self._parts.names(self.folder) or self.storage.exists(REDO_RUN):
                 with finalizing(self.storage, self._shard) as lease:
                     replace_rows(self._parts, lease.generation)
                 record_redo(self.storage, self._redo)
@@ -222,7 +229,7 @@ class OutputFolder:
     def _make(self) -> None:
         url = self.storage.url
         try:
-            self.storage.make_folder(FOLDER)
+            self.storage.make_folder(WORKERS)
             self.storage.make_folder(CHECKSUMS)
             exclusive = self.storage.exclusive
         except BatchmixError:
@@ -237,11 +244,11 @@ class OutputFolder:
         _log.warning("%s has no conditional writes: two processes that write there at once would not notice", url)
 
     def _check_contents(self) -> None:
-        has_run = self.storage.exists(RUN_INFO)
+        has_run = self.storage.exists(RUN)
         strange = next((name for pattern in _PARTS for name in self.storage.names(pattern)), None)
         if strange is not None and not has_run:
             raise BatchmixError(
-                f"output.dir={self.storage.url}: holds {strange} but no {RUN_INFO}, so it is not ours to write to;"
+                f"output.dir={self.storage.url}: holds {strange} but no {RUN}, so it is not ours to write to;"
                 " choose another output.dir"
             )
         if self._output.overwrite and has_run and self._shard.count > 1:
@@ -266,20 +273,20 @@ class OutputFolder:
         if self._output.overwrite and record.first_number is not None and may_write:
             raise BatchmixError(
                 f"output.overwrite=true: {record.owner} was not heard of for {silence:.0f} s and may still write to"
-                f" output.dir={self.storage.url}; see that it has ended and delete {self.storage.url}/{record.path}, or"
+                f" output.dir={self.storage.url}; see that it has ended and delete {self.storage.file_url(record.path)}, or"
                 " choose another output.dir"
             )
 
     def _delete_ours(self) -> None:
         for name in [name for pattern in _OURS for name in self.storage.names(pattern)]:
             self.storage.delete(name)
-        for name in _OUR_FOLDERS:
+        for name in (HYDRA, *FOLDERS):
             self.storage.delete_folder(name)
         self.storage.make_folder(CHECKSUMS)
 
     def _is_void(self, run: dict[str, Any]) -> bool:
         """Whether a run with other settings left no rows here, as one does that is stopped while the model is loaded."""
-        if not self.storage.exists(RUN_INFO) or any(self.storage.names(pattern) for pattern in _PARTS):
+        if not self.storage.exists(RUN) or any(self.storage.names(pattern) for pattern in _PARTS):
             return False
         return bool(differences(read_run(self.storage)["identity"], run["identity"])) and self._is_alone()
 
@@ -320,13 +327,6 @@ class OutputFolder:
         )
 
 
-def trace_name(shard: ShardConfig) -> str:
-    """Where the trace of a shard goes."""
-    part = f"-{shard.index:05}-of-{shard.count:05}" if shard.count > 1 else ""
-    return f"_trace{part}.json"
-
-
 def worker_trace_names(shard: ShardConfig, num_workers: int) -> list[str]:
-    """Where those of its `engine.data_parallel_size` workers go."""
-    finer = (ShardConfig(shard.index + shard.count * place, shard.count * num_workers) for place in range(num_workers))
-    return [trace_name(worker) for worker in finer]
+    """Where the traces of a shard's `engine.data_parallel_size` workers go."""
+    return [trace_name(shard.index + shard.count * place, shard.count * num_workers) for place in range(num_workers)]

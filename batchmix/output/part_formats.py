@@ -24,6 +24,7 @@ from batchmix.errors import BatchmixError
 from batchmix.input import strict_json
 from batchmix.output.columns import OutputColumns
 from batchmix.output.config import OutputFormat
+from batchmix.output.logprobs import TokenTexts
 from batchmix.output.openai_response import first_choice, response_keys, response_line
 from batchmix.records import Completion
 from batchmix.storage import Storage
@@ -215,14 +216,16 @@ class JsonParts(LineParts):
 class OpenAIParts(LineParts):
     """Responses of the OpenAI batch API: one line a row, whose samples are its choices."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: str, tokens: TokenTexts | None = None) -> None:
+        self._model, self._tokens = model, tokens or TokenTexts(None)
 
     def records(self, completions: Sequence[Completion]) -> list[bytes]:
         rows: dict[int, list[Completion]] = {}
         for completion in completions:
             rows.setdefault(completion.prompt.row, []).append(completion)
-        return [strict_json.dumps(response_line(samples, self._model)).encode() for samples in rows.values()]
+        return [
+            strict_json.dumps(response_line(samples, self._model, self._tokens)).encode() for samples in rows.values()
+        ]
 
     def rows(self, records: list[bytes]) -> list[dict[str, Any]]:
         return [first_choice(json.loads(line)) for line in records]
@@ -249,7 +252,7 @@ def part_format(
         return ArrowParts(columns, compression)
     if form is OutputFormat.parquet:
         return ParquetParts(columns, compression)
-    return JsonParts(columns) if openai_model is None else OpenAIParts(openai_model)
+    return JsonParts(columns) if openai_model is None else OpenAIParts(openai_model, columns.tokens)
 
 
 def _arrow_reader(source: pa.NativeFile, columns: Sequence[str] | None) -> pa.ipc.RecordBatchFileReader:

@@ -23,13 +23,14 @@ from batchmix.output.lease import Record, lost
 from batchmix.output.part_formats import Keys, LineParts, PartFormat
 from batchmix.records import Completion
 from batchmix.storage import Storage, Write, reason_of
+from batchmix.storage.bookkeeping import REDO
 
 _NAME = re.compile(r"part-(\d+)-(\d+)\.")
 _READERS = 8  # parts read at once: an object store answers slowly, and many
 
 
 class Parts:
-    """The part files of one output folder, in one format. Names end with the folder they are in: "" or `_redo/`.
+    """The part files of one output folder, in one format. Names end with the folder they are in: "" or `REDO/`.
 
     Every byte of a part is compared with its checksum when it is first read, but for `check=False`.
     """
@@ -67,7 +68,7 @@ class Parts:
             yield
         except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
             raise BatchmixError(
-                f"{self.storage.url}/{name}: cannot be read back ({reason_of(error)}); if the file is damaged, delete it and run the"
+                f"{self.storage.file_url(name)}: cannot be read back ({reason_of(error)}); if the file is damaged, delete it and run the"
                 " command again, which does its rows anew"
             ) from None
 
@@ -132,7 +133,7 @@ class Parts:
 
     def next_number(self) -> int:
         """One above all that there are, whatever their index and also among rows that are run again."""
-        return 1 + max((number for folder in ("", "_redo/") for _, number in self._numbers(folder)), default=-1)
+        return 1 + max((number for folder in ("", f"{REDO}/") for _, number in self._numbers(folder)), default=-1)
 
     def create(self, name: str, records: Any, extents: Sequence[Extent] = ()) -> bool:
         """Commit a part, unless there is one of that name. `extents`: what was read of the input and not said before."""

@@ -1,6 +1,6 @@
 """`output.redo`: rows that ended a certain way are run again with the settings of today, and replaced.
 
-The new rows are committed to the subfolder `_redo`, which is a ledger like the output folder itself; once all are there
+The new rows are committed to the subfolder `.batchmix/redo`, which is a ledger like the output folder itself; once all are there
 the old ones are exchanged for them as one change.
 """
 
@@ -14,8 +14,7 @@ from batchmix.output.config import Redo
 from batchmix.output.exchange import exchange
 from batchmix.output.lease import lost
 from batchmix.output.parts import Parts
-
-STAGING = "_redo"
+from batchmix.storage.bookkeeping import REDO
 
 
 def rows_to_redo(parts: Parts, redo: Redo) -> RowSet:
@@ -27,14 +26,14 @@ def rows_to_redo(parts: Parts, redo: Redo) -> RowSet:
 
 
 def replace_rows(parts: Parts, generation: int) -> None:
-    """Put the rows of the parts in `_redo` in the place of the same rows in the committed parts.
+    """Put the rows of the parts in REDO in the place of the same rows in the committed parts.
 
     `generation`: of the lease FINALIZE, which the caller holds.
     """
     storage = parts.storage
-    staged = parts.names(f"{STAGING}/")
+    staged = parts.names(f"{REDO}/")
     rows = parts.rows(staged)
-    kept = f"{STAGING}/kept-{generation:06}/"  # what remains of old parts
+    kept = f"{REDO}/kept-{generation:06}/"  # what remains of old parts
     storage.make_folder(kept)
     number = parts.next_number()
     removed: list[str] = []
@@ -50,4 +49,4 @@ def replace_rows(parts: Parts, generation: int) -> None:
             number += 1
             if not parts.create(staged[-1], records):
                 raise lost(storage, "the whole")
-    exchange(storage, generation, STAGING, staged, removed)
+    exchange(storage, generation, REDO, staged, removed)

@@ -1,4 +1,4 @@
-"""`_run.json`: what an output folder holds the results of, so that a rerun with other settings is refused."""
+"""`.batchmix/run.json`: what an output folder holds the results of, so that a rerun with other settings is refused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from typing import Any
 import batchmix
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.input.prompt_columns import PromptColumns
 from batchmix.redact import fingerprint
-from batchmix.storage import Storage, create_json, read_json, reason_of, write_json
+from batchmix.storage import Storage, create_json, find_json, read_json, reason_of, write_json
+from batchmix.storage.bookkeeping import RUN, WEIGHTS
 from batchmix.written_config import hidden_texts, identifying, same, to_plain
 
-NAME, WEIGHTS = "_run.json", "_weights.json"
+# What the columns are: 1 left `id` to data.id_column and kept a column `id` as `input_id`, and its logprobs had no texts; messages were
+# JSON text where their objects had no common type.
+_FIRST_COLUMNS, COLUMNS = 1, 2
 _CONTEXT = 60  # characters that a message shows before the place where two long settings differ, and twice after it
 _LIBRARIES = ("torch", "transformers", "triton", "pyarrow", "datasets", "mistral-common", "sentencepiece", "tokenizers",
               "llguidance", "numba")  # fmt: skip
@@ -43,8 +47,10 @@ def describe_run(
     dtype: str,
     quantization: str | None,
     max_model_len: int,
+    id_column: str | None = None,
+    columns: int = COLUMNS,
 ) -> dict[str, Any]:
-    """All that goes into `_run.json`. `identity` is what a rerun must share."""
+    """All that goes into `run.json`. `identity` is what a rerun must share."""
     resolved = to_plain(config)
     identity = {
         key: value
@@ -58,7 +64,7 @@ def describe_run(
         "model": model,
         "tokenizer": tokenizer,
         "data": dict(data),
-    }
+    } | ({} if columns == _FIRST_COLUMNS else {"columns": columns, "id_column": id_column})  # fmt: skip
     versions = {name: _version(name) for name in _LIBRARIES}
     return {
         "identity": identity,
@@ -71,14 +77,14 @@ def describe_run(
     }
 
 
-def accept_run(storage: Storage, run: dict[str, Any], folder: str = "") -> dict[str, Any]:
-    """Write `_run.json`, or compare with the one there: BatchmixError naming the keys that differ. Returns the file's.
+def accept_run(storage: Storage, run: dict[str, Any], name: str = RUN) -> dict[str, Any]:
+    """Write `run.json`, or compare with the one there: BatchmixError naming the keys that differ. Returns the file's.
 
-    `folder`: the output folder itself, or one within it such as `_redo/`.
+    `name`: that of the output folder, or REDO_RUN.
     """
-    if create_json(storage, folder + NAME, run):
+    if create_json(storage, name, run):
         return run
-    old = read_run(storage, folder)
+    old = read_run(storage, name)
     differing = differences(old["identity"], run["identity"])
     if differing:
         raise BatchmixError(
@@ -89,7 +95,7 @@ def accept_run(storage: Storage, run: dict[str, Any], folder: str = "") -> dict[
 
 
 def accept_weights(storage: Storage, fingerprint: str | None) -> None:
-    """Write `_weights.json`, or compare with the one there: BatchmixError where it is of other weights.
+    """Write `weights.json`, or compare with the one there: BatchmixError where it is of other weights.
 
     `fingerprint`: of all tensors, as they were loaded; None for random weights, whose settings say what they are. To be
     called before the first part is committed.
@@ -105,7 +111,9 @@ def accept_weights(storage: Storage, fingerprint: str | None) -> None:
     try:
         same = bool(read_json(storage, WEIGHTS) == said)
     except ValueError as error:
-        raise BatchmixError(f"{storage.url}/{WEIGHTS}: cannot be read ({error}); choose another output.dir") from None
+        raise BatchmixError(
+            f"{storage.file_url(WEIGHTS)}: cannot be read ({error}); choose another output.dir"
+        ) from None
     if not same:
         raise BatchmixError(
             f"output.dir={storage.url} holds rows made with other settings (model is another: the values of its weights"
@@ -113,15 +121,31 @@ def accept_weights(storage: Storage, fingerprint: str | None) -> None:
         )
 
 
-def read_run(storage: Storage, folder: str = "") -> dict[str, Any]:
-    """What `_run.json` says."""
+def messages_column(run: Mapping[str, Any]) -> str | None:
+    """The input column of which the output has lists of structs; None where a template takes the place of messages."""
+    data = run["config"]["data"]
+    if run["identity"].get("columns") != COLUMNS or data.get("template") is not None:
+        return None
+    return PromptColumns.of(data).messages
+
+
+def columns_of(storage: Storage) -> int:
+    """Which columns a run there is to write: COLUMNS, but those of an earlier release where that began the folder."""
+    stored = find_json(storage, RUN)
+    identity = stored.get("identity") if isinstance(stored, dict) else None
+    first = isinstance(identity, dict) and "columns" not in identity
+    return _FIRST_COLUMNS if first else COLUMNS
+
+
+def read_run(storage: Storage, name: str = RUN) -> dict[str, Any]:
+    """What `run.json` says."""
     try:
-        run: dict[str, Any] = read_json(storage, folder + NAME)
+        run: dict[str, Any] = read_json(storage, name)
         if not isinstance(run["identity"], dict) or not isinstance(run["redone"], list):
             raise ValueError("identity is no object or redone no list")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BatchmixError(
-            f"{storage.url}/{folder}{NAME}: cannot be read ({reason_of(error)}); it is damaged or not a file of batchmix"
+            f"{storage.file_url(name)}: cannot be read ({reason_of(error)}); it is damaged or not a file of batchmix"
         ) from None
     return run
 
@@ -154,10 +178,10 @@ def _where_they_differ(before: str, now: str) -> tuple[str, str]:
 
 
 def record_redo(storage: Storage, redo: dict[str, Any]) -> None:
-    """Note in `_run.json` that rows were replaced, and with which settings."""
+    """Note in `run.json` that rows were replaced, and with which settings."""
     run = read_run(storage)
     run["redone"].append(redo)
-    write_json(storage, NAME, run)
+    write_json(storage, RUN, run)
 
 
 def flatten(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 from batchmix.input.rowset import RowSet
 from batchmix.observability.error_reasons import ErrorReason, reason_lines
 from batchmix.observability.progress import duration
-from batchmix.output.finalize import SUCCESS, read_failure, read_markers
+from batchmix.output.finalize import read_failure, read_markers
 from batchmix.output.lease import CLOSED, FINALIZE, Record, read_leases
 from batchmix.output.parts import Parts
 from batchmix.storage import Storage
+from batchmix.storage.bookkeeping import SUCCESS
 
 COMPLETE, RUNNING, ATTENTION = 0, 3, 4  # exit codes of `batchmix status`
 _MISSED_BEATS = 3  # after so many a worker is called stuck; it can be taken over later, after shard.takeover_seconds
@@ -152,9 +153,9 @@ class Status:
 
     def _verdict(self, left: int | None, rate: float) -> str:
         if self.complete:
-            return "complete: _SUCCESS is there"
+            return "complete: every row is there"
         if self.failure is not None:
-            return f"finished with too many errors, so there is no _SUCCESS: {self.failure}"
+            return f"finished with too many errors: {self.failure}"
         if self.finalizer is not None:
             return f"{self.finalizer.owner} checks the rows and puts them in order"
         alive = sum(shard.alive for shard in self.shards)

@@ -8,11 +8,9 @@ import pyarrow as pa
 
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
-from batchmix.output.checksums import FOLDER as CHECKSUMS
 from batchmix.output.columns import OutputColumns
 from batchmix.output.config import Order, OutputFormat
 from batchmix.output.finalize import (
-    SUCCESS,
     close_lost,
     describe,
     finalize,
@@ -21,32 +19,34 @@ from batchmix.output.finalize import (
     read_markers,
     read_runs,
 )
-from batchmix.output.lease import FOLDER, Busy
+from batchmix.output.lease import Busy
 from batchmix.output.part_formats import part_format
 from batchmix.output.parts import Parts
-from batchmix.output.run_info import NAME, read_run
+from batchmix.output.run_info import read_run
 from batchmix.output.status import Status
-from batchmix.storage import open_storage, reason_of
+from batchmix.storage import reason_of
+from batchmix.storage.bookkeeping import CHECKSUMS, RUN, SUCCESS, WORKERS
+from batchmix.storage.layout import open_output
 
 
 def open_stored(url: str) -> tuple[Parts, dict[str, Any]]:
-    """The parts of a run, and what its `_run.json` says. BatchmixError where there is none."""
+    """The parts of a run, and what its `run.json` says. BatchmixError where there is none."""
     if not url:
         raise BatchmixError("output.dir=: give the folder of a run, for example output.dir=out")
-    storage = open_storage(url)
+    storage = open_output(url)
     try:
-        begun = storage.exists(NAME)
+        begun = storage.exists(RUN)
     except OSError as error:
         raise BatchmixError(f"output.dir={url}: cannot be read ({reason_of(error)})") from None
     if not begun:
-        raise BatchmixError(f"output.dir={url}: holds no {NAME}, so no run of batchmix has begun there")
+        raise BatchmixError(f"output.dir={url}: holds no {RUN}, so no run of batchmix has begun there")
     run = read_run(storage)
     try:
         output, form = run["config"]["output"], OutputFormat[run["config"]["output"]["format"]]
         Order[output["order"]], output["compression"], int(output["rows_per_shard"]), run["openai_model"]
     except (KeyError, TypeError, ValueError) as error:
         raise BatchmixError(
-            f"{storage.url}/{NAME}: is damaged: what it says of the output cannot be read ({error!r})"
+            f"{storage.file_url(RUN)}: is damaged: what it says of the output cannot be read ({error!r})"
         ) from None
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     parts = Parts(storage, part_format(form, columns, output["compression"], run["openai_model"]))
@@ -61,14 +61,14 @@ def read_status(config: Config) -> Status:
 
 
 def finalize_folder(config: Config) -> str:
-    """Check that each row is there exactly once, put them in order if that was or is asked for, write `_SUCCESS`
+    """Check that each row is there exactly once, put them in order if that was or is asked for, say that it is complete
     unless too many have an error.
 
     Returns what to print. BatchmixError where a worker is alive, or rows are missing.
     """
     parts, run = open_stored(config.output.dir)
     storage = parts.storage
-    storage.make_folder(FOLDER)
+    storage.make_folder(WORKERS)
     storage.make_folder(CHECKSUMS)
     with finalizing(storage, config.shard) as lease:
         for record in open_leases(storage):
@@ -93,5 +93,5 @@ def finalize_folder(config: Config) -> str:
             runs=read_runs(storage, count),
             max_error_share=last.max_error_share,
         )
-    written = "_SUCCESS is written" if storage.exists(SUCCESS) else "_SUCCESS is not written"
+    written = f"{storage.file_url(SUCCESS)} is {'' if storage.exists(SUCCESS) else 'not '}written"
     return f"{summary.text()}\neach of {last.end:,} rows is there once; {written}"

@@ -14,7 +14,7 @@ class PlanConfig:
     gpu: str = key("h200", "the GPU: a name in batchmix/planning/gpus.py")
     histogram: str | None = key(
         None,
-        "file for a picture of the lengths, .svg or .html; null: _lengths.svg in output.dir where that is set, else none",
+        "file for a picture of the lengths, .svg or .html; null: .batchmix/lengths.svg in output.dir where that is set, else none",
     )
     expected_tokens: int | None = key(None, "tokens of an answer to assume; null: sampling.max_tokens")
     sample_rows: int | None = key(50_000, "rows to tokenise, evenly spaced, for an estimate of all; null: every row")

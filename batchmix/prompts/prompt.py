@@ -222,7 +222,7 @@ class PromptBuilder:
         texts: list[tuple[Prompt, str]] = []
         for row in rows:
             columns = {name: row.columns[name] for name in keep if name in row.columns}
-            prompt = Prompt(row.row, row.id, columns, array("i"), self._sampling, row.error)
+            prompt = Prompt(row.row, row.id, columns, array("i"), self._sampling, row.error, key=row.key)
             prompts.append(prompt)
             if row.error is not None:
                 continue

@@ -26,7 +26,7 @@ def check_swap(data: DataConfig, sampling: SamplingConfig) -> tuple[str, str]:
 
 def swapped(row: InputRow, first: str, second: str) -> InputRow:
     columns = row.columns | {first: row.columns.get(second), second: row.columns.get(first)}
-    return InputRow(row.row, row.id, columns, row.sampling, row.error, row.text)
+    return InputRow(row.row, row.id, columns, row.sampling, row.error, row.text, row.key)
 
 
 def pair_up(plain: list[Prompt], swapped: list[Prompt]) -> list[Prompt]:

@@ -28,9 +28,15 @@ class Storage(Protocol):
     acts_late: bool
     """Whether what a process has asked for can happen after its end, as a request on its way through a network can."""
 
+    appends: bool
+    """Whether `append` takes no more than the line; else it writes the whole file anew."""
+
     @property
     def exclusive(self) -> bool:
         """Whether `create` keeps its promise; where it does not, only one worker may write."""
+
+    def file_url(self, name: str) -> str:
+        """What messages call a file."""
 
     def make_folder(self, name: str = "") -> None:
         """Nothing where it is there."""

@@ -24,11 +24,15 @@ class LocalFolder:
     """A folder, of this machine or mounted from another. Its file system must have hard links."""
 
     acts_late = False
+    appends = True
     exclusive = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = redact(str(root))
+
+    def file_url(self, name: str) -> str:
+        return f"{self.url}/{name}"
 
     def path(self, name: str) -> Path:
         return self.root / name

@@ -24,6 +24,7 @@ from batchmix.errors import BatchmixError
 from batchmix.install_hint import install_hint
 from batchmix.redact import name_of
 from batchmix.storage.base import Write, matches, reason_of
+from batchmix.storage.bookkeeping import WORKERS
 
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "memory"}  # protocols whose fsspec class passes the condition to the store
 _MAX_PUT = 5 << 30
@@ -35,6 +36,7 @@ class ObjectStore:
     """A prefix of a bucket."""
 
     acts_late = True
+    appends = False
 
     def __init__(self, url: str, key: str = "output.dir") -> None:
         self._address = url.rstrip("/")
@@ -59,7 +61,7 @@ class ObjectStore:
         """Tried, not believed: stores that imitate S3 may ignore the condition."""
         if not self._conditional:
             return False
-        name = f"_workers/probe-{uuid.uuid4().hex}"
+        name = f"{WORKERS}/probe-{uuid.uuid4().hex}"
         try:
             self._put(name, b"1", mode="create")
             try:
@@ -69,6 +71,9 @@ class ObjectStore:
             return False
         finally:
             self.delete(name)
+
+    def file_url(self, name: str) -> str:
+        return f"{self.url}/{name}"
 
     def make_folder(self, name: str = "") -> None:
         """A key may have any prefix."""

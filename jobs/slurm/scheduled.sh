@@ -1,7 +1,7 @@
 #!/bin/bash
 # Answers the files of a folder that are new since the last success. For scrontab (docs/clusters.md) or cron:
 #   scheduled.sh INPUT RESULTS [key=value ...]
-# Each run has an output.dir of its own, RESULTS/<date>. A file is new when no run that reached _SUCCESS had one of its
+# Each run has an output.dir of its own, RESULTS/<date>. A file is new when no finished run had one of its
 # name, size and time of change; RESULTS/.runs says which files a run has. A run that was interrupted is finished first.
 set -euo pipefail
 
@@ -34,7 +34,7 @@ trap 'rm -f "$answered"' EXIT
 for list in "$runs"/*.tsv; do
     [ -e "$list" ] || continue
     name=$(basename "$list" .tsv)
-    if [ -e "$results/$name/_SUCCESS" ]; then
+    if [ -e "$results/$name/.batchmix/SUCCESS" ] || [ -e "$results/$name/_SUCCESS" ]; then # the latter of earlier releases
         cat "$list" >>"$answered"
     else
         unfinished=$name

@@ -36,10 +36,10 @@ def test_the_example_tickets_give_typed_columns_that_people_agree_with(batchmix:
     assert exact >= 950
     assert all(row["invalid"] is None and 0 < row["confidence"] <= 1 for row in rows)
     assert f"exact match with people's answers: {exact / 1000:.1%} (" in done.stdout
-    checks = json.loads((tmp_path / "out/_checks.json").read_text())
+    checks = json.loads((tmp_path / "out/.batchmix/checks.json").read_text())
     assert checks["exact_match"]["value"] == exact / 1000
-    assert 'aria-label="Confusion matrix of topic"' in (tmp_path / "out/_report/report.html").read_text()
-    summary = json.loads((tmp_path / "out/_summary.json").read_text())
+    assert 'aria-label="Confusion matrix of topic"' in (tmp_path / "out/.batchmix/report/report.html").read_text()
+    summary = json.loads((tmp_path / "out/.batchmix/summary.json").read_text())
     assert len(summary["runs"][0]["expert_tokens"]) == 3  # layers
 
 
@@ -61,14 +61,14 @@ sampling: {seed: 3}
     assert "model.path=tiny: the built-in model can do the task `tickets` alone" in done.stderr
     assert "rows without an answer (column error): 1, for example: data.template fails on this row" in done.stdout
     again = batchmix("report", "output.dir=out")
-    assert again.stdout.splitlines()[-1] == "the report is out/_report/report.html"
+    assert again.stdout.splitlines()[-1] == "the report is out/.batchmix/report/report.html"
     assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[-len(again.stdout.splitlines()) : -1]
     rows = ds.dataset(tmp_path / "out", format="arrow").to_table().sort_by("row").to_pylist()
     assert rows[0]["verdict"] in ("spam", "wanted")
     assert 0.5 <= rows[0]["confidence"] <= 1
     assert (rows[1]["verdict"], rows[1]["error"] is None) == (None, False)
-    assert done.stdout.endswith("the report is out/_report/report.html\n")
-    settings = json.loads((tmp_path / "out/_run.json").read_text())["config"]
+    assert done.stdout.endswith("the report is out/.batchmix/report/report.html\n")
+    settings = json.loads((tmp_path / "out/.batchmix/run.json").read_text())["config"]
     assert settings["sampling"]["seed"] == 3
     assert settings["sampling"]["structured_outputs"]["choice"] == ["spam", "wanted"]
 

@@ -40,12 +40,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finished(folder, task, rows, logprobs=[math.log(0.3 + i / 200) for i in range(120)], template="Judge: {{ text }}")
     metrics = [{"time": 100.0 + 10 * i, "shard": 0, "rows": 30 * i, "completion_tokens": 100 * i, "prompt_tokens_per_second": 5.0,
                 "output_tokens_per_second": 50.0 * i, "running": 8, "kv_blocks_used": i, "kv_blocks_total": 10} for i in range(5)]  # fmt: skip
-    (folder / "_metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    (folder / "_summary.json").write_text(json.dumps({
+    (folder / ".batchmix/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (folder / ".batchmix/summary.json").write_text(json.dumps({
         "prompt_tokens": 18, "completion_tokens": 5, "output_tokens_per_second": 9.5, "total_seconds": 61.2,
         "device_busy": 0.5, "runs": [{"expert_tokens": [[30 + i for i in range(8)]] * 4}]}))  # fmt: skip
     make_report(Config(output=OutputConfig(dir=str(folder))))
-    return folder / "_report" / "report.html"
+    return folder / ".batchmix" / "report" / "report.html"
 
 
 @pytest.fixture(scope="module")

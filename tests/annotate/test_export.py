@@ -251,7 +251,7 @@ def test_a_data_set_has_a_folder_of_its_own(name: str, tmp_path: Path, monkeypat
 
 def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:
     run(tmp_path / "run")
-    (tmp_path / "run/_SUCCESS").unlink()
+    (tmp_path / "run/.batchmix/SUCCESS").unlink()
     with pytest.raises(BatchmixError, match="the run is not finished"):
         do(tmp_path)
 

@@ -48,7 +48,7 @@ def handed_over(run: str, place: str) -> None:
         return Config(output=OutputConfig(dir=run), **settings)
 
     text = report(config())
-    assert text.endswith(f"the report is {run}/_report/report.html")
+    assert text.endswith(f"the report is {run}/.batchmix/report/report.html")
     assert "exact match with people's answers: 75.0%" in text
     for tool in ReviewTool:
         review(config(review=ReviewConfig(tool=tool, path=f"{place}/{tool.value}.json", rows=2)))
@@ -73,17 +73,17 @@ def test_all_that_comes_after_a_run(form: OutputFormat, tmp_path: Path, stores: 
     finished(tmp_path / "run", TASK, rows, form=form, template="Judge {{ text }}")
     times = [{"time": 100.0 + 10 * i, "rows": 30 * i, "completion_tokens": 100 * i, "output_tokens_per_second": 50.0} for i in range(3)]  # fmt: skip
     metrics = "".join(json.dumps(LINE | line) + "\n" for line in times)
-    (tmp_path / "run/_metrics.jsonl").write_text(metrics)
+    (tmp_path / "run/.batchmix/metrics.jsonl").write_text(metrics)
     store = ObjectStore(f"{stores}/run")
     for name, data in files(local).items():  # an object store knows no appending, so it has a file for each shard
-        fsspec.filesystem("memory").pipe_file(f"/annotate-test/run/{name.replace('_metrics', '_metrics-00000')}", data)
+        fsspec.filesystem("memory").pipe_file(f"/annotate-test/run/{name.replace('metrics', 'metrics-00000')}", data)
     handed_over(local, str(tmp_path / "place"))
     handed_over(store.url, f"{stores}/place")
     made = files(local)
-    assert {"_checks.json", "_report/report.html"} <= made.keys()
-    assert b"Throughput" in made["_report/report.html"]
-    assert {name: data for name, data in files(store.url).items() if "_metrics" not in name} == {
-        name: data for name, data in made.items() if "_metrics" not in name
+    assert {".batchmix/checks.json", ".batchmix/report/report.html"} <= made.keys()
+    assert b"Throughput" in made[".batchmix/report/report.html"]
+    assert {name: data for name, data in files(store.url).items() if "metrics" not in name} == {
+        name: data for name, data in made.items() if "metrics" not in name
     }
     handed = files(f"{stores}/place")
     assert handed == files(str(tmp_path / "place"))
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.
         message(open_file, "s3://bucket", "review.path") == "review.path=s3://bucket: names a bucket, not a file in it"
     )
     assert message(open_storage, "nothing://x", "export.dir").startswith("export.dir=nothing://x: Protocol not known")
-    assert "output.dir=memory://nowhere: holds no _run.json" in message(open_stored, "memory://nowhere")
+    assert "output.dir=memory://nowhere: holds no .batchmix/run.json" in message(open_stored, "memory://nowhere")
     results = finished(tmp_path / "run", TASK, [({"text": "a"}, ["good"])])
     (tmp_path / "file").write_text("")
     inside = Config(output=OutputConfig(dir=str(tmp_path / "run")), export=ExportConfig(dir=str(tmp_path / "file/set")))

@@ -83,9 +83,9 @@ def evil_run(folder: Path, rows: int = 6) -> Results:
     )
     metrics = [{"time": 100.0 + 10 * i, "shard": 0, "rows": i, "completion_tokens": 100 * i, "prompt_tokens_per_second": 5.0,
                 "output_tokens_per_second": 50.0 * i, "running": 8, "kv_blocks_used": i, "kv_blocks_total": 10} for i in range(4)]  # fmt: skip
-    (folder / "_metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + '{"time": 1')
+    (folder / ".batchmix/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + '{"time": 1')
     run = {"expert_tokens": [[30, 10], [20, 20]]}
-    (folder / "_summary.json").write_text(json.dumps({
+    (folder / ".batchmix/summary.json").write_text(json.dumps({
         "prompt_tokens": 18, "completion_tokens": 5, "output_tokens_per_second": 9.5, "total_seconds": 61.2,
         "device_busy": 0.5, "runs": [run, run]}))  # fmt: skip
     return results
@@ -308,7 +308,7 @@ def test_texts_that_are_long_are_cut_and_what_all_prompts_share_is_shown_once(tm
 @pytest.mark.parametrize("form", list(OutputFormat))
 def test_a_run_without_a_task_has_a_report_too(form: OutputFormat, tmp_path: Path) -> None:
     finished(tmp_path, AnnotateConfig(), [({"prompt": "hello"}, ["world"]), ({"prompt": "again"}, [None])], form=form)
-    path = tmp_path / "_report" / "report.html"
+    path = tmp_path / ".batchmix" / "report" / "report.html"
     assert report(Config(output=OutputConfig(dir=str(tmp_path)))) == f"the report is {path}"
     rows = Parsed(path.read_text()).rows
     assert [(row["Prompt"], row["Model"], row["Error"]) for row in rows] == [
@@ -319,7 +319,7 @@ def test_a_run_without_a_task_has_a_report_too(form: OutputFormat, tmp_path: Pat
 
 def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
     results = finished(tmp_path, AnnotateConfig(), [({"prompt": "hello"}, ["world"])])
-    (tmp_path / "_SUCCESS").unlink()
+    (tmp_path / ".batchmix/SUCCESS").unlink()
     assert "The run is not finished" in page_of(results)
     next(tmp_path.glob("part-*")).unlink()
     assert Parsed(page_of(Results(str(tmp_path))))

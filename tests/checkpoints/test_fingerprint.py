@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -23,10 +24,11 @@ from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig
 from batchmix.models.tensor_parallel import TensorParallel
 from batchmix.output.config import OutputConfig, Redo
-from batchmix.output.run_info import WEIGHTS, accept_weights
+from batchmix.output.run_info import accept_weights
 from batchmix.pipeline import generate
 from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
+from batchmix.storage.bookkeeping import WEIGHTS
 
 
 def fingerprint(folder: Path, tp: TensorParallel | None = None) -> str | None:
@@ -107,7 +109,7 @@ def test_a_resume_with_other_weights_commits_nothing(tmp_path: Path, caplog: pyt
         with pytest.raises(BatchmixError, match="model is another: the values of its weights differ"):
             generate(config)
         assert sorted((tmp_path / "out").glob("part-*")) == before
-        shutil.rmtree(tmp_path / "out" / "_redo", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out" / ".batchmix/redo", ignore_errors=True)
     shutil.copy(weights, kept)  # the same bytes, written now
     (tmp_path / "out" / WEIGHTS).unlink()  # as an earlier release leaves it
     generate(job(tmp_path, 5))
@@ -124,6 +126,7 @@ def test_random_weights_need_none(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_of_the_fingerprint_is_named(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).parent.mkdir()
     (tmp_path / WEIGHTS).write_text("{")
-    with pytest.raises(BatchmixError, match=rf"{WEIGHTS}: cannot be read \(.*\)"):
+    with pytest.raises(BatchmixError, match=rf"{re.escape(WEIGHTS)}: cannot be read \(.*\)"):
         accept_weights(LocalFolder(tmp_path), "0")

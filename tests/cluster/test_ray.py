@@ -71,7 +71,7 @@ def test_nodes_that_are_lost_and_nodes_that_join(cluster, data, tmp_path, expect
     code, output = finish(process)
     assert code == 0, output
     assert output.count("a worker is lost") >= 2, output  # more where Ray puts new ones on a node that is gone
-    assert (out / "_SUCCESS").exists()
+    assert (out / ".batchmix/SUCCESS").exists()
     assert read(out) == expected
     assert len(expected) == 2 * ROWS
 

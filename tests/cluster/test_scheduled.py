@@ -53,7 +53,7 @@ def run(place: Path, *more: str) -> str:
 
 def answers(place: Path) -> list[list[str]]:
     """The ids of the tickets that each run has answered, runs by their date."""
-    folders = sorted(path.parent for path in (place / OUT).glob("*/_SUCCESS"))
+    folders = sorted(path.parents[1] for path in (place / OUT).glob("*/.batchmix/SUCCESS"))
     return [sorted(ds.dataset(folder, format="arrow").to_table()["id"].to_pylist()) for folder in folders]
 
 

@@ -76,7 +76,7 @@ def test_an_array_survives(
             array.call("scontrol", "requeue", f"{array.number}_{KILLED}")
         array.wait(lambda: array.shown("Restarts", TOO_LONG) == "1", "the long task to be requeued", 200)
         array.call("scontrol", "update", f"JobId={array.number}_{TOO_LONG}", "TimeLimit=10")
-        array.wait(lambda: (tmp_path / "out" / "_SUCCESS").exists(), "_SUCCESS", 300)
+        array.wait(lambda: (tmp_path / "out" / ".batchmix/SUCCESS").exists(), ".batchmix/SUCCESS", 300)
         assert read(tmp_path / "out") == expected
         logs = array.logs()
         assert "interrupted by SIGTERM" in logs[PREEMPTED]

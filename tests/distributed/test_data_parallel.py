@@ -57,8 +57,8 @@ def test_two_workers_are_one_run(tmp_path, capsys, caplog):
     assert read(out) == read(tmp_path / "one")
     files = sorted(str(path) for path in out.glob("part-*"))
     assert ds.dataset(files, format="arrow").to_table()["row"].to_pylist() == list(range(40))
-    assert (out / "_SUCCESS").exists()
-    one, two = (json.loads((folder / "_summary.json").read_text()) for folder in (tmp_path / "one", out))
+    assert (out / ".batchmix/SUCCESS").exists()
+    one, two = (json.loads((folder / ".batchmix/summary.json").read_text()) for folder in (tmp_path / "one", out))
     for key in ("rows", "error_rows", "samples", "prompt_tokens", "completion_tokens", "finish_reasons"):
         assert two[key] == one[key]
     (run,) = two["runs"]
@@ -66,7 +66,7 @@ def test_two_workers_are_one_run(tmp_path, capsys, caplog):
     assert run["seconds"]["decode"] > 0
     assert run["seconds"]["write"] > 0
     assert run["generate_seconds"] > 0
-    metrics = [json.loads(line) for line in (out / "_metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (out / ".batchmix/metrics.jsonl").read_text().splitlines()]
     assert {line["shard"] for line in metrics} == {0}
     assert (metrics[-1]["rows"], metrics[-1]["prompt_tokens"]) == (40, two["prompt_tokens"])
     started = [record.getMessage() for record in caplog.records if record.name == "batchmix.engine.build"]
@@ -85,10 +85,10 @@ def test_shards_errors_and_redone_rows(tmp_path):
     expected = read(tmp_path / "one")
     out = tmp_path / "shards"
     for index in (1, 0):
-        assert not (out / "_SUCCESS").exists()
+        assert not (out / ".batchmix/SUCCESS").exists()
         generate(job(data, out, 2, shard={"index": index, "count": 2}))
     assert read(out) == expected
-    assert (out / "_SUCCESS").exists()
+    assert (out / ".batchmix/SUCCESS").exists()
     longer = {"max_tokens": 30}
     for workers_, folder in ((1, tmp_path / "one"), (3, out)):
         generate(job(data, folder, workers_, sampling=longer, output={"redo": Redo.length}))
@@ -131,7 +131,7 @@ def test_a_killed_worker(data, tmp_path, expected, again):
         " memory runs out; what was committed is safe, run the command again for the rest"
     )
     assert "Traceback" not in output
-    assert not (out / "_SUCCESS").exists()
+    assert not (out / ".batchmix/SUCCESS").exists()
     kept = read(out)
     assert 0 < len(kept) < 300
     assert kept.items() <= expected.items()

@@ -19,6 +19,7 @@ from batchmix.output.part_formats import part_format
 from batchmix.output.run_info import describe_run
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig
+from batchmix.storage.bookkeeping import FOLDER, RUN, SUCCESS
 
 
 def finished(
@@ -30,7 +31,7 @@ def finished(
     template: str | None = None,
 ) -> Results:
     """A finished run of (columns, texts of the samples; None: the row could not be run), two rows a part."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     n = max(len(texts) for _, texts in rows)
     config = Config(annotate=task, data=DataConfig(path="x", template=template), output=OutputConfig(dir=str(folder), format=form),
                     sampling=SamplingConfig(n=n))  # fmt: skip
@@ -44,8 +45,8 @@ def finished(
         quantization=None,
         max_model_len=64,
     )
-    (folder / "_run.json").write_text(json.dumps(run))
-    (folder / "_SUCCESS").write_text("{}")
+    (folder / RUN).write_text(json.dumps(run))
+    (folder / SUCCESS).write_text("{}")
     kept = infer_schema(columns for columns, _ in rows)
     columns = OutputColumns(kept, token_ids=False, logprobs=False, annotations=annotation_columns(task))
     parts = part_format(form, columns, "zstd", None)

@@ -1,7 +1,8 @@
 """Runs that are killed, each in a process forked from this one, which has imported and loaded what they need.
 
     python tests/helpers/killed_runs.py random 3          # ten kills at random moments; 3 is the seed of all that is chosen
-    python tests/helpers/killed_runs.py operations redo   # one at each operation on the output folder; also generate, merge, finalize
+    python tests/helpers/killed_runs.py operations redo   # one at each operation on the output folder; also generate, merge, finalize,
+                                                          # and old-redo, in a folder of the old layout
 
 Each prints a line of JSON: how many kills there were, and what differed from runs that were never killed.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
+from old_layout import to_old_layout
 
 from batchmix import pipeline, preflight, stages
 from batchmix.config import Config
@@ -40,6 +42,8 @@ from batchmix.output.stored_run import finalize_folder
 from batchmix.records import Batch, Completion
 from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
+from batchmix.storage.bookkeeping import SUCCESS
+from batchmix.storage.layout import open_output
 
 TICKETS = Path(__file__).parents[2] / "examples" / "support_tickets.jsonl"
 KILLED = 137  # the exit code at an operation, as a shell has it of SIGKILL
@@ -86,11 +90,12 @@ def read(out: Path, form: OutputFormat) -> Rows:
 
 def faults(out: Path, form: OutputFormat, expected: Rows) -> list[str]:
     """What is wrong with a finished folder."""
-    found = [
-        f"{path.name} is left" for pattern in (".part*", "_journal*", "_merge*", "_redo*") for path in out.glob(pattern)
-    ]
-    if not (out / "_SUCCESS").exists():
-        found.append("no _SUCCESS")
+    names = sorted(path.name for path in out.rglob("*"))
+    changes = ("journal", "merge", "redo")
+    left = [name for name in names if name.startswith(".part") or name.removeprefix("_").startswith(changes)]
+    found = [f"{name} is left" for name in left]
+    if not open_output(str(out)).exists(SUCCESS):
+        found.append("no SUCCESS")
     try:
         rows = read(out, form)
     except AssertionError as error:
@@ -140,7 +145,7 @@ def random_kills(seed: int, folder: Path, kills: int = 10) -> dict[str, Any]:
         codes = [wait(process) for process in processes]
         killed += codes[victim] in (75, -number)
         wrong += [f"exit code {code} of {count} workers" for code in codes if code not in (0, 75, -number)]
-        if killed == kills or (out / "_SUCCESS").exists():  # the next kills fall into a run that begins
+        if killed == kills or (out / SUCCESS).exists():  # the next kills fall into a run that begins
             if wait(start(job(out, 0, 1), log)) != 0:
                 wrong.append("the last run did not end well")
             wrong += faults(out, form, expected)
@@ -240,6 +245,8 @@ def operation_kills(scenario: str, folder: Path) -> dict[str, Any]:
             output=OutputConfig(dir=str(out), rows_per_shard=2, flush_seconds=1000, **output),
         )  # fmt: skip
 
+    old, scenario = scenario.startswith("old-"), scenario.removeprefix("old-")
+
     def job(out: Path) -> None:
         if scenario == "finalize":
             finalize_folder(config(out, order=Order.input))
@@ -255,7 +262,9 @@ def operation_kills(scenario: str, folder: Path) -> dict[str, Any]:
     else:
         assert wait(start(lambda: pipeline.generate(config(before)), log)) == 0, log.read_text()
     if scenario == "finalize":
-        (before / "_SUCCESS").unlink()
+        (before / SUCCESS).unlink()
+    if old:
+        to_old_layout(before)
     expected_in = folder / "expected"
     shutil.copytree(before, expected_in)
     assert wait(start(lambda: job(expected_in), log)) == 0, log.read_text()

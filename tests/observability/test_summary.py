@@ -93,8 +93,9 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, caplog):
 
 
 def test_metrics_append(tmp_path):
+    (tmp_path / ".batchmix").mkdir()
     stats, totals = EngineStats(), Totals()
-    path = tmp_path / "_metrics.jsonl"
+    path = tmp_path / ".batchmix/metrics.jsonl"
     for run in range(2):
         with Metrics(LocalFolder(tmp_path), stats, totals, shard=run):
             stats.completion_tokens += 10
@@ -105,6 +106,7 @@ def test_metrics_append(tmp_path):
 
 
 def test_summary_of_two_shards(tmp_path):
+    (tmp_path / ".batchmix").mkdir()
     stats, clock = (
         EngineStats(preempted=3, out_of_memory=1, first_prefill_time=100.0, last_token_time=104.0),
         StageClock(),
@@ -119,8 +121,8 @@ def test_summary_of_two_shards(tmp_path):
     on_gpu = RunStatistics(Totals(), stats, clock, 5.0, device_seconds=3.9).as_json()
     assert on_gpu["device_busy"] == 0.975
     summary = Summary(Totals(10, 1, 10, 100, 200, {"stop": 9, "error": 1}), [run, run])
-    summary.write(LocalFolder(tmp_path), "_summary.json")
-    written = json.loads((tmp_path / "_summary.json").read_text())
+    summary.write(LocalFolder(tmp_path), ".batchmix/summary.json")
+    written = json.loads((tmp_path / ".batchmix/summary.json").read_text())
     assert (written["rows"], written["seconds"]["decode"], written["output_tokens_per_second"]) == (10, 4.0, 40.0)
     assert (written["device_busy"], written["out_of_memory"]) == (0.75, 2)
     text = summary.text()

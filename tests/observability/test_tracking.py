@@ -1,4 +1,4 @@
-"""Lines of `_metrics.jsonl` in W&B, MLflow and a file for Prometheus."""
+"""Lines of `metrics.jsonl` in W&B, MLflow and a file for Prometheus."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_without_a_key_the_run_is_refused_before_the_model_loads(batchmix: Run, 
 def test_a_run_reports(batchmix: Run, tmp_path: Path) -> None:
     found = batchmix(*JOB, "output.prometheus_file=batchmix.prom")
     assert found.returncode == 0, found.stderr
-    last = json.loads((tmp_path / "out" / "_metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((tmp_path / "out" / ".batchmix" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["rows"] == 3
     text = (tmp_path / "batchmix.prom").read_text()
     assert f'",shard="0"}} {last["completion_tokens"]}.0\n' in text

@@ -14,10 +14,9 @@ from slow_cases import slow_after
 from batchmix.errors import BatchmixError
 from batchmix.input.config import ShardConfig
 from batchmix.input.read_log import Extent
-from batchmix.output.checksums import FOLDER, Checksums
+from batchmix.output.checksums import Checksums
 from batchmix.output.columns import OutputColumns
 from batchmix.output.config import OutputFormat
-from batchmix.output.lease import FOLDER as WORKERS
 from batchmix.output.lease import Lease
 from batchmix.output.merge import merge_in_order
 from batchmix.output.part_formats import part_format
@@ -25,6 +24,7 @@ from batchmix.output.parts import Parts
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder, Storage
+from batchmix.storage.bookkeeping import CHECKSUMS, WORKERS
 from batchmix.storage.object_store import ObjectStore
 
 FORMATS = {"arrow": (OutputFormat.arrow, None), "parquet": (OutputFormat.parquet, None),
@@ -33,7 +33,7 @@ FORMATS = {"arrow": (OutputFormat.arrow, None), "parquet": (OutputFormat.parquet
 
 def parts_in(storage: Storage, form: str, compression: str | None = "zstd") -> Parts:
     storage.make_folder(WORKERS)
-    storage.make_folder(FOLDER)
+    storage.make_folder(CHECKSUMS)
     columns = OutputColumns(pa.schema([("text", pa.string())]), token_ids=False, logprobs=False)
     kind, model = FORMATS[form]
     return Parts(storage, part_format(kind, columns, compression, model))
@@ -56,7 +56,7 @@ def commit(parts: Parts, number: int, rows: range, extents: list[Extent] | None 
 @given(data=st.data())
 def test_a_flipped_bit_is_found(tmp_path: Path, form: str, compression: str | None, data: st.DataObject) -> None:
     storage = LocalFolder(tmp_path)
-    if not (tmp_path / FOLDER).exists():
+    if not (tmp_path / CHECKSUMS).exists():
         commit(parts_in(storage, form, compression), 0, range(50))
     parts = parts_in(storage, form, compression)
     name = parts.names()[0]
@@ -100,7 +100,7 @@ def test_a_merge_refuses_a_damaged_part_and_its_own_parts_have_checksums(tmp_pat
     parts.checksums.sweep(parts.names())
     again = parts_in(parts.storage, form)
     assert list(again.rows(again.names())) == list(range(8))
-    assert {path.name.rpartition(".")[0] for path in (tmp_path / FOLDER).glob("part-*")} == set(again.names())
+    assert {path.name.rpartition(".")[0] for path in (tmp_path / CHECKSUMS).glob("part-*")} == set(again.names())
     assert again.checksums.extents() == [Extent(0, ((0, 5),), "ab")]
     parts.checksums.sweep(parts.names())  # nothing to do
     assert again.checksums.extents() == [Extent(0, ((0, 5),), "ab")]
@@ -109,12 +109,12 @@ def test_a_merge_refuses_a_damaged_part_and_its_own_parts_have_checksums(tmp_pat
 def test_a_part_without_a_checksum_is_read_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts = parts_in(LocalFolder(tmp_path), "arrow")
     names = [commit(parts, number, range(3)) for number in range(2)]
-    for path in (tmp_path / FOLDER).iterdir():
+    for path in (tmp_path / CHECKSUMS).iterdir():
         path.unlink()
-    (tmp_path / FOLDER).rmdir()
+    (tmp_path / CHECKSUMS).rmdir()
     old = Parts(parts.storage, parts.format)
     assert len([old.keys(name) for name in names]) == 2
-    assert caplog.text.count("has no checksum in _checksums") == 1
+    assert caplog.text.count("has no checksum in .batchmix/checksums") == 1
     assert f"{names[0]} has no checksum" in caplog.text
 
 
@@ -131,7 +131,7 @@ def test_who_comes_too_late_leaves_the_checksum_of_another_part_and_no_harm(tmp_
     assert not parts.create(parts.name(0, 0), late)
     again = parts_in(storage, "jsonl")
     assert len(again.keys(again.name(0, 0))) == 0
-    assert len(storage.names(f"{FOLDER}/part-00000-000000.jsonl.*")) == 2
+    assert len(storage.names(f"{CHECKSUMS}/part-00000-000000.jsonl.*")) == 2
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_who_comes_too_late_leaves_the_checksum_of_another_part_and_no_harm(tmp_
 def test_a_damaged_list_of_what_was_read_is_named(tmp_path: Path, text: str) -> None:
     parts = parts_in(LocalFolder(tmp_path), "arrow")
     commit(parts, 0, range(3))
-    path = next((tmp_path / FOLDER).iterdir())
+    path = next((tmp_path / CHECKSUMS).iterdir())
     path.write_text(text)
     with pytest.raises(BatchmixError, match=f"{path.name}: is damaged"):
         Checksums(parts.storage).extents()
@@ -151,7 +151,7 @@ def test_what_a_killed_writer_left_half_is_no_checksum(tmp_path: Path, name: str
     parts = parts_in(LocalFolder(tmp_path), "arrow")
     extent = Extent(0, ((0, 9),), "x")
     part = commit(parts, 0, range(5), [extent])
-    half = tmp_path / FOLDER / f".{name}.0305b56c.tmp"
+    half = tmp_path / CHECKSUMS / f".{name}.0305b56c.tmp"
     half.write_text("[{")
     assert parts.checksums.extents() == [extent]
     parts.checksums.sweep([part])

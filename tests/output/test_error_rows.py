@@ -1,4 +1,4 @@
-"""A run with too many error rows is finished, and then ends with one line, exit code 1 and no `_SUCCESS`."""
+"""A run with too many error rows is finished, and then ends with one line, exit code 1 and no `SUCCESS`."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def test_the_run_is_finished_first(tmp_path: Path, form: OutputFormat, capsys: p
         with pytest.raises(TooManyErrors) as raised:
             generate(config)
         assert str(raised.value) == line(out, 3, "messages is empty")
-        assert (out / "_FAILED").exists()
-        assert not (out / "_SUCCESS").exists()
-    summary = json.loads((out / "_summary.json").read_text())
+        assert (out / ".batchmix/FAILED").exists()
+        assert not (out / ".batchmix/SUCCESS").exists()
+    summary = json.loads((out / ".batchmix/summary.json").read_text())
     assert summary["error_rows"] == 3
     assert summary["errors"] == [
         {"rows": 2, "example_row": 0, "example": "messages is empty"},
@@ -78,8 +78,8 @@ def test_the_run_is_finished_first(tmp_path: Path, form: OutputFormat, capsys: p
     write(data, [GOOD])
     config.output.overwrite = True
     generate(config)
-    assert (out / "_SUCCESS").exists()
-    assert not (out / "_FAILED").exists()
+    assert (out / ".batchmix/SUCCESS").exists()
+    assert not (out / ".batchmix/FAILED").exists()
 
 
 def test_responses_of_the_batch_api(tmp_path: Path) -> None:
@@ -133,13 +133,13 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(arguments) == 1
         said = capsys.readouterr()
         assert said.err.splitlines()[-1] == f"batchmix: error: {line(out, 2, 'messages is empty')}"
-    assert "each of 2 rows is there once; _SUCCESS is not written" in said.out
+    assert f"each of 2 rows is there once; {out}/.batchmix/SUCCESS is not written" in said.out
     with pytest.raises(SystemExit) as left:
         main(["status", f"output.dir={out}"])
     assert left.value.code == 4
     said = capsys.readouterr()
     assert "failed rows by reason, with an example:\n       2  row 0: messages is empty\n" in said.out
-    assert "finished with too many errors, so there is no _SUCCESS:" in said.out
+    assert "finished with too many errors:" in said.out
     assert max(map(len, said.out.splitlines())) <= max(80, len(str(out)) + 12)
     write(data, [GOOD])
     assert main([*command, "output.overwrite=true", "sampling.max_tokens=2"]) == 0
@@ -152,14 +152,14 @@ def test_the_report_of_a_task_is_there_first(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(TooManyErrors, match=r"2 rows, none could be run; row 0: data\.template fails on this row"):
             annotate(config)
-        (out / "_report/report.html").unlink()
+        (out / ".batchmix/report/report.html").unlink()
     assert len(ds.dataset(out, format="arrow").to_table()) == 2
 
 
 def test_the_first_row_of_the_most_common_reason_is_shown(tmp_path: Path) -> None:
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     parts = Parts(LocalFolder(tmp_path), part_format(OutputFormat.arrow, columns, None, None))
-    parts.storage.make_folder("_checksums")
+    parts.storage.make_folder(".batchmix/checksums")
     for number, rows in enumerate(([5, 4], [], [7, 3], [6])):
         failed = [Completion.failed(Prompt(i, str(i), {}, [], SamplingConfig(), f"e{i}"), f"e{i}") for i in rows]
         assert parts.create(parts.name(0, number), parts.format.records(failed))
@@ -170,7 +170,7 @@ def test_the_first_row_of_the_most_common_reason_is_shown(tmp_path: Path) -> Non
 def test_only_parts_with_errors_are_read_for_their_reasons(tmp_path: Path) -> None:
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     parts = Parts(LocalFolder(tmp_path), part_format(OutputFormat.arrow, columns, None, None))
-    parts.storage.make_folder("_checksums")
+    parts.storage.make_folder(".batchmix/checksums")
     good, bad = Prompt(0, "0", {}, [1], SamplingConfig()), Prompt(1, "1", {}, [], SamplingConfig(), "no")
     parts.create(parts.name(0, 0), parts.format.records([Completion(good, 0, [2], "stop", text="x")]))
     parts.create(parts.name(0, 1), parts.format.records([Completion.failed(bad, "no")]))
@@ -191,9 +191,9 @@ def test_the_share_is_of_the_whole_data_set(tmp_path: Path, capsys: pytest.Captu
         generate(config)
 
     run(0.25, zero)  # half of this shard's rows
-    assert not (out / "_FAILED").exists()
+    assert not (out / ".batchmix/FAILED").exists()
     run(0.25, one)
-    assert (out / "_SUCCESS").exists()
+    assert (out / ".batchmix/SUCCESS").exists()
     for shard in (zero, one, zero):  # a rerun that allows less
         with pytest.raises(TooManyErrors) as raised:
             run(0.2, shard)
@@ -201,11 +201,11 @@ def test_the_share_is_of_the_whole_data_set(tmp_path: Path, capsys: pytest.Captu
             f"output.dir={out}: 1 of 4 rows have an error, more than data.max_error_share=0.2 allows; the most common reason"
             " (1 row): row 0: messages is empty (mend that and run with another output.dir, or raise data.max_error_share)"
         )
-        assert (out / "_FAILED").exists()
-        assert not (out / "_SUCCESS").exists()
+        assert (out / ".batchmix/FAILED").exists()
+        assert not (out / ".batchmix/SUCCESS").exists()
     run(1.0, one)  # and one that allows more again
-    assert (out / "_SUCCESS").exists()
-    assert not (out / "_FAILED").exists()
+    assert (out / ".batchmix/SUCCESS").exists()
+    assert not (out / ".batchmix/FAILED").exists()
     assert len(ds.dataset(out, format="arrow").to_table()) == 4
     capsys.readouterr()
 
@@ -215,10 +215,10 @@ def test_a_damaged_failed_file_is_named(tmp_path: Path) -> None:
     config = job(write(tmp_path / "rows.jsonl", [EMPTY]), out)
     with pytest.raises(TooManyErrors):
         generate(config)
-    (out / "_FAILED").write_text("{")
+    (out / ".batchmix/FAILED").write_text("{")
     failure = read_status(config).failure
     assert failure is not None
-    assert failure.startswith(f"{out}/_FAILED: cannot be read (")
+    assert failure.startswith(f"{out}/.batchmix/FAILED: cannot be read (")
     with pytest.raises(TooManyErrors, match="none could be run"):  # a rerun writes it anew
         generate(config)
 
@@ -234,9 +234,9 @@ def test_a_folder_of_a_release_that_took_any_number_of_errors(tmp_path: Path) ->
     out = tmp_path / "out"
     config = job(write(tmp_path / "rows.jsonl", [EMPTY, GOOD]), out)
     generate(config)
-    old = json.loads((out / "_SUCCESS").read_text())
+    old = json.loads((out / ".batchmix/SUCCESS").read_text())
     del old["rows"], old["error_rows"]
-    (out / "_SUCCESS").write_text(json.dumps(old))
+    (out / ".batchmix/SUCCESS").write_text(json.dumps(old))
     generate(config)
     config.data.max_error_share = 0.4
     with pytest.raises(TooManyErrors, match="1 of 2 rows have an error"):

@@ -14,14 +14,12 @@ import pytest
 
 from batchmix.errors import BatchmixError
 from batchmix.input.config import ShardConfig
-from batchmix.output import checksums
 from batchmix.output import lease as leases
 from batchmix.output.columns import OutputColumns
 from batchmix.output.config import OutputFormat
 from batchmix.output.lease import (
     CLOSED,
     CLOSING,
-    FOLDER,
     Busy,
     Lease,
     Lost,
@@ -36,16 +34,20 @@ from batchmix.output.parts import PartLog, Parts
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder, Storage, write_json
+from batchmix.storage.bookkeeping import CHECKSUMS, WORKERS
+from batchmix.storage.layout import OldLayout
 from batchmix.storage.object_store import ObjectStore
 
 SHARD = ShardConfig(1, 4)
 NAME = shard_name(1, 4)
 
 
-@pytest.fixture(params=["folder", "object store"])
+@pytest.fixture(params=["folder", "old layout", "object store"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    store = LocalFolder(tmp_path) if request.param == "folder" else ObjectStore(f"memory://{tmp_path}")
-    for folder in (FOLDER, checksums.FOLDER):
+    store: Storage = ObjectStore(f"memory://{tmp_path}") if request.param == "object store" else LocalFolder(tmp_path)
+    if request.param == "old layout":
+        store = OldLayout(store)
+    for folder in (WORKERS, CHECKSUMS):
         store.make_folder(folder)
     return store
 

@@ -56,7 +56,9 @@ def test_status_and_finalize(tmp_path: Path, where: str) -> None:
         assert all(len(line) <= 80 for line in lines)
         return found.exit_code, lines
 
-    with pytest.raises(BatchmixError, match=f"output.dir={out}: holds no _run.json, so no run of batchmix has begun"):
+    with pytest.raises(
+        BatchmixError, match=f"output.dir={out}: holds no .batchmix/run.json, so no run of batchmix has begun"
+    ):
         read_status(folder)
     generate(job(data, out, 1, 3))
     code, lines = status()
@@ -86,8 +88,8 @@ def test_status_and_finalize(tmp_path: Path, where: str) -> None:
         generate(job(data, out, index, 2))
     assert status()[0] == 0
     folder.output.order = Order.input
-    assert "each of 8 rows is there once; _SUCCESS is written" in finalize_folder(folder)
-    assert status()[1][-1] == "complete: _SUCCESS is there"
+    assert f"each of 8 rows is there once; {out}/.batchmix/SUCCESS is written" in finalize_folder(folder)
+    assert status()[1][-1] == "complete: every row is there"
     if where == "folder":
         assert [row for path in sorted(Path(out).glob("part-*")) for row in rows_of(path)] == list(range(8))
         part = sorted(Path(out).glob("part-*"))[-1]
@@ -175,7 +177,7 @@ def test_a_stopped_worker_is_reported_taken_over_and_refused(tmp_path: Path) -> 
     time.sleep(max(0.0, stopped + 6.5 - time.monotonic()))
     code, output = finish(shard(0))
     assert code == 0, output
-    assert (out / "_SUCCESS").exists()
+    assert (out / ".batchmix/SUCCESS").exists()
     assert read(out) == read(expected)
     stuck.send_signal(signal.SIGCONT)
     code, output = finish(stuck)

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from batchmix.observability.clock import StageClock
-from batchmix.output import checksums
 from batchmix.output.columns import OutputColumns
 from batchmix.output.config import OutputFormat
 from batchmix.output.part_formats import part_format
@@ -22,6 +21,7 @@ from batchmix.prompts.buffers import Buffers
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder
+from batchmix.storage.bookkeeping import CHECKSUMS
 
 
 def sink_into(
@@ -29,7 +29,7 @@ def sink_into(
 ) -> tuple[Parts, Sink]:
     columns = OutputColumns(pa.schema([]), token_ids=False, logprobs=False)
     storage = LocalFolder(folder)
-    storage.make_folder(checksums.FOLDER)
+    storage.make_folder(CHECKSUMS)
     parts = Parts(storage, part_format(OutputFormat.arrow, columns, None, None))
     options = {
         "rows_per_shard": rows_per_shard,

@@ -30,6 +30,8 @@ from batchmix.output.parts import Parts
 from batchmix.records import Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.storage import LocalFolder, Storage
+from batchmix.storage.bookkeeping import FOLDER, SUCCESS
+from batchmix.storage.layout import OldLayout
 from batchmix.storage.object_store import ObjectStore
 
 ROWS, PART = 13, 2
@@ -195,7 +197,7 @@ def check(store: Storage, runs: list[Any], last: int, order: Order) -> None:
             worker.run(ShardConfig(index, last), order)
             worker.go_on()
         assert committed(store) == Counter(range(ROWS))
-        assert store.exists("_SUCCESS")
+        assert store.exists(SUCCESS)
     if order is Order.input:
         parts = Parts(store, part_format(OutputFormat.arrow, None, None, None))  # type: ignore[arg-type]
         assert [row for name in parts.names() for row in parts.keys(name).row.tolist()] == list(range(ROWS))
@@ -214,6 +216,17 @@ SWEPT_UP_WHILE_IT_MERGED = [([0, 1, 2], [Fate("die", 0), None, None]), ([0, 1, 2
 def test_every_row_once_in_a_folder(runs: list[Any], last: int, order: Order) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(LocalFolder(Path(folder)), runs, last, order)
+
+
+@pytest.mark.slow  # seconds under the interpreter, or of processes
+@settings(max_examples=8, deadline=None)
+@given(runs=rounds, last=st.integers(1, 4), order=st.sampled_from(Order))
+@example(STOPPED_AT_ITS_FIRST_COMMIT, 2, Order.input)
+@example(SWEPT_UP_WHILE_IT_MERGED, 1, Order.input)
+def test_every_row_once_in_a_folder_of_the_old_layout(runs: list[Any], last: int, order: Order) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check(OldLayout(LocalFolder(Path(folder))), runs, last, order)
+        assert not Path(folder, FOLDER).exists()
 
 
 DIED_WHEN_ALL_WAS_DONE = [([0], [None]), ([0, 1, 2], [None, None, Fate("die", 2)])]

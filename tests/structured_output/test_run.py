@@ -101,11 +101,11 @@ def test_rows_may_have_grammars_of_their_own(tmp_path):
     reasons = cut, cut, "keyword 'contains'", "no key 'grammar'", "max_tokens=40"
     for row, reason in zip(found[3:], reasons, strict=True):
         assert reason in row["error"]
-    summary = json.loads((tmp_path / "out" / "_summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / ".batchmix/summary.json").read_text())
     assert summary["jump_forward_tokens"] > 5
     assert (summary["rows"], summary["error_rows"], summary["samples"]) == (7, 4, 8)
     assert (summary["runs"][0]["rows"], summary["runs"][0]["error_rows"]) == (7, 4)
-    assert json.loads((tmp_path / "out" / "_run.json").read_text())["versions"]["llguidance"]
+    assert json.loads((tmp_path / "out" / ".batchmix/run.json").read_text())["versions"]["llguidance"]
     with pytest.raises(BatchmixError, match=r"sampling\.structured_outputs was"):
         pipeline.generate(job(tmp_path, rows, structured_outputs=StructuredOutputs(choice=["x"])))
 

@@ -527,7 +527,7 @@ def test_another_template_is_another_run(tmp_path: Path, base_model: Path) -> No
     copy.write_text(CHATML)
     lines = [{"messages": CHAT}]
     generate(job(tmp_path, base_model, lines, chat_template=str(file)))
-    run = json.loads((tmp_path / "out" / "_run.json").read_text())
+    run = json.loads((tmp_path / "out" / ".batchmix/run.json").read_text())
     assert run["identity"]["data.chat_template"] == run["config"]["data"]["chat_template"] == CHATML
     generate(job(tmp_path, base_model, lines, chat_template=str(copy)))
     file.write_text(CHATML + " ")
