@@ -75,7 +75,7 @@ class Operators(Protocol):
         """x [T, in], weight [out, in] -> [T, out]."""
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad | None
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 

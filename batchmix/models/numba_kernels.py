@@ -165,11 +165,7 @@ def kernels(element: Any) -> list[Callable[[Any], None]]:
         splits, heads, kv_heads, dim, size = job[0], job[1], job[2], job[3], job[4]
         qkv, keys, values = pointer(job[5], element), pointer(job[6], element), pointer(job[7], element)
         table, width = pointer(job[8], integer), job[9]  # [B, W]
-        rows, starts, ends = (
-            pointer(job[10], integer),
-            pointer(job[11], integer),
-            pointer(job[12], integer),
-        )  # of splits
+        rows, starts, ends = pointer(job[10], integer), pointer(job[11], integer), pointer(job[12], integer)  # [splits]
         sums, scales = pointer(job[13], single), pointer(job[14], single)  # [splits, H, C], [splits, H, 2]: peak, total
         scratch, scale = pointer(job[15], single), float_of(u32(job[16]))  # [threads, R (C + S)]
         ratio = heads // kv_heads
@@ -304,13 +300,5 @@ def kernels(element: Any) -> list[Callable[[Any], None]]:
                 out[start + i] = narrow(widen(residual[start + i]) + total, residual[start + i])
 
     return [
-        rms_norm,
-        add_rms_norm,
-        rotate_and_cache,
-        attend_splits,
-        merge_splits,
-        sort_by_expert,
-        gather,
-        swiglu,
-        combine,
-    ]
+        rms_norm, add_rms_norm, rotate_and_cache, attend_splits, merge_splits, sort_by_expert, gather, swiglu, combine
+    ]  # fmt: skip
