@@ -30,8 +30,6 @@ from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
 from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
-from batchmix.structured_output.grammar import CompiledGrammar
-from batchmix.structured_output.host_grammar import HostGrammar
 
 _log = logging.getLogger(__name__)
 
@@ -100,16 +98,8 @@ class Engine:
                     request.choices = self.grammars.choice_tokens(prompt.sampling)
                     request.end_tokens = self.grammars.end_tokens(prompt.sampling)
                 else:
-                    self._count_guided(self.grammars.get(prompt.sampling))
+                    self.stats.rows_guided[self.grammars.get(prompt.sampling).kind] += 1
             self.scheduler.add(request)
-
-    def _count_guided(self, grammar: CompiledGrammar | HostGrammar) -> None:
-        if not isinstance(grammar, HostGrammar):
-            self.stats.rows_guided_by_table += 1
-        elif grammar.of_schema:
-            self.stats.rows_guided_by_llguidance += 1
-        else:
-            self.stats.rows_guided_on_host += 1
 
     def step(self) -> list[Completion]:
         """Schedule a step, queue it, and process what the steps before it have done. Where the device has no memory, go
