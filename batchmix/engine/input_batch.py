@@ -29,6 +29,7 @@ from batchmix.models.backend import HostRows
 from batchmix.models.kv_cache import SCRATCH_BLOCK
 from batchmix.models.philox import row_key
 from batchmix.models.step_tokens import DecodeTokens
+from batchmix.models.torch_products import pad_rows
 from batchmix.prompts.stop_strings import INSIDE, START, StopTable
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
@@ -84,7 +85,7 @@ class InputBatch:
         grammars: GrammarCompiler | None,
         limits: EngineLimits,
     ) -> None:
-        size, device = -(-limits.max_num_seqs // limits.row_tile) * limits.row_tile, async_copy.device
+        size, device = pad_rows(limits.max_num_seqs, limits.row_tile), async_copy.device
         self.capacity, self.vocab_size, self.async_copy = limits.max_num_seqs, vocab_size, async_copy
         self._build_stop_table = stop_table
         self.num_active = 0

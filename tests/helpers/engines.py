@@ -18,7 +18,6 @@ from batchmix.checkpoints.loading import load_weights
 from batchmix.dtypes import Dtype, Quantization
 from batchmix.engine.engine import Engine
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.model_runner import pad
 from batchmix.engine.request import EngineLimits
 from batchmix.models import torch_backend
 from batchmix.models.async_copy import AsyncCopy, CopyEvent
@@ -26,6 +25,7 @@ from batchmix.models.backend import Operators
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.step_tokens import PrefillChunk, StepTokens
+from batchmix.models.torch_products import pad_rows
 from batchmix.offload.expert_stream import ExpertStream, Offload
 from batchmix.offload.staged_cache import StagedKVCache
 from batchmix.offload.transfer_stream import TransferStream
@@ -160,7 +160,7 @@ def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list
     """Logits of every position of every row, all rows in one packed step."""
     engine = make_engine(model, **options)
     total = sum(map(len, rows))
-    tokens, chunks, start = np.zeros(pad(total, model.ops.row_tile), np.int64), [], 0
+    tokens, chunks, start = np.zeros(pad_rows(total, model.ops.row_tile), np.int64), [], 0
     for row in rows:
         tokens[start : start + len(row)] = row
         blocks = engine.scheduler.pool.take(-(-len(row) // engine.cache.block_size))
