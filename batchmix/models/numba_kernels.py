@@ -256,16 +256,6 @@ def kernels(element: Any) -> list[Callable[[Any], None]]:
         for expert in range(num_experts):
             ends[expert] = (ends[expert] + tile - 1) // tile * tile
 
-    def gather(job):
-        """x [T, D], token_of_row [P] -> out [P, D]"""
-        rows, width = job[0], job[1]
-        x, token_of_row, out = pointer(job[2], element), pointer(job[3], integer), pointer(job[4], element)
-        first, last = share(rows)
-        for row in range(first, last):
-            start = token_of_row[row] * width
-            for i in range(width):
-                out[row * width + i] = x[start + i]
-
     def swiglu(job):
         """gate_up [P, 2F] -> silu(gate) * up, out [P, F]"""
         rows, width = job[0], job[1]
@@ -299,6 +289,4 @@ def kernels(element: Any) -> list[Callable[[Any], None]]:
                     total += widen(weights[pair]) * widen(rows[row_of_pair[pair] * width + i])
                 out[start + i] = narrow(widen(residual[start + i]) + total, residual[start + i])
 
-    return [
-        rms_norm, add_rms_norm, rotate_and_cache, attend_splits, merge_splits, sort_by_expert, gather, swiglu, combine
-    ]  # fmt: skip
+    return [rms_norm, add_rms_norm, rotate_and_cache, attend_splits, merge_splits, sort_by_expert, swiglu, combine]

@@ -54,12 +54,13 @@ def route(x: Tensor, router: Tensor, top_k: int, load: LayerLoad | None) -> tupl
 
 
 def run_expert(
-    x: Tensor, up: Weight, down: Weight, out: Tensor, activation: Callable[[Tensor], Tensor] = swiglu
+    x: Tensor, tokens: Tensor, up: Weight, down: Weight, out: Tensor, activation: Callable[[Tensor], Tensor] = swiglu
 ) -> None:
-    """One expert over its inputs x [P, D], P a multiple of ROW_TILE, into out [P, D]; widened where it is quantised."""
+    """One expert over `tokens` int64 [P] of x [T, D], P a multiple of ROW_TILE, into out [P, D]."""
     up_dense, down_dense = dense(up, x.dtype), dense(down, x.dtype)
-    for low in range(0, len(x), EXPERT_CHUNK):
-        h = activation(product(x[low : low + EXPERT_CHUNK], up_dense))  # [P_e, F]
+    for low in range(0, len(tokens), EXPERT_CHUNK):
+        inputs = x.index_select(0, tokens[low : low + EXPERT_CHUNK])
+        h = activation(product(inputs, up_dense))  # [P_e, F]
         out[low : low + EXPERT_CHUNK] = product(as_input(h, down), down_dense)
 
 
@@ -74,11 +75,11 @@ def moe(
     if load is not None:
         load.counts.add_(counts)
     inputs, chosen = as_input(x, w13), x.new_empty(len(order), x.shape[1])  # [T, D]; [T*K, D], a row for each pair
-    for expert, pairs in enumerate(order.split(counts.tolist())):
+    for expert, pairs in enumerate(torch.split(order, counts.tolist())):
         if len(pairs):
             tokens = F.pad(pairs // top_k, (0, -len(pairs) % ROW_TILE))  # padding rows compute token 0
             out = x.new_empty(len(tokens), x.shape[1])
-            run_expert(inputs.index_select(0, tokens), w13[expert], w2[expert], out)
+            run_expert(inputs, tokens, w13[expert], w2[expert], out)
             chosen.index_copy_(0, pairs, out[: len(pairs)])
     chosen = chosen.view(len(weights), top_k, -1)
     result = chosen[:, 0] * weights[:, 0, None]

@@ -69,8 +69,7 @@ def _sample_among(logits: Tensor, places: Tensor, rows: RowTensors, which: Tenso
 
 
 def _untouched(logits: Tensor, rows: RowTensors) -> dict[int, Tensor]:
-    """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes
-    them."""
+    """Logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes any."""
     if rows.logprob_history is None:
         return {}
     early = rows.state[State.GENERATED] < rows.numbers[Number.MIN_TOKENS]
