@@ -1,8 +1,7 @@
 """Compile the kernels of a run before it: those of each captured decode step, and of prefill steps of any size.
 
-The steps run on tensors without memory ("meta") and one layer, while launches are recorded. What they would compile is
-then compiled in parallel processes, into Triton's cache on disk. Another process does all that while this one loads
-weights.
+The steps run on tensors without memory ("meta") and one layer, while launches are recorded. Parallel processes compile
+what those need into Triton's cache on disk. Another process does all that while this one loads weights.
 """
 
 from __future__ import annotations

@@ -70,9 +70,8 @@ def check_places(engine: EngineConfig, tensor_parallel_size: int) -> None:
 
 
 def compute_dtype(dtype: torch.dtype, place: DevicePlan) -> torch.dtype:
-    """In which dtype weights of `dtype` are kept and multiplied. BatchmixError where the place cannot. A CPU without
-    matrix instructions for it multiplies seven times slower than float32 (on AVX2), so there weights are kept in
-    float32."""
+    """In which dtype weights of `dtype` are kept and multiplied; BatchmixError where the place cannot. In float32 on a CPU
+    without matrix instructions for it, which multiplies seven times slower than float32 (on AVX2)."""
     if place.backend is Backend.triton:
         if place.device.type == "cpu" and dtype is torch.bfloat16:
             raise BatchmixError(

@@ -46,8 +46,7 @@ _versions = itertools.count()  # of all batches of a process
 
 
 class CpuGpuBuffer:
-    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along
-    `axis`."""
+    """`array` on the host, `tensor` on the device, which sees changes once uploaded. Slots are along `axis`."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int = 0, axis: int = 0

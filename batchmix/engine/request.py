@@ -38,7 +38,7 @@ class Request:
     samples: list[int]
     choices: list[list[int]] | None = None  # texts to score after the prompt, instead of decoding
     end_tokens: list[int] = field(default_factory=list)  # any of which ends a choice
-    order: int = field(default_factory=itertools.count().__next__)  # they were made in; of those that decode the last is preempted first
+    order: int = field(default_factory=itertools.count().__next__)  # of those that decode the last is preempted first
     # In prefill:
     blocks: list[int] = field(default_factory=list)  # of the prompt and the first sample's first token
     sample_blocks: list[int] = field(default_factory=list)  # last block of each further sample, which shares the others

@@ -1,5 +1,4 @@
-"""What runs in a step, which requests start and which are preempted. Pure host logic; nothing here waits for the
-device.
+"""What runs in a step, which requests start and which are preempted: host logic, which never waits for the device.
 
 A step takes a token of every running sequence first, then prompt chunks up to a token budget. Under tensor parallelism
 every rank schedules alike, so nothing here is decided by a clock.
@@ -193,31 +192,27 @@ class Scheduler:
             self._record_chunk(step, chunk)
 
     def _next_chunk(self, step: Step, request: Request, room: int) -> ScheduledChunk | None:
-        ids, start = request.prompt.token_ids, request.computed
+        """The next tokens of a prompt, or the rest of it and its next choice, with blocks of its own."""
+        ids, start, blocks, choice = request.prompt.token_ids, request.computed, request.blocks, None
         # What is computed once: of a prompt that choices follow only whole blocks, the rest with each choice.
-        end = len(ids) if request.choices is None else len(request.blocks) * self.block_size
+        end = len(ids) if request.choices is None else len(blocks) * self.block_size
         if start == end and request.choices is not None:
-            return self._next_choice(step, request, request.choices[request.next_choice], room)
-        limits = self.limits
-        length = min(limits.prefill_chunk - start % limits.prefill_chunk, end - start)
-        if length > room and limits.cuts_prompts:  # at whole blocks, which others may share
-            length = (start + room) // self.block_size * self.block_size - start
-        if length <= 0 or (length > room and step.chunks):
-            return None
-        tokens, is_last = list(ids[start : start + length]), start + length == len(ids)
-        return ScheduledChunk(step.num_tokens, start, length, request.blocks, request, tokens, is_last=is_last)
-
-    def _next_choice(self, step: Step, request: Request, choice: list[int], room: int) -> ScheduledChunk | None:
-        """The rest of the prompt and its next choice, with blocks of its own."""
-        ids = [*request.prompt.token_ids[request.computed :], *choice]
-        if len(ids) > room and step.chunks:
-            return None
-        needed = -(-len(ids) // self.block_size)
-        if needed > self._num_available():
-            return None
-        blocks = request.blocks + self._allocate(needed)
-        start, number = request.computed, request.next_choice
-        return ScheduledChunk(step.num_tokens, start, len(ids), blocks, request, ids, number)
+            choice = request.next_choice
+            tokens = [*ids[start:], *request.choices[choice]]
+            needed = -(-len(tokens) // self.block_size)
+            if (len(tokens) > room and step.chunks) or needed > self._num_available():
+                return None
+            blocks = blocks + self._allocate(needed)
+        else:
+            limits = self.limits
+            length = min(limits.prefill_chunk - start % limits.prefill_chunk, end - start)
+            if length > room and limits.cuts_prompts:  # at whole blocks, which others may share
+                length = (start + room) // self.block_size * self.block_size - start
+            if length <= 0 or (length > room and step.chunks):
+                return None
+            tokens = list(ids[start : start + length])
+        is_last = choice is None and start + len(tokens) == len(ids)
+        return ScheduledChunk(step.num_tokens, start, len(tokens), blocks, request, tokens, choice, is_last)
 
     def _record_chunk(self, step: Step, chunk: ScheduledChunk) -> None:
         """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer

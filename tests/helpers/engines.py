@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,12 @@ def make_engine(model: Mixtral, host: TransferStream | None = None, **options: A
     )
     limits = EngineLimits(32, 512, 512, blocks + 1, block_size, model.ops.row_tile, model.ops.cuts_prompts)
     limited = {field.name: options.pop(field.name) for field in fields(EngineLimits) if field.name in options}
-    return Engine(model, cache, replace(limits, **limited), **{"eos_token_ids": (2,), "stop_table": None, **options})
+    eos_token_ids, stop_table = options.pop("eos_token_ids", (2,)), options.pop("stop_table", None)
+    async_copy = options.pop("async_copy", None) or AsyncCopy(embedding.device)
+    make_batch = partial(
+        InputBatch, model.config.vocab_size, eos_token_ids, stop_table, async_copy, options.get("grammars")
+    )
+    return Engine(model, cache, replace(limits, **limited), make_batch, **options)
 
 
 class LateAsyncCopy(AsyncCopy):
