@@ -12,7 +12,7 @@ import torch
 
 from batchmix.checkpoints.checkpoint import Checkpoint
 from batchmix.checkpoints.loading import load_weights
-from batchmix.dtypes import KVCacheDtype
+from batchmix.dtypes import KVCacheDtype, dtype_name
 from batchmix.engine.config import CPU_BACKENDS, Backend, EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
@@ -58,7 +58,7 @@ def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
     check_model(checkpoint.config, place, checkpoint.quantization)
     dtype = compute_dtype(checkpoint.dtype, place)
     if config.backend is Backend.numba and dtype not in numba_cache.DTYPES:
-        raise BatchmixError(f"engine.backend=numba: has no kernels for {_name(dtype)}; use engine.backend=torch")
+        raise BatchmixError(f"engine.backend=numba: has no kernels for {dtype_name(dtype)}; use engine.backend=torch")
 
 
 def start_engine(
@@ -157,8 +157,8 @@ def _start_line(
         size = footprint(model.config, dtype.itemsize, checkpoint.quantization)
         weights += f"{plan.streamed_text(size)} at {plan.link_bandwidth / 1e9:.3g} GB/s, no CUDA graphs,"
     return "".join([
-        f"{checkpoint.folder.name} in {_name(dtype)}",
-        "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})",
+        f"{checkpoint.folder.name} in {dtype_name(dtype)}",
+        "" if dtype is checkpoint.dtype else f" (weights rounded to {dtype_name(checkpoint.dtype)})",
         "" if checkpoint.quantization is None else f", experts in {checkpoint.quantization.value}",
         f" on {f'{processes} x ' * (processes > 1)}{place.name}",
         f", {torch.get_num_threads()} threads" if place.device.type == "cpu" else "",
@@ -257,7 +257,3 @@ def _stop_table(tokenizer: Tokenizer, vocab_size: int, sampling: SamplingConfig)
     """A row's stop strings as an automaton over the model's vocabulary, which may be larger or smaller."""
     pieces = vocabulary_bytes(tokenizer, vocab_size, sampling.skip_special_tokens)
     return build_stop_table(sampling.stop or [], pieces, drops_leading_space=tokenizer.drops_leading_space)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
