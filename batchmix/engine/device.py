@@ -88,7 +88,9 @@ def check_model(config: MixtralConfig, place: DevicePlan, quantization: Quantiza
     """BatchmixError for a model whose shape or format the backend's kernels do not take."""
     if place.backend is not Backend.triton:
         return
-    if quantization is Quantization.fp8 and place.device.type == "cuda" and not _multiplies_fp8(place.device):
+    # Triton has products of e4m3 on AMD's GPUs, and on NVIDIA's from sm_89 on.
+    on_nvidia = place.device.type == "cuda" and torch.version.hip is None
+    if quantization is Quantization.fp8 and on_nvidia and torch.cuda.get_device_capability(place.device) < (8, 9):
         raise BatchmixError(
             f"model.quantization=fp8: {place.name} does not multiply e4m3; use model.quantization=int8 or int4"
         )
@@ -102,11 +104,6 @@ def check_model(config: MixtralConfig, place: DevicePlan, quantization: Quantiza
             f"engine.backend=triton: its sampler takes {_TRITON_VOCABULARY:,} tokens at most, this model has"
             f" {config.vocab_size:,}; use engine.backend=torch"
         )
-
-
-def _multiplies_fp8(device: torch.device) -> bool:
-    """Whether Triton has products of e4m3 there: on NVIDIA from sm_89 on."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _device(engine: EngineConfig) -> torch.device:

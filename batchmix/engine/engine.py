@@ -96,12 +96,10 @@ class Engine:
         """Schedule a step, queue it, and process what the steps before it have done. Where the device has no memory, go
         on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
-        completions: list[Completion] = []
-        jump_forward: list[list[int]] = []
-        if batch.num_with_logprobs or batch.grammars.num_forced:
-            completions += process_outputs(scheduler, wait_for_all=True)
-            if batch.grammars.num_forced:
-                jump_forward = find_jump_forward(batch, scheduler.limits.max_num_batched_tokens)
+        depends_on_last = batch.num_with_logprobs or batch.grammars.num_forced
+        completions = process_outputs(scheduler, wait_for_all=True) if depends_on_last else []
+        most = scheduler.limits.max_num_batched_tokens
+        jump_forward = find_jump_forward(batch, most) if batch.grammars.num_forced else []
         reads_each_step = jump_forward or batch.num_with_logprobs or batch.grammars.num_texts
         step = scheduler.schedule(jump_forward, 1 if reads_each_step else scheduler.limits.steps_per_read)
         if step is None:  # before the next one all that is queued has to be read

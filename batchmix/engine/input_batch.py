@@ -182,10 +182,9 @@ class InputBatch:
     def record_step(self, scored: Callable[[], None] | None = None) -> None:
         """Let the state of the active rows, once all that is queued by now is done, come to the host."""
         count = self.num_active
-        tensors = [self.state[_READ, :count], self.history[:count]]
-        if self.logprob_history is not None:
-            tensors.append(self.logprob_history[:count])
-        self.pending.append(PendingStep(np.arange(count), self.async_copy.to_host(tensors), scored))
+        rings = [ring[:count] for ring in (self.history, self.logprob_history) if ring is not None]
+        event = self.async_copy.to_host([self.state[_READ, :count], *rings])
+        self.pending.append(PendingStep(np.arange(count), event, scored))
 
     def decode_tokens(self, rows: int, size: int, width: int) -> DecodeTokens:
         """The last tokens of slots 0..rows-1, and with those of free slots `size` tokens. `width`: blocks of a row."""

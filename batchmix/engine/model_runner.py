@@ -104,10 +104,9 @@ class ModelRunner:
         return min(1 << (int(batch.num_blocks[:rows].max()) - 1).bit_length(), int(batch.block_table.shape[1]))
 
     def _find_shared(self, rows: int) -> object:
-        batch = self.scheduler.batch
-        return self.model.ops.find_shared(
-            self.model, self.cache, batch.block_table[:rows], batch.prompt_tokens[:rows], batch.version
-        )
+        model, batch = self.model, self.scheduler.batch
+        table, prompt_tokens = batch.block_table[:rows], batch.prompt_tokens[:rows]
+        return model.ops.find_shared(model, self.cache, table, prompt_tokens, batch.version)
 
     # Any tokens of any rows.
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.kernels import linear, moe, norm, post_update, sampling
-from batchmix.kernels.attention_decode import DecodePlan, attend_decode, plan_decode
-from batchmix.kernels.attention_prefill import PrefillPlan, attend_prefill, plan_prefill
+from batchmix.kernels.attention_decode import attend_decode, plan_decode
+from batchmix.kernels.attention_prefill import attend_prefill, plan_prefill
 from batchmix.kernels.rotary import rotate_and_cache
 from batchmix.kernels.row_state import RowTensors
 from batchmix.kernels.shared_splits import SharedSplits, find_shared_splits
@@ -67,9 +67,7 @@ class TritonOperators:
         graph of it follows the rows."""
         ratio = model.config.num_attention_heads // model.config.num_key_value_heads
         positions, blocks, offsets = cache.places(step)
-        decode, num_decode = step.decode, 0
-        decode_plan: DecodePlan | None = None
-        prefill_plan: PrefillPlan | None = None
+        decode, num_decode, decode_plan, prefill_plan = step.decode, 0, None, None
         if decode is not None:
             assert step.shared is None or isinstance(step.shared, SharedSplits)
             num_decode = len(decode.positions)
