@@ -21,3 +21,8 @@ class Quantization(Enum):
 class KVCacheDtype(Enum):
     auto = "auto"
     fp8 = "fp8"
+
+
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as configs and checkpoints have it: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

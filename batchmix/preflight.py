@@ -12,6 +12,7 @@ from batchmix.annotate.columns import annotation_columns
 from batchmix.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from batchmix.config import Config
 from batchmix.distributed.config import ClusterKind
+from batchmix.dtypes import dtype_name
 from batchmix.engine.build import check_engine
 from batchmix.engine.device import check_places
 from batchmix.errors import BatchmixError
@@ -109,7 +110,7 @@ def _describe(config: Config, source: Source, checkpoint: Checkpoint, columns: i
         model=checkpoint.fingerprint(),
         tokenizer=tokenizer_fingerprint(checkpoint.folder),
         data=source.fingerprint(),
-        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.dtype),
         quantization=None if checkpoint.quantization is None else checkpoint.quantization.value,
         max_model_len=checkpoint.max_model_len,
         id_column=source.id_column,

@@ -25,8 +25,8 @@ from common import RESULTS
 
 from batchmix.engine.cuda_graphs import capture_sizes, pad_to_capture_size
 from batchmix.engine.input_batch import InputBatch, PendingStep
-from batchmix.engine.request import PREFILL_CHUNK, EngineLimits, RunningSequence
-from batchmix.engine.scheduler import Request as WaitingRequest
+from batchmix.engine.request import PREFILL_CHUNK, EngineLimits
+from batchmix.engine.request import Request as EngineRequest
 from batchmix.engine.scheduler import Scheduler
 from batchmix.measure.result import save_result
 from batchmix.measure.workloads import INSTRUCTION, draw_sizes
@@ -308,8 +308,8 @@ def new_schedule(workload: Workload) -> Iterator[ScheduledStep]:
     for row, request in enumerate(workload.requests):
         sampling = SamplingConfig(max_tokens=request.answer, ignore_eos=True)
         prompt = Prompt(row, str(row), {}, range(request.prompt), sampling, shared_tokens=workload.shared)
-        scheduler.add(WaitingRequest(prompt, [0]))
-    sizes, preempted, ended = capture_sizes(MAX_NUM_SEQS), 0, list[RunningSequence]()
+        scheduler.add(EngineRequest(prompt, [0]))
+    sizes, preempted, ended = capture_sizes(MAX_NUM_SEQS), 0, list[EngineRequest]()
     while not scheduler.is_idle:
         step, batch = scheduler.schedule([], STEPS_PER_READ), scheduler.batch
         for _ in range(step.num_steps if step is not None else 0):
@@ -330,7 +330,7 @@ def new_schedule(workload: Workload) -> Iterator[ScheduledStep]:
             batch.pending.append(PendingStep(np.zeros(0, np.int64), list, None))
 
 
-def _finish(scheduler: Scheduler, sequences: list[RunningSequence]) -> None:
+def _finish(scheduler: Scheduler, sequences: list[EngineRequest]) -> None:
     """Take those out that are still there: others have been preempted."""
     gone = set(map(id, sequences))
     slots = [slot for slot, sequence in enumerate(scheduler.running) if id(sequence) in gone]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from batchmix.engine.engine import Engine
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.request import EngineLimits
 from batchmix.kernels.shared_splits import find_shared_splits
 from batchmix.memory import keep_freed_memory
 from batchmix.models import torch_backend
+from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.expert_load import ExpertLoad
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral_config import MixtralConfig
@@ -112,7 +115,7 @@ def step_seconds(rows: int, steps: int, sampling: SamplingConfig) -> np.ndarray:
         setattr(model.ops, name, operators.timed(name))
     engine = Engine(
         model, cache, EngineLimits(rows, 8192, 2048, cache.num_blocks, 64, model.ops.row_tile, model.ops.cuts_prompts),
-        eos_token_ids=(2,), stop_table=None,
+        partial(InputBatch, CONFIG.vocab_size, (2,), None, AsyncCopy(torch.device("cpu")), None),
     )  # type: ignore[arg-type]  # fmt: skip
     lengths = np.linspace(100, 1100, rows).astype(int)
     prompts = [Prompt(i, str(i), {}, np.full(length, 5), sampling) for i, length in enumerate(lengths)]

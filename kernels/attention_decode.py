@@ -203,21 +203,11 @@ def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
 
 
 def attend_decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_table: Tensor,
-    context: Tensor,
-    items: Tensor,
-    num_items: Tensor,
-    shared_rows: Tensor,
-    shared_split: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    out: Tensor,
+    q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, scales: tuple[Tensor | None, Tensor | None], out: Tensor
 ) -> None:
     """Launch `decode_attention` into out [B, H, C], contiguous, as a part of a larger tensor is."""
-    check_cache(q, keys, values, k_scale, v_scale)
+    block_table, context, items, num_items, shared_rows, shared_split = plan
+    check_cache(q, keys, values, *scales)
     rows, heads, dim = q.shape
     assert out.shape == q.shape, (out.shape, q.shape)
     assert out.is_contiguous()
@@ -229,8 +219,8 @@ def attend_decode(
     gpu = current_gpu(q.device)
     partial = torch.empty((rows, max_splits, heads, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((rows, max_splits, heads), dtype=torch.float32, device=q.device)
-    read = q, readable(keys, gpu), readable(values, gpu), k_scale, v_scale, partial, lse
-    strides = q.stride(0), block_table.stride(0), scale_stride(k_scale), max_splits, dim**-0.5 * LOG2_E
+    read = q, readable(keys, gpu), readable(values, gpu), *scales, partial, lse
+    strides = q.stride(0), block_table.stride(0), scale_stride(scales[0]), max_splits, dim**-0.5 * LOG2_E
     options = {
         "H": heads, "G": kv_heads, "S": size, "C": dim, "PRODUCT": product_dtype(q.dtype, keys.dtype), "SPLIT": SPLIT,
         "PRECISION": float32_precision(gpu), "enable_fp_fusion": False, **_tile(gpu, q.dtype),
@@ -271,24 +261,11 @@ def decode_attention(
     [B, H, C] of q's dtype, zeros where context is 0. Takes a workspace of B * N * H * (C + 1) float32.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    attend_decode(
-        q, keys, values, block_table, context, items, num_items, shared_rows, shared_split, k_scale, v_scale, out
-    )
+    plan = DecodePlan(block_table, context, items, num_items, shared_rows, shared_split)
+    attend_decode(q, keys, values, plan, (k_scale, v_scale), out)
     return out
 
 
 @decode_attention.register_fake
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_table: Tensor,
-    context: Tensor,
-    items: Tensor,
-    num_items: Tensor,
-    shared_rows: Tensor,
-    shared_split: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def _(q: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -138,19 +138,11 @@ def _tile(gpu: Gpu, dtype: torch.dtype) -> dict[str, int]:
 
 
 def attend_prefill(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chunks: Tensor,
-    tiles: Tensor,
-    block_table: Tensor,
-    query_tile: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    out: Tensor,
+    q: Tensor, keys: Tensor, values: Tensor, plan: PrefillPlan, scales: tuple[Tensor | None, Tensor | None], out: Tensor
 ) -> None:
     """Launch `prefill_attention` into out [T, H, C], contiguous, as a part of a larger tensor is."""
-    check_cache(q, keys, values, k_scale, v_scale)
+    chunks, tiles, block_table, query_tile = plan
+    check_cache(q, keys, values, *scales)
     _, heads, dim = q.shape
     assert out.shape == q.shape, (out.shape, q.shape)
     assert out.is_contiguous()
@@ -158,8 +150,8 @@ def attend_prefill(
     gpu = current_gpu(q.device)
     if len(tiles):
         prefill_attention_kernel[(kv_heads, len(tiles))](
-            q, readable(keys, gpu), readable(values, gpu), k_scale, v_scale, out, tiles, chunks, block_table,
-            q.stride(0), block_table.stride(0), scale_stride(k_scale), dim**-0.5 * LOG2_E,
+            q, readable(keys, gpu), readable(values, gpu), *scales, out, tiles, chunks, block_table,
+            q.stride(0), block_table.stride(0), scale_stride(scales[0]), dim**-0.5 * LOG2_E,
             H=heads, G=kv_heads, S=size, C=dim, PRODUCT=product_dtype(q.dtype, keys.dtype), QUERY_TILE=query_tile,
             PRECISION=float32_precision(gpu), enable_fp_fusion=False, **_tile(gpu, q.dtype),
         )  # fmt: skip
@@ -184,20 +176,10 @@ def prefill_attention(
     query_tile as in `PrefillPlan` -> [T, H, C] of q's dtype, zeros for tokens in no chunk.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    attend_prefill(q, keys, values, chunks, tiles, block_table, query_tile, k_scale, v_scale, out)
+    attend_prefill(q, keys, values, PrefillPlan(chunks, tiles, block_table, query_tile), (k_scale, v_scale), out)
     return out
 
 
 @prefill_attention.register_fake
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chunks: Tensor,
-    tiles: Tensor,
-    block_table: Tensor,
-    query_tile: int,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def _(q: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

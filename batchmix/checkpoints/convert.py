@@ -29,7 +29,7 @@ from batchmix.checkpoints.prequantized import PackedTensors
 from batchmix.checkpoints.safetensors_writer import Entry, write_safetensors, write_sharded
 from batchmix.checkpoints.sources import TensorFiles
 from batchmix.config import Config
-from batchmix.dtypes import Dtype, Quantization
+from batchmix.dtypes import Dtype, Quantization, dtype_name
 from batchmix.errors import BatchmixError
 from batchmix.json_file import read_object
 from batchmix.models.quantized import dense
@@ -153,7 +153,7 @@ def _write_config(
     if quantization is not None:
         values["quantization_config"] = quantization_config(quantization)
     dtype = checkpoint.dtype if config.dtype is Dtype.auto else DTYPES[config.dtype.value]
-    _write_json(folder / CONFIG, values | {"dtype": str(dtype).removeprefix("torch.")})
+    _write_json(folder / CONFIG, values | {"dtype": dtype_name(dtype)})
     generation = checkpoint.folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)

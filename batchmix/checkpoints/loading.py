@@ -29,6 +29,7 @@ from batchmix.checkpoints.reading import fill
 from batchmix.checkpoints.sources import TensorFiles
 from batchmix.checkpoints.staging import Direct, Staging, open_staging
 from batchmix.checkpoints.targets import DenseTarget, TensorTarget
+from batchmix.dtypes import dtype_name
 from batchmix.models.mixtral_config import MixtralConfig
 from batchmix.models.quantized import Quantized, Weight, quantize
 from batchmix.models.tensor_parallel import SINGLE_RANK, TensorParallel
@@ -90,7 +91,7 @@ def _open_packed(files: TensorFiles, checkpoint: Checkpoint, packing: Packing) -
     elif checkpoint.quantization is None:
         _log.info(
             "%s: no kernel here runs %s, so the weights are widened to %s; model.quantization=int4, int8 or fp8 would"
-            " quantise them again", checkpoint.folder.name, packing.name, str(checkpoint.dtype).removeprefix("torch."),
+            " quantise them again", checkpoint.folder.name, packing.name, dtype_name(checkpoint.dtype),
         )  # fmt: skip
     return source
 

@@ -18,6 +18,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from batchmix.dtypes import dtype_name
 from batchmix.errors import BatchmixError
 from batchmix.json_file import shown
 
@@ -160,7 +161,7 @@ def _first_line(error: Exception) -> str:
 
 def _header_name(dtype: torch.dtype) -> str:
     return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}.get(
-        dtype, str(dtype).removeprefix("torch.")
+        dtype, dtype_name(dtype)
     )
 
 

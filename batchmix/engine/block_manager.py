@@ -47,7 +47,7 @@ class BlockPool:
         self.num_only_kept -= int(np.count_nonzero(self._num_readers[blocks] == 0))
         self._num_readers[blocks] += 1
 
-    def release(self, blocks: list[int]) -> None:
+    def release(self, blocks: Sequence[int]) -> None:
         """One row less holds each; those that nobody holds are free again."""
         held = np.array(blocks, np.int64)
         self._num_readers[held] -= 1

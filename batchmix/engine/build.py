@@ -6,21 +6,24 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from batchmix.checkpoints.checkpoint import Checkpoint
 from batchmix.checkpoints.loading import load_weights
-from batchmix.dtypes import KVCacheDtype
+from batchmix.dtypes import KVCacheDtype, dtype_name
 from batchmix.engine.config import CPU_BACKENDS, Backend, EngineConfig
 from batchmix.engine.cuda_graphs import cuda_capture
 from batchmix.engine.device import DevicePlan, check_model, compute_dtype, select_device
 from batchmix.engine.engine import Engine
+from batchmix.engine.input_batch import InputBatch
 from batchmix.engine.model_runner import run_largest_step
 from batchmix.engine.request import PREFILL_CHUNK, EngineLimits
 from batchmix.errors import BatchmixError
 from batchmix.memory import free_bytes, keep_freed_memory
 from batchmix.models import numba_cache, torch_backend, torch_ops, torch_products
+from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.backend import Operators
 from batchmix.models.kv_cache import BLOCK_SIZE, KVCache
 from batchmix.models.mixtral import Mixtral
@@ -55,7 +58,7 @@ def check_engine(checkpoint: Checkpoint, config: EngineConfig) -> None:
     check_model(checkpoint.config, place, checkpoint.quantization)
     dtype = compute_dtype(checkpoint.dtype, place)
     if config.backend is Backend.numba and dtype not in numba_cache.DTYPES:
-        raise BatchmixError(f"engine.backend=numba: has no kernels for {_name(dtype)}; use engine.backend=torch")
+        raise BatchmixError(f"engine.backend=numba: has no kernels for {dtype_name(dtype)}; use engine.backend=torch")
 
 
 def start_engine(
@@ -126,17 +129,19 @@ def start_engine(
         steps_per_read=1 if device.type == "cpu" or plan is not None else STEPS_PER_READ_GPU,
     )  # fmt: skip
     _log.info(_start_line(checkpoint, place, processes, model, cache, rows, workspace, plan, loaded - started))
+    vocab_size = checkpoint.config.vocab_size
     eos_token_ids = checkpoint.end_tokens(None if tokenizer is None else tokenizer.eos_id)
+    grammars = grammars or open_grammars(tokenizer, vocab_size, eos_token_ids)
+    stop_table = None if tokenizer is None else partial(_stop_table, tokenizer, vocab_size)
     return Engine(
         model,
         cache,
         limits,
-        eos_token_ids=eos_token_ids,
-        stop_table=None if tokenizer is None else stop_tables(tokenizer, checkpoint.config.vocab_size),
+        partial(InputBatch, vocab_size, eos_token_ids, stop_table, AsyncCopy(device), grammars),
         should_stop=should_stop,
         # No graphs where weights are streamed: the host has to begin each copy.
         capture=cuda_capture() if device.type == "cuda" and config.cuda_graphs and plan is None else None,
-        grammars=grammars or open_grammars(tokenizer, checkpoint.config.vocab_size, eos_token_ids),
+        grammars=grammars,
         stats=stats,
     )
 
@@ -152,8 +157,8 @@ def _start_line(
         size = footprint(model.config, dtype.itemsize, checkpoint.quantization)
         weights += f"{plan.streamed_text(size)} at {plan.link_bandwidth / 1e9:.3g} GB/s, no CUDA graphs,"
     return "".join([
-        f"{checkpoint.folder.name} in {_name(dtype)}",
-        "" if dtype is checkpoint.dtype else f" (weights rounded to {_name(checkpoint.dtype)})",
+        f"{checkpoint.folder.name} in {dtype_name(dtype)}",
+        "" if dtype is checkpoint.dtype else f" (weights rounded to {dtype_name(checkpoint.dtype)})",
         "" if checkpoint.quantization is None else f", experts in {checkpoint.quantization.value}",
         f" on {f'{processes} x ' * (processes > 1)}{place.name}",
         f", {torch.get_num_threads()} threads" if place.device.type == "cpu" else "",
@@ -248,15 +253,7 @@ def cache_dtype(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.dtype:
     return FP8 if checkpoint.kv_cache_dtype is KVCacheDtype.fp8 else dtype
 
 
-def stop_tables(tokenizer: Tokenizer, vocab_size: int) -> Callable[[SamplingConfig], StopTable]:
-    """How a row's stop strings become an automaton over the model's vocabulary, which may be larger or smaller."""
-
-    def build(sampling: SamplingConfig) -> StopTable:
-        pieces = vocabulary_bytes(tokenizer, vocab_size, sampling.skip_special_tokens)
-        return build_stop_table(sampling.stop or [], pieces, drops_leading_space=tokenizer.drops_leading_space)
-
-    return build
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _stop_table(tokenizer: Tokenizer, vocab_size: int, sampling: SamplingConfig) -> StopTable:
+    """A row's stop strings as an automaton over the model's vocabulary, which may be larger or smaller."""
+    pieces = vocabulary_bytes(tokenizer, vocab_size, sampling.skip_special_tokens)
+    return build_stop_table(sampling.stop or [], pieces, drops_leading_space=tokenizer.drops_leading_space)

@@ -1,8 +1,7 @@
 """Compile the kernels of a run before it: those of each captured decode step, and of prefill steps of any size.
 
-The steps run on tensors without memory ("meta") and one layer, while launches are recorded. What they would compile is
-then compiled in parallel processes, into Triton's cache on disk. Another process does all that while this one loads
-weights.
+The steps run on tensors without memory ("meta") and one layer, while launches are recorded. Parallel processes compile
+what those need into Triton's cache on disk. Another process does all that while this one loads weights.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,14 +61,11 @@ def record_steps(steps: Steps) -> None:
     model = Mixtral(config, weights, TritonOperators(steps.batch_invariant, steps.share_prefix), steps.max_model_len)
     for rows in capture_sizes(steps.max_num_seqs):
         run_largest_step(model, rows, 0, steps.kv_dtype)
-    for tokens in _prefill_sizes(steps.prefill_tokens + steps.max_num_seqs):
+    most = steps.prefill_tokens + steps.max_num_seqs
+    # Powers of two and what lies midway meet every tile of rules and tables.
+    sizes = {most, *(min(most, part << power) for power in range(most.bit_length()) for part in (2, 3))}
+    for tokens in sorted(sizes):
         run_largest_step(model, 1, tokens - 1, steps.kv_dtype)
-
-
-def _prefill_sizes(most: int) -> Iterable[int]:
-    """Powers of two and what lies midway, which meet every tile of rules and tables; and the largest."""
-    sizes = {min(most, part << power) for power in range(most.bit_length()) for part in (2, 3)}
-    return sorted(sizes | {most})
 
 
 class CompileAhead:

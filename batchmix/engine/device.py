@@ -70,9 +70,8 @@ def check_places(engine: EngineConfig, tensor_parallel_size: int) -> None:
 
 
 def compute_dtype(dtype: torch.dtype, place: DevicePlan) -> torch.dtype:
-    """In which dtype weights of `dtype` are kept and multiplied. BatchmixError where the place cannot. A CPU without
-    matrix instructions for it multiplies seven times slower than float32 (on AVX2), so there weights are kept in
-    float32."""
+    """In which dtype weights of `dtype` are kept and multiplied; BatchmixError where the place cannot. In float32 on a CPU
+    without matrix instructions for it, which multiplies seven times slower than float32 (on AVX2)."""
     if place.backend is Backend.triton:
         if place.device.type == "cpu" and dtype is torch.bfloat16:
             raise BatchmixError(
@@ -89,7 +88,9 @@ def check_model(config: MixtralConfig, place: DevicePlan, quantization: Quantiza
     """BatchmixError for a model whose shape or format the backend's kernels do not take."""
     if place.backend is not Backend.triton:
         return
-    if quantization is Quantization.fp8 and place.device.type == "cuda" and not _multiplies_fp8(place.device):
+    # Triton has products of e4m3 on AMD's GPUs, and on NVIDIA's from sm_89 on.
+    on_nvidia = place.device.type == "cuda" and torch.version.hip is None
+    if quantization is Quantization.fp8 and on_nvidia and torch.cuda.get_device_capability(place.device) < (8, 9):
         raise BatchmixError(
             f"model.quantization=fp8: {place.name} does not multiply e4m3; use model.quantization=int8 or int4"
         )
@@ -103,11 +104,6 @@ def check_model(config: MixtralConfig, place: DevicePlan, quantization: Quantiza
             f"engine.backend=triton: its sampler takes {_TRITON_VOCABULARY:,} tokens at most, this model has"
             f" {config.vocab_size:,}; use engine.backend=torch"
         )
-
-
-def _multiplies_fp8(device: torch.device) -> bool:
-    """Whether Triton has products of e4m3 there: on NVIDIA from sm_89 on."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _device(engine: EngineConfig) -> torch.device:

@@ -7,9 +7,8 @@ token of every running row and as many prompt tokens as its budget leaves. An en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -21,17 +20,12 @@ from batchmix.engine.output_processor import process_outputs
 from batchmix.engine.request import EngineLimits, Request
 from batchmix.engine.scheduler import Scheduler
 from batchmix.errors import BatchmixError
-from batchmix.models.async_copy import AsyncCopy
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.observability.clock import StageClock
 from batchmix.observability.engine_stats import EngineStats
-from batchmix.prompts.stop_strings import StopTable
 from batchmix.records import Batch, Completion, Prompt
-from batchmix.sampling import SamplingConfig
 from batchmix.structured_output.compile import GrammarCompiler
-from batchmix.structured_output.grammar import CompiledGrammar
-from batchmix.structured_output.host_grammar import HostGrammar
 
 _log = logging.getLogger(__name__)
 
@@ -44,17 +38,14 @@ class Engine:
         model: Mixtral,
         cache: KVCache,
         limits: EngineLimits,
+        make_batch: Callable[[EngineLimits], InputBatch],
         *,
-        eos_token_ids: Sequence[int],
-        stop_table: Callable[[SamplingConfig], StopTable] | None,
         should_stop: Callable[[], bool] = lambda: False,
         capture: Capture | None = None,
-        async_copy: AsyncCopy | None = None,
         grammars: GrammarCompiler | None = None,
         stats: EngineStats | None = None,
     ) -> None:
-        """`capture` makes a CUDA graph of a step. `async_copy`, from the cache's device, says when what was copied is
-        read. `stats`: those in which the start of the engine was counted."""
+        """`capture` makes a CUDA graph of a step. `stats`: those in which the start of the engine was counted."""
         if (cache.num_blocks - 1) * cache.block_size < limits.max_model_len:
             raise ValueError(f"{cache.num_blocks - 1} KV blocks cannot hold one row of {limits.max_model_len} tokens")
         self.model, self.cache, self.grammars, self.should_stop = model, cache, grammars, should_stop
@@ -62,8 +53,6 @@ class Engine:
         self.stats = stats or EngineStats()
         self.stats.kv_blocks_total = cache.num_blocks - 1
         self.clock = StageClock()
-        vocab_size, async_copy = model.config.vocab_size, async_copy or AsyncCopy(cache.keys.device)
-        make_batch = partial(InputBatch, vocab_size, eos_token_ids, stop_table, async_copy, grammars)
         self.scheduler = Scheduler(make_batch, limits, self.stats)
         self.runner = ModelRunner(model, cache, self.scheduler, capture)
 
@@ -100,27 +89,17 @@ class Engine:
                     request.choices = self.grammars.choice_tokens(prompt.sampling)
                     request.end_tokens = self.grammars.end_tokens(prompt.sampling)
                 else:
-                    self._count_guided(self.grammars.get(prompt.sampling))
+                    self.stats.rows_guided[self.grammars.get(prompt.sampling).kind] += 1
             self.scheduler.add(request)
-
-    def _count_guided(self, grammar: CompiledGrammar | HostGrammar) -> None:
-        if not isinstance(grammar, HostGrammar):
-            self.stats.rows_guided_by_table += 1
-        elif grammar.of_schema:
-            self.stats.rows_guided_by_llguidance += 1
-        else:
-            self.stats.rows_guided_on_host += 1
 
     def step(self) -> list[Completion]:
         """Schedule a step, queue it, and process what the steps before it have done. Where the device has no memory, go
         on with half the batch."""
         scheduler, batch = self.scheduler, self.scheduler.batch
-        completions: list[Completion] = []
-        jump_forward: list[list[int]] = []
-        if batch.num_with_logprobs or batch.grammars.num_forced:
-            completions += process_outputs(scheduler, wait_for_all=True)
-            if batch.grammars.num_forced:
-                jump_forward = find_jump_forward(batch, scheduler.limits.max_num_batched_tokens)
+        depends_on_last = batch.num_with_logprobs or batch.grammars.num_forced
+        completions = process_outputs(scheduler, wait_for_all=True) if depends_on_last else []
+        most = scheduler.limits.max_num_batched_tokens
+        jump_forward = find_jump_forward(batch, most) if batch.grammars.num_forced else []
         reads_each_step = jump_forward or batch.num_with_logprobs or batch.grammars.num_texts
         step = scheduler.schedule(jump_forward, 1 if reads_each_step else scheduler.limits.steps_per_read)
         if step is None:  # before the next one all that is queued has to be read

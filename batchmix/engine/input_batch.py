@@ -29,6 +29,7 @@ from batchmix.models.backend import HostRows
 from batchmix.models.kv_cache import SCRATCH_BLOCK
 from batchmix.models.philox import row_key
 from batchmix.models.step_tokens import DecodeTokens
+from batchmix.models.torch_products import pad_rows
 from batchmix.prompts.stop_strings import INSIDE, START, StopTable
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
@@ -45,8 +46,7 @@ _versions = itertools.count()  # of all batches of a process
 
 
 class CpuGpuBuffer:
-    """`array` on the host, `tensor` on the device, which sees changes once they are uploaded. Slots are along
-    `axis`."""
+    """`array` on the host, `tensor` on the device, which sees changes once uploaded. Slots are along `axis`."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int = 0, axis: int = 0
@@ -84,7 +84,7 @@ class InputBatch:
         grammars: GrammarCompiler | None,
         limits: EngineLimits,
     ) -> None:
-        size, device = -(-limits.max_num_seqs // limits.row_tile) * limits.row_tile, async_copy.device
+        size, device = pad_rows(limits.max_num_seqs, limits.row_tile), async_copy.device
         self.capacity, self.vocab_size, self.async_copy = limits.max_num_seqs, vocab_size, async_copy
         self._build_stop_table = stop_table
         self.num_active = 0
@@ -182,10 +182,9 @@ class InputBatch:
     def record_step(self, scored: Callable[[], None] | None = None) -> None:
         """Let the state of the active rows, once all that is queued by now is done, come to the host."""
         count = self.num_active
-        tensors = [self.state[_READ, :count], self.history[:count]]
-        if self.logprob_history is not None:
-            tensors.append(self.logprob_history[:count])
-        self.pending.append(PendingStep(np.arange(count), self.async_copy.to_host(tensors), scored))
+        rings = [ring[:count] for ring in (self.history, self.logprob_history) if ring is not None]
+        event = self.async_copy.to_host([self.state[_READ, :count], *rings])
+        self.pending.append(PendingStep(np.arange(count), event, scored))
 
     def decode_tokens(self, rows: int, size: int, width: int) -> DecodeTokens:
         """The last tokens of slots 0..rows-1, and with those of free slots `size` tokens. `width`: blocks of a row."""

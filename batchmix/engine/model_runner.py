@@ -19,18 +19,14 @@ from batchmix.engine.scheduler import Scheduler
 from batchmix.models.async_copy import AsyncCopy, async_copy_to_gpu
 from batchmix.models.kv_cache import BLOCK_SIZE, SCRATCH_BLOCK, KVCache
 from batchmix.models.mixtral import Mixtral
-from batchmix.models.step_tokens import PrefillChunk, StepTokens
+from batchmix.models.step_tokens import StepTokens
+from batchmix.models.torch_products import pad_rows
 from batchmix.observability.device_clock import DeviceClock
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.records import Prompt
 from batchmix.sampling import SamplingConfig
 
 _LOGIT_ROWS = 256  # scored tokens whose logits exist at once
-
-
-def pad(tokens: int, tile: int) -> int:
-    """`tokens` rounded up to a count that a step may have, a multiple of the backend's `row_tile`."""
-    return -(-tokens // tile) * tile
 
 
 class ModelRunner:
@@ -83,7 +79,7 @@ class ModelRunner:
         # The host keeps some rows' log-probabilities, or finds their masks.
         captured = self.capture is not None and not batch.num_with_logprobs and not batch.grammars.num_texts
         # A captured step runs over free slots too, so that few sizes serve all.
-        size = pad_to_capture_size(self.capture_sizes, rows) if captured else pad(rows, self.model.ops.row_tile)
+        size = pad_to_capture_size(self.capture_sizes, rows) if captured else pad_rows(rows, self.model.ops.row_tile)
         width = self._width(rows)
         batch.upload()
         shared = self._find_shared(size)
@@ -108,17 +104,16 @@ class ModelRunner:
         return min(1 << (int(batch.num_blocks[:rows].max()) - 1).bit_length(), int(batch.block_table.shape[1]))
 
     def _find_shared(self, rows: int) -> object:
-        batch = self.scheduler.batch
-        return self.model.ops.find_shared(
-            self.model, self.cache, batch.block_table[:rows], batch.prompt_tokens[:rows], batch.version
-        )
+        model, batch = self.model, self.scheduler.batch
+        table, prompt_tokens = batch.block_table[:rows], batch.prompt_tokens[:rows]
+        return model.ops.find_shared(model, self.cache, table, prompt_tokens, batch.version)
 
     # Any tokens of any rows.
 
     def _run_ragged(self, step: Step) -> Callable[[], None] | None:
         """Generated tokens, of rows and then jump-forward ones; then prompt chunks. Returns as `_score`."""
         model, batch, stats = self.model, self.scheduler.batch, self.scheduler.stats
-        rows, num_decode, decode, shared = step.num_decode, step.num_decode + step.num_jump_forward, None, None
+        rows, decode, shared = step.num_decode, None, None
         width, generated = self._width(rows) if rows else 0, batch.token[:rows]  # ids of generated tokens
         batch.upload()
         if step.num_jump_forward:
@@ -127,50 +122,46 @@ class ModelRunner:
             stats.completion_tokens += step.num_jump_forward
         elif rows:
             decode, shared = batch.decode_tokens(rows, rows, width), self._find_shared(rows)
-        chunks, num_tokens = list[PrefillChunk](), num_decode
-        for chunk in step.chunks:
-            chunks.append(PrefillChunk(num_tokens, chunk.start, len(chunk.token_ids), chunk.blocks))
-            num_tokens += len(chunk.token_ids)
-        size = pad(num_tokens, model.ops.row_tile)
-        ids = np.zeros(size - num_decode, np.int64)
-        ids[: num_tokens - num_decode] = [token_id for chunk in step.chunks for token_id in chunk.token_ids]
+        prompt_ids = [token_id for chunk in step.chunks for token_id in chunk.token_ids]
+        size = pad_rows(step.num_tokens, model.ops.row_tile)
+        ids = np.zeros(size - len(generated), np.int64)
+        ids[: len(prompt_ids)] = prompt_ids
         token_ids = torch.cat((generated, async_copy_to_gpu(ids, generated.device)))
-        model.expert_load.set_num_valid(num_tokens)
-        with self.device_clock.work("prefill" if chunks else "decode"):
-            hidden = self._forward(token_ids, StepTokens(size, decode, chunks, shared))
+        model.expert_load.set_num_valid(step.num_tokens)
+        with self.device_clock.work("prefill" if step.chunks else "decode"):
+            hidden = self._forward(token_ids, StepTokens(size, decode, step.chunks, shared))
             if step.block_copies:
                 self.cache.copy_blocks(*zip(*step.block_copies, strict=True))
             # The rows that decode, then one for each sample that starts, in the order of their slots.
-            last = [packed.offset + packed.length - 1 for packed in chunks]
             wanted = [*range(rows)]
-            for chunk, place in zip(step.chunks, last, strict=True):
-                wanted += [place] * len(chunk.request.samples) if chunk.is_last else []
+            for chunk in step.chunks:
+                wanted += [chunk.last] * len(chunk.request.samples) if chunk.is_last else []
             if wanted:
                 self._sample(self._logits(hidden, wanted))
-            scored = self._score(hidden, step, last)
-        if chunks:
+            scored = self._score(hidden, step)
+        if step.chunks:
             stats.first_prefill_time = stats.first_prefill_time or time.time()
             stats.refills += bool(rows)
-            stats.prompt_tokens += num_tokens - num_decode
+            stats.prompt_tokens += len(prompt_ids)
         return scored
 
     def _logits(self, hidden: Tensor, places: list[int]) -> Tensor:
         """Of some tokens [N] of hidden [T, D]: float32 [N, V]."""
-        padded = np.resize(np.array(places), pad(len(places), self.model.ops.row_tile))
+        padded = np.resize(np.array(places), pad_rows(len(places), self.model.ops.row_tile))
         return self.model.logits(hidden[async_copy_to_gpu(padded, hidden.device)])[: len(places)]
 
-    def _score(self, hidden: Tensor, step: Step, last: list[int]) -> Callable[[], None] | None:
+    def _score(self, hidden: Tensor, step: Step) -> Callable[[], None] | None:
         """A function that waits for the log-probabilities of the step's choices, and of the end after each, and adds
-        them to their requests. None where there are no choices. `last`: places of the chunks' last tokens."""
+        them to their requests. None where there are no choices."""
         places: list[int] = []  # in the step, of the token before
         wanted: list[list[int]] = []  # any of these tokens may follow
         owners: list[tuple[Request, int]] = []
-        for chunk, place in zip(step.chunks, last, strict=True):
+        for chunk in step.chunks:
             request = chunk.request
             if chunk.choice is None or request.choices is None:
                 continue
             following = [[token_id] for token_id in request.choices[chunk.choice]]
-            first = place - len(following)
+            first = chunk.last - len(following)
             following += [request.end_tokens] if request.end_tokens else []
             places += range(first, first + len(following))
             wanted += following
@@ -209,7 +200,9 @@ def run_largest_step(
     for number in range(rows):
         scheduler.batch.add(prompt, number, max_tokens=1)
     scheduler.batch.num_blocks[:rows] = width
-    lengths = [min(max_model_len, prefill_tokens - first) for first in range(0, prefill_tokens, max_model_len)]
-    chunks = [ScheduledChunk(Request(prompt, []), [0] * length, 0, [SCRATCH_BLOCK] * width) for length in lengths]
+    step, request, blocks = Step(rows), Request(prompt, []), [SCRATCH_BLOCK] * width
+    for first in range(0, prefill_tokens, max_model_len):
+        length = min(max_model_len, prefill_tokens - first)
+        step.chunks.append(ScheduledChunk(rows + first, 0, length, blocks, request, [0] * length))
     runner = ModelRunner(model, KVCache(model.config, 1, block_size, kv_dtype, device), scheduler, capture=None)
-    runner.run(Step(rows, chunks=chunks))
+    runner.run(step)

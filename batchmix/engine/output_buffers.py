@@ -79,8 +79,7 @@ class OutputBuffers:
 
 
 def _grow(log: np.ndarray, length: int, width: int = 0) -> np.ndarray:
-    """`log` with room for `length` tokens along its second axis, doubling it where there is none, and for `width` values
-    along a third."""
+    """`log` with room for `length` tokens along its second axis, else doubled, and for `width` values along a third."""
     extra = max(length, 2 * log.shape[1]) - log.shape[1] if length > log.shape[1] else 0
     wider = max(0, width - log.shape[2]) if log.ndim == 3 else 0
     return np.pad(log, ((0, 0), (0, extra), (0, wider))[: log.ndim]) if extra or wider else log

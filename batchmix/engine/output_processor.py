@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.request import Request, RunningSequence
+from batchmix.engine.request import Request
 from batchmix.engine.scheduler import Scheduler
 from batchmix.kernels.row_state import Finish
 from batchmix.models.philox import row_key, uniform
@@ -48,10 +48,10 @@ def wait_for_steps(scheduler: Scheduler, wait_for_all: bool) -> None:
         stats.last_token_time = time.time()
 
 
-def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Completion:
+def _completion(sequence: Request, batch: InputBatch, slot: int) -> Completion:
     """The token that ended the row is counted and left out."""
-    prompt, sampling, outputs = sequence.prompt, sequence.prompt.sampling, batch.outputs
-    finish, count = int(outputs.finish[slot]), int(outputs.count[slot])
+    (sample,), prompt, outputs = sequence.samples, sequence.prompt, batch.outputs
+    sampling, finish, count = prompt.sampling, int(outputs.finish[slot]), int(outputs.count[slot])
     if finish == Finish.FAILED:
         row = batch.grammars.rows[slot]
         assert row is not None
@@ -59,7 +59,7 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
         cut = "the text was not whole; raise sampling.max_tokens or model.max_model_len"
         why = cut if row.text.following.goes_on else row.text.error
         error = f"sampling.structured_outputs: after {row.text.count} tokens {why}"
-        return Completion.failed(prompt, error, sequence.sample, count)
+        return Completion.failed(prompt, error, sample, count)
     stop_reason: str | int | None = None
     if finish in (Finish.STOP_TOKEN, Finish.STOP_STRING):
         reason = int(outputs.stop_reason[slot])
@@ -70,7 +70,7 @@ def _completion(sequence: RunningSequence, batch: InputBatch, slot: int) -> Comp
     structured = sampling.structured_outputs
     wants_guided = structured is not None and structured.token_probabilities
     return Completion(
-        prompt, sequence.sample,
+        prompt, sample,
         tokens[:-1] if ended_by_token else tokens,
         "length" if finish == Finish.LENGTH else "stop", stop_reason, num_tokens=count,
         end_token_id=tokens[-1] if ended_by_token else None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from batchmix.models.step_tokens import PrefillChunk
 from batchmix.records import Prompt
 
 PREFILL_CHUNK = 2048  # longer prompts are cut at multiples of it, so that where they are cut depends on them alone
@@ -28,24 +29,16 @@ class EngineLimits:
     steps_per_read: int = 1  # decode steps between two copies of what they did to the host
 
 
-@dataclass
-class RunningSequence:
-    """A sample of a prompt that decodes: what the host knows of a slot."""
-
-    prompt: Prompt
-    sample: int
-    order: int = field(default_factory=itertools.count().__next__)  # of its start; the last one is preempted first
-
-
 @dataclass(eq=False)
 class Request:
-    """A prompt and samples of it that start together, waiting or in prefill. With `choices` these are scored instead:
-    the prompt's whole blocks are computed once, the rest of it with each choice."""
+    """A prompt and samples of it that start together, waiting or in prefill; and the one sample that decodes in a slot.
+    With `choices` these are scored instead: the prompt's whole blocks are computed once, the rest of it with each."""
 
     prompt: Prompt
     samples: list[int]
     choices: list[list[int]] | None = None  # texts to score after the prompt, instead of decoding
     end_tokens: list[int] = field(default_factory=list)  # any of which ends a choice
+    order: int = field(default_factory=itertools.count().__next__)  # of those that decode the last is preempted first
     # In prefill:
     blocks: list[int] = field(default_factory=list)  # of the prompt and the first sample's first token
     sample_blocks: list[int] = field(default_factory=list)  # last block of each further sample, which shares the others
@@ -55,14 +48,13 @@ class Request:
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64, of each choice
 
 
-@dataclass
-class ScheduledChunk:
-    """Tokens of a prompt, or the rest of it and one choice, that one step computes."""
+@dataclass(frozen=True)
+class ScheduledChunk(PrefillChunk):
+    """Tokens of a prompt, or the rest of it and one choice, that one step computes. Its blocks: the request's, then those
+    of a choice, which the next step may use for others."""
 
     request: Request
     token_ids: list[int]
-    start: int  # position of the first
-    blocks: list[int]  # the request's, then those of a choice, which the next step may use for others
     choice: int | None = None  # the one whose tokens' logits are wanted
     is_last: bool = False  # of its prompt: the logits of its last token start the samples
 
@@ -83,3 +75,8 @@ class Step:
     def num_jump_forward(self) -> int:
         """Tokens that grammars leave no choice about."""
         return sum(map(len, self.jump_forward))
+
+    @property
+    def num_tokens(self) -> int:
+        """All that it computes."""
+        return self.chunks[-1].last + 1 if self.chunks else self.num_decode + self.num_jump_forward

@@ -1,5 +1,4 @@
-"""What runs in a step, which requests start and which are preempted. Pure host logic; nothing here waits for the
-device.
+"""What runs in a step, which requests start and which are preempted: host logic, which never waits for the device.
 
 A step takes a token of every running sequence first, then prompt chunks up to a token budget. Under tensor parallelism
 every rank schedules alike, so nothing here is decided by a clock.
@@ -14,7 +13,7 @@ import numpy as np
 
 from batchmix.engine.block_manager import BlockPool, PrefixCache
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.request import EngineLimits, Request, RunningSequence, ScheduledChunk, Step
+from batchmix.engine.request import EngineLimits, Request, ScheduledChunk, Step
 from batchmix.observability.engine_stats import EngineStats
 from batchmix.records import Prompt
 
@@ -43,7 +42,7 @@ class Scheduler:
     def renew(self, limits: EngineLimits) -> None:
         """Make room for `max_num_seqs` sequences, none of which is there; requests that wait stay."""
         self.limits = limits
-        self.running: list[RunningSequence] = []  # of slot 0, 1, ...
+        self.running: list[Request] = []  # of slot 0, 1, ...
         self.prefilling: Request | None = None  # whose chunks do not fit one step; the only one
         self.scoring: list[Request] = []  # whose log-probabilities are on their way to the host
         self.pool = BlockPool(limits.num_blocks)
@@ -79,7 +78,7 @@ class Scheduler:
         step = Step(len(self.running), max(1, steps), jump_forward)
         if self.waiting or self.prefilling:
             free = self._free_tokens()
-            self._add_chunks(step, self._budget(free) - step.num_decode - step.num_jump_forward, free)
+            self._add_chunks(step, self._budget(free) - step.num_tokens, free)
         if step.chunks:  # of sequences that were preempted just now, where nothing waited before
             step.num_steps = 1
         for chunk in step.chunks:  # blocks of choices: what is queued later may write to them
@@ -156,9 +155,9 @@ class Scheduler:
         self.stats.completion_tokens -= int(self.batch.outputs.count[slot])
         self.finish(slot)
         if self.waiting and self.waiting[0].prompt is sequence.prompt:
-            self.waiting[0].samples.insert(0, sequence.sample)
+            self.waiting[0].samples[:0] = sequence.samples
         else:
-            self.waiting.appendleft(Request(sequence.prompt, [sequence.sample]))
+            self.waiting.appendleft(sequence)
 
     def finish(self, slot: int) -> None:
         """Take a sequence out of the batch; that of the last slot moves into its slot."""
@@ -185,45 +184,42 @@ class Scheduler:
                 if request is None:
                     return
                 free -= self._needed_tokens(request.prompt, len(request.samples))
-            chunk = self._next_chunk(request, room, is_first=not step.chunks)
+            chunk = self._next_chunk(step, request, room)
             if chunk is None:
                 return
             step.chunks.append(chunk)
-            room -= len(chunk.token_ids)
+            room -= chunk.length
             self._record_chunk(step, chunk)
 
-    def _next_chunk(self, request: Request, room: int, is_first: bool) -> ScheduledChunk | None:
-        ids, start = request.prompt.token_ids, request.computed
+    def _next_chunk(self, step: Step, request: Request, room: int) -> ScheduledChunk | None:
+        """The next tokens of a prompt, or the rest of it and its next choice, with blocks of its own."""
+        ids, start, blocks, choice = request.prompt.token_ids, request.computed, request.blocks, None
         # What is computed once: of a prompt that choices follow only whole blocks, the rest with each choice.
-        end = len(ids) if request.choices is None else len(request.blocks) * self.block_size
+        end = len(ids) if request.choices is None else len(blocks) * self.block_size
         if start == end and request.choices is not None:
-            return self._next_choice(request, request.choices[request.next_choice], room, is_first)
-        limits = self.limits
-        length = min(limits.prefill_chunk - start % limits.prefill_chunk, end - start)
-        if length > room and limits.cuts_prompts:  # at whole blocks, which others may share
-            length = (start + room) // self.block_size * self.block_size - start
-        if length <= 0 or (length > room and not is_first):
-            return None
-        is_last = start + length == len(ids)
-        return ScheduledChunk(request, list(ids[start : start + length]), start, request.blocks, is_last=is_last)
-
-    def _next_choice(self, request: Request, choice: list[int], room: int, is_first: bool) -> ScheduledChunk | None:
-        """The rest of the prompt and its next choice, with blocks of its own."""
-        ids = [*request.prompt.token_ids[request.computed :], *choice]
-        if len(ids) > room and not is_first:
-            return None
-        needed = -(-len(ids) // self.block_size)
-        if needed > self._num_available():
-            return None
-        blocks = request.blocks + self._allocate(needed)
-        return ScheduledChunk(request, ids, request.computed, blocks, request.next_choice)
+            choice = request.next_choice
+            tokens = [*ids[start:], *request.choices[choice]]
+            needed = -(-len(tokens) // self.block_size)
+            if (len(tokens) > room and step.chunks) or needed > self._num_available():
+                return None
+            blocks = blocks + self._allocate(needed)
+        else:
+            limits = self.limits
+            length = min(limits.prefill_chunk - start % limits.prefill_chunk, end - start)
+            if length > room and limits.cuts_prompts:  # at whole blocks, which others may share
+                length = (start + room) // self.block_size * self.block_size - start
+            if length <= 0 or (length > room and step.chunks):
+                return None
+            tokens = list(ids[start : start + length])
+        is_last = choice is None and start + len(tokens) == len(ids)
+        return ScheduledChunk(step.num_tokens, start, len(tokens), blocks, request, tokens, choice, is_last)
 
     def _record_chunk(self, step: Step, chunk: ScheduledChunk) -> None:
         """The chunk is in a step. Its blocks can be read by what comes behind it, in the same step too: each layer
         writes all keys and values before it attends."""
         request = chunk.request
         if chunk.choice is None:
-            request.computed = chunk.start + len(chunk.token_ids)
+            request.computed = chunk.start + chunk.length
             shared = min(request.prompt.shared_tokens, request.computed)
             self.prefixes.keep(request.prompt.token_ids, shared, request.blocks)
         else:
@@ -279,7 +275,7 @@ class Scheduler:
                 blocks[-1] = request.sample_blocks[number - 1]
             slot = self.batch.add(prompt, sample, limit)
             self.batch.add_blocks(np.full(len(blocks), slot), blocks)
-            self.running.append(RunningSequence(prompt, sample))
+            self.running.append(Request(prompt, [sample]))
         return copies
 
     # Blocks.
@@ -298,10 +294,8 @@ class Scheduler:
     def requeue_all(self) -> int:
         """Let all that runs or is in prefill wait again, in the order of its start; count prompts."""
         again: dict[int, Request] = {}
-        sequences = sorted(self.running, key=lambda sequence: sequence.order)
-        found = [Request(sequence.prompt, [sequence.sample]) for sequence in sequences]
-        found += [*self.scoring, *([self.prefilling] if self.prefilling else [])]
-        for one in found:
+        found = sorted(self.running, key=lambda sequence: sequence.order) + self.scoring
+        for one in found + ([self.prefilling] if self.prefilling else []):
             known = again.setdefault(id(one.prompt), Request(one.prompt, [], one.choices, one.end_tokens))
             known.samples += one.samples
         self.waiting.extendleft(reversed(again.values()))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.dtypes import dtype_name
 from batchmix.kernels import reference
 from batchmix.kernels.attention_decode import DecodePlan, decode_attention, plan_decode
 from batchmix.kernels.attention_prefill import plan_prefill, prefill_attention
@@ -64,7 +65,7 @@ def prefill_case(shape: Shape, length: int, device: torch.device, dtype: torch.d
         return worst
 
     return Case(
-        "prefill attention", f"{length:,} tokens", str(dtype).removeprefix("torch."), run, check, 3e-2,
+        "prefill attention", f"{length:,} tokens", dtype_name(dtype), run, check, 3e-2,
         flops=2.0 * shape.heads * shape.head_dim * length**2,
         bytes=2 * q.nbytes + rows.bytes,
         peers=_dense_peers(q.transpose(0, 1)[None], keys, values, causal=True),
@@ -97,7 +98,7 @@ def decode_case(shape: Shape, count: int, context: int, shared: int, device: tor
     return Case(
         "shared-prefix decode attention" if shared else "decode attention",
         f"{count:,} rows of {context:,}" + (f", {shared:,} shared" if shared else ""),
-        str(dtype).removeprefix("torch."), run, check, 3e-2,
+        dtype_name(dtype), run, check, 3e-2,
         flops=4.0 * count * shape.heads * shape.head_dim * context,
         bytes=2 * q.nbytes + rows.bytes,
         peers=without if shared else _dense_peers(q[:, :, None], *rows.dense(), causal=False),

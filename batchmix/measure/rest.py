@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchmix.dtypes import dtype_name
 from batchmix.kernels import reference
 from batchmix.kernels.linear import linear
 from batchmix.kernels.norm import add_rms_norm, rms_norm
@@ -45,7 +46,7 @@ def _norm_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.dty
         expected = reference.rms_norm(some + total, weight, _EPS)
         return relative_error(add_rms_norm(some, total, weight, _EPS), expected)
 
-    return Case("add + RMSNorm", f"{tokens:,} tokens", _name(dtype), run, check, 3e-2, bytes=4 * x.nbytes)
+    return Case("add + RMSNorm", f"{tokens:,} tokens", dtype_name(dtype), run, check, 3e-2, bytes=4 * x.nbytes)
 
 
 def _rotary_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -> Case:
@@ -65,7 +66,7 @@ def _rotary_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.d
         return relative_error(run(), reference.rotate(qkv.view(tokens, -1, dim)[:, :heads], cos, sin))
 
     moved = 2 * qkv.nbytes + cos.nbytes + sin.nbytes
-    return Case("rotary + cache write", f"{tokens:,} tokens", _name(dtype), run, check, 3e-2, bytes=moved)
+    return Case("rotary + cache write", f"{tokens:,} tokens", dtype_name(dtype), run, check, 3e-2, bytes=moved)
 
 
 def _quantise_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -> Case:
@@ -78,7 +79,7 @@ def _quantise_case(shape: Shape, tokens: int, device: torch.device, dtype: torch
         return max(relative_error(one.cpu(), other) for one, other in zip(found, expected, strict=True))
 
     return Case(
-        "quantise rows to fp8", f"{tokens:,} tokens", _name(dtype), lambda: quantize_rows(x, torch.float8_e4m3fn),
+        "quantise rows to fp8", f"{tokens:,} tokens", dtype_name(dtype), lambda: quantize_rows(x, torch.float8_e4m3fn),
         check, 0.0, bytes=x.nbytes + x.numel() + 4 * tokens,
     )  # fmt: skip
 
@@ -98,7 +99,7 @@ def launch_cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iter
             return relative_error(op.op(*copies[0]), op(*copies[1]))
 
         yield Case(
-            "launch", f"{name} of 1 token through torch.library", _name(dtype),
+            "launch", f"{name} of 1 token through torch.library", dtype_name(dtype),
             partial(op.op, *arguments), check, 0.0,
             peers={"without its dispatch": partial(op, *arguments)}, of_host=True,
         )  # fmt: skip
@@ -119,7 +120,7 @@ def linear_case(shape: Shape, tokens: int, device: torch.device, dtype: torch.dt
 
     peers: dict[str, Run] = {"torch (cuBLAS)": lambda: F.linear(x, w), "tiles by rows": lambda: run(False)}
     return Case(
-        "batch-invariant linear", f"{tokens:,} tokens x {columns:,}", _name(dtype), run, check, 3e-2,
+        "batch-invariant linear", f"{tokens:,} tokens x {columns:,}", dtype_name(dtype), run, check, 3e-2,
         flops=2.0 * x.numel() * columns, bytes=x.nbytes + w.nbytes + tokens * columns * x.itemsize, peers=peers,
     )  # fmt: skip
 
@@ -163,7 +164,3 @@ def sampling_case(shape: Shape, rows: int, device: torch.device) -> Case:
         "sampling", f"{rows:,} rows of {shape.vocab:,}, top-p {_TOP_P}", "float32", run, check, 1e-4,
         bytes=logits.nbytes, peers={"torch sort and multinomial": by_sorting},
     )  # fmt: skip
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ from batchmix import pipeline
 from batchmix.checkpoints.checkpoint import open_checkpoint
 from batchmix.checkpoints.config import ModelConfig, ModelFormat
 from batchmix.config import Config
-from batchmix.dtypes import Dtype, KVCacheDtype, Quantization
+from batchmix.dtypes import Dtype, KVCacheDtype, Quantization, dtype_name
 from batchmix.engine.device import select_device
 from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig
@@ -66,7 +66,7 @@ def benchmark_throughput(config: Config) -> Path:
             f" to try the code path, batchmix benchmark {benchmark.name} benchmark.shape=tiny benchmark.rows=40"
         )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype_name = str(dtype).removeprefix("torch.")
+    precision = dtype_name(dtype)
     layers = benchmark.layers or _fitting_layers(benchmark.shape, device)
     gpu = current_gpu(device).name if device.type == "cuda" else platform.processor() or "cpu"
     quantization = config.model.quantization and config.model.quantization.value
@@ -76,7 +76,7 @@ def benchmark_throughput(config: Config) -> Path:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "shape": benchmark.shape,
         "layers": layers,
-        "dtype": dtype_name,
+        "dtype": precision,
         "quantization": quantization,
         "kv_cache_dtype": config.model.kv_cache_dtype.value,
         "workloads": found,
@@ -91,7 +91,7 @@ def benchmark_throughput(config: Config) -> Path:
     with tempfile.TemporaryDirectory(prefix="batchmix-") as temporary:
         folder = Path(temporary, "model")
         folder.mkdir()
-        save_model(folder, benchmark.shape, layers, dtype_name)
+        save_model(folder, benchmark.shape, layers, precision)
         model = open_checkpoint(ModelConfig(path=str(folder), format=ModelFormat.random)).config
         tokenizer = load_tokenizer(folder)
 
@@ -106,9 +106,9 @@ def benchmark_throughput(config: Config) -> Path:
             ceilings = measure_ceilings(device, None if device.type == "cuda" else _CPU_SHRINK)
             result["ceilings"] = asdict(ceilings)
             print(
-                f"{gpu}: {benchmark.shape} with {layers} of {full_layers(benchmark.shape)} layers in {dtype_name}; copy"
+                f"{gpu}: {benchmark.shape} with {layers} of {full_layers(benchmark.shape)} layers in {precision}; copy"
                 f" {ceilings.copy / 1e9:,.0f} GB/s (read plus written),"
-                f" {dtype_name} product {ceilings.matmul[dtype_name] / 1e12:,.2f} TFLOP/s",
+                f" {precision} product {ceilings.matmul[precision] / 1e12:,.2f} TFLOP/s",
                 flush=True,
             )
             run_work(config, folder, few, device)
@@ -122,7 +122,7 @@ def benchmark_throughput(config: Config) -> Path:
                 print(_line(work, best, ours), flush=True)
         plan = folder.parent / "work.json"
         plan.write_text(json.dumps({
-            "model": str(folder), "device": device.type, "dtype": dtype_name, "seconds": benchmark.peer_seconds,
+            "model": str(folder), "device": device.type, "dtype": precision, "seconds": benchmark.peer_seconds,
             "quantization": quantization, "kv_cache_dtype": config.model.kv_cache_dtype.value,
             "workloads": {work.name: {"prompts": work.prompts, "answers": work.answers} for work in works},
         }))  # fmt: skip
@@ -265,7 +265,7 @@ def _device(
     asked: ModelConfig,
 ) -> Device:
     """The limits of the roofline. Of a GPU the cache is what its memory could hold, whatever the engine made of it."""
-    rate = ceilings.matmul[str(dtype).removeprefix("torch.")]
+    rate = ceilings.matmul[dtype_name(dtype)]
     if device.type == "cpu":
         return Device(ceilings.copy, rate, ours["kv_tokens"], 256)
     total = torch.cuda.mem_get_info(device)[1]

@@ -57,13 +57,8 @@ class Logprobs:
 class Operators(Protocol):
     """A backend. Results may overwrite what a docstring says is modified in place."""
 
-    @property
-    def row_tile(self) -> int:
-        """Steps have a multiple of it of tokens."""
-
-    @property
-    def cuts_prompts(self) -> bool:
-        """Whether a prompt's bits are the same wherever it is cut into chunks."""
+    row_tile: int  # steps have a multiple of it of tokens
+    cuts_prompts: bool  # whether a prompt's bits are the same wherever it is cut into chunks
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, D], weight [D] -> [T, D]."""
@@ -75,7 +70,7 @@ class Operators(Protocol):
         """x [T, in], weight [out, in] -> [T, out]."""
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad | None
     ) -> Tensor:
         """x and residual [T, D], router float32 [E, D], w13 [E, 2F, D], w2 [E, D, F] -> residual + experts, [T, D].
 

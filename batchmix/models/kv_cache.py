@@ -56,6 +56,22 @@ class KVCache:
         """One layer's keys and values, on the device."""
         return self.keys[layer], self.values[layer]
 
+    def places(self, step: StepTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Position, block and offset in the block of each of a step's tokens, int64 [T] on the device. Padding, and rows
+        that have ended, write to the scratch block."""
+        places: list[tuple[Tensor, ...]] = []
+        num_decode, size = 0, self.block_size
+        if (decode := step.decode) is not None:
+            num_decode, position = len(decode.positions), decode.positions * decode.running
+            block = decode.block_table.gather(1, (position // size)[:, None])[:, 0].long()
+            places.append((position, torch.where(decode.running, block, SCRATCH_BLOCK), position % size))
+        if num_prompt := step.size - num_decode:
+            of_prompts = step.prompt_places(size)
+            of_prompts = np.pad(of_prompts, ((0, 0), (0, num_prompt - of_prompts.shape[1])))  # to the scratch block
+            places.append(async_copy_to_gpu(of_prompts, self.keys.device).unbind())
+        positions, blocks, offsets = places[0] if len(places) == 1 else map(torch.cat, zip(*places, strict=True))
+        return positions, blocks, offsets
+
     def around_step(self, attend: Attend, step: StepTokens) -> Attend:
         """`attend`, and around it whatever the cache does to have each layer on the device."""
         return attend

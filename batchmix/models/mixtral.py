@@ -1,8 +1,7 @@
 """Mixtral's forward pass over a packed list of tokens.
 
 Legend: T tokens (of any number of rows, one after the other), D hidden, H heads, C head dim, V vocabulary. Where tokens
-stand in their rows and which keys they see is the business of `Attend`, built once per step for the whole batch by the
-operators' `prefill` and `decode`.
+stand in their rows and which keys they see is the business of `Attend`, built once per step by the operators' `attend`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchmix.dtypes import dtype_name
 from batchmix.install_hint import install_hint
 from batchmix.user_cache import user_cache, write_whole
 
@@ -72,7 +73,7 @@ def unavailable() -> str | None:
 @functools.cache
 def load_kernels(dtype: torch.dtype) -> Kernels:
     """From the user's cache folder; compiled, and put there, where it has none for this machine."""
-    path = user_cache("kernels") / f"{str(dtype).removeprefix('torch.')}-{_key()}"
+    path = user_cache("kernels") / f"{dtype_name(dtype)}-{_key()}"
     try:
         digest, code = (content := path.read_bytes())[:32], content[32:]
         if hashlib.sha256(code).digest() == digest:

@@ -165,11 +165,7 @@ def kernels(element: Any) -> list[Callable[[Any], None]]:
         splits, heads, kv_heads, dim, size = job[0], job[1], job[2], job[3], job[4]
         qkv, keys, values = pointer(job[5], element), pointer(job[6], element), pointer(job[7], element)
         table, width = pointer(job[8], integer), job[9]  # [B, W]
-        rows, starts, ends = (
-            pointer(job[10], integer),
-            pointer(job[11], integer),
-            pointer(job[12], integer),
-        )  # of splits
+        rows, starts, ends = pointer(job[10], integer), pointer(job[11], integer), pointer(job[12], integer)  # [splits]
         sums, scales = pointer(job[13], single), pointer(job[14], single)  # [splits, H, C], [splits, H, 2]: peak, total
         scratch, scale = pointer(job[15], single), float_of(u32(job[16]))  # [threads, R (C + S)]
         ratio = heads // kv_heads
@@ -260,16 +256,6 @@ def kernels(element: Any) -> list[Callable[[Any], None]]:
         for expert in range(num_experts):
             ends[expert] = (ends[expert] + tile - 1) // tile * tile
 
-    def gather(job):
-        """x [T, D], token_of_row [P] -> out [P, D]"""
-        rows, width = job[0], job[1]
-        x, token_of_row, out = pointer(job[2], element), pointer(job[3], integer), pointer(job[4], element)
-        first, last = share(rows)
-        for row in range(first, last):
-            start = token_of_row[row] * width
-            for i in range(width):
-                out[row * width + i] = x[start + i]
-
     def swiglu(job):
         """gate_up [P, 2F] -> silu(gate) * up, out [P, F]"""
         rows, width = job[0], job[1]
@@ -303,14 +289,4 @@ def kernels(element: Any) -> list[Callable[[Any], None]]:
                     total += widen(weights[pair]) * widen(rows[row_of_pair[pair] * width + i])
                 out[start + i] = narrow(widen(residual[start + i]) + total, residual[start + i])
 
-    return [
-        rms_norm,
-        add_rms_norm,
-        rotate_and_cache,
-        attend_splits,
-        merge_splits,
-        sort_by_expert,
-        gather,
-        swiglu,
-        combine,
-    ]
+    return [rms_norm, add_rms_norm, rotate_and_cache, attend_splits, merge_splits, sort_by_expert, swiglu, combine]

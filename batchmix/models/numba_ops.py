@@ -6,22 +6,23 @@ other rows are in the batch and however many threads there are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchmix.dtypes import Quantization
-from batchmix.kernels.row_state import RowTensors
 from batchmix.models import torch_backend
-from batchmix.models.backend import AttentionModel, HostRows, Logprobs
+from batchmix.models.backend import AttentionModel
 from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.numba_cache import Kernels, load_kernels
-from batchmix.models.quantized import Experts, dense, format_of, through_fp8
-from batchmix.models.step_tokens import Attend, StepTokens
-from batchmix.models.torch_attention import PrefillAttention
-from batchmix.models.torch_ops import EXPERT_CHUNK
-from batchmix.models.torch_products import ROW_TILE, product
+from batchmix.models.quantized import Experts, as_input
+from batchmix.models.step_tokens import Attend, DecodeTokens, StepTokens
+from batchmix.models.torch_attention import PrefillAttention, visible_blocks
+from batchmix.models.torch_ops import route, run_expert
+from batchmix.models.torch_products import ROW_TILE
 
 SPLIT = 512  # tokens of a row's context that are attended to together, a multiple of the cache's block size
 
@@ -29,8 +30,9 @@ SPLIT = 512  # tokens of a row's context that are attended to together, a multip
 class NumbaOperators:
     """See `Operators`, for weights and activations of one dtype."""
 
-    row_tile = torch_backend.row_tile
-    cuts_prompts = torch_backend.cuts_prompts
+    row_tile, cuts_prompts = torch_backend.row_tile, torch_backend.cuts_prompts
+    linear, find_shared = staticmethod(torch_backend.linear), staticmethod(torch_backend.find_shared)
+    sample, post_update = staticmethod(torch_backend.sample), staticmethod(torch_backend.post_update)
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._kernels = load_kernels(dtype)
@@ -45,19 +47,12 @@ class NumbaOperators:
         self._kernels("add_rms_norm", *x.shape, float(eps), residual, x, weight, out, work=x.numel())
         return residual, out
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return product(x, weight)
-
     def moe(
-        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad | None
     ) -> Tensor:
         """As torch_ops.moe: each expert runs once over its tokens."""
-        probabilities = product(x.float(), router).softmax(-1)  # [T, E]
-        tokens, width = x.shape
-        valid = tokens if load.num_valid is None else int(load.num_valid)
-        weights, experts = probabilities[:valid].topk(top_k, dim=-1)  # [T, K], without padding
-        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-
+        weights, experts = route(x, router, top_k, load)  # [T, K], without padding
+        (tokens, width), (valid, _) = x.shape, experts.shape
         num_experts, pairs = len(router), valid * top_k
         counts, ends = np.empty((2, num_experts), np.int64)
         token_of_row = np.empty(pairs + num_experts * (ROW_TILE - 1), np.int64)
@@ -65,20 +60,13 @@ class NumbaOperators:
         self._kernels(
             "sort_by_expert", pairs, top_k, num_experts, ROW_TILE, experts, counts, ends, token_of_row, row_of_pair
         )
-        if load.counts is not None:
+        if load is not None:
             load.counts.add_(torch.from_numpy(counts))
-        rows = int(ends[-1])
-        fp8 = format_of(w13) is Quantization.fp8
-        inputs, out = x.new_empty(2, rows, width)  # [P, D] each, the rows of an expert together
-        self._kernels("gather", rows, width, through_fp8(x) if fp8 else x, token_of_row, inputs, work=inputs.numel())
-        for expert, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
-            if start == end:
-                continue
-            up, down = dense(w13[expert], x.dtype), dense(w2[expert], x.dtype)
-            for low in range(start, end, EXPERT_CHUNK):
-                high = min(low + EXPERT_CHUNK, end)
-                h = self.swiglu(product(inputs[low:high], up))  # [P_e, F]
-                out[low:high] = product(through_fp8(h) if fp8 else h, down)
+        inputs, token = as_input(x, w13), torch.from_numpy(token_of_row)
+        out = x.new_empty(int(ends[-1]), width)  # [P, D], the rows of an expert together
+        for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+            if start < end:
+                run_expert(inputs, token[start:end], w13[expert], w2[expert], out[start:end], self.swiglu)
         result = torch.empty_like(residual)
         self._kernels(
             "combine", tokens, width, top_k, valid, out, weights, row_of_pair, residual, result, work=result.numel()
@@ -98,14 +86,13 @@ class NumbaOperators:
             return torch_backend.attend(model, cache, step)
         config, kernels = model.config, self._kernels
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        places, table, context = torch_backend.place_tokens(cache, step)
-        rows = DecodeAttention(kernels, cache, table, context, heads) if len(context) else None
+        places = cache.places(step)
+        rows = decode_attention(kernels, cache, step.decode, heads) if step.decode is not None else None
         prompts = PrefillAttention(cache, step.chunks) if step.chunks else None
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            keys, values = cache.layer(layer)
             kernels(
-                "rotate_and_cache", len(qkv), heads, kv_heads, dim, cache.block_size, qkv, keys, values,
+                "rotate_and_cache", len(qkv), heads, kv_heads, dim, cache.block_size, qkv, *cache.layer(layer),
                 model.cos, model.sin, *places, work=qkv.numel(),
             )  # fmt: skip
             q, k, v = torch.split(qkv.view(len(qkv), -1, dim), [heads, kv_heads, kv_heads], dim=1)
@@ -118,50 +105,31 @@ class NumbaOperators:
 
         return attend
 
-    def find_shared(
-        self, model: AttentionModel, cache: KVCache, block_table: np.ndarray, prompt_tokens: np.ndarray, version: int
-    ) -> None:
-        """Every row attends to its blocks on its own."""
 
-    def sample(self, logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Logprobs | None, Tensor | None]:
-        return torch_backend.sample(logits, rows, host)
-
-    def post_update(self, tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | None = None) -> None:
-        torch_backend.post_update(tokens, rows, processed_logprobs)
-
-
-class DecodeAttention:
+def decode_attention(
+    kernels: Kernels, cache: KVCache, decode: DecodeTokens, heads: int
+) -> Callable[[int, Tensor, Tensor], None]:
     """Attention of one new token per row over its paged context, the heads of a kv head together.
 
     A context is attended to in splits of SPLIT tokens, on any thread each, whose results are merged in their order.
+    Takes a layer and qkv [T, (H + 2G) C] of the step -> the rows' tokens, which are the first, of out [T, H, C].
     """
+    table, context = visible_blocks(decode)
+    counts, rows = -(-context // SPLIT), len(context)
+    first = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))  # [B + 1] a row's first split
+    row = np.repeat(np.arange(rows), counts)  # [splits]
+    start = (np.arange(len(row)) - first[row]) * SPLIT
+    end = np.minimum(start + SPLIT, context[row])
+    _, _, kv_heads, size, dim = cache.keys.shape
+    sums, scales = torch.empty(len(row), heads, dim), torch.empty(len(row), heads, 2)
+    scratch = torch.empty(torch.get_num_threads(), heads // kv_heads, dim + size)
+    work = 2 * int((end - start).sum()) * heads * dim
 
-    def __init__(
-        self, kernels: Kernels, cache: KVCache, table: np.ndarray, context: np.ndarray, num_heads: int
-    ) -> None:
-        """table int64 [B, W]; context int64 [B]: tokens that each row sees, the new one included."""
-        self._kernels, self._cache, self._table, self._num_heads = kernels, cache, table, num_heads
-        counts = -(-context // SPLIT)
-        self._first = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))  # [B + 1] a row's first split
-        self._row = np.repeat(np.arange(len(context)), counts)  # [splits]
-        self._start = (np.arange(len(self._row)) - self._first[self._row]) * SPLIT
-        self._end = np.minimum(self._start + SPLIT, context[self._row])
-        _, _, kv_heads, size, dim = cache.keys.shape
-        self._sums = torch.empty(len(self._row), num_heads, dim)
-        self._scales = torch.empty(len(self._row), num_heads, 2)
-        self._scratch = torch.empty(torch.get_num_threads(), num_heads // kv_heads, dim + size)
-
-    def __call__(self, layer: int, qkv: Tensor, out: Tensor) -> None:
-        """qkv [T, (H + 2G) C] of the step -> the rows' tokens, which are the first, of out [T, H, C]."""
-        keys, values = self._cache.layer(layer)
-        _, kv_heads, size, dim = keys.shape
-        heads, work = self._num_heads, 2 * int((self._end - self._start).sum()) * self._num_heads
-        self._kernels(
-            "attend_splits", len(self._row), heads, kv_heads, dim, size, qkv, keys, values, self._table,
-            self._table.shape[1], self._row, self._start, self._end, self._sums, self._scales, self._scratch, dim**-0.5,
-            work=work * dim,
+    def attend(layer: int, qkv: Tensor, out: Tensor) -> None:
+        kernels(
+            "attend_splits", len(row), heads, kv_heads, dim, size, qkv, *cache.layer(layer), table, table.shape[1], row,
+            start, end, sums, scales, scratch, dim**-0.5, work=work,
         )  # fmt: skip
-        rows = len(self._first) - 1
-        self._kernels(
-            "merge_splits", rows, heads, dim, self._first, self._sums, self._scales, out, work=rows * heads * dim
-        )
+        kernels("merge_splits", rows, heads, dim, first, sums, scales, out, work=rows * heads * dim)
+
+    return attend

@@ -202,6 +202,11 @@ def through_fp8(x: Tensor) -> Tensor:
     return Quantized(*quantize_rows(x, Quantization.fp8), Quantization.fp8).dequantize(x.dtype)
 
 
+def as_input(x: Tensor, weight: Experts) -> Tensor:
+    """x [.., K] as products with the weight take it: rounded to fp8 where the weight is fp8."""
+    return through_fp8(x) if format_of(weight) is Quantization.fp8 else x
+
+
 def fp8_values(codes: Tensor) -> Tensor:
     """codes of float8_e4m3fn as float32. As codes.float(), which on a CPU takes three times as long; NaN becomes 480.
 

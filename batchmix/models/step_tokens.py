@@ -25,6 +25,11 @@ class PrefillChunk:
     length: int
     blocks: Sequence[int]  # the prompt's blocks, in order
 
+    @property
+    def last(self) -> int:
+        """The place of its last token among the step's."""
+        return self.offset + self.length - 1
+
 
 @dataclass(frozen=True)
 class DecodeTokens:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
-from batchmix.models.step_tokens import PrefillChunk
+from batchmix.models.step_tokens import DecodeTokens, PrefillChunk
 
 _LENGTH_TILE = 32  # prompts are padded to a multiple of it
 _QUERY_TILE = 256  # queries of a later chunk that are scored at once
@@ -81,6 +81,15 @@ class PrefillAttention:
         return torch.cat(parts, 1).transpose(0, 1)
 
 
+def visible_blocks(decode: DecodeTokens) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows that decode: their blocks int64 [B, W], and how many tokens each sees, the new one included, int64 [B].
+    Rows that have ended see a token of the scratch block."""
+    count = len(decode.host_positions)
+    running = decode.running[:count].numpy()
+    table = np.where(running[:, None], decode.host_blocks, SCRATCH_BLOCK).astype(np.int64)
+    return table, decode.positions[:count].numpy() * running + 1
+
+
 class DecodeAttention:
     """Attention of one new token per row over its paged context.
 
@@ -89,7 +98,7 @@ class DecodeAttention:
     """
 
     def __init__(self, cache: KVCache, block_table: np.ndarray, context: np.ndarray) -> None:
-        """block_table int64 [B, max_blocks]; context int64 [B]: tokens that each row sees, the new one included."""
+        """See `visible_blocks`."""
         self.cache = cache
         size = cache.block_size
         self.num_rows = rows = len(context)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from batchmix.models.backend import AttentionModel
-from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
+from batchmix.models.kv_cache import KVCache
 from batchmix.models.step_tokens import Attend, StepTokens
-from batchmix.models.torch_attention import DecodeAttention, PrefillAttention
+from batchmix.models.torch_attention import DecodeAttention, PrefillAttention, visible_blocks
 from batchmix.models.torch_ops import add_rms_norm, moe, rms_norm, rotate
 from batchmix.models.torch_products import ROW_TILE as row_tile
 from batchmix.models.torch_products import product as linear
@@ -33,9 +33,8 @@ def attend(model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
     """See `Operators`."""
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    places, table, context = place_tokens(cache, step)
-    positions, blocks, offsets = map(torch.from_numpy, places)
-    rows = DecodeAttention(cache, table, context) if len(context) else None
+    positions, blocks, offsets = cache.places(step)
+    rows = DecodeAttention(cache, *visible_blocks(step.decode)) if step.decode is not None else None
     prompts = PrefillAttention(cache, step.chunks) if step.chunks else None
     cos, sin = model.cos[positions], model.sin[positions]  # [T, C/2]
 
@@ -52,23 +51,3 @@ def attend(model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
         return out.flatten(1)
 
     return attend
-
-
-def place_tokens(cache: KVCache, step: StepTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Position, block and offset in the block of each token, int64 [3, T]; of the rows that decode, their blocks
-    int64 [B, W] and how many tokens each sees, int64 [B]. Padding, and rows that have ended, write to the scratch block.
-    """
-    size, places = cache.block_size, np.full((3, step.size), SCRATCH_BLOCK)
-    table, context = np.zeros((0, 1), np.int64), np.zeros(0, np.int64)
-    if (decode := step.decode) is not None:
-        count = len(decode.host_positions)
-        running = decode.running[:count].numpy()
-        table = decode.host_blocks.astype(np.int64)
-        table[~running] = SCRATCH_BLOCK
-        position = decode.positions[:count].numpy() * running
-        places[:, :count] = position, table[np.arange(count), position // size], position % size
-        context = position + 1
-    if step.chunks:
-        of_prompts, first = step.prompt_places(size), step.chunks[0].offset
-        places[:, first : first + of_prompts.shape[1]] = of_prompts
-    return places, table, context

@@ -5,13 +5,14 @@ A token has the same bits whatever the others are: products are `torch_products`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchmix.dtypes import Quantization
 from batchmix.models.expert_load import LayerLoad
-from batchmix.models.quantized import Experts, dense, format_of, through_fp8
+from batchmix.models.quantized import Experts, Weight, as_input, dense
 from batchmix.models.torch_products import ROW_TILE, product
 
 EXPERT_CHUNK = 512  # rows per expert product: more do not make it faster, and the activations stay in the cache
@@ -43,45 +44,44 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.div(gate, scale, out=scale).to(up.dtype).mul_(up)
 
 
+def route(x: Tensor, router: Tensor, top_k: int, load: LayerLoad | None) -> tuple[Tensor, Tensor]:
+    """Renormalised probabilities of x's dtype, and int64 experts, [T, K] each, of the tokens that are no padding."""
+    probabilities = product(x.float(), router).softmax(-1)  # [T, E]
+    if load is not None:
+        probabilities = probabilities[: int(load.num_valid)]
+    weights, experts = probabilities.topk(top_k, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True)).to(x.dtype), experts
+
+
+def run_expert(
+    x: Tensor, tokens: Tensor, up: Weight, down: Weight, out: Tensor, activation: Callable[[Tensor], Tensor] = swiglu
+) -> None:
+    """One expert over `tokens` int64 [P] of x [T, D], P a multiple of ROW_TILE, into out [P, D]."""
+    up_dense, down_dense = dense(up, x.dtype), dense(down, x.dtype)
+    for low in range(0, len(tokens), EXPERT_CHUNK):
+        inputs = x.index_select(0, tokens[low : low + EXPERT_CHUNK])
+        h = activation(product(inputs, up_dense))  # [P_e, F]
+        out[low : low + EXPERT_CHUNK] = product(as_input(h, down), down_dense)
+
+
 def moe(
     x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor | None = None,
     load: LayerLoad | None = None,
 ) -> Tensor:  # fmt: skip
     """Top-k of E SwiGLU experts, weighted by the renormalised router probabilities, see `Operators`; w13 is gate, then
-    up. Each expert runs once over its tokens, widened where it is quantised; each token sums its k outputs in router
-    order."""
-    num_experts = len(router)
-    probabilities = product(x.float(), router).softmax(-1)  # [T, E]
-    if load is not None and load.num_valid is not None:
-        probabilities = probabilities[: int(load.num_valid)]
-    weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], T from here on without padding
-    weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-
-    pair_expert, order = experts.flatten().sort(stable=True)  # [T*K]; order: pair -> its place before sorting
-    counts = torch.bincount(pair_expert, minlength=num_experts)
-    if load is not None and load.counts is not None:
+    up. Each expert runs once over its tokens; each token sums its k outputs in router order."""
+    weights, experts = route(x, router, top_k, load)  # [T, K], T from here on without padding
+    counts, order = torch.bincount(experts.flatten(), minlength=len(router)), experts.flatten().argsort(stable=True)
+    if load is not None:
         load.counts.add_(counts)
-    padded = (counts + ROW_TILE - 1) // ROW_TILE * ROW_TILE
-    starts = padded.cumsum(0) - padded  # [E] first row of each expert's segment
-    shift = starts - (counts.cumsum(0) - counts)
-    place = torch.arange(len(order), device=x.device) + shift[pair_expert]  # [T*K] row of each sorted pair
-    ends = padded.cumsum(0).tolist()
-    token = order.new_zeros(ends[-1])  # padding rows compute token 0 and are never read
-    token[place] = order // top_k
-    out = x.new_empty(len(token), x.shape[1])  # [P, D]
-    fp8 = format_of(w13) is Quantization.fp8
-    inputs = through_fp8(x) if fp8 else x
-    for expert, (start, end) in enumerate(zip(starts.tolist(), ends, strict=True)):
-        if start == end:
-            continue
-        up, down = dense(w13[expert], x.dtype), dense(w2[expert], x.dtype)
-        for low in range(start, end, EXPERT_CHUNK):
-            high = min(low + EXPERT_CHUNK, end)
-            h = swiglu(product(inputs.index_select(0, token[low:high]), up))  # [P_e, F]
-            out[low:high] = product(through_fp8(h) if fp8 else h, down)
-    row_of_pair = torch.empty_like(place)
-    row_of_pair[order] = place
-    chosen = out.index_select(0, row_of_pair).view(len(weights), top_k, -1)  # [T, K, D]
+    inputs, chosen = as_input(x, w13), x.new_empty(len(order), x.shape[1])  # [T, D]; [T*K, D], a row for each pair
+    for expert, pairs in enumerate(torch.split(order, counts.tolist())):
+        if len(pairs):
+            tokens = F.pad(pairs // top_k, (0, -len(pairs) % ROW_TILE))  # padding rows compute token 0
+            out = x.new_empty(len(tokens), x.shape[1])
+            run_expert(inputs, tokens, w13[expert], w2[expert], out)
+            chosen.index_copy_(0, pairs, out[: len(pairs)])
+    chosen = chosen.view(len(weights), top_k, -1)
     result = chosen[:, 0] * weights[:, 0, None]
     for k in range(1, top_k):
         result = torch.addcmul(result, chosen[:, k], weights[:, k, None])

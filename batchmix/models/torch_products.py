@@ -28,9 +28,9 @@ Shape = tuple[int, int, torch.dtype]  # out, in
 _fixed: set[Shape] = set()  # of this process's weights, on this machine
 
 
-def pad_rows(rows: int) -> int:
-    """`rows` rounded up to a multiple of ROW_TILE."""
-    return -(-rows // ROW_TILE) * ROW_TILE
+def pad_rows(rows: int, tile: int = ROW_TILE) -> int:
+    """`rows` rounded up to a multiple of `tile`."""
+    return -(-rows // tile) * tile
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -43,9 +43,7 @@ def sample(logits: Tensor, rows: RowTensors, host: HostRows) -> tuple[Tensor, Lo
     processed_logprobs = _among_allowed(logits, tokens, wide, narrow, untouched, rows)
     if raw is None:
         return tokens, None, processed_logprobs
-    chosen = raw.gather(1, tokens[torch.from_numpy(wanted), None])[:, 0]
-    top_ids, top = largest(raw, host.num_logprobs[wanted])
-    return tokens, Logprobs(wanted, chosen, ranks(raw, chosen), top_ids, top), processed_logprobs
+    return tokens, find_logprobs(raw, tokens[torch.from_numpy(wanted)], wanted, host), processed_logprobs
 
 
 def _sample_among(logits: Tensor, places: Tensor, rows: RowTensors, which: Tensor, keep_logits: bool) -> Tensor:
@@ -71,8 +69,7 @@ def _sample_among(logits: Tensor, places: Tensor, rows: RowTensors, which: Tenso
 
 
 def _untouched(logits: Tensor, rows: RowTensors) -> dict[int, Tensor]:
-    """The logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes
-    them."""
+    """Logits [V] of rows that ask for log-probabilities among what is allowed, where a bias or a penalty changes any."""
     if rows.logprob_history is None:
         return {}
     early = rows.state[State.GENERATED] < rows.numbers[Number.MIN_TOKENS]
@@ -107,20 +104,16 @@ def _among_allowed(
     return found.masked_fill_(~asked, 0.0)
 
 
-def largest(logprobs: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Ids and values of the counts[i] largest of row i, descending, zeros after them: [N, V] -> [N, k] each. Rows of
-    one count at a time, because which ones of tied tokens topk takes depends on how many it is asked for."""
-    values = logprobs.new_zeros(len(logprobs), int(counts.max()))
-    ids = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
+def find_logprobs(logprobs: Tensor, tokens: Tensor, wanted: np.ndarray, host: HostRows) -> Logprobs:
+    """What is logged of the rows `wanted` int64 [N], which have chosen `tokens` [N]; logprobs float32 [N, V]."""
+    chosen, counts = logprobs.gather(1, tokens[:, None].long()), host.num_logprobs[wanted]  # [N, 1]; [N]
+    top = logprobs.new_zeros(len(logprobs), int(counts.max()))
+    top_ids = torch.zeros(top.shape, dtype=torch.int64, device=top.device)
+    # Rows of one count at a time: which ones of tied tokens topk takes depends on how many it is asked for.
     for count in np.unique(counts).tolist():
-        rows = torch.from_numpy(np.flatnonzero(counts == count)).to(logprobs.device)
-        values[rows, :count], ids[rows, :count] = logprobs[rows].topk(count, dim=-1)
-    return ids, values
-
-
-def ranks(logprobs: Tensor, chosen: Tensor) -> Tensor:
-    """Of the tokens with log-probabilities `chosen` [N], int64 [N]: 1 and the number of likelier ones. [N, V]."""
-    return (logprobs > chosen[:, None]).sum(-1) + 1
+        rows = torch.from_numpy(np.flatnonzero(counts == count)).to(top.device)
+        top[rows, :count], top_ids[rows, :count] = logprobs[rows].topk(count, dim=-1)
+    return Logprobs(wanted, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top_ids, top)
 
 
 def _most_likely(logits: Tensor) -> Tensor:

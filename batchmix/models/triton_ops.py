@@ -5,14 +5,16 @@ Legend: T tokens of a step, L of them generated, H heads, G kv heads, C head dim
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchmix.kernels import linear, moe, norm, post_update, sampling
-from batchmix.kernels.attention_decode import DecodePlan, attend_decode, plan_decode
-from batchmix.kernels.attention_prefill import PrefillPlan, attend_prefill, plan_prefill
+from batchmix.kernels.attention_decode import attend_decode, plan_decode
+from batchmix.kernels.attention_prefill import attend_prefill, plan_prefill
 from batchmix.kernels.rotary import rotate_and_cache
 from batchmix.kernels.row_state import RowTensors
 from batchmix.kernels.shared_splits import SharedSplits, find_shared_splits
@@ -22,7 +24,7 @@ from batchmix.models.expert_load import LayerLoad
 from batchmix.models.kv_cache import SCRATCH_BLOCK, KVCache
 from batchmix.models.quantized import Experts, Quantized
 from batchmix.models.step_tokens import Attend, StepTokens
-from batchmix.models.torch_sampler import largest, ranks
+from batchmix.models.torch_sampler import find_logprobs
 
 
 class TritonOperators:
@@ -47,46 +49,39 @@ class TritonOperators:
         return linear.linear(x, weight) if self.batch_invariant else F.linear(x, weight)
 
     def moe(
-        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad
+        self, x: Tensor, router: Tensor, w13: Experts, w2: Experts, top_k: int, residual: Tensor, load: LayerLoad | None
     ) -> Tensor:
         assert not isinstance(w13, tuple)
         assert not isinstance(w2, tuple)
         up, up_scale = (w13.codes, w13.scales) if isinstance(w13, Quantized) else (w13, None)
         down, down_scale = (w2.codes, w2.scales) if isinstance(w2, Quantized) else (w2, None)
+        counts, num_valid = (None, None) if load is None else (load.counts, load.num_valid)
         return moe.moe(
             x, router, up, down, top_k, w13_scale=up_scale, w2_scale=down_scale, residual=residual,
-            batch_invariant=self.batch_invariant, counts=load.counts, num_valid=load.num_valid,
+            batch_invariant=self.batch_invariant, counts=counts, num_valid=num_valid,
         )  # fmt: skip
 
     def attend(self, model: AttentionModel, cache: KVCache, step: StepTokens) -> Attend:
         """See `Operators`. Generated tokens go through the decode kernels and prompt chunks through the prefill kernel,
         never otherwise: the two differ in bits. A step of generated tokens alone is laid out on the device, so a CUDA
         graph of it follows the rows."""
-        ratio, size = model.config.num_attention_heads // model.config.num_key_value_heads, cache.block_size
-        decode, num_decode, device = step.decode, 0, cache.keys.device
-        decode_plan: DecodePlan | None = None
-        prefill_plan: PrefillPlan | None = None
-        places: list[tuple[Tensor, ...]] = []  # position, block and offset in the block of tokens, int64 each
+        ratio = model.config.num_attention_heads // model.config.num_key_value_heads
+        positions, blocks, offsets = cache.places(step)
+        decode, num_decode, decode_plan, prefill_plan = step.decode, 0, None, None
         if decode is not None:
             assert step.shared is None or isinstance(step.shared, SharedSplits)
             num_decode = len(decode.positions)
-            position = decode.positions * decode.running
-            block = decode.block_table.gather(1, (position // size)[:, None])[:, 0].long()
-            places.append((position, torch.where(decode.running, block, SCRATCH_BLOCK), position % size))
-            decode_plan = plan_decode(decode.block_table, position + decode.running, size, ratio, step.shared)
+            context = (decode.positions + 1) * decode.running
+            decode_plan = plan_decode(decode.block_table, context, cache.block_size, ratio, step.shared)
         if num_prompt := step.size - num_decode:
-            of_prompts = step.prompt_places(size)
-            of_prompts = np.pad(of_prompts, ((0, 0), (0, num_prompt - of_prompts.shape[1])))  # to the scratch block
-            places.append(async_copy_to_gpu(of_prompts, device).unbind())
             # Rows of a table end at different places; a chunk is read only up to its own end.
             chunks, width = step.chunks, max((len(chunk.blocks) for chunk in step.chunks), default=1)
             table = np.full((len(chunks), width), SCRATCH_BLOCK, np.int32)
             for row, chunk in enumerate(chunks):
                 table[row, : len(chunk.blocks)] = chunk.blocks
             spans = [(chunk.offset - num_decode, chunk.start, chunk.length) for chunk in chunks]
-            dtype = model.weights.embedding.dtype
-            prefill_plan = plan_prefill(spans, async_copy_to_gpu(table, device), num_prompt, ratio, dtype)
-        positions, blocks, offsets = places[0] if len(places) == 1 else tuple(map(torch.cat, zip(*places, strict=True)))
+            on_device, dtype = async_copy_to_gpu(table, cache.keys.device), model.weights.embedding.dtype
+            prefill_plan = plan_prefill(spans, on_device, num_prompt, ratio, dtype)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             keys, values = cache.layer(layer)
@@ -94,9 +89,9 @@ class TritonOperators:
             q = rotate_and_cache(qkv, cos, sin, positions, blocks, offsets, keys, values, *cache.scales)  # [T, H, C]
             out = torch.empty_like(q)
             if decode_plan is not None:
-                attend_decode(q[:num_decode], keys, values, *decode_plan, *cache.scales, out[:num_decode])
+                attend_decode(q[:num_decode], keys, values, decode_plan, cache.scales, out[:num_decode])
             if prefill_plan is not None:
-                attend_prefill(q[num_decode:], keys, values, *prefill_plan, *cache.scales, out[num_decode:])
+                attend_prefill(q[num_decode:], keys, values, prefill_plan, cache.scales, out[num_decode:])
             return out.flatten(1)
 
         return attend
@@ -115,10 +110,8 @@ class TritonOperators:
                 torch.from_numpy(block_table), torch.from_numpy(prompt_tokens), cache.block_size, ratio, num_tokens
             )
             splits = SharedSplits(*(async_copy_to_gpu(tensor, cache.keys.device) for tensor in found))
-            for target, new in zip(
-                kept or (), splits, strict=False
-            ):  # into the same memory, which a captured step reads
-                target.copy_(new)
+            for target, new in zip(kept or (), splits, strict=False):
+                target.copy_(new)  # into the same memory, which a captured step reads
             self._shared[num_tokens] = version, kept or splits
         return self._shared[num_tokens][1]
 
@@ -134,11 +127,9 @@ class TritonOperators:
         if not len(wanted):
             return tokens, None, processed_logprobs
         which = torch.from_numpy(wanted).to(logits.device)
-        logprobs = logits[which].log_softmax(-1)
-        top_ids, top = largest(logprobs, host.num_logprobs[wanted])
-        # Of the same numbers: the kernel's sum, and so its log-probability, is rounded otherwise.
-        rank = ranks(logprobs, logprobs.gather(1, tokens[which, None].long())[:, 0])
-        return tokens, Logprobs(wanted, chosen[which], rank, top_ids, top), processed_logprobs
+        found = find_logprobs(logits[which].log_softmax(-1), tokens[which], wanted, host)
+        # The kernel's sum, and so its log-probability, is rounded otherwise than those that the rank is found among.
+        return tokens, replace(found, chosen=chosen[which]), processed_logprobs
 
     def post_update(self, tokens: Tensor, rows: RowTensors, processed_logprobs: Tensor | None = None) -> None:
         history = None if processed_logprobs is None else rows.logprob_history

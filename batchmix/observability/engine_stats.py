@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,8 @@ class EngineStats:
     shared_tokens: int = 0  # of prompts, not prefilled because an earlier prompt begins alike
     completion_tokens: int = 0
     jump_forward_tokens: int = 0  # of guided rows, appended without a decode step of their own
-    rows_guided_by_table: int = 0
-    rows_guided_on_host: int = 0  # by llguidance, with our grammar
-    rows_guided_by_llguidance: int = 0  # which read the JSON Schema itself
+    # By what follows them: a table; llguidance with our grammar, on the host; llguidance, which read the JSON Schema itself.
+    rows_guided: dict[str, int] = field(default_factory=lambda: {"table": 0, "host": 0, "llguidance": 0})
     running: int = 0  # rows in the last decode step
     waiting: int = 0  # prompts in the engine without a slot
     kv_blocks_used: int = 0
@@ -46,10 +45,10 @@ class EngineStats:
     def sum_up(self, others: Iterable[EngineStats]) -> None:
         """Become what several engines together are: counts and seconds added up, from the first time to the last."""
         others = list(others)
-        for field in fields(self):
-            values = [value for other in others if (value := getattr(other, field.name)) is not None]
+        for total in fields(self):
+            values = [value for other in others if (value := getattr(other, total.name)) is not None]
             if values:
-                setattr(self, field.name, _UNITE.get(field.name, sum)(values))
+                setattr(self, total.name, _UNITE.get(total.name, sum)(values))
 
 
 def _add_steps(tables: Iterable[dict[int, list[float]]]) -> dict[int, list[float]]:
@@ -64,5 +63,6 @@ def _add_steps(tables: Iterable[dict[int, list[float]]]) -> dict[int, list[float
 
 _UNITE: dict[str, Callable[[Any], Any]] = {
     "first_prefill_time": min, "last_token_time": max, "decode_steps": _add_steps,
+    "rows_guided": lambda tables: {kind: sum(table[kind] for table in tables) for kind in tables[0]},
     "expert_tokens": lambda tables: np.sum(tables, axis=0).tolist(),
 }  # fmt: skip

@@ -40,11 +40,7 @@ class RunStatistics:
             "completion_tokens": self.totals.completion_tokens,
             "shared_prompt_tokens": self.stats.shared_tokens,
             "jump_forward_tokens": self.stats.jump_forward_tokens,
-            "rows_guided": {
-                "table": self.stats.rows_guided_by_table,
-                "host": self.stats.rows_guided_on_host,
-                "llguidance": self.stats.rows_guided_by_llguidance,
-            },
+            "rows_guided": self.stats.rows_guided,
             "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in _STAGES},
             "total_seconds": round(self.total_seconds, 3),
             "generate_seconds": round(generate, 3),

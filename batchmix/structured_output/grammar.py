@@ -61,6 +61,7 @@ class CompiledGrammar:
     shortest_longer: int  # of the shortest text that is not empty
     has_end: bool  # whether a token can end a text that could go on
     forced: dict[int, int]  # by state: the only token that may come next, where there is just one
+    kind = "table"  # of `rows_guided` in the summary
     _runs: dict[int, list[int]] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[int, int], TokenSet] = field(default_factory=dict, repr=False)
     _most: dict[int, int] = field(default_factory=dict, repr=False)  # by state: the largest need of a token

@@ -121,6 +121,11 @@ class HostGrammar:
     end_tokens: tuple[int, ...]
     of_schema: bool  # of a JSON Schema that llguidance reads itself
 
+    @property
+    def kind(self) -> str:
+        """Of `rows_guided` in the summary."""
+        return "llguidance" if self.of_schema else "host"
+
     def tokens_needed(self, min_tokens: int) -> int:
         """Of a row's text at least. What it takes to end one is not known beforehand."""
         return 0 if self.matcher.is_accepting() and len(self.end_tokens) and not min_tokens else 1

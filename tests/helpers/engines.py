@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from batchmix.checkpoints.loading import load_weights
 from batchmix.dtypes import Dtype, Quantization
 from batchmix.engine.engine import Engine
 from batchmix.engine.input_batch import InputBatch
-from batchmix.engine.model_runner import pad
 from batchmix.engine.request import EngineLimits
 from batchmix.models import torch_backend
 from batchmix.models.async_copy import AsyncCopy, CopyEvent
@@ -26,6 +26,7 @@ from batchmix.models.backend import Operators
 from batchmix.models.kv_cache import KVCache
 from batchmix.models.mixtral import Mixtral
 from batchmix.models.step_tokens import PrefillChunk, StepTokens
+from batchmix.models.torch_products import pad_rows
 from batchmix.offload.expert_stream import ExpertStream, Offload
 from batchmix.offload.staged_cache import StagedKVCache
 from batchmix.offload.transfer_stream import TransferStream
@@ -76,7 +77,12 @@ def make_engine(model: Mixtral, host: TransferStream | None = None, **options: A
     )
     limits = EngineLimits(32, 512, 512, blocks + 1, block_size, model.ops.row_tile, model.ops.cuts_prompts)
     limited = {field.name: options.pop(field.name) for field in fields(EngineLimits) if field.name in options}
-    return Engine(model, cache, replace(limits, **limited), **{"eos_token_ids": (2,), "stop_table": None, **options})
+    eos_token_ids, stop_table = options.pop("eos_token_ids", (2,)), options.pop("stop_table", None)
+    async_copy = options.pop("async_copy", None) or AsyncCopy(embedding.device)
+    make_batch = partial(
+        InputBatch, model.config.vocab_size, eos_token_ids, stop_table, async_copy, options.get("grammars")
+    )
+    return Engine(model, cache, replace(limits, **limited), make_batch, **options)
 
 
 class LateAsyncCopy(AsyncCopy):
@@ -160,7 +166,7 @@ def packed_logits(model: Mixtral, rows: list[list[int]], **options: Any) -> list
     """Logits of every position of every row, all rows in one packed step."""
     engine = make_engine(model, **options)
     total = sum(map(len, rows))
-    tokens, chunks, start = np.zeros(pad(total, model.ops.row_tile), np.int64), [], 0
+    tokens, chunks, start = np.zeros(pad_rows(total, model.ops.row_tile), np.int64), [], 0
     for row in rows:
         tokens[start : start + len(row)] = row
         blocks = engine.scheduler.pool.take(-(-len(row) // engine.cache.block_size))
