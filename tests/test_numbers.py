@@ -164,3 +164,10 @@ def test_performance_page_beside_the_model():
         f" {sampled['sample_ms']:.2f} of them to sample the tokens. Without the operators of the backend and of torch"
         f" {greedy['host_ms']:.2f} and {sampled['host_ms']:.2f} ms" in text
     )
+
+
+def test_host_time_of_a_layer():
+    found = result("cpu-launch")
+    assert f"{found['host_seconds_per_layer']['median'] * 1e3:.2f} ms for {found['rows']} rows, on one core" in page(
+        "docs/kernels.md"
+    )
