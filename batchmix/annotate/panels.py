@@ -111,7 +111,7 @@ def run_plots(storage: Storage, summary: dict[str, Any] | None, sample: Sample) 
 
 def _time_plots(metrics: Metrics) -> list[Markup]:
     if not metrics:
-        return [empty_plot("Throughput, KV cache and batch", "The run has no metrics (_metrics*.jsonl).")]
+        return [empty_plot("Throughput, KV cache and batch", "The run has no metrics (metrics*.jsonl).")]
     start = min(line["time"] for stretch in metrics for line in stretch)
     longest = max(line["time"] for stretch in metrics for line in stretch) - start
     seconds, unit = next((size, name) for size, name in _TIME_UNITS if longest >= 2 * size or size == 1)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from batchmix.errors import BatchmixError
 from batchmix.input.config import ShardConfig
 from batchmix.observability.error_reasons import ErrorReasons
 from batchmix.observability.summary import Summary
@@ -126,7 +127,11 @@ def finalize(
 ) -> Summary:  # fmt: skip
     """Check, order, sum up and say that it is complete, or finished with too many errors. The caller holds `lease`, FINALIZE,
     and no worker is left."""
-    check_once(parts, end)
+    try:
+        check_once(parts, end)
+    except BatchmixError:
+        parts.storage.delete(SUCCESS)  # where parts were deleted since
+        raise
     if order is Order.input:
         merge_in_order(parts, rows_per_shard, lease.generation)
     totals = parts.totals()
@@ -163,6 +168,16 @@ def read_failure(storage: Storage) -> str | None:
 def is_finished(storage: Storage) -> bool:
     """Whether all rows of a run are there, whatever became of them."""
     return storage.exists(SUCCESS) or storage.exists(FAILED)
+
+
+def missing_rows(storage: Storage, done: int) -> int | None:
+    """Of a run that has `SUCCESS`: how many of its rows are not among the `done` ones, as parts were deleted since. None where
+    there is no such file, or a damaged one."""
+    try:
+        state = read_json(storage, SUCCESS)
+        return max(0, int(state.get("rows", 0)) - done)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def success(limit: int | None, order: Order, parts: Parts) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import time
 from dataclasses import dataclass
 
@@ -11,11 +10,10 @@ import pyarrow.compute as pc
 from batchmix.input.rowset import RowSet
 from batchmix.observability.error_reasons import ErrorReason, reason_lines
 from batchmix.observability.progress import duration
-from batchmix.output.finalize import read_failure, read_markers
+from batchmix.output.finalize import missing_rows, read_failure, read_markers
 from batchmix.output.lease import CLOSED, FINALIZE, Record, read_leases
 from batchmix.output.parts import Parts
 from batchmix.storage import Storage
-from batchmix.storage.bookkeeping import SUCCESS
 
 COMPLETE, RUNNING, ATTENTION = 0, 3, 4  # exit codes of `batchmix status`
 _MISSED_BEATS = 3  # after so many a worker is called stuck; it can be taken over later, after shard.takeover_seconds
@@ -86,6 +84,7 @@ class Status:
     finalizer: Record | None  # who puts the whole in order now
     failure: str | None = None  # why a run whose rows are all there is no success
     reasons: tuple[ErrorReason, ...] = ()  # why rows failed, the most common first
+    missing: int = 0  # rows that a finished run had
 
     @staticmethod
     def read(parts: Parts) -> Status:
@@ -117,7 +116,8 @@ class Status:
             shards.append(ShardStatus(index, count, rows, failed.num_of_shard(index, count), left, lease, silence))
         busy = finalizer if finalizer is not None and not _lost(storage, finalizer) else None
         reasons = tuple(parts.error_reasons(_LOOKED_INTO).most_common()) if len(failed) else ()
-        return Status(storage.url, storage.exists(SUCCESS), shards, busy, read_failure(storage), reasons)
+        missing = missing_rows(storage, len(done))
+        return Status(storage.url, missing == 0, shards, busy, read_failure(storage), reasons, missing or 0)
 
     @property
     def exit_code(self) -> int:
@@ -134,7 +134,7 @@ class Status:
         return RUNNING if at_work and seen_to and not stuck else ATTENTION
 
     def text(self) -> str:
-        """At most 80 columns."""
+        """A table of at most 80 columns, and lines."""
         done, failed = (sum(getattr(shard, key) for shard in self.shards) for key in ("done", "failed"))
         lefts = [shard.left for shard in self.shards]
         left = None if None in lefts else sum(rows or 0 for rows in lefts)
@@ -146,14 +146,15 @@ class Status:
         if self.reasons:
             lines += [
                 "failed rows by reason, with an example:",
-                *(line[:80] for line in reason_lines([*self.reasons], 5)),
+                *reason_lines([*self.reasons], 5),
             ]
-        lines += textwrap.wrap(self._verdict(left, rate), 80, break_long_words=False, break_on_hyphens=False)
-        return "\n".join(lines)
+        return "\n".join([*lines, self._verdict(left, rate)])
 
     def _verdict(self, left: int | None, rate: float) -> str:
         if self.complete:
             return "complete: every row is there"
+        if self.missing:
+            return f"{self.missing:,} rows of the finished run are not in its parts any more: run the generate command again"
         if self.failure is not None:
             return f"finished with too many errors: {self.failure}"
         if self.finalizer is not None:

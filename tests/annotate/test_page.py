@@ -252,18 +252,20 @@ def test_plots_without_data_say_why_they_are_empty(tmp_path: Path) -> None:
     rows: list[tuple[dict[str, Any], list[str | None]]] = [({"text": "a", "gold": "good"}, [None])] * 3
     parsed = Parsed(page_of(finished(tmp_path, task, rows, template="{{ text }}")))
     assert "svg" not in {tag for tag, _ in parsed.tags}
-    assert {"No row has a valid answer.", "No row has an answer yet.", "The run has no metrics (_metrics*.jsonl).",
-            "No step of the run is counted (_summary.json)."} <= set(parsed.texts)  # fmt: skip
+    assert {"No row has a valid answer.", "No row has an answer yet.", "The run has no metrics (metrics*.jsonl).",
+            "No step of the run is counted (summary.json)."} <= set(parsed.texts)  # fmt: skip
     assert "Compared with people" not in parsed.texts
 
 
 def test_metrics_without_a_kv_cache_and_damaged_lines_draw_no_empty_plot(tmp_path: Path) -> None:
     results = evil_run(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "_metrics.jsonl").read_text().splitlines()[:-1]]
+    lines = [json.loads(line) for line in (tmp_path / ".batchmix" / "metrics.jsonl").read_text().splitlines()[:-1]]
     damaged = [{**lines[0], "running": math.nan}, {**lines[0], "running": 10**400}, {**lines[0], "running": "many"}]
     kept = [{**line, "kv_blocks_total": 0} for line in lines]
-    (tmp_path / "_metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*damaged, *kept]))
-    (tmp_path / "_summary.json").unlink()
+    (tmp_path / ".batchmix" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*damaged, *kept])
+    )
+    (tmp_path / ".batchmix" / "summary.json").unlink()
     parsed = Parsed(page_of(results))
     plots = [attributes["aria-label"] for tag, attributes in parsed.tags if tag == "svg"]
     assert plots[3:] == ["Lengths", "Throughput", "Batch"]
@@ -273,10 +275,10 @@ def test_metrics_without_a_kv_cache_and_damaged_lines_draw_no_empty_plot(tmp_pat
 @pytest.mark.parametrize(("seconds", "unit"), [(1, "seconds"), (11, "seconds"), (40, "minutes"), (4000, "hours")])
 def test_time_is_told_in_units_that_give_short_numbers(seconds: int, unit: str, tmp_path: Path) -> None:
     results = evil_run(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "_metrics.jsonl").read_text().splitlines()[:-1]]
+    lines = [json.loads(line) for line in (tmp_path / ".batchmix" / "metrics.jsonl").read_text().splitlines()[:-1]]
     for place, line in enumerate(lines):
         line["time"] = 100 + seconds * place
-    (tmp_path / "_metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / ".batchmix" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert Parsed(page_of(results)).texts.count(unit) == 3
 
 
