@@ -10,10 +10,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -39,6 +40,21 @@ class Parent:
         return self._connection.recv()
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the main module: a new process would import it, and so run a user's script again that has no
+    `if __name__ == "__main__":`. Workers need nothing of it."""
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {
+        name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__
+    }
+    main.__spec__ = None  # multiprocessing reads it
+    try:
+        yield
+    finally:
+        main.__dict__.update(hidden)
+
+
 class Worker:
     """A process that runs `function(parent, *arguments)`, a function of a module's top level."""
 
@@ -50,7 +66,8 @@ class Worker:
         resource_tracker.ensure_running()  # which unblocks signals when `start` is the first to need it
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited
         try:
-            self._process.start()
+            with _without_main():
+                self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         theirs.close()

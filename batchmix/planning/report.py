@@ -95,7 +95,7 @@ def _copies(cost: Cost, deadline: float, config: Config) -> str:
         return f"{cost.gpus} card{'s' * (cost.gpus != 1)} will do"
     return (
         f"{copies * cost.gpus} cards, {copies} copies of the model (engine.data_parallel_size={copies} in one machine,"
-        f" shard.count={copies} over several{_dollars(cost.hours * cost.gpus, config)})"
+        f" shard.count={copies} over several){_dollars(cost.hours * cost.gpus, config)}"
     )
 
 

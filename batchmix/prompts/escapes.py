@@ -26,9 +26,10 @@ def warn_of_escapes(config: Config) -> None:
         if found := _ESCAPE.search(text):
             escape = found[0]
             letter, name = _NAMES[escape[1]]
+            quoted = f'["{escape}"]' if key == "sampling.stop" else f'"{escape}"'  # a list of texts
             _log.warning(
-                "%s holds %s, a backslash and %s, which is no %s; for a %s write $'%s=\"%s\"' in bash or \"%s\" in double"
-                " quotes in a YAML file", key, escape, letter, name, name, key, escape, escape,
+                "%s holds %s, a backslash and %s, which is no %s; for a %s write $'%s=%s' in bash or \"%s\" in double"
+                " quotes in a YAML file", key, escape, letter, name, name, key, quoted, escape,
             )  # fmt: skip
 
 

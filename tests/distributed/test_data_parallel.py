@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,31 @@ def test_whole_models_of_two_slices_each(data, tmp_path, expected):
     code, output = finish(start(data, out, *more, threads=4))
     assert code == 0, output
     assert read(out) == read(tmp_path / "plain")
+
+
+SCRIPT = """
+import batchmix
+from batchmix import LLM, SamplingParams
+
+print("the script runs")
+llm = LLM("tiny", device="cpu", tensor_parallel_size=2)
+print(llm.generate("Hello", SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)[0].outputs[0].finish_reason)
+llm.close()
+run = batchmix.run("generate", {"data.path": "rows.jsonl", "output.dir": "out", "data.limit": 8, "sampling.max_tokens": 4,
+                                "engine.device": "cpu", "engine.data_parallel_size": 2})
+print(len(run.table()), __file__)
+"""
+
+
+@pytest.mark.slow  # starts four processes
+def test_a_script_needs_no_guard_of_its_main(data, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(Path(data).read_bytes())
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines.count("the script runs") == 1
+    assert "length" in lines
+    assert lines[-1] == f"8 {tmp_path / 'script.py'}" or lines[-1] == "8 script.py"

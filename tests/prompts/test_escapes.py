@@ -19,7 +19,7 @@ def test_a_backslash_and_an_n_are_no_newline(caplog: pytest.LogCaptureFixture) -
     (line,) = warnings(caplog, Config(sampling=SamplingConfig(stop=["x", r"\n\n"])))
     assert line == (
         r"sampling.stop holds \n, a backslash and an n, which is no newline; for a newline write"
-        r""" $'sampling.stop="\n"' in bash or "\n" in double quotes in a YAML file"""
+        r""" $'sampling.stop=["\n"]' in bash or "\n" in double quotes in a YAML file"""
     )
     found = warnings(caplog, Config(data=DataConfig("p", template=r"{{ a }}\nAnswer:", system_prompt=r"a\t b")))
     assert [line.partition(",")[0] for line in found] == [r"data.system_prompt holds \t", r"data.template holds \n"]
