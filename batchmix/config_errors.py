@@ -81,6 +81,10 @@ def _explain_flag(flag: str, job: str) -> str:
 
 def unread(key: str, job: str) -> str:
     """Of a key or a group of other jobs."""
+    if key == "experiment":
+        return (
+            "experiment: its file must begin with the line `# @package _global_`, so that its keys are those of the job"
+        )
     return f"{key}: batchmix {job} does not read it; its keys begin with {', '.join(JOBS[job])}"
 
 

@@ -181,9 +181,11 @@ def test_a_wrong_experiment_file_is_named(batchmix: Run, tmp_path: Path) -> None
         "key": ("data: {pth: x}", "data.pth: no such key, did you mean data.path? (in experiment/key.yaml)"),
         "value": ("sampling: {max_tokens: many}", "must be an integer (in experiment/value.yaml)"),
         "syntax": ("sampling: {", "experiment/syntax.yaml"),
+        "package": ("data: {limit: 3}", "its file must begin with the line `# @package _global_`"),
     }
     for name, (content, line) in lines.items():
-        (experiment / f"{name}.yaml").write_text(f"# @package _global_\n{content}\n")
+        head = "" if name == "package" else "# @package _global_\n"
+        (experiment / f"{name}.yaml").write_text(f"{head}{content}\n")
         done = batchmix("generate", *GIVEN, "--config-dir", "mine", f"experiment={name}")
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert line in done.stderr

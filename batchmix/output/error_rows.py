@@ -25,7 +25,7 @@ def explain_errors(url: str, totals: Totals, reasons: ErrorReasons, max_share: f
                 " run with another output.dir or with output.overwrite=true)")  # fmt: skip
     return (f"output.dir={url}: {totals.error_rows:,} of {totals.rows:,} rows have an error, more than"
             f" data.max_error_share={max_share:g} allows; the most common reason ({found.rows:,} row{'s' * (found.rows > 1)}):"
-            f" {example} (mend that and run with another output.dir, or raise data.max_error_share)")  # fmt: skip
+            f" {example} (mend that and run with another output.dir, or raise data.max_error_share of the command that generates)")  # fmt: skip
 
 
 def _none(totals: Totals) -> bool:

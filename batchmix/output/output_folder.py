@@ -102,7 +102,7 @@ class OutputFolder:
             )
         self.storage.delete_unfinished("", self._is_mine)
         done = self._parts.rows(self._parts.names())
-        self.num_done = len(done)
+        self.num_done = done.num_of_shard(self._shard.index, self._shard.count)
         return done
 
     def _open_redo(self, run: dict[str, Any]) -> AllBut:

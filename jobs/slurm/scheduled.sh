@@ -15,6 +15,18 @@ results=$(realpath "$2")
 runs=$results/.runs
 shift 2
 export PYTHONSAFEPATH=1
+for setting in "$@"; do
+    case $setting in
+        output.dir=* | data.path=* | data.limit=*)
+            echo "scheduled.sh: $setting: each run has all rows of the new files and a folder of its own; leave it out" >&2
+            exit 2
+            ;;
+    esac
+done
+if ! command -v batchmix >/dev/null; then
+    echo "scheduled.sh: there is no batchmix on PATH ($PATH); under cron set PATH to the environment's bin folder" >&2
+    exit 127
+fi
 
 exec 9>"$runs/lock" # until this shell and the run that it starts have ended
 if ! flock --nonblock 9; then

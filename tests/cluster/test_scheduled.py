@@ -101,3 +101,20 @@ def test_a_file_that_changes_under_an_unfinished_run(place: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "have changed or gone; delete it and" in output
+
+
+def test_settings_that_would_leave_rows_out_are_refused(place: Path) -> None:
+    put(place, "a.jsonl", 0, 3)
+    process = start(place, "data.limit=2")
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, "data.limit=2: each run has all rows" in output) == (2, True), output
+    assert not list((place / OUT / ".runs").glob("*.tsv"))
+
+
+def test_without_batchmix_on_the_path_no_run_is_begun(place: Path) -> None:
+    put(place, "a.jsonl", 0, 3)
+    command = [str(SCRIPT), str(place / "in"), str(place / OUT)]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 127
+    assert "there is no batchmix on PATH (/usr/bin:/bin); under cron set PATH" in done.stderr
+    assert not list((place / OUT / ".runs").glob("*.tsv"))

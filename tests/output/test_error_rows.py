@@ -199,7 +199,8 @@ def test_the_share_is_of_the_whole_data_set(tmp_path: Path, capsys: pytest.Captu
             run(0.2, shard)
         assert str(raised.value) == (
             f"output.dir={out}: 1 of 4 rows have an error, more than data.max_error_share=0.2 allows; the most common reason"
-            " (1 row): row 0: messages is empty (mend that and run with another output.dir, or raise data.max_error_share)"
+            " (1 row): row 0: messages is empty (mend that and run with another output.dir, or raise"
+            " data.max_error_share of the command that generates)"
         )
         assert (out / ".batchmix/FAILED").exists()
         assert not (out / ".batchmix/SUCCESS").exists()

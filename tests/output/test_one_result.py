@@ -14,10 +14,13 @@ import pyarrow.dataset as ds
 import pytest
 from processes import TICKETS, finish, read, start, wait_for
 
+from batchmix import pipeline
 from batchmix.config import Config
 from batchmix.engine.config import EngineConfig
 from batchmix.errors import BatchmixError
 from batchmix.input.config import DataConfig, ShardConfig
+from batchmix.observability.engine_stats import EngineStats
+from batchmix.observability.progress import Progress
 from batchmix.output.config import Order, OutputConfig
 from batchmix.output.lease import CLOSED, Lease, Record, shard_name
 from batchmix.output.owner import Owner
@@ -110,6 +113,22 @@ def test_status_and_finalize(tmp_path: Path, where: str) -> None:
         (Path(out) / "part-00007-000099.arrow").write_bytes(part.read_bytes())
         with pytest.raises(BatchmixError, match="is there twice, in part-"):
             finalize_folder(folder)
+
+
+def test_another_number_of_shards_counts_its_own_rows_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(TICKETS.read_text().splitlines(keepends=True)[:9]))
+    generate(job(data, str(tmp_path / "out"), 0, 3))  # rows 0, 3, 6
+    begun: list[tuple[int | None, int]] = []
+
+    class Watched(Progress):
+        def __init__(self, total: int | None, done: int, stats: EngineStats) -> None:
+            begun.append((total, done))
+            super().__init__(total, done, stats)
+
+    monkeypatch.setattr(pipeline, "Progress", Watched)
+    generate(job(data, str(tmp_path / "out"), 1, 2))  # rows 1, 3, 5, 7
+    assert begun[0][1] == 1
 
 
 def rows_of(path: Path) -> list[int]:
