@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from batchmix.api import names
 from batchmix.api.arguments import job_config
+from batchmix.api.failed_prompts import failed_prompts
 from batchmix.api.outputs import RequestOutput, request_output
 from batchmix.api.progress import UseTqdm, progress_bar
 from batchmix.api.requests import as_conversations, as_prompts, chat_row, prompt_row
@@ -122,7 +123,7 @@ class LLM:
         iterator (a generator, a file), it returns one that gives outputs in the order of completion; a thread reads the prompts
         ahead, by no more than are sorted together (`sort_window`) and a few thousand.
 
-        A prompt that cannot be run comes back with `finish_reason` "error". ValueError or TypeError for parameters that
+        A prompt that cannot be run comes back with `finish_reason` "error", and a warning counts these at the end. ValueError or TypeError for parameters that
         cannot work, before anything runs; KeyboardInterrupt on Ctrl-C, after which the LLM can be used as before.
         """
         names.refuse("generate", others, names.CALL, ["prompts", "sampling_params", "use_tqdm"])
@@ -236,7 +237,11 @@ class LLM:
                 texts[row.row] = text
                 yield row
 
-        with closing(self._session.run(noted(), stage)) as found, progress_bar(use_tqdm, total) as count:
+        with (
+            failed_prompts() as failed,
+            closing(self._session.run(noted(), stage)) as found,
+            progress_bar(use_tqdm, total) as count,
+        ):
             for samples in found:
                 detokenize(samples, stage.tokenizer)
                 prompt, text = samples[0].prompt, texts.pop(samples[0].prompt.row)
@@ -244,6 +249,7 @@ class LLM:
                     [text] = stage.tokenizer.decode([prompt.token_ids], False)
                 output = request_output(samples, text, stage.tokenizer)
                 count(output)
+                failed.count(samples, output)
                 yield output
         self._session.check_open()  # it was closed meanwhile, before all prompts were answered
 

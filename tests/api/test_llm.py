@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -290,6 +291,43 @@ def test_a_bad_prompt_comes_back_with_its_error(llm: LLM) -> None:
         "messages is empty", "messages[0]: role 'tool' is not one of system, developer, user, assistant",
     ]  # fmt: skip
     assert "nothing left to answer" in str(errors[2])
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_failed_prompts_are_counted_in_one_warning(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    llm.generate(["Hello", [1], "Hello"], GREEDY, use_tqdm=False)
+    assert warnings(caplog) == []
+    params = SamplingParams(n=2, max_tokens=2)
+    outputs = llm.generate(["Hello", "", "word " * 5000, "word " * 5001], params, use_tqdm=False)
+    assert [output.error is None for output in outputs] == [True, False, False, False]
+    assert warnings(caplog) == [
+        f"3 of 4 prompts could not be run; prompt 2: {outputs[2].error} (output.error has the reason of each)"
+    ]
+    caplog.clear()
+    found = llm.generate(iter(["", *["Hello"] * 50]), SamplingParams(max_tokens=2), use_tqdm=False)
+    while next(found).error is None:
+        pass
+    assert warnings(caplog) == []
+    found.close()
+    [message] = warnings(caplog)
+    assert re.fullmatch(r"1 of \d+ prompts could not be run; prompt 0: prompt is empty \(output.*\)", message)
+
+
+def test_first_prompts_that_all_fail_are_warned_of_at_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    found = llm.generate(iter([""] * 300), GREEDY, use_tqdm=False)
+    for _ in range(255):
+        next(found)
+    assert warnings(caplog) == []
+    next(found)
+    [message] = warnings(caplog)
+    assert re.fullmatch(r"none of the first 256 prompts could be run; prompt \d+: prompt is empty", message)
+    assert len(list(found)) == 44
+    assert warnings(caplog)[1:] == [
+        "300 of 300 prompts could not be run; prompt 0: prompt is empty (output.error has the reason of each)"
+    ]
 
 
 @pytest.mark.parametrize(
