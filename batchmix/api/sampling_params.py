@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchmix.api.names import refuse
+from batchmix.api.names import refuse, refuse_attribute
 from batchmix.sampling import SamplingConfig
 from batchmix.sampling_checks import override_sampling
 
@@ -78,6 +79,13 @@ class StructuredOutputsParams:
         self.json, self.regex, self.choice, self.json_object = json, regex, choice, json_object
         self.score_choices, self.token_probabilities = score_choices, token_probabilities
         self.overrides()
+
+    if not typing.TYPE_CHECKING:  # with it, type checkers would let every name pass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """AttributeError for a name that is not there."""
+            refuse_attribute("StructuredOutputsParams", name, STRUCTURED_NOT_THERE, self.__dataclass_fields__)
+            object.__setattr__(self, name, value)
 
     def overrides(self) -> dict[str, Any]:
         """The keys of `sampling.structured_outputs`. ValueError where not exactly one says what the text may be."""
@@ -165,6 +173,13 @@ class SamplingParams:
         self.structured_outputs, self.logit_bias = structured_outputs, logit_bias
         self.allowed_token_ids = allowed_token_ids
         self.check()
+
+    if not typing.TYPE_CHECKING:  # with it, type checkers would let every name pass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """AttributeError for a name that is not there."""
+            refuse_attribute("SamplingParams", name, NOT_THERE, self.__dataclass_fields__)
+            object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """ValueError for a value that no model can work with."""

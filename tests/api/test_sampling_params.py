@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -84,6 +86,28 @@ def test_a_name_that_is_not_there_says_what_to_use() -> None:
         SamplingParams(max_token=3)
     with pytest.raises(TypeError, match="structured_outputs must be StructuredOutputsParams, not dict"):
         SamplingParams(structured_outputs={"regex": "a"})
+
+
+def test_an_attribute_that_is_not_there_is_refused() -> None:
+    params = SamplingParams()
+    params.temperature = 0.5
+    with pytest.raises(
+        AttributeError, match=r"^SamplingParams: there is no attribute temprature; did you mean temperature\?$"
+    ):
+        params.temprature = 0  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"^SamplingParams: bad_words is not there; use logit_bias"):
+        params.bad_words = ["a"]  # type: ignore[attr-defined]
+    structured = StructuredOutputsParams(regex="a")
+    structured.regex = "b"
+    with pytest.raises(
+        AttributeError, match=r"^StructuredOutputsParams: there is no attribute regx; did you mean regex\?$"
+    ):
+        structured.regx = "c"  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"^StructuredOutputsParams: grammar is not there; write it as a regex"):
+        structured.grammar = "root ::= x"  # type: ignore[attr-defined]
+    params.structured_outputs = structured
+    for copied in (params.clone(), pickle.loads(pickle.dumps(params)), copy.copy(params)):
+        assert copied == params
 
 
 def test_structured_outputs() -> None:
