@@ -30,8 +30,17 @@ def as_conversations(messages: Any) -> list[Any]:
 
 def is_token_ids(value: Any) -> bool:
     """Whether this is one prompt of token ids rather than several prompts."""
-    items = value.tolist() if hasattr(value, "tolist") else value  # an array, or a tensor
-    return isinstance(items, list | tuple) and bool(items) and all(type(item) is int for item in items)
+    items = listed(value)
+    return isinstance(items, list) and bool(items) and all(type(item) is int for item in items)
+
+
+def listed(value: Any) -> Any:
+    """An array, a tensor, a Series or another sequence that is no text as a list; anything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | list):
+        return list(value)
+    return value
 
 
 def prompt_row(number: int, prompt: Any, sampling: Mapping[str, Any]) -> tuple[InputRow, str | None]:
@@ -60,13 +69,23 @@ def prompt_row(number: int, prompt: Any, sampling: Mapping[str, Any]) -> tuple[I
 def chat_row(
     number: int, messages: Any, sampling: Mapping[str, Any], continue_final_message: bool
 ) -> tuple[InputRow, str | None]:
-    """The row of a conversation of `chat`."""
+    """The row of a conversation of `chat`. Its messages, and the parts of a content, are any sequences."""
+    messages = listed(messages)
+    if isinstance(messages, list):
+        messages = [_with_listed_content(message) for message in messages]
     if continue_final_message:
-        last = messages[-1] if isinstance(messages, Sequence) and messages and not isinstance(messages, str) else None
+        last = messages[-1] if isinstance(messages, list) and messages else None
         if not isinstance(last, Mapping) or last.get("role") != "assistant":
             return _failed(number, "continue_final_message: the last message is not the assistant's"), None
         messages = [*messages[:-1], {**last, "prefix": True}]
     return InputRow(number, str(number), {"messages": messages}, sampling), None
+
+
+def _with_listed_content(message: Any) -> Any:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if content is None or isinstance(content, str):
+        return message
+    return {**message, "content": listed(content)}
 
 
 def _failed(number: int, error: str) -> InputRow:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,33 @@ def test_chat_has_the_template_of_a_job(llm: LLM, tmp_path: Path) -> None:
     assert one.prompt_token_ids == tokens.prompt_token_ids
     assert one.outputs == tokens.outputs
     assert tokens.prompt is None
+
+
+def test_every_form_of_a_conversation(llm: LLM) -> None:
+    chat = [*CHATS[0], {"role": "assistant", "content": "Sorry."}, {"role": "user", "content": "Where is it?"}]
+    parts = np.array([{"type": "text", "text": "The parcel never came."}], object)
+    forms: list[Any] = [
+        chat, tuple(chat), np.array(chat, object), deque(chat), [{"role": "user", "content": parts}, *chat[1:]],
+    ]  # fmt: skip
+    outputs = llm.chat(forms, GREEDY, False) + llm.chat(tuple(forms), GREEDY, False)
+    for form in forms:
+        outputs += llm.chat(form, GREEDY, False)  # one conversation by itself
+    assert {output.error for output in outputs} == {None}
+    assert len({tuple(output.prompt_token_ids or ()) for output in outputs}) == 1
+    continued = np.array([*CHATS[0], {"role": "assistant", "content": "Sorry"}], object)
+    [output] = llm.chat(continued, GREEDY, False, add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt == "<s> [INST] The parcel never came. [/INST] Sorry"
+    assert llm.get_tokenizer().apply_chat_template(np.array(chat, object)) == outputs[0].prompt_token_ids
+
+
+def test_conversations_of_a_job_are_those_of_a_call(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    keys = {"data.path": tmp_path / "rows.jsonl", "output.dir": tmp_path / "out", "engine.device": "cpu"}
+    frame = batchmix.run("generate", keys | {"sampling.temperature": 0, "sampling.max_tokens": 12}).to_pandas()
+    assert isinstance(frame.messages[0], np.ndarray)
+    for messages in (frame.messages.tolist(), frame.messages):
+        outputs = llm.chat(messages, GREEDY, False)
+        assert [output.outputs[0].text for output in outputs] == frame.generated_text.tolist()
 
 
 def test_every_form_of_a_prompt(llm: LLM) -> None:
