@@ -109,15 +109,15 @@ def test_every_form_of_a_prompt(llm: LLM) -> None:
     ids = llm.get_tokenizer().encode("Hello")
     forms: list[Any] = [
         "Hello", {"prompt": "Hello"}, ids, tuple(ids), np.array(ids), torch.tensor(ids), {"prompt_token_ids": ids},
-        {"prompt": "shown", "prompt_token_ids": ids},
+        {"prompt": "shown", "prompt_token_ids": ids}, deque(ids),
     ]  # fmt: skip
     outputs = llm.generate(forms, GREEDY, use_tqdm=False)
     for form in forms:
         outputs += llm.generate(form, GREEDY, use_tqdm=False)  # one prompt by itself
     assert {tuple(output.prompt_token_ids or ()) for output in outputs} == {tuple(ids)}
     assert len({output.outputs[0].text for output in outputs}) == 1
-    assert [output.request_id for output in outputs] == [*"01234567", *"0" * 8]
-    assert [output.prompt for output in outputs[:8]] == ["Hello", "Hello", None, None, None, None, None, "shown"]
+    assert [output.request_id for output in outputs] == [*"012345678", *"0" * 9]
+    assert [output.prompt for output in outputs[:9]] == ["Hello", "Hello", *[None] * 5, "shown", None]
     assert llm.generate([]) == []
 
 
@@ -287,6 +287,12 @@ BAD = [
     [1, 99_999],
     {"prompt": 3},
     {"prompt": "x", "multi_modal_data": {}},
+    {"prompt": "x", "id": 3},
+    {"text": "x"},
+    {},
+    b"a",
+    {1, 2},
+    {"prompt_token_ids": "ab"},
     "word " * 5000,
     "\ud800",
 ]
@@ -303,13 +309,19 @@ def test_a_bad_prompt_comes_back_with_its_error(llm: LLM) -> None:
         assert [(sample.text, sample.token_ids) for sample in output.outputs] == [("", [])]
     assert [output.error for output in bad] == [
         "prompt is empty",
-        "prompt must be text, not NoneType",
-        "prompt_token_ids must be a list of token ids, not int",
+        "a prompt is a text, token ids or a mapping, not NoneType",
+        "a prompt is a text, token ids or a mapping, not int",
         "prompt_token_ids is empty",
         "prompt_token_ids[1]='2' is not an integer",
         "prompt_token_ids[1]=99999 is outside the model's vocabulary of 32000",
         "prompt must be text, not int",
-        "prompt: 'multi_modal_data' is not there; a prompt is text or token ids",
+        "prompt: remove the key multi_modal_data; a prompt has prompt or prompt_token_ids",
+        "prompt: remove the key id; a prompt has prompt or prompt_token_ids",
+        "prompt: remove the key text; a prompt has prompt or prompt_token_ids",
+        "prompt is a mapping without a prompt; a prompt has prompt or prompt_token_ids",
+        "a prompt is a text, token ids or a mapping, not bytes",
+        "a prompt is a text, token ids or a mapping, not set",
+        "prompt_token_ids must be a list of token ids, not str",
         "prompt has 5002 tokens; at most 4095 fit model.max_model_len=4096",
         "prompt is not valid Unicode: lone surrogate U+D800 at 0",
     ]
@@ -398,6 +410,8 @@ def test_wrong_arguments_of_a_call(llm: LLM) -> None:
         llm.generate(iter(["a"]), [GREEDY])
     with pytest.raises(TypeError, match="prompts must be text, token ids"):
         llm.generate(5)
+    with pytest.raises(TypeError, match=r"prompts must be text, token ids, .*, not bytes"):
+        llm.generate(b"a")
     with pytest.raises(TypeError, match=r"generate: lora_request is not there; merge the adapter"):
         llm.generate("a", GREEDY, lora_request=object())
     llm.generate("a", GREEDY, use_tqdm=False, lora_request=None)
