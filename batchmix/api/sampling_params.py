@@ -55,9 +55,12 @@ STRUCTURED_NOT_THERE = {
 
 @dataclass(init=False)
 class StructuredOutputsParams:
-    """What the text may be: exactly one of json, regex, choice and json_object. The last two flags are batchmix's own."""
+    """What the text may be: exactly one of json, regex, choice and json_object. The last two flags are batchmix's own.
 
-    json: str | Mapping[str, Any] | None
+    `json`: a JSON Schema, its text, or a pydantic class.
+    """
+
+    json: str | Mapping[str, Any] | type | None
     regex: str | None
     choice: Sequence[str] | None
     json_object: bool | None
@@ -66,7 +69,7 @@ class StructuredOutputsParams:
 
     def __init__(
         self,
-        json: str | Mapping[str, Any] | None = None,
+        json: str | Mapping[str, Any] | type | None = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         *,
@@ -96,11 +99,20 @@ class StructuredOutputsParams:
             raise ValueError(f"StructuredOutputsParams has {' and '.join(given) or 'nothing'}; give one of json, regex,"
                              " choice and json_object")  # fmt: skip
         values = {name: getattr(self, name) for name in ("json", "regex", "score_choices", "token_probabilities")}
+        if isinstance(self.json, type):
+            values["json"] = _schema_of(self.json)
         if self.json_object:
             values["json"] = {"type": "object"}
         if self.choice is not None:
             values["choice"] = self.choice if isinstance(self.choice, str) else list(self.choice)
         return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def _schema_of(cls: type) -> Any:
+    """The JSON Schema of a pydantic class. ValueError for another class."""
+    if not hasattr(cls, "model_json_schema"):
+        raise ValueError(f"structured_outputs.json={cls.__name__} is no pydantic class; give a JSON Schema")
+    return cls.model_json_schema()
 
 
 @dataclass(init=False)

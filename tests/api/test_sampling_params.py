@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 from typing import Any
 
+import pydantic
 import pytest
 
 from batchmix import SamplingParams, StructuredOutputsParams
@@ -123,6 +124,17 @@ def test_structured_outputs() -> None:
         StructuredOutputsParams(grammar="root ::= x")
     with pytest.raises(ValueError, match="choice must be a list of texts"):
         SamplingParams(structured_outputs=StructuredOutputsParams(choice="ab"))
+
+
+def test_a_pydantic_class_is_a_schema() -> None:
+    class Ticket(pydantic.BaseModel):
+        urgent: bool
+
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(json=Ticket))
+    assert params.overrides(0, 1)["structured_outputs"] == {"json": Ticket.model_json_schema()}
+    assert params.clone() == params
+    with pytest.raises(ValueError, match=r"^structured_outputs\.json=dict is no pydantic class; give a JSON Schema"):
+        StructuredOutputsParams(json=dict)
 
 
 def test_a_clone_is_no_alias() -> None:
