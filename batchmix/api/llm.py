@@ -111,7 +111,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: UseTqdm = True,
@@ -205,6 +205,8 @@ class LLM:
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:  # fmt: skip
         """`rendered`: prompts have no texts of their own, but those that a template makes."""
         self._session.check_open()
+        if not isinstance(sampling_params, SamplingParams | Sequence | None) or isinstance(sampling_params, str):
+            raise _not_params(sampling_params)
         seed = self._next_seed()
         if isinstance(prompts, Iterator):
             if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
@@ -269,7 +271,7 @@ class LLM:
         for one in params:
             one = default if one is None else one
             if not isinstance(one, SamplingParams):
-                raise TypeError(f"sampling_params: must be SamplingParams, not {type(one).__name__}")
+                raise _not_params(one)
             if id(one) not in known:
                 one.check()  # its attributes may have been changed
                 overrides = one.overrides(seed, self._checkpoint.max_model_len)
@@ -310,3 +312,8 @@ class LLM:
             return Prompts.of(config, self._checkpoint, tokenizer, stage.grammars)
         except BatchmixError as error:
             raise ValueError(str(error)) from None
+
+
+def _not_params(given: Any) -> TypeError:
+    remedy = "; use SamplingParams(**...)" if isinstance(given, Mapping) else ""
+    return TypeError(f"sampling_params: must be SamplingParams, not {type(given).__name__}{remedy}")

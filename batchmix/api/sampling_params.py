@@ -15,7 +15,13 @@ from batchmix.sampling_checks import override_sampling
 
 _WHOLE_CONTEXT = 2**31 - 1  # of max_tokens=None, where no model says what it is
 _FLAG = "leave it out"
-NOT_THERE = {
+_GUIDED = {
+    "guided_choice": "use structured_outputs=StructuredOutputsParams(choice=[...])",
+    "guided_grammar": "use structured_outputs=StructuredOutputsParams(regex=...), or json",
+    "guided_json": "use structured_outputs=StructuredOutputsParams(json=...)",
+    "guided_regex": "use structured_outputs=StructuredOutputsParams(regex=...)",
+}
+NOT_THERE = _GUIDED | {
     "bad_words": "use logit_bias={token_id: -100} for each token",
     "best_of": "use n, and pick by cumulative_logprob (logprobs=0)",
     "detokenize": "the text is always there",
@@ -170,6 +176,9 @@ class SamplingParams:
     ) -> None:
         """`max_tokens`: None for the rest of the context. `seed`: None or -1 for another one in each call."""
         others = {name: value for name, value in others.items() if name not in _PASSING or value != _PASSING[name]}
+        for name, remedy in _GUIDED.items():
+            if others.get(name) is not None:  # {} asks for something: it is a schema
+                raise TypeError(f"SamplingParams: {name} is not there; {remedy}")
         refuse("SamplingParams", others, NOT_THERE, [f.name for f in dataclasses.fields(self)])
         self.n, self.seed = n, None if seed == -1 else seed
         self.presence_penalty, self.frequency_penalty = presence_penalty, frequency_penalty

@@ -406,6 +406,18 @@ def test_wrong_arguments_of_a_call(llm: LLM) -> None:
         llm.generate(["a", "b"], [GREEDY])
     with pytest.raises(TypeError, match="sampling_params: must be SamplingParams, not dict"):
         llm.generate(["a"], [{"max_tokens": 3}])  # type: ignore[list-item]
+    for prompts in ("a", ["a", "b"], iter(["a"])):
+        with pytest.raises(
+            TypeError, match=r"^sampling_params: must be SamplingParams, not dict; use SamplingParams\(\*\*"
+        ):
+            llm.generate(prompts, {"max_tokens": 4})
+    for wrong in (5, "greedy"):
+        with pytest.raises(TypeError, match=f"^sampling_params: must be SamplingParams, not {type(wrong).__name__}$"):
+            llm.generate(["a"], wrong)
+    with pytest.raises(TypeError, match=r"^generate: prompt_token_ids is not there; give the token ids as the prompts"):
+        llm.generate(prompt_token_ids=[[1, 2]], sampling_params=GREEDY)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"^prompts must be text, .*, not NoneType"):
+        llm.generate()  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="for an iterator of prompts give one"):
         llm.generate(iter(["a"]), [GREEDY])
     with pytest.raises(TypeError, match="prompts must be text, token ids"):

@@ -85,6 +85,9 @@ def test_a_name_that_is_not_there_says_what_to_use() -> None:
     SamplingParams(best_of=1, detokenize=True, bad_words=[], spaces_between_special_tokens=True)
     with pytest.raises(TypeError, match=r"there is no argument max_token; did you mean max_tokens\?"):
         SamplingParams(max_token=3)
+    for name, key in {"guided_json": "json", "guided_jso": "json", "guided_regex": "regex"}.items():
+        with pytest.raises(TypeError, match=rf"use structured_outputs=StructuredOutputsParams\({key}="):
+            SamplingParams(**{name: {}})
     with pytest.raises(TypeError, match="structured_outputs must be StructuredOutputsParams, not dict"):
         SamplingParams(structured_outputs={"regex": "a"})
 
