@@ -19,8 +19,8 @@ def warn_of_failed(rows: int, example_row: int, error: str, noun: str = "row") -
 class FirstRows:
     """Watches the first rows that come out of the engine.
 
-    `prompt_errors`: whether rows count whose prompts cannot be made; a job has warned of them before. `noun`: what the user
-    calls a row.
+    `prompt_errors`: whether rows count whose prompts cannot be made; a job has warned of them before. They come out before
+    answers do, so the first rows are then those of the input. `noun`: what the user calls a row.
     """
 
     def __init__(self, prompt_errors: bool = False, noun: str = "row") -> None:
@@ -30,9 +30,9 @@ class FirstRows:
 
     def count(self, completion: Completion) -> None:
         """One more sample came out of the engine."""
-        if self._over or completion.sample_index > 0:
-            return
-        if completion.prompt.error is not None and not self._prompt_errors:
+        prompt = completion.prompt
+        ignored = prompt.row >= _ROWS if self._prompt_errors else prompt.error is not None
+        if self._over or ignored or completion.sample_index > 0:
             return
         self._over = completion.error is None
         self._failed += completion.error is not None
