@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from batchmix.api import names
 from batchmix.api.arguments import job_config
+from batchmix.api.failed_prompts import failed_prompts
 from batchmix.api.outputs import RequestOutput, request_output
 from batchmix.api.progress import UseTqdm, progress_bar
 from batchmix.api.requests import as_conversations, as_prompts, chat_row, prompt_row
@@ -110,7 +111,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: UseTqdm = True,
@@ -122,7 +123,7 @@ class LLM:
         iterator (a generator, a file), it returns one that gives outputs in the order of completion; a thread reads the prompts
         ahead, by no more than are sorted together (`sort_window`) and a few thousand.
 
-        A prompt that cannot be run comes back with `finish_reason` "error". ValueError or TypeError for parameters that
+        A prompt that cannot be run comes back with `finish_reason` "error", and a warning counts these at the end. ValueError or TypeError for parameters that
         cannot work, before anything runs; KeyboardInterrupt on Ctrl-C, after which the LLM can be used as before.
         """
         names.refuse("generate", others, names.CALL, ["prompts", "sampling_params", "use_tqdm"])
@@ -204,6 +205,8 @@ class LLM:
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:  # fmt: skip
         """`rendered`: prompts have no texts of their own, but those that a template makes."""
         self._session.check_open()
+        if not isinstance(sampling_params, SamplingParams | Sequence | None) or isinstance(sampling_params, str):
+            raise _not_params(sampling_params)
         seed = self._next_seed()
         if isinstance(prompts, Iterator):
             if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
@@ -236,7 +239,11 @@ class LLM:
                 texts[row.row] = text
                 yield row
 
-        with closing(self._session.run(noted(), stage)) as found, progress_bar(use_tqdm, total) as count:
+        with (
+            failed_prompts() as failed,
+            closing(self._session.run(noted(), stage)) as found,
+            progress_bar(use_tqdm, total) as count,
+        ):
             for samples in found:
                 detokenize(samples, stage.tokenizer)
                 prompt, text = samples[0].prompt, texts.pop(samples[0].prompt.row)
@@ -244,6 +251,7 @@ class LLM:
                     [text] = stage.tokenizer.decode([prompt.token_ids], False)
                 output = request_output(samples, text, stage.tokenizer)
                 count(output)
+                failed.count(samples, output)
                 yield output
         self._session.check_open()  # it was closed meanwhile, before all prompts were answered
 
@@ -263,7 +271,7 @@ class LLM:
         for one in params:
             one = default if one is None else one
             if not isinstance(one, SamplingParams):
-                raise TypeError(f"sampling_params: must be SamplingParams, not {type(one).__name__}")
+                raise _not_params(one)
             if id(one) not in known:
                 one.check()  # its attributes may have been changed
                 overrides = one.overrides(seed, self._checkpoint.max_model_len)
@@ -304,3 +312,8 @@ class LLM:
             return Prompts.of(config, self._checkpoint, tokenizer, stage.grammars)
         except BatchmixError as error:
             raise ValueError(str(error)) from None
+
+
+def _not_params(given: Any) -> TypeError:
+    remedy = "; use SamplingParams(**...)" if isinstance(given, Mapping) else ""
+    return TypeError(f"sampling_params: must be SamplingParams, not {type(given).__name__}{remedy}")

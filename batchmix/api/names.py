@@ -22,9 +22,23 @@ def refuse(where: str, given: Mapping[str, Any], not_there: Mapping[str, str], k
             if not asks_for_nothing(value):
                 raise TypeError(f"{where}: {name} is not there; {not_there[name]}")
             continue
-        near = difflib.get_close_matches(name, [*known, *not_there], n=1)
-        hint = f"did you mean {near[0]}?" if near else "docs/coming-from-vllm.md lists those that there are"
-        raise TypeError(f"{where}: there is no argument {name}; {hint}")
+        raise TypeError(f"{where}: there is no argument {name}; {_hint(name, not_there, known)}")
+
+
+def refuse_attribute(where: str, name: str, not_there: Mapping[str, str], known: Collection[str]) -> None:
+    """AttributeError for an attribute that is not in `known`, with what to use."""
+    if name in not_there:
+        raise AttributeError(f"{where}: {name} is not there; {not_there[name]}")
+    if name not in known:
+        raise AttributeError(f"{where}: there is no attribute {name}; {_hint(name, not_there, known)}")
+
+
+def _hint(name: str, not_there: Mapping[str, str], known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, [*known, *not_there], n=1)
+    if not near:
+        return "docs/coming-from-vllm.md lists those that there are"
+    remedy = f" it is not there; {not_there[near[0]]}" if near[0] in not_there else ""
+    return f"did you mean {near[0]}?{remedy}"
 
 
 _LORA = "merge the adapter into its base model and give the merged folder (peft: merge_and_unload)"

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchmix.api.names import refuse
+from batchmix.api.names import refuse, refuse_attribute
 from batchmix.sampling import SamplingConfig
 from batchmix.sampling_checks import override_sampling
 
 _WHOLE_CONTEXT = 2**31 - 1  # of max_tokens=None, where no model says what it is
 _FLAG = "leave it out"
-NOT_THERE = {
+_GUIDED = {
+    "guided_choice": "use structured_outputs=StructuredOutputsParams(choice=[...])",
+    "guided_grammar": "use structured_outputs=StructuredOutputsParams(regex=...), or json",
+    "guided_json": "use structured_outputs=StructuredOutputsParams(json=...)",
+    "guided_regex": "use structured_outputs=StructuredOutputsParams(regex=...)",
+}
+NOT_THERE = _GUIDED | {
     "bad_words": "use logit_bias={token_id: -100} for each token",
     "best_of": "use n, and pick by cumulative_logprob (logprobs=0)",
     "detokenize": "the text is always there",
@@ -54,9 +61,12 @@ STRUCTURED_NOT_THERE = {
 
 @dataclass(init=False)
 class StructuredOutputsParams:
-    """What the text may be: exactly one of json, regex, choice and json_object. The last two flags are batchmix's own."""
+    """What the text may be: exactly one of json, regex, choice and json_object. The last two flags are batchmix's own.
 
-    json: str | Mapping[str, Any] | None
+    `json`: a JSON Schema, its text, or a pydantic class.
+    """
+
+    json: str | Mapping[str, Any] | type | None
     regex: str | None
     choice: Sequence[str] | None
     json_object: bool | None
@@ -65,7 +75,7 @@ class StructuredOutputsParams:
 
     def __init__(
         self,
-        json: str | Mapping[str, Any] | None = None,
+        json: str | Mapping[str, Any] | type | None = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         *,
@@ -79,6 +89,13 @@ class StructuredOutputsParams:
         self.score_choices, self.token_probabilities = score_choices, token_probabilities
         self.overrides()
 
+    if not typing.TYPE_CHECKING:  # with it, type checkers would let every name pass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """AttributeError for a name that is not there."""
+            refuse_attribute("StructuredOutputsParams", name, STRUCTURED_NOT_THERE, self.__dataclass_fields__)
+            object.__setattr__(self, name, value)
+
     def overrides(self) -> dict[str, Any]:
         """The keys of `sampling.structured_outputs`. ValueError where not exactly one says what the text may be."""
         given = [
@@ -88,11 +105,20 @@ class StructuredOutputsParams:
             raise ValueError(f"StructuredOutputsParams has {' and '.join(given) or 'nothing'}; give one of json, regex,"
                              " choice and json_object")  # fmt: skip
         values = {name: getattr(self, name) for name in ("json", "regex", "score_choices", "token_probabilities")}
+        if isinstance(self.json, type):
+            values["json"] = _schema_of(self.json)
         if self.json_object:
             values["json"] = {"type": "object"}
         if self.choice is not None:
             values["choice"] = self.choice if isinstance(self.choice, str) else list(self.choice)
         return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def _schema_of(cls: type) -> Any:
+    """The JSON Schema of a pydantic class. ValueError for another class."""
+    if not hasattr(cls, "model_json_schema"):
+        raise ValueError(f"structured_outputs.json={cls.__name__} is no pydantic class; give a JSON Schema")
+    return cls.model_json_schema()
 
 
 @dataclass(init=False)
@@ -150,6 +176,9 @@ class SamplingParams:
     ) -> None:
         """`max_tokens`: None for the rest of the context. `seed`: None or -1 for another one in each call."""
         others = {name: value for name, value in others.items() if name not in _PASSING or value != _PASSING[name]}
+        for name, remedy in _GUIDED.items():
+            if others.get(name) is not None:  # {} asks for something: it is a schema
+                raise TypeError(f"SamplingParams: {name} is not there; {remedy}")
         refuse("SamplingParams", others, NOT_THERE, [f.name for f in dataclasses.fields(self)])
         self.n, self.seed = n, None if seed == -1 else seed
         self.presence_penalty, self.frequency_penalty = presence_penalty, frequency_penalty
@@ -165,6 +194,13 @@ class SamplingParams:
         self.structured_outputs, self.logit_bias = structured_outputs, logit_bias
         self.allowed_token_ids = allowed_token_ids
         self.check()
+
+    if not typing.TYPE_CHECKING:  # with it, type checkers would let every name pass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """AttributeError for a name that is not there."""
+            refuse_attribute("SamplingParams", name, NOT_THERE, self.__dataclass_fields__)
+            object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """ValueError for a value that no model can work with."""

@@ -7,8 +7,9 @@ import inspect
 import re
 from pathlib import Path
 
-from batchmix import LLM, SamplingParams, StructuredOutputsParams
+from batchmix import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from batchmix.api import arguments, names, sampling_params
+from batchmix.api.outputs import CompletionOutput
 
 ROOT = Path(__file__).parents[2]
 SAME, OTHER, NO_EFFECT, NOT_THERE = "same", "other name", "no effect", "not there"
@@ -57,3 +58,14 @@ def test_the_defaults_that_differ_are_in_a_table() -> None:
     text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     assert "| `max_tokens` | 16; `None` for the rest of the context | 1024 |" in text
     assert re.search(r"^\| `seed` \| `None`: .* \| 0 \|$", text, re.MULTILINE)
+
+
+def test_the_fields_of_outputs_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    for cls in (RequestOutput, CompletionOutput):
+        table, _, after = text.partition(f"| `{cls.__name__}` | |\n|---|---|\n")[2].partition("\n\n")
+        fields = [field.name for field in dataclasses.fields(cls)]
+        assert re.findall(r"^\| `(\w+)` \| ", table, re.MULTILINE) == fields
+        missing = re.findall(r"`(\w+)`", after.partition("\n\n")[0])
+        assert missing
+        assert not {name for name in missing if hasattr(cls, name)} | {*missing} & {*fields}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,19 +78,46 @@ def test_chat_has_the_template_of_a_job(llm: LLM, tmp_path: Path) -> None:
     assert tokens.prompt is None
 
 
+def test_every_form_of_a_conversation(llm: LLM) -> None:
+    chat = [*CHATS[0], {"role": "assistant", "content": "Sorry."}, {"role": "user", "content": "Where is it?"}]
+    parts = np.array([{"type": "text", "text": "The parcel never came."}], object)
+    forms: list[Any] = [
+        chat, tuple(chat), np.array(chat, object), deque(chat), [{"role": "user", "content": parts}, *chat[1:]],
+    ]  # fmt: skip
+    outputs = llm.chat(forms, GREEDY, False) + llm.chat(tuple(forms), GREEDY, False)
+    for form in forms:
+        outputs += llm.chat(form, GREEDY, False)  # one conversation by itself
+    assert {output.error for output in outputs} == {None}
+    assert len({tuple(output.prompt_token_ids or ()) for output in outputs}) == 1
+    continued = np.array([*CHATS[0], {"role": "assistant", "content": "Sorry"}], object)
+    [output] = llm.chat(continued, GREEDY, False, add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt == "<s> [INST] The parcel never came. [/INST] Sorry"
+    assert llm.get_tokenizer().apply_chat_template(np.array(chat, object)) == outputs[0].prompt_token_ids
+
+
+def test_conversations_of_a_job_are_those_of_a_call(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    keys = {"data.path": tmp_path / "rows.jsonl", "output.dir": tmp_path / "out", "engine.device": "cpu"}
+    frame = batchmix.run("generate", keys | {"sampling.temperature": 0, "sampling.max_tokens": 12}).to_pandas()
+    assert isinstance(frame.messages[0], np.ndarray)
+    for messages in (frame.messages.tolist(), frame.messages):
+        outputs = llm.chat(messages, GREEDY, False)
+        assert [output.outputs[0].text for output in outputs] == frame.generated_text.tolist()
+
+
 def test_every_form_of_a_prompt(llm: LLM) -> None:
     ids = llm.get_tokenizer().encode("Hello")
     forms: list[Any] = [
         "Hello", {"prompt": "Hello"}, ids, tuple(ids), np.array(ids), torch.tensor(ids), {"prompt_token_ids": ids},
-        {"prompt": "shown", "prompt_token_ids": ids},
+        {"prompt": "shown", "prompt_token_ids": ids}, deque(ids),
     ]  # fmt: skip
     outputs = llm.generate(forms, GREEDY, use_tqdm=False)
     for form in forms:
         outputs += llm.generate(form, GREEDY, use_tqdm=False)  # one prompt by itself
     assert {tuple(output.prompt_token_ids or ()) for output in outputs} == {tuple(ids)}
     assert len({output.outputs[0].text for output in outputs}) == 1
-    assert [output.request_id for output in outputs] == [*"01234567", *"0" * 8]
-    assert [output.prompt for output in outputs[:8]] == ["Hello", "Hello", None, None, None, None, None, "shown"]
+    assert [output.request_id for output in outputs] == [*"012345678", *"0" * 9]
+    assert [output.prompt for output in outputs[:9]] == ["Hello", "Hello", *[None] * 5, "shown", None]
     assert llm.generate([]) == []
 
 
@@ -258,6 +287,12 @@ BAD = [
     [1, 99_999],
     {"prompt": 3},
     {"prompt": "x", "multi_modal_data": {}},
+    {"prompt": "x", "id": 3},
+    {"text": "x"},
+    {},
+    b"a",
+    {1, 2},
+    {"prompt_token_ids": "ab"},
     "word " * 5000,
     "\ud800",
 ]
@@ -274,13 +309,19 @@ def test_a_bad_prompt_comes_back_with_its_error(llm: LLM) -> None:
         assert [(sample.text, sample.token_ids) for sample in output.outputs] == [("", [])]
     assert [output.error for output in bad] == [
         "prompt is empty",
-        "prompt must be text, not NoneType",
-        "prompt_token_ids must be a list of token ids, not int",
+        "a prompt is a text, token ids or a mapping, not NoneType",
+        "a prompt is a text, token ids or a mapping, not int",
         "prompt_token_ids is empty",
         "prompt_token_ids[1]='2' is not an integer",
         "prompt_token_ids[1]=99999 is outside the model's vocabulary of 32000",
         "prompt must be text, not int",
-        "prompt: 'multi_modal_data' is not there; a prompt is text or token ids",
+        "prompt: remove the key multi_modal_data; a prompt has prompt or prompt_token_ids",
+        "prompt: remove the key id; a prompt has prompt or prompt_token_ids",
+        "prompt: remove the key text; a prompt has prompt or prompt_token_ids",
+        "prompt is a mapping without a prompt; a prompt has prompt or prompt_token_ids",
+        "a prompt is a text, token ids or a mapping, not bytes",
+        "a prompt is a text, token ids or a mapping, not set",
+        "prompt_token_ids must be a list of token ids, not str",
         "prompt has 5002 tokens; at most 4095 fit model.max_model_len=4096",
         "prompt is not valid Unicode: lone surrogate U+D800 at 0",
     ]
@@ -290,6 +331,44 @@ def test_a_bad_prompt_comes_back_with_its_error(llm: LLM) -> None:
         "messages is empty", "messages[0]: role 'tool' is not one of system, developer, user, assistant",
     ]  # fmt: skip
     assert "nothing left to answer" in str(errors[2])
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_failed_prompts_are_counted_in_one_warning(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    llm.generate(["Hello", [1], "Hello"], GREEDY, use_tqdm=False)
+    assert warnings(caplog) == []
+    params = SamplingParams(n=2, max_tokens=2)
+    outputs = llm.generate(["Hello", "", "word " * 5000, "word " * 5001], params, use_tqdm=False)
+    assert [output.error is None for output in outputs] == [True, False, False, False]
+    assert warnings(caplog) == [
+        f"3 of 4 prompts could not be run; prompt 2: {outputs[2].error} (output.error has the reason of each)"
+    ]
+    caplog.clear()
+    found = llm.generate(iter(["", *["Hello"] * 50]), SamplingParams(max_tokens=2), use_tqdm=False)
+    while next(found).error is None:
+        pass
+    assert warnings(caplog) == []
+    found.close()
+    [message] = warnings(caplog)
+    assert re.fullmatch(r"1 of \d+ prompts could not be run; prompt 0: prompt is empty \(output.*\)", message)
+
+
+def test_first_prompts_that_all_fail_are_warned_of_at_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    found = llm.generate(iter([""] * 300), GREEDY, use_tqdm=False)
+    while not warnings(caplog):
+        next(found)
+    [message] = warnings(caplog)
+    assert re.fullmatch(r"none of the first 256 prompts could be run; prompt \d+: prompt is empty", message)
+    list(found)
+    assert warnings(caplog)[1:] == [
+        "300 of 300 prompts could not be run; prompt 0: prompt is empty (output.error has the reason of each)"
+    ]
+    caplog.clear()
+    llm.generate(["Hello", *[""] * 300], GREEDY, use_tqdm=False)  # errors come back first
+    assert [message.partition(";")[0] for message in warnings(caplog)] == ["300 of 301 prompts could not be run"]
 
 
 @pytest.mark.parametrize(
@@ -328,10 +407,24 @@ def test_wrong_arguments_of_a_call(llm: LLM) -> None:
         llm.generate(["a", "b"], [GREEDY])
     with pytest.raises(TypeError, match="sampling_params: must be SamplingParams, not dict"):
         llm.generate(["a"], [{"max_tokens": 3}])  # type: ignore[list-item]
+    for prompts in ("a", ["a", "b"], iter(["a"])):
+        with pytest.raises(
+            TypeError, match=r"^sampling_params: must be SamplingParams, not dict; use SamplingParams\(\*\*"
+        ):
+            llm.generate(prompts, {"max_tokens": 4})
+    for wrong in (5, "greedy"):
+        with pytest.raises(TypeError, match=f"^sampling_params: must be SamplingParams, not {type(wrong).__name__}$"):
+            llm.generate(["a"], wrong)
+    with pytest.raises(TypeError, match=r"^generate: prompt_token_ids is not there; give the token ids as the prompts"):
+        llm.generate(prompt_token_ids=[[1, 2]], sampling_params=GREEDY)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"^prompts must be text, .*, not NoneType"):
+        llm.generate()  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="for an iterator of prompts give one"):
         llm.generate(iter(["a"]), [GREEDY])
     with pytest.raises(TypeError, match="prompts must be text, token ids"):
         llm.generate(5)
+    with pytest.raises(TypeError, match=r"prompts must be text, token ids, .*, not bytes"):
+        llm.generate(b"a")
     with pytest.raises(TypeError, match=r"generate: lora_request is not there; merge the adapter"):
         llm.generate("a", GREEDY, lora_request=object())
     llm.generate("a", GREEDY, use_tqdm=False, lora_request=None)

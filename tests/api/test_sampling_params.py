@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from typing import Any
 
+import pydantic
 import pytest
 
 from batchmix import SamplingParams, StructuredOutputsParams
@@ -82,8 +85,33 @@ def test_a_name_that_is_not_there_says_what_to_use() -> None:
     SamplingParams(best_of=1, detokenize=True, bad_words=[], spaces_between_special_tokens=True)
     with pytest.raises(TypeError, match=r"there is no argument max_token; did you mean max_tokens\?"):
         SamplingParams(max_token=3)
+    for name, key in {"guided_json": "json", "guided_jso": "json", "guided_regex": "regex"}.items():
+        with pytest.raises(TypeError, match=rf"use structured_outputs=StructuredOutputsParams\({key}="):
+            SamplingParams(**{name: {}})
     with pytest.raises(TypeError, match="structured_outputs must be StructuredOutputsParams, not dict"):
         SamplingParams(structured_outputs={"regex": "a"})
+
+
+def test_an_attribute_that_is_not_there_is_refused() -> None:
+    params = SamplingParams()
+    params.temperature = 0.5
+    with pytest.raises(
+        AttributeError, match=r"^SamplingParams: there is no attribute temprature; did you mean temperature\?$"
+    ):
+        params.temprature = 0  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"^SamplingParams: bad_words is not there; use logit_bias"):
+        params.bad_words = ["a"]  # type: ignore[attr-defined]
+    structured = StructuredOutputsParams(regex="a")
+    structured.regex = "b"
+    with pytest.raises(
+        AttributeError, match=r"^StructuredOutputsParams: there is no attribute regx; did you mean regex\?$"
+    ):
+        structured.regx = "c"  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"^StructuredOutputsParams: grammar is not there; write it as a regex"):
+        structured.grammar = "root ::= x"  # type: ignore[attr-defined]
+    params.structured_outputs = structured
+    for copied in (params.clone(), pickle.loads(pickle.dumps(params)), copy.copy(params)):
+        assert copied == params
 
 
 def test_structured_outputs() -> None:
@@ -99,6 +127,17 @@ def test_structured_outputs() -> None:
         StructuredOutputsParams(grammar="root ::= x")
     with pytest.raises(ValueError, match="choice must be a list of texts"):
         SamplingParams(structured_outputs=StructuredOutputsParams(choice="ab"))
+
+
+def test_a_pydantic_class_is_a_schema() -> None:
+    class Ticket(pydantic.BaseModel):
+        urgent: bool
+
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(json=Ticket))
+    assert params.overrides(0, 1)["structured_outputs"] == {"json": Ticket.model_json_schema()}
+    assert params.clone() == params
+    with pytest.raises(ValueError, match=r"^structured_outputs\.json=dict is no pydantic class; give a JSON Schema"):
+        StructuredOutputsParams(json=dict)
 
 
 def test_a_clone_is_no_alias() -> None:
