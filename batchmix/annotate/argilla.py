@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchmix.annotate.arrow_types import Field
-from batchmix.annotate.corrections import Corrections, settle
+from batchmix.annotate.corrections import Correction, Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
 from batchmix.errors import BatchmixError
 from batchmix.storage import last_component, open_file, open_storage, write_json, written
@@ -49,9 +49,10 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
     found: Corrections = {}
     for number, record in enumerate(records if isinstance(records, list) else []):
         where = f"review.path={path}, record {number + 1}"
-        row = (record.get("metadata") or {}).get("row")
-        if row is None:
-            raise BatchmixError(f"{where}: has no metadata.row, so it is none of what we made")
+        metadata = record.get("metadata") or {}
+        for name in ("row", "id"):
+            if metadata.get(name) is None:
+                raise BatchmixError(f"{where}: has no metadata.{name}, so it is none of what we made")
         values = {}
         for name, responses in (record.get("responses") or {}).items():
             if name not in questions:
@@ -62,7 +63,7 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
             if said:
                 values[field.name] = settle(said)
         if values:
-            found[int(row)] = values
+            found[int(metadata["row"])] = Correction(str(metadata["id"]), values)
     return found
 
 

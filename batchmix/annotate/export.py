@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from batchmix.annotate.card import card
 from batchmix.annotate.columns import INVALID, MAJORITY
 from batchmix.annotate.config import ExportConfig, ExportFormat
-from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
+from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, of_run, read_corrections
 from batchmix.annotate.results import Results
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
@@ -115,7 +115,9 @@ def _corrections(settings: ExportConfig, results: Results) -> Corrections | None
         raise BatchmixError(f"output.dir={results.url}: was not made by batchmix annotate, so nothing can be corrected")
     if settings.samples:
         raise BatchmixError("export.samples=true: corrections are of rows, not of samples; leave one of the two out")
-    return read_corrections(settings.corrections, results.answer.fields)
+    corrections = read_corrections(settings.corrections, results.answer.fields)
+    of_run(corrections, results, f"export.corrections={settings.corrections}")
+    return corrections
 
 
 def _tables(results: Results, settings: ExportConfig, corrections: Corrections | None) -> Iterator[pa.Table]:

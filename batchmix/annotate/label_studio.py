@@ -15,7 +15,7 @@ from xml.sax.saxutils import quoteattr
 import pyarrow as pa
 
 from batchmix.annotate.arrow_types import Field
-from batchmix.annotate.corrections import Corrections, settle
+from batchmix.annotate.corrections import Correction, Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
 from batchmix.errors import BatchmixError
 from batchmix.storage import open_file, write_json, write_text, written
@@ -50,12 +50,16 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
         data = task.get("data") if isinstance(task, dict) else None
         if not isinstance(data, dict) or "annotations" not in task or not str(data.get("row")).isdecimal():
             raise BatchmixError(f"{where}: is no task of Label Studio's JSON export (not JSON-MIN) of what we made")
+        if data.get("id") is None:
+            raise BatchmixError(
+                f"{where}: has no data.id, which tells whether row {data['row']} is the same row in the run"
+            )
         said = [_values(annotation, fields, where) for annotation in _annotations(task, where)]
         names = list(dict.fromkeys(name for values in said for name in values))
         if names:
-            found[int(task["data"]["row"])] = {
-                name: settle(values[name] for values in said if name in values) for name in names
-            }
+            found[int(data["row"])] = Correction(
+                str(data["id"]), {name: settle(values[name] for values in said if name in values) for name in names}
+            )
     return found
 
 

@@ -12,7 +12,7 @@ from batchmix.annotate import argilla, label_studio
 from batchmix.annotate.checks import certainty_of
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, INVALID
 from batchmix.annotate.config import ReviewTool
-from batchmix.annotate.corrections import Corrections, write_corrections
+from batchmix.annotate.corrections import Corrections, of_run, write_corrections
 from batchmix.annotate.prompts import RowPrompts
 from batchmix.annotate.results import Results
 from batchmix.annotate.review_item import ReviewItem
@@ -46,10 +46,16 @@ def review(config: Config) -> None:
         corrections: Corrections = tool.read(settings.path, fields)
         if not corrections:
             raise BatchmixError(f"review.path={settings.path}: has no answers of people yet")
-        write_corrections(settings.corrections, corrections)
-        print(
-            f"{len(corrections):,} rows reviewed: batchmix export export.corrections={settings.corrections} takes them"
-        )
+        known = of_run(corrections, results, f"review.path={settings.path}")
+        if not known:
+            raise BatchmixError(
+                f"review.path={settings.path}: none of its {len(corrections):,} rows is in output.dir={results.url};"
+                " give the output.dir that the review was exported from"
+            )
+        write_corrections(settings.corrections, known)
+        if lost := len(corrections) - len(known):
+            print(f"{lost:,} rows left out, which are not in output.dir={results.url}")
+        print(f"{len(known):,} rows reviewed: batchmix export export.corrections={settings.corrections} takes them")
 
 
 def least_certain(results: Results, num_rows: int) -> list[ReviewItem]:

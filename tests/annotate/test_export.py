@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.checks import write_checks
 from batchmix.annotate.config import AnnotateConfig, ExportConfig, ExportFormat
-from batchmix.annotate.corrections import read_corrections, write_corrections
+from batchmix.annotate.corrections import Correction, read_corrections, write_corrections
 from batchmix.annotate.export import _as_texts, export
 from batchmix.annotate.results import Results
 from batchmix.config import Config
@@ -215,6 +215,20 @@ def test_corrections_take_the_models_place(tmp_path: Path, capsys: pytest.Captur
     assert "- checked by people (`reviewed`): 2" in (folder / "README.md").read_text()
 
 
+def test_corrections_of_another_row_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    path = tmp_path / "corrections.jsonl"
+    path.write_text('{"row": 1, "id": "r2", "values": {"mood": "bad"}}\n')
+    with pytest.raises(
+        BatchmixError, match=r"export\.corrections=.*: 1 of 1 rows .* \(row 1 is 'r2' there and 'r1' in the run\)"
+    ):
+        do(tmp_path, corrections=str(path))
+    assert not (tmp_path / "set").exists()
+    path.write_text('{"row": 1, "id": "r1", "values": {"mood": "bad"}}\n')
+    rows = pq.read_table(do(tmp_path, corrections=str(path)) / "data/train-00000.parquet").to_pylist()
+    assert [row["mood"] for row in rows][1] == "bad"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -258,6 +272,6 @@ def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:
 
 def test_corrections_hold_every_character(tmp_path: Path) -> None:
     path, text = str(tmp_path / "corrections.jsonl"), "one\u2028line\x85\n\U0001f600"
-    corrections = {2: {"note": text}, 1: {"note": "b"}}
+    corrections = {2: Correction("t2", {"note": text}), 1: Correction(None, {"note": "b"})}
     write_corrections(path, corrections)
     assert read_corrections(path, [Field("note", pa.string())]) == corrections

@@ -14,6 +14,7 @@ from finished_runs import finished
 
 from batchmix.annotate import argilla, label_studio
 from batchmix.annotate.config import AnnotateConfig, ReviewConfig, ReviewTool
+from batchmix.annotate.corrections import Correction
 from batchmix.annotate.results import Results
 from batchmix.annotate.review import least_certain, review
 from batchmix.config import Config
@@ -47,7 +48,7 @@ PEOPLE_SAY = {"mood": "bad & <ugly>", "urgent": False, "score": 5, "Why Not": "b
 
 # A record as argilla.Dataset.to_disk writes it.
 EXPORTED_RECORD: dict[str, Any] = {
-    "id": "2", "fields": {"prompt": "p"}, "metadata": {"row": 2},
+    "id": "2", "fields": {"prompt": "p"}, "metadata": {"row": 2, "id": "r2"},
     "suggestions": {"mood": {"value": "good", "score": 0.9, "agent": "m"}},
     "responses": {
         "mood": [{"value": "bad & <ugly>", "user_id": "2cee6494-a904-4572-a759-09d7ec31d972"}],
@@ -126,7 +127,9 @@ def test_label_studios_export_is_read(results: Results, tmp_path: Path) -> None:
     assert results.answer is not None
     (tmp_path / "export.json").write_text(json.dumps([EXPORTED_TASK, {**EXPORTED_TASK, "annotations": []}]))
     do(results, action="import", path=str(tmp_path / "export.json"), corrections=str(tmp_path / "c.jsonl"))
-    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [{"row": 2, "values": PEOPLE_SAY}]
+    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [
+        {"row": 2, "id": "r2", "values": PEOPLE_SAY}
+    ]
 
 
 GOOD = {"from_name": "mood", "type": "choices", "value": {"choices": ["good"]}}
@@ -152,13 +155,13 @@ def test_what_people_left_out_is_no_answer(
     results: Results, tmp_path: Path, annotations: Any, mood: str | None
 ) -> None:
     path = tmp_path / "export.json"
-    path.write_text(json.dumps([{"data": {"row": 0}, "annotations": annotations}]))
+    path.write_text(json.dumps([{"data": {"row": 0, "id": "r0"}, "annotations": annotations}]))
     if mood is None:
         with pytest.raises(BatchmixError, match=r"export.json: has no answers of people yet$"):
             do(results, action="import", path=str(path), corrections=str(tmp_path / "c.jsonl"))
     else:
         assert results.answer is not None
-        assert label_studio.read(str(path), results.answer.fields) == {0: {"mood": mood}}
+        assert label_studio.read(str(path), results.answer.fields) == {0: Correction("r0", {"mood": mood})}
 
 
 @pytest.mark.parametrize(
@@ -167,11 +170,11 @@ def test_what_people_left_out_is_no_answer(
         {"data": None, "annotations": []},
         {"data": {"row": None}, "annotations": []},
         {"data": {"row": "x"}, "annotations": []},
-        {"data": {"row": 0}, "annotations": 5},
-        {"data": {"row": 0}, "annotations": [None]},
-        {"data": {"row": 0}, "annotations": [{"result": "x"}]},
-        {"data": {"row": 0}, "annotations": [{"result": [5]}]},
-        {"data": {"row": 0}, "annotations": [{"result": [{**GOOD, "value": {"text": [5]}}]}]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": 5},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [None]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [{"result": "x"}]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [{"result": [5]}]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [{"result": [{**GOOD, "value": {"text": [5]}}]}]},
     ],
 )
 def test_what_label_studio_does_not_write_is_one_line(results: Results, tmp_path: Path, task: Any) -> None:
@@ -189,11 +192,13 @@ def test_of_several_people_most_decide(results: Results, tmp_path: Path) -> None
         return {"result": [{"from_name": "mood", "type": "choices", "value": {"choices": [mood]}}]}
 
     task = {
-        "data": {"row": 0},
+        "data": {"row": 0, "id": "r0"},
         "annotations": [annotation("good"), annotation("bad & <ugly>"), annotation("bad & <ugly>")],
     }
     (tmp_path / "export.json").write_text(json.dumps([task]))
-    assert label_studio.read(str(tmp_path / "export.json"), results.answer.fields) == {0: {"mood": "bad & <ugly>"}}
+    assert label_studio.read(str(tmp_path / "export.json"), results.answer.fields) == {
+        0: Correction("r0", {"mood": "bad & <ugly>"})
+    }
 
 
 def test_argilla_takes_a_folder_and_gives_one_back(results: Results, tmp_path: Path) -> None:
@@ -209,7 +214,38 @@ def test_argilla_takes_a_folder_and_gives_one_back(results: Results, tmp_path: P
     assert records[1]["suggestions"]["field_3"]["value"] == 'say "why"'
     (folder / "records.json").write_text(json.dumps([EXPORTED_RECORD, records[0]]))
     do(results, action="import", tool=ReviewTool.argilla, path=str(folder), corrections=str(tmp_path / "c.jsonl"))
-    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [{"row": 2, "values": PEOPLE_SAY}]
+    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [
+        {"row": 2, "id": "r2", "values": PEOPLE_SAY}
+    ]
+
+
+def said_of(*rows: tuple[int, str]) -> str:
+    """Label Studio's export in which a person calls each row, given with its id, good."""
+    return json.dumps([{"data": {"row": row, "id": id}, "annotations": [{"result": [GOOD]}]} for row, id in rows])
+
+
+def test_a_review_of_the_rows_in_another_order_is_refused(results: Results, tmp_path: Path) -> None:
+    export, corrections = tmp_path / "export.json", tmp_path / "c.jsonl"
+    export.write_text(said_of((0, "r0"), (1, "r2"), (2, "r1"), (9, "r9")))
+    with pytest.raises(BatchmixError) as caught:
+        do(results, action="import", path=str(export), corrections=str(corrections))
+    assert f"2 of 4 rows have another id in output.dir={results.url} (row 1 is 'r2' there and 'r1' in the run)" in str(
+        caught.value
+    )
+    assert not corrections.exists()
+
+
+def test_reviewed_rows_that_the_run_does_not_have_are_left_out(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, corrections = tmp_path / "export.json", tmp_path / "c.jsonl"
+    export.write_text(said_of((9, "r9")))
+    with pytest.raises(BatchmixError, match=r"none of its 1 rows is in output\.dir="):
+        do(results, action="import", path=str(export), corrections=str(corrections))
+    export.write_text(said_of((3, "r3"), (9, "r9"), (10, "r10")))
+    do(results, action="import", path=str(export), corrections=str(corrections))
+    assert "2 rows left out, which are not in output.dir=" in capsys.readouterr().out
+    assert [json.loads(line)["row"] for line in corrections.open()] == [3]
 
 
 def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path: Path) -> None:
@@ -219,9 +255,14 @@ def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path:
         {"value": "bad & <ugly>", "status": "submitted"},
         {"value": "good", "status": "discarded"},
     ]
-    record = {"metadata": {"row": 1}, "responses": {"mood": said, "score": [{"value": "1", "status": "draft"}]}}
+    record = {
+        "metadata": {"row": 1, "id": "r1"},
+        "responses": {"mood": said, "score": [{"value": "1", "status": "draft"}]},
+    }
     (tmp_path / "records.json").write_text(json.dumps([record]))
-    assert argilla.read(str(tmp_path / "records.json"), results.answer.fields) == {1: {"mood": "bad & <ugly>"}}
+    assert argilla.read(str(tmp_path / "records.json"), results.answer.fields) == {
+        1: Correction("r1", {"mood": "bad & <ugly>"})
+    }
 
 
 @pytest.mark.parametrize(
@@ -229,15 +270,17 @@ def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path:
     [
         ("label_studio", '[{"row": 2, "mood": "good"}]', "task 1: is no task of Label Studio's JSON export (not JSON-MIN)"),
         ("label_studio", "[", "cannot be read"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": []}]', "has no answers of people yet"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "x", "value": {}}]}]}]', "x is no field of the answers"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "score", "value": {"text": "many"}}]}]}]',
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": []}]', "has no answers of people yet"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "x", "value": {}}]}]}]', "x is no field of the answers"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "score", "value": {"text": "many"}}]}]}]',
          "score='many' is no JSON of int64"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "urgent", "value": {"choices": ["1"]}}]}]}]',
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "urgent", "value": {"choices": ["1"]}}]}]}]',
          "urgent=1 must be bool"),
+        ("label_studio", '[{"data": {"row": 1}, "annotations": []}]', "task 1: has no data.id"),
         ("argilla", '[{"metadata": {}}]', "record 1: has no metadata.row"),
-        ("argilla", '[{"metadata": {"row": 1}, "responses": {"x": []}}]', "x is no question of ours; those are mood, urgent"),
-        ("argilla", '[{"metadata": {"row": 1}, "responses": {"mood": [{"value": "fine"}]}}]', "mood='fine' must be one of good, bad"),
+        ("argilla", '[{"metadata": {"row": 1}}]', "record 1: has no metadata.id"),
+        ("argilla", '[{"metadata": {"row": 1, "id": "r1"}, "responses": {"x": []}}]', "x is no question of ours; those are mood, urgent"),
+        ("argilla", '[{"metadata": {"row": 1, "id": "r1"}, "responses": {"mood": [{"value": "fine"}]}}]', "mood='fine' must be one of good, bad"),
     ],
 )  # fmt: skip
 def test_an_export_that_does_not_fit_is_refused(
