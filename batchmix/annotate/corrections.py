@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchmix.annotate.arrow_types import Field
+from batchmix.annotate.arrow_types import Field, resolve
 from batchmix.annotate.columns import INVALID
 from batchmix.annotate.results import Results
 from batchmix.errors import BatchmixError
@@ -90,15 +90,27 @@ def of_run(corrections: Corrections, results: Results, where: str) -> Correction
 
 
 def check_value(field: Field, value: Any, where: str) -> Any:
-    """The value; BatchmixError where the field's column cannot hold it."""
+    """The value; BatchmixError where the field's column cannot hold it, or its schema does not allow it."""
     try:
         if field.type == pa.bool_() and not isinstance(value, bool | None):
             raise ValueError
         field.column([value])
     except (KeyError, ValueError, TypeError, OverflowError, pa.ArrowException):
-        kind = f"one of {', '.join(field.labels)}" if field.labels is not None else str(field.type)
-        raise BatchmixError(f"{where}: {field.name}={value!r} must be {kind}") from None
+        wanted = f"one of {', '.join(field.labels)}" if field.labels is not None else str(field.type)
+        raise BatchmixError(f"{where}: {field.name}={value!r} must be {wanted}") from None
+    if field.schema is not None and not (value is None and _may_be_left_out(field)):
+        import jsonschema  # there where a task has a schema
+
+        kind = jsonschema.validators.validator_for(field.root, default=jsonschema.Draft202012Validator)
+        misfit = next(kind(field.root).evolve(schema=field.schema).iter_errors(value), None)
+        if misfit is not None:
+            reason = " ".join(misfit.message.split())
+            raise BatchmixError(f"{where}: {field.name}={value!r} does not fit the schema: {reason}")
     return value
+
+
+def _may_be_left_out(field: Field) -> bool:
+    return field.name not in (resolve(field.root, field.root) or {}).get("required", ())
 
 
 def settle(values: Iterable[Any]) -> Any:

@@ -7,6 +7,7 @@ number a `Number`, everything else a `TextArea` (lists and objects as JSON).
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from xml.sax.saxutils import quoteattr
 
 import pyarrow as pa
 
-from batchmix.annotate.arrow_types import Field
+from batchmix.annotate.arrow_types import Field, without_null
 from batchmix.annotate.corrections import Correction, Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
 from batchmix.errors import BatchmixError
@@ -141,7 +142,29 @@ def _interface(fields: Sequence[Field]) -> str:
             lines += [f"    <Choice value={quoteattr(label)}/>" for label in labels]
             lines.append("  </Choices>")
         elif field.type in (pa.int64(), pa.float64()):
-            lines.append(f'  <Number name={name} toName="{_SHOWN}"/>')
+            lines.append(f'  <Number name={name} toName="{_SHOWN}"{_limits(field)}/>')
         else:
             lines.append(f'  <TextArea name={name} toName="{_SHOWN}" editable="true" maxSubmissions="1" rows="4"/>')
     return "\n".join([*lines, "</View>", ""])
+
+
+def _limits(field: Field) -> str:
+    """The attributes of a `Number` that keep people within the schema, as far as it has such."""
+    schema = without_null(field.schema, field.root) or {}
+    whole = field.type == pa.int64()
+    values = [
+        value for value in schema.get("enum", [schema["const"]] if "const" in schema else []) if value is not None
+    ]
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if whole:  # bounds that are no whole numbers are those of the whole numbers between them
+        above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+        lows = [math.ceil(low)] if low is not None else []
+        lows += [math.floor(above) + 1] if type(above) in (int, float) else []
+        highs = [math.floor(high)] if high is not None else []
+        highs += [math.ceil(below) - 1] if type(below) in (int, float) else []
+        low, high = max(lows, default=None), min(highs, default=None)
+    if values:
+        low, high = min(values), max(values)
+    step = schema.get("multipleOf", 1 if whole else None)
+    given = {"min": low, "max": high, "step": step}
+    return "".join(f' {name}="{json.dumps(value)}"' for name, value in given.items() if value is not None)

@@ -14,7 +14,7 @@ from finished_runs import finished
 
 from batchmix.annotate import argilla, label_studio
 from batchmix.annotate.config import AnnotateConfig, ReviewConfig, ReviewTool
-from batchmix.annotate.corrections import Correction
+from batchmix.annotate.corrections import Correction, check_value
 from batchmix.annotate.results import Results
 from batchmix.annotate.review import least_certain, review
 from batchmix.config import Config
@@ -22,7 +22,8 @@ from batchmix.errors import BatchmixError
 from batchmix.output.config import OutputConfig
 
 SCHEMA = {"type": "object", "properties": {
-    "mood": {"enum": ["good", "bad & <ugly>"]}, "urgent": {"type": "boolean"}, "score": {"type": "integer"},
+    "mood": {"enum": ["good", "bad & <ugly>"]}, "urgent": {"type": "boolean"},
+    "score": {"type": "integer", "minimum": 1, "maximum": 5},
     "Why Not": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}}}  # fmt: skip
 MODEL_SAYS = {"mood": "good", "urgent": True, "score": 3, "Why Not": 'say "why"', "tags": ["x"]}
 
@@ -113,6 +114,46 @@ def test_label_studio_takes_tasks_with_the_models_answers(results: Results, tmp_
         assert objects[element.get("toName")] == "$prompt"
     for result in prediction["result"]:
         assert controls[result["from_name"]].tag.lower() == result["type"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "attributes"),
+    [
+        ({"type": "integer", "minimum": 1, "maximum": 5}, {"min": "1", "max": "5", "step": "1"}),
+        ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 5.5}, {"min": "1", "max": "5", "step": "1"}),
+        ({"type": "integer", "multipleOf": 10}, {"step": "10"}),
+        ({"enum": [3, 1, 2]}, {"min": "1", "max": "3", "step": "1"}),
+        ({"anyOf": [{"$ref": "#/$defs/share"}, {"type": "null"}]}, {"min": "0", "max": "1.5"}),
+        ({"type": "number"}, {}),
+    ],
+)
+def test_numbers_have_the_limits_of_the_schema(tmp_path: Path, schema: Any, attributes: dict[str, str]) -> None:
+    whole = {
+        "type": "object",
+        "properties": {"n": schema},
+        "$defs": {"share": {"type": "number", "minimum": 0, "maximum": 1.5}},
+    }
+    task = AnnotateConfig(input="x", json_schema=whole)
+    do(finished(tmp_path / "run", task, [({"text": "a"}, ["?"])]), path=str(tmp_path / "tasks.json"))
+    (number,) = ElementTree.parse(tmp_path / "tasks.xml").getroot().iter("Number")
+    assert number.attrib == {"name": "n", "toName": "prompt_text", **attributes}
+
+
+def test_values_of_people_fit_schemas_behind_references(tmp_path: Path) -> None:
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    whole = {"type": "object", "properties": {"n": {"$ref": "#/$defs/share"}, "m": {"$ref": "#/$defs/share"}}, "required": ["m"],
+             "$defs": {"share": share}}  # fmt: skip
+    answer = finished(tmp_path / "run", AnnotateConfig(input="x", json_schema=whole), [({"text": "a"}, ["?"])]).answer
+    assert answer is not None
+    optional, required = answer.fields
+    assert check_value(optional, 0.5, "here") == 0.5
+    assert check_value(optional, None, "here") is None
+    with pytest.raises(
+        BatchmixError, match=r"^here: n=1\.5 does not fit the schema: 1\.5 is greater than the maximum of 1$"
+    ):
+        check_value(optional, 1.5, "here")
+    with pytest.raises(BatchmixError, match=r"^here: m=None does not fit the schema: None is not of type 'number'$"):
+        check_value(required, None, "here")
 
 
 def test_many_labels_are_a_menu(tmp_path: Path) -> None:
@@ -274,6 +315,12 @@ def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path:
         ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "x", "value": {}}]}]}]', "x is no field of the answers"),
         ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "score", "value": {"text": "many"}}]}]}]',
          "score='many' is no JSON of int64"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "score", "value": {"number": 9}}]}]}]',
+         "task 1: score=9 does not fit the schema: 9 is greater than the maximum of 5"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "score", "value": {"number": 2.5}}]}]}]',
+         "task 1: score=2.5 does not fit the schema: 2.5 is not of type 'integer'"),
+        ("argilla", '[{"metadata": {"row": 1, "id": "r1"}, "responses": {"score": [{"value": "0"}]}}]',
+         "record 1: score=0 does not fit the schema: 0 is less than the minimum of 1"),
         ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "urgent", "value": {"choices": ["1"]}}]}]}]',
          "urgent=1 must be bool"),
         ("label_studio", '[{"data": {"row": 1}, "annotations": []}]', "task 1: has no data.id"),
