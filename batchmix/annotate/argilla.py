@@ -16,10 +16,11 @@ from batchmix.annotate.arrow_types import Field
 from batchmix.annotate.corrections import Correction, Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
 from batchmix.errors import BatchmixError
-from batchmix.storage import last_component, open_file, open_storage, write_json, written
+from batchmix.storage import find_json, last_component, open_file, open_storage, write_json, written
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RECORDS = "records.json"
+_GUIDELINES = "The model's answer is a suggestion. Submit each question with the right answer."
 
 
 def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
@@ -27,6 +28,11 @@ def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model
     storage = open_storage(path, "review.path")
     dataset = {"name": last_component(storage), "status": "draft", "allow_extra_metadata": True}
     with written(path, "review.path"):
+        for name, is_ours in ((".argilla/settings.json", _is_our_settings), (_RECORDS, _are_our_records)):
+            if storage.exists(name) and not is_ours(find_json(storage, name)):
+                raise BatchmixError(
+                    f"review.path={path}: {name} is there and is not as review export wrote it; give another folder"
+                )
         storage.make_folder(".argilla")
         write_json(storage, ".argilla/settings.json", _settings(fields))
         write_json(storage, ".argilla/dataset.json", dataset)
@@ -67,6 +73,21 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
     return found
 
 
+def _is_our_settings(settings: Any) -> bool:
+    return isinstance(settings, dict) and settings.get("guidelines") == _GUIDELINES
+
+
+def _are_our_records(records: Any) -> bool:
+    """Whether they are records that nobody has answered."""
+    return isinstance(records, list) and all(
+        isinstance(record, dict)
+        and not record.get("responses")
+        and isinstance(record.get("metadata"), dict)
+        and "row" in record["metadata"]
+        for record in records
+    )
+
+
 def _question_name(field: Field, place: int) -> str:
     return field.name if _NAME.fullmatch(field.name) else f"field_{place}"
 
@@ -92,7 +113,7 @@ def _record(item: ReviewItem, fields: Sequence[Field], model: str) -> dict[str, 
 
 def _settings(fields: Sequence[Field]) -> dict[str, Any]:
     return {
-        "guidelines": "The model's answer is a suggestion. Submit each question with the right answer.",
+        "guidelines": _GUIDELINES,
         "fields": [
             {"name": name, "title": name, "required": required, "type": "text", "settings": {"type": "text", "use_markdown": False}}
             for name, required in (("prompt", True), ("answer", False))

@@ -19,6 +19,7 @@ from batchmix.templates.chat_template import AUTO, is_jinja
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
+MADE_BY = "Made by batchmix:"  # begins the text of every card
 _MEANINGS = {
     "row": "ordinal of the row in the source data",
     "id": "id of the row in the source data, else its ordinal",
@@ -57,7 +58,7 @@ def card(results: Results, settings: ExportConfig, counts: Counter[str], schema:
     sections = [
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
         f"# {_inline(title)}",
-        "Made by batchmix: a language model answered every row of a data set. **The answers"
+        f"{MADE_BY} a language model answered every row of a data set. **The answers"
         " are the model's, not people's**" + (", but for the rows marked `reviewed`." if counts["reviewed"] else "."),
         "## Counts",
         _counts(counts),

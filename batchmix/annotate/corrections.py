@@ -43,6 +43,10 @@ def write_corrections(path: str, corrections: Corrections) -> None:
     ]
     with written(path, "review.corrections"):
         storage, name = open_file(path, "review.corrections")
+        if storage.exists(name) and not _is_ours(storage.read(name)):
+            raise BatchmixError(
+                f"review.corrections={path}: is there and is no file of corrections; give another name, or delete it"
+            )
         storage.replace(name, lambda file: file.writelines(line.encode() + b"\n" for line in lines))
 
 
@@ -52,22 +56,40 @@ def read_corrections(path: str, fields: Sequence[Field]) -> Corrections:
     known = {field.name: field for field in fields}
     storage, file = open_file(path, "export.corrections")
     try:
-        lines = storage.read(file).decode().split("\n")  # splitlines would take some characters of a text for ends
+        lines = _lines(storage.read(file))
     except (OSError, ValueError) as error:
         raise BatchmixError(f"export.corrections={path}: cannot be read ({error})") from None
-    for number, line in enumerate(filter(str.strip, lines), 1):
+    for number, line in enumerate(lines, 1):
         where = f"export.corrections={path}, line {number}"
         try:
-            entry = json.loads(line)
-            row, id, values = int(entry["row"]), entry.get("id"), dict(entry["values"])
+            row, correction = _entry(line)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BatchmixError(f'{where}: must be {{"row": number, "values": {{field: value}}}}') from None
-        for name, value in values.items():
+        for name, value in correction.values.items():
             if name not in known:
                 raise BatchmixError(f"{where}: {name} is no field of the answers; those are {', '.join(known)}")
             check_value(known[name], value, where)
-        found[row] = Correction(None if id is None else str(id), values)
+        found[row] = correction
     return found
+
+
+def _lines(data: bytes) -> list[str]:
+    """Those that are not blank."""
+    return [line for line in data.decode().split("\n") if line.strip()]  # splitlines ends one at more characters
+
+
+def _entry(line: str) -> tuple[int, Correction]:
+    """ValueError, KeyError, TypeError or AttributeError where the line is no correction."""
+    entry = json.loads(line)
+    id = entry.get("id")
+    return int(entry["row"]), Correction(None if id is None else str(id), dict(entry["values"]))
+
+
+def _is_ours(data: bytes) -> bool:
+    try:
+        return all(_entry(line) for line in _lines(data))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def of_run(corrections: Corrections, results: Results, where: str) -> Corrections:

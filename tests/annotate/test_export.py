@@ -263,6 +263,39 @@ def test_a_data_set_has_a_folder_of_its_own(name: str, tmp_path: Path, monkeypat
     assert not (tmp_path / "run/data").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("README.md", "README.md"),
+        ("notes.txt", "notes.txt"),
+        ("data/rows.csv", "data/rows.csv"),
+        ("data/train-00001.parquet", "data/train-00001.parquet"),
+    ],
+)
+def test_a_folder_with_files_of_people_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    run(tmp_path / "run")
+    (tmp_path / "set/data").mkdir(parents=True)
+    (tmp_path / "set" / name).write_text("mine")
+    with pytest.raises(BatchmixError, match=f"set: holds {said}, which batchmix export did not write"):
+        do(tmp_path)
+    assert [path.name for path in (tmp_path / "set").rglob("*") if path.is_file()] == [Path(name).name]
+    assert (tmp_path / "set" / name).read_text() == "mine"
+
+
+def test_an_export_that_was_killed_may_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "run")
+
+    def killed(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batchmix.annotate.export.card", killed)
+        with pytest.raises(KeyboardInterrupt):
+            do(tmp_path)
+    assert (tmp_path / "set/README.md").read_text() == "Made by batchmix: the export is not finished.\n"
+    assert "- records: 5\n" in (do(tmp_path) / "README.md").read_text()
+
+
 def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:
     run(tmp_path / "run")
     (tmp_path / "run/.batchmix/SUCCESS").unlink()

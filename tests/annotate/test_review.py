@@ -289,6 +289,67 @@ def test_reviewed_rows_that_the_run_does_not_have_are_left_out(
     assert [json.loads(line)["row"] for line in corrections.open()] == [3]
 
 
+def test_a_file_that_review_export_did_not_write_is_kept(results: Results, tmp_path: Path) -> None:
+    own = tmp_path / "tickets.csv"
+    own.write_text("text\nhello\n")
+    with pytest.raises(BatchmixError, match=r"tickets\.csv: is there and was not written by review export"):
+        do(results, path=str(own))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["tickets.csv"]
+    assert own.read_text() == "text\nhello\n"
+
+    answered = tmp_path / "answered.json"
+    answered.write_text(said_of((1, "r1")))
+    with pytest.raises(BatchmixError, match=r"answered\.json: is there and was not written by review export"):
+        do(results, path=str(answered))
+    assert answered.read_text() == said_of((1, "r1"))
+
+    (tmp_path / "page.xml").write_text("<html/>")
+    with pytest.raises(BatchmixError, match=r"page\.xml beside it is there and was not written by review export"):
+        do(results, path=str(tmp_path / "page.json"))
+    assert not (tmp_path / "page.json").exists()
+    with pytest.raises(BatchmixError, match=r"new\.xml is the labelling interface's"):
+        do(results, path=str(tmp_path / "new.xml"))
+
+
+@pytest.mark.parametrize("tool", list(ReviewTool))
+def test_a_review_that_nobody_answered_may_be_written_again(results: Results, tmp_path: Path, tool: ReviewTool) -> None:
+    for rows in (2, 3):
+        do(results, path=str(tmp_path / "review.json"), tool=tool, rows=rows)
+    name = "review.json/records.json" if tool is ReviewTool.argilla else "review.json"
+    assert len(json.loads((tmp_path / name).read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("records.json", json.dumps([EXPORTED_RECORD])),
+        ("records.json", "my records"),
+        (".argilla/settings.json", '{"guidelines": "mine"}'),
+    ],
+)
+def test_an_argilla_folder_of_people_is_kept(results: Results, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "folder/.argilla").mkdir(parents=True)
+    (tmp_path / "folder" / name).write_text(text)
+    with pytest.raises(BatchmixError, match="is there and is not as review export wrote it"):
+        do(results, path=str(tmp_path / "folder"), tool=ReviewTool.argilla)
+    assert (tmp_path / "folder" / name).read_text() == text
+    assert [path.name for path in (tmp_path / "folder").rglob("*") if path.is_file()] == [Path(name).name]
+
+
+def test_corrections_replace_earlier_corrections_alone(results: Results, tmp_path: Path) -> None:
+    export, corrections = tmp_path / "export.json", tmp_path / "c.jsonl"
+    export.write_text(said_of((1, "r1")))
+    corrections.write_text('{"text": "a row of the data"}\n')
+    for place in (export, corrections):
+        text = place.read_text()
+        with pytest.raises(BatchmixError, match="is there and is no file of corrections"):
+            do(results, action="import", path=str(export), corrections=str(place))
+        assert place.read_text() == text
+    corrections.write_text('{"row": 0, "values": {}}\n')
+    do(results, action="import", path=str(export), corrections=str(corrections))
+    assert [json.loads(line)["row"] for line in corrections.open()] == [1]
+
+
 def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path: Path) -> None:
     assert results.answer is not None
     said = [
