@@ -15,6 +15,7 @@ from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, ENTROPY
 from batchmix.annotate.config import ExportConfig
 from batchmix.annotate.corrections import REVIEWED
 from batchmix.annotate.results import Results
+from batchmix.output.columns import CHOICE_PROBABILITIES, GUIDED_LOGPROBS
 from batchmix.templates.chat_template import AUTO, is_jinja
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
@@ -37,6 +38,8 @@ _MEANINGS = {
     "prompt_tokens": "",
     "completion_tokens": "",
     "cumulative_logprob": "log-probability of the text",
+    CHOICE_PROBABILITIES.name: "the model's probability of each choice, in the order of the choices",
+    GUIDED_LOGPROBS.name: "log-probability of each token among those that the answer's form allowed",
     "error": "why there is no answer",
 }
 

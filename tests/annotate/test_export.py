@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.annotate.arrow_types import Field
+from batchmix.annotate.card import card
 from batchmix.annotate.checks import write_checks
+from batchmix.annotate.columns import annotation_columns
 from batchmix.annotate.config import AnnotateConfig, ExportConfig, ExportFormat
 from batchmix.annotate.corrections import Correction, read_corrections, write_corrections
 from batchmix.annotate.export import _as_texts, export
 from batchmix.annotate.results import Results
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.output.columns import OutputColumns
 from batchmix.output.config import OutputConfig, OutputFormat
 
 SCHEMA = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "tags": {"type": "array", "items": {"type": "string"}},
@@ -158,6 +162,17 @@ def test_a_card_without_a_licence_says_so(tmp_path: Path) -> None:
     text = (do(tmp_path) / "README.md").read_text()
     assert "license: unknown\n" in text
     assert "nobody has stated it: `export.license`" in text
+
+
+def test_the_card_explains_every_column_of_batchmix(tmp_path: Path) -> None:
+    results = run(tmp_path / "run")
+    every = OutputColumns(pa.schema([("text", pa.string())]), token_ids=False, logprobs=False, choice_probabilities=True,
+                          guided_logprobs=True, annotations=annotation_columns(TASK)).schema  # fmt: skip
+    text = card(results, ExportConfig(), Counter(rows=1), every)
+    assert [line for line in text.splitlines() if line.endswith("| from the source data |")] == [
+        "| text | string | from the source data |"
+    ]
+    assert "| the model's probability of each choice, in the order of the choices |" in text
 
 
 def test_the_folder_loads_as_the_hub_would_load_it(tmp_path: Path) -> None:
