@@ -23,8 +23,8 @@ _RECORDS = "records.json"
 _GUIDELINES = "The model's answer is a suggestion. Submit each question with the right answer."
 
 
-def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
-    """The folder `path` (review.path); returns what to do with it."""
+def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> tuple[list[str], str]:
+    """The folder `path` (review.path); returns what to do with it, and a place for people's answers."""
     storage = open_storage(path, "review.path")
     dataset = {"name": last_component(storage), "status": "draft", "allow_extra_metadata": True}
     with written(path, "review.path"):
@@ -37,10 +37,11 @@ def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model
         write_json(storage, ".argilla/settings.json", _settings(fields))
         write_json(storage, ".argilla/dataset.json", dataset)
         write_json(storage, _RECORDS, [_record(item, fields, model) for item in items])
+    answers = f"{path.rstrip('/')}-answers"
     return [
         f'{len(items):,} records: argilla.Dataset.from_disk("{path}", workspace=...) makes a data set of them',
-        "when people are done, Dataset.to_disk(FOLDER) and run batchmix review import review.tool=argilla review.path=FOLDER",
-    ]
+        f'when people are done, Dataset.to_disk("{answers}") and run',
+    ], answers
 
 
 def read(path: str, fields: Sequence[Field]) -> Corrections:

@@ -26,8 +26,8 @@ _SHOWN = "prompt_text"  # name of the object that the controls belong to
 _TEXT = f'<Text name="{_SHOWN}" value="$prompt"/>'
 
 
-def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
-    """The tasks at `path` (review.path), the interface beside it; returns what to do with them."""
+def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> tuple[list[str], str]:
+    """The tasks at `path` (review.path), the interface beside it; returns what to do with them, and a place for the answers."""
     with written(path, "review.path"):
         storage, name = open_file(path, "review.path")
         interface = f"{os.path.splitext(name)[0]}.xml"
@@ -44,10 +44,12 @@ def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model
         storage.make_folder()
         write_json(storage, name, [_task(item, fields, model) for item in items])
         write_text(storage, interface, _interface(fields))
+    stem = os.path.splitext(path)[0]
+    answers = f"{stem}-answers.json"
     return [
-        f"{len(items):,} tasks: import {path} into a project whose labelling interface is {os.path.splitext(path)[0]}.xml",
-        "when people are done, export as JSON and run batchmix review import review.path=<the export>",
-    ]
+        f"{len(items):,} tasks: import {path} into a project whose labelling interface is {stem}.xml",
+        f"when people are done, export as JSON to {answers} and run",
+    ], answers
 
 
 def read(path: str, fields: Sequence[Field]) -> Corrections:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from finished_runs import finished
 
@@ -19,6 +21,8 @@ from batchmix.annotate.results import Results
 from batchmix.annotate.review import least_certain, review
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.jobs.export import main as export_main
+from batchmix.jobs.review import main as review_main
 from batchmix.output.config import OutputConfig
 
 SCHEMA = {"type": "object", "properties": {
@@ -348,6 +352,46 @@ def test_corrections_replace_earlier_corrections_alone(results: Results, tmp_pat
     corrections.write_text('{"row": 0, "values": {}}\n')
     do(results, action="import", path=str(export), corrections=str(corrections))
     assert [json.loads(line)["row"] for line in corrections.open()] == [1]
+
+
+def run_printed(out: str) -> None:
+    """The command of the last line, as a shell and Hydra read it, in this process."""
+    words = shlex.split(out.splitlines()[-1])
+    assert words[0] == "batchmix"
+    main = {"review": review_main, "export": export_main}[words[1]]
+    assert main(words[2:]) == 0
+
+
+@pytest.mark.parametrize("tool", list(ReviewTool))
+@pytest.mark.parametrize("name", ["run", "it's my, {run}=1 $HOME", "dataset"])
+def test_printed_commands_run(
+    name: str, tool: ReviewTool, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").rename(name)
+    do(Results(name), path=f"{name} r.json", tool=tool, rows=2)
+    if tool is ReviewTool.argilla:
+        Path(f"{name} r.json-answers").mkdir()
+        Path(f"{name} r.json-answers/records.json").write_text(json.dumps([EXPORTED_RECORD]))
+    else:
+        Path(f"{name} r-answers.json").write_text(said_of((2, "r2")))
+    run_printed(capsys.readouterr().out)
+    run_printed(capsys.readouterr().out)
+    folder = "dataset-reviewed" if name == "dataset" else "dataset"
+    rows = pq.read_table(Path(folder) / "data/train-00000.parquet").to_pylist()
+    assert [row["row"] for row in rows if row["reviewed"]] == [2]
+
+
+def test_printed_commands_have_no_secrets(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("batchmix.annotate.review.Results", lambda url: results)
+    secret = "s3://key:" + "pa55word" + "@host/run"
+    review(Config(output=OutputConfig(dir=secret), review=ReviewConfig(path=str(tmp_path / "tasks.json"))))
+    out = capsys.readouterr().out
+    assert "output.dir='s3://***@host/run'" in out
+    assert "pa55word" not in out
 
 
 def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path: Path) -> None:
