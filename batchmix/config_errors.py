@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from omegaconf.errors import (
 from batchmix.config import JOBS, Config
 from batchmix.install_hint import install_hint
 from batchmix.other_names import ABSENT, RENAMED, explain_other_name
+from batchmix.written_config import quoted
 
 _EXAMPLES = {"data.path": "prompts.jsonl", "output.dir": "out"}
 _NEAR = 1.2  # of 2: likeness of the whole key plus likeness of its last name
@@ -192,16 +192,6 @@ def _explain_syntax(override: str) -> str:
     if not equals:
         return f"{override}: not of the form key=value, for example data.path=prompts.jsonl"
     return f"{override}: the value cannot be read; a text with special characters needs quotes, {quoted(key, value)}"
-
-
-def quoted(key: str, value: str) -> str:
-    """An override of a text, quoted for Hydra and around that for the shell: `"data.template='It\\'s {{ x }}'"`."""
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        value = value[1:-1]  # quoted, but with such a quote within
-    # Hydra takes a backslash for one that escapes only before a quote and at the end.
-    text = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    override = f"{key}='{text}'"
-    return shlex.quote(override) if re.search(r'["$`!]|\\\\', override) else f'"{override}"'
 
 
 def _likeness(key: str, candidate: str) -> float:

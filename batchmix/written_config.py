@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -122,7 +123,7 @@ def to_plain(value: Any, text: Callable[[str, str], Any] | None = None, key: str
         return {str(name): to_plain(item, text, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item, text, f"{key}[{place}]") for place, item in enumerate(value)]
-    return (text or _written)(key, value) if isinstance(value, str) else value
+    return (text or written_text)(key, value) if isinstance(value, str) else value
 
 
 def hidden_texts(config: Config) -> dict[str, str]:
@@ -130,7 +131,7 @@ def hidden_texts(config: Config) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def note(key: str, value: str) -> None:
-        if _written(key, value) != value:
+        if written_text(key, value) != value:
             found[key] = str(value)
 
     to_plain(config, note)
@@ -149,6 +150,16 @@ def written_override(override: str, plain: Mapping[str, Any], hidden: Mapping[st
     return f"{key}={redact(value)}"
 
 
+def quoted(key: str, value: str) -> str:
+    """An override of a text, quoted for Hydra and around that for the shell: `"data.template='It\\'s {{ x }}'"`."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]  # quoted, but with such a quote within
+    # Hydra takes a backslash for one that escapes only before a quote and at the end.
+    text = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    override = f"{key}='{text}'"
+    return shlex.quote(override) if re.search(r'["$`!]|\\\\', override) else f'"{override}"'
+
+
 def value_of(run: Mapping[str, Any], group: str, name: str) -> Any:
     """What a key was, of which `run.json` may have but the interpolation; BatchmixError where its variables changed."""
     key, written = f"{group}.{name}", run["config"][group].get(name)
@@ -165,7 +176,8 @@ def value_of(run: Mapping[str, Any], group: str, name: str) -> Any:
     return value
 
 
-def _written(key: str, value: str) -> str:
+def written_text(key: str, value: str) -> str:
+    """A key's text as it may be shown."""
     if isinstance(value, FromEnvironment):
         return redact_url(value.written)
     return value if key.startswith(_CONTENTS) else redact_url(value)

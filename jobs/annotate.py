@@ -4,10 +4,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from batchmix.annotate.misread import misread_labels
 from batchmix.config import Config
 from batchmix.config_files import load_yaml
 from batchmix.hydra_app import job
@@ -35,12 +35,13 @@ def _run_file(path: Path, arguments: Sequence[str]) -> int:
     """Hydra takes the files of a group from folders, so the task file is copied into one. Its keys need no package."""
     try:
         text = path.read_text(encoding="utf-8")
-        task = load_yaml(text)
+        load_yaml(text)  # which refuses what its aliases make too large
+        misread = misread_labels(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         print(f"batchmix: error: {path}: cannot be read as a task file ({reason})", file=sys.stderr)
         return 1
-    if misread := _misread_labels(task):
+    if misread:
         print(f"batchmix: error: {path}: {misread}", file=sys.stderr)
         return 1
     name = path.stem if path.stem.replace("-", "_").isidentifier() else "task"
@@ -48,16 +49,6 @@ def _run_file(path: Path, arguments: Sequence[str]) -> int:
         (Path(folder) / "annotate").mkdir()
         (Path(folder) / "annotate" / f"{name}.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
         return _run(["--config-dir", folder, f"annotate={name}", *arguments])
-
-
-def _misread_labels(task: Any) -> str | None:
-    """What is wrong with labels that YAML takes for something else: an unquoted yes would become the label True."""
-    settings = task.get("annotate") if isinstance(task, dict) else None
-    choice = settings.get("choice") if isinstance(settings, dict) else None
-    for number, label in enumerate(choice if isinstance(choice, list) else []):
-        if isinstance(label, bool | float):
-            return f"annotate.choice[{number}] is {label} to YAML, not a text; put quotes around yes, no, on, off and numbers"
-    return None
 
 
 if __name__ == "__main__":

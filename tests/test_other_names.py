@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix import install_hint
-from batchmix.config_errors import known_keys, quoted
+from batchmix.config_errors import known_keys
 from batchmix.other_names import ABSENT, RENAMED, explain_other_name
+from batchmix.written_config import quoted
 
 KEY = re.compile(r"\b(?:sampling|model|engine|data|output)(?:\.\w+)+")
 

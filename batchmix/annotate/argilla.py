@@ -13,28 +13,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchmix.annotate.arrow_types import Field
-from batchmix.annotate.corrections import Corrections, settle
+from batchmix.annotate.corrections import Correction, Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
 from batchmix.errors import BatchmixError
-from batchmix.storage import last_component, open_file, open_storage, write_json, written
+from batchmix.storage import find_json, last_component, open_file, open_storage, write_json, written
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RECORDS = "records.json"
+_GUIDELINES = "The model's answer is a suggestion. Submit each question with the right answer."
 
 
-def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
-    """The folder `path` (review.path); returns what to do with it."""
+def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> tuple[list[str], str]:
+    """The folder `path` (review.path); returns what to do with it, and a place for people's answers."""
     storage = open_storage(path, "review.path")
     dataset = {"name": last_component(storage), "status": "draft", "allow_extra_metadata": True}
     with written(path, "review.path"):
+        for name, is_ours in ((".argilla/settings.json", _is_our_settings), (_RECORDS, _are_our_records)):
+            if storage.exists(name) and not is_ours(find_json(storage, name)):
+                raise BatchmixError(
+                    f"review.path={path}: {name} is there and is not as review export wrote it; give another folder"
+                )
         storage.make_folder(".argilla")
         write_json(storage, ".argilla/settings.json", _settings(fields))
         write_json(storage, ".argilla/dataset.json", dataset)
         write_json(storage, _RECORDS, [_record(item, fields, model) for item in items])
+    answers = f"{path.rstrip('/')}-answers"
     return [
         f'{len(items):,} records: argilla.Dataset.from_disk("{path}", workspace=...) makes a data set of them',
-        "when people are done, Dataset.to_disk(FOLDER) and run batchmix review import review.tool=argilla review.path=FOLDER",
-    ]
+        f'when people are done, Dataset.to_disk("{answers}") and run',
+    ], answers
 
 
 def read(path: str, fields: Sequence[Field]) -> Corrections:
@@ -49,9 +56,10 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
     found: Corrections = {}
     for number, record in enumerate(records if isinstance(records, list) else []):
         where = f"review.path={path}, record {number + 1}"
-        row = (record.get("metadata") or {}).get("row")
-        if row is None:
-            raise BatchmixError(f"{where}: has no metadata.row, so it is none of what we made")
+        metadata = record.get("metadata") or {}
+        for name in ("row", "id"):
+            if metadata.get(name) is None:
+                raise BatchmixError(f"{where}: has no metadata.{name}, so it is none of what we made")
         values = {}
         for name, responses in (record.get("responses") or {}).items():
             if name not in questions:
@@ -62,8 +70,23 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
             if said:
                 values[field.name] = settle(said)
         if values:
-            found[int(row)] = values
+            found[int(metadata["row"])] = Correction(str(metadata["id"]), values)
     return found
+
+
+def _is_our_settings(settings: Any) -> bool:
+    return isinstance(settings, dict) and settings.get("guidelines") == _GUIDELINES
+
+
+def _are_our_records(records: Any) -> bool:
+    """Whether they are records that nobody has answered."""
+    return isinstance(records, list) and all(
+        isinstance(record, dict)
+        and not record.get("responses")
+        and isinstance(record.get("metadata"), dict)
+        and "row" in record["metadata"]
+        for record in records
+    )
 
 
 def _question_name(field: Field, place: int) -> str:
@@ -91,7 +114,7 @@ def _record(item: ReviewItem, fields: Sequence[Field], model: str) -> dict[str, 
 
 def _settings(fields: Sequence[Field]) -> dict[str, Any]:
     return {
-        "guidelines": "The model's answer is a suggestion. Submit each question with the right answer.",
+        "guidelines": _GUIDELINES,
         "fields": [
             {"name": name, "title": name, "required": required, "type": "text", "settings": {"type": "text", "use_markdown": False}}
             for name, required in (("prompt", True), ("answer", False))

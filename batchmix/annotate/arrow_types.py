@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +33,8 @@ class Field:
     type: pa.DataType
     labels: Sequence[str] | None = None  # of an enum, in the order of its dictionary
     as_json: bool = False  # values of any kind, kept as JSON text
+    schema: Any = field(default=None, compare=False, repr=False)  # JSON Schema of the values, None where there is none
+    root: Any = field(default=None, compare=False, repr=False)  # the whole schema, where its `$ref` points to
 
     @property
     def arrow(self) -> pa.Field:
@@ -63,14 +65,14 @@ def field_of(name: str, schema: Any, root: Mapping[str, Any]) -> Field:
     """The column of a property; `root` is the whole schema, where `$ref` points to."""
     labels = text_enum(schema, root)
     if labels is not None:
-        return enum_field(name, labels)
+        return replace(enum_field(name, labels), schema=schema, root=root)
     kind = _type(schema, root, 0)
-    return Field(name, pa.string(), as_json=True) if kind is None else Field(name, kind)
+    return Field(name, pa.string() if kind is None else kind, as_json=kind is None, schema=schema, root=root)
 
 
 def text_enum(schema: Any, root: Mapping[str, Any]) -> list[str] | None:
     """The labels of a schema that allows certain texts (and maybe null) alone."""
-    schema = _without_null(schema, root)
+    schema = without_null(schema, root)
     if not isinstance(schema, Mapping):
         return None
     values = [schema["const"]] if "const" in schema else schema.get("enum")
@@ -91,7 +93,7 @@ def resolve(schema: Any, root: Mapping[str, Any]) -> Any:
     return None
 
 
-def _without_null(schema: Any, root: Mapping[str, Any]) -> Any:
+def without_null(schema: Any, root: Mapping[str, Any]) -> Any:
     """What is left of `anyOf: [X, {type: null}]` and `type: [X, "null"]`, and of an `allOf` of one."""
     schema = resolve(schema, root)
     if not isinstance(schema, Mapping):
@@ -100,7 +102,7 @@ def _without_null(schema: Any, root: Mapping[str, Any]) -> Any:
         if key in schema:
             choices = [resolve(choice, root) for choice in schema[key]]
             left = [c for c in choices if not (isinstance(c, Mapping) and c.get("type") == "null")]
-            return _without_null(left[0], root) if len(left) == 1 else None
+            return without_null(left[0], root) if len(left) == 1 else None
     if isinstance(schema.get("type"), list):
         kinds = [kind for kind in schema["type"] if kind != "null"]
         return {**schema, "type": kinds[0]} if len(kinds) == 1 else None
@@ -109,7 +111,7 @@ def _without_null(schema: Any, root: Mapping[str, Any]) -> Any:
 
 def _type(schema: Any, root: Mapping[str, Any], depth: int) -> pa.DataType | None:
     """None: no single type."""
-    schema = _without_null(schema, root)
+    schema = without_null(schema, root)
     if depth > _MAX_DEPTH or not isinstance(schema, Mapping):
         return None
     if text_enum(schema, root) is not None:

@@ -15,10 +15,12 @@ from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, CONSISTENT, ENTROPY
 from batchmix.annotate.config import ExportConfig
 from batchmix.annotate.corrections import REVIEWED
 from batchmix.annotate.results import Results
+from batchmix.output.columns import CHOICE_PROBABILITIES, GUIDED_LOGPROBS
 from batchmix.templates.chat_template import AUTO, is_jinja
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
+MADE_BY = "Made by batchmix:"  # begins the text of every card
 _MEANINGS = {
     "row": "ordinal of the row in the source data",
     "id": "id of the row in the source data, else its ordinal",
@@ -36,6 +38,8 @@ _MEANINGS = {
     "prompt_tokens": "",
     "completion_tokens": "",
     "cumulative_logprob": "log-probability of the text",
+    CHOICE_PROBABILITIES.name: "the model's probability of each choice, in the order of the choices",
+    GUIDED_LOGPROBS.name: "log-probability of each token among those that the answer's form allowed",
     "error": "why there is no answer",
 }
 
@@ -57,7 +61,7 @@ def card(results: Results, settings: ExportConfig, counts: Counter[str], schema:
     sections = [
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
         f"# {_inline(title)}",
-        "Made by batchmix: a language model answered every row of a data set. **The answers"
+        f"{MADE_BY} a language model answered every row of a data set. **The answers"
         " are the model's, not people's**" + (", but for the rows marked `reviewed`." if counts["reviewed"] else "."),
         "## Counts",
         _counts(counts),

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from batchmix.annotate.card import card
+from batchmix.annotate.card import MADE_BY, card
 from batchmix.annotate.columns import INVALID, MAJORITY
 from batchmix.annotate.config import ExportConfig, ExportFormat
-from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, read_corrections
+from batchmix.annotate.corrections import REVIEWED, Corrections, corrected, of_run, read_corrections
 from batchmix.annotate.results import Results
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
@@ -28,6 +28,8 @@ from batchmix.storage import LocalFolder, Storage, open_storage, write_text, wri
 
 _LEFT_OUT = ("logprobs", "generated_token_ids")  # of use to the engine's users rather than the data's
 _FORMULA = re.compile(r"^[=+\-@\t\r\n]")  # what a spreadsheet runs, or takes for the beginning of what it does
+_CARD = "README.md"
+_FILE = re.compile(rf"data/train-[0-9]+\.({'|'.join(form.value for form in ExportFormat)})")
 _PER_SAMPLE = ("sample_index", MAJORITY.name)
 
 
@@ -49,10 +51,11 @@ def export(config: Config) -> None:
     if not results.complete:
         raise BatchmixError(f"output.dir={results.url}: the run is not finished; run its command again for the rest")
     corrections = _corrections(settings, results)
+    _refuse_others(storage, settings.dir)
     names, counts, schema = write_files(results, settings, storage, corrections)
     text = card(results, settings, counts, schema)
     with written(settings.dir, "export.dir"):
-        write_text(storage, "README.md", text)
+        write_text(storage, _CARD, text)
     print(f"{counts['rows']:,} records in {len(names)} files: {storage.url}")
     if counts["guarded"]:
         print(f"{counts['guarded']:,} cells that spreadsheets would run as formulas begin with ' now;"
@@ -72,6 +75,7 @@ def write_files(
     """The files' names, how many records of which kind they hold, and their columns. Each file appears whole or not at all."""
     with written(settings.dir, "export.dir"):
         storage.make_folder("data")
+        write_text(storage, _CARD, f"{MADE_BY} the export is not finished.\n")  # an export that was killed is ours too
         for form in ExportFormat:  # an earlier export's
             for name in storage.names(f"data/train-*.{form.value}"):
                 storage.delete(name)
@@ -90,6 +94,23 @@ def write_files(
     return names, counts, schema
 
 
+def _refuse_others(storage: Storage, place: str) -> None:
+    """BatchmixError where the folder holds what no export wrote, which would be replaced or be part of the data set."""
+    with written(place, "export.dir"):
+        files = storage.names("data/*")
+        found = [name for name in storage.names("*") if name not in (_CARD, "data")]
+        found += [name for name in files if not _FILE.fullmatch(name)]
+        if not storage.exists(_CARD):
+            found += [name for name in files if _FILE.fullmatch(name)]
+        elif MADE_BY.encode() not in storage.read(_CARD):
+            found.append(_CARD)
+    if found:
+        more = f" and {len(found) - 1:,} more files" if len(found) > 1 else ""
+        raise BatchmixError(
+            f"export.dir={place}: holds {found[0]}{more}, which batchmix export did not write; give a folder of its own"
+        )
+
+
 def push(files: list[str], settings: ExportConfig, text: str) -> str:
     """Upload through `datasets`, then the card; the token is huggingface_hub's own. Returns the address."""
     import datasets
@@ -99,7 +120,7 @@ def push(files: list[str], settings: ExportConfig, text: str) -> str:
     dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     dataset.push_to_hub(settings.repo_id, private=settings.private)
     huggingface_hub.HfApi().upload_file(
-        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=settings.repo_id, repo_type="dataset"
+        path_or_fileobj=text.encode(), path_in_repo=_CARD, repo_id=settings.repo_id, repo_type="dataset"
     )
     return f"{huggingface_hub.constants.ENDPOINT}/datasets/{settings.repo_id}"
 
@@ -115,7 +136,9 @@ def _corrections(settings: ExportConfig, results: Results) -> Corrections | None
         raise BatchmixError(f"output.dir={results.url}: was not made by batchmix annotate, so nothing can be corrected")
     if settings.samples:
         raise BatchmixError("export.samples=true: corrections are of rows, not of samples; leave one of the two out")
-    return read_corrections(settings.corrections, results.answer.fields)
+    corrections = read_corrections(settings.corrections, results.answer.fields)
+    of_run(corrections, results, f"export.corrections={settings.corrections}")
+    return corrections
 
 
 def _tables(results: Results, settings: ExportConfig, corrections: Corrections | None) -> Iterator[pa.Table]:

@@ -7,34 +7,49 @@ number a `Number`, everything else a `TextArea` (lists and objects as JSON).
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import pyarrow as pa
 
-from batchmix.annotate.arrow_types import Field
-from batchmix.annotate.corrections import Corrections, settle
+from batchmix.annotate.arrow_types import Field, without_null
+from batchmix.annotate.corrections import Correction, Corrections, settle
 from batchmix.annotate.review_item import ReviewItem, from_text, labels_of, to_text
 from batchmix.errors import BatchmixError
-from batchmix.storage import open_file, write_json, write_text, written
+from batchmix.storage import find_json, open_file, write_json, write_text, written
 
 _MOST_BUTTONS = 20  # labels; more of them are a menu
 _SHOWN = "prompt_text"  # name of the object that the controls belong to
+_TEXT = f'<Text name="{_SHOWN}" value="$prompt"/>'
 
 
-def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> list[str]:
-    """The tasks at `path` (review.path), the interface beside it; returns what to do with them."""
+def write(path: str, items: Sequence[ReviewItem], fields: Sequence[Field], model: str) -> tuple[list[str], str]:
+    """The tasks at `path` (review.path), the interface beside it; returns what to do with them, and a place for the answers."""
     with written(path, "review.path"):
         storage, name = open_file(path, "review.path")
+        interface = f"{os.path.splitext(name)[0]}.xml"
+        if interface == name:
+            raise BatchmixError(
+                f"review.path={path}: {name} is the labelling interface's; give a name that ends in .json"
+            )
+        if storage.exists(name) and not _is_ours(find_json(storage, name)):
+            raise BatchmixError(f"review.path={path}: is there and was not written by review export; give another name")
+        if storage.exists(interface) and _TEXT.encode() not in storage.read(interface):
+            raise BatchmixError(
+                f"review.path={path}: {interface} beside it is there and was not written by review export; give another name"
+            )
         storage.make_folder()
         write_json(storage, name, [_task(item, fields, model) for item in items])
-        write_text(storage, f"{os.path.splitext(name)[0]}.xml", _interface(fields))
+        write_text(storage, interface, _interface(fields))
+    stem = os.path.splitext(path)[0]
+    answers = f"{stem}-answers.json"
     return [
-        f"{len(items):,} tasks: import {path} into a project whose labelling interface is {os.path.splitext(path)[0]}.xml",
-        "when people are done, export as JSON and run batchmix review import review.path=<the export>",
-    ]
+        f"{len(items):,} tasks: import {path} into a project whose labelling interface is {stem}.xml",
+        f"when people are done, export as JSON to {answers} and run",
+    ], answers
 
 
 def read(path: str, fields: Sequence[Field]) -> Corrections:
@@ -50,13 +65,28 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
         data = task.get("data") if isinstance(task, dict) else None
         if not isinstance(data, dict) or "annotations" not in task or not str(data.get("row")).isdecimal():
             raise BatchmixError(f"{where}: is no task of Label Studio's JSON export (not JSON-MIN) of what we made")
+        if data.get("id") is None:
+            raise BatchmixError(
+                f"{where}: has no data.id, which tells whether row {data['row']} is the same row in the run"
+            )
         said = [_values(annotation, fields, where) for annotation in _annotations(task, where)]
         names = list(dict.fromkeys(name for values in said for name in values))
         if names:
-            found[int(task["data"]["row"])] = {
-                name: settle(values[name] for values in said if name in values) for name in names
-            }
+            found[int(data["row"])] = Correction(
+                str(data["id"]), {name: settle(values[name] for values in said if name in values) for name in names}
+            )
     return found
+
+
+def _is_ours(tasks: Any) -> bool:
+    """Whether a file holds tasks that nobody has answered: an export of Label Studio has annotations in each."""
+    return isinstance(tasks, list) and all(
+        isinstance(task, dict)
+        and task.keys() == {"data", "predictions"}
+        and isinstance(task["data"], dict)
+        and "row" in task["data"]
+        for task in tasks
+    )
 
 
 def _task(item: ReviewItem, fields: Sequence[Field], model: str) -> dict[str, Any]:
@@ -123,7 +153,7 @@ def _interface(fields: Sequence[Field]) -> str:
     lines = [
         "<View>",
         '  <Header value="Prompt"/>',
-        f'  <Text name="{_SHOWN}" value="$prompt"/>',
+        f"  {_TEXT}",
         '  <Header value="Answer of the model"/>',
         '  <Text name="answer_text" value="$answer"/>',
     ]
@@ -137,7 +167,35 @@ def _interface(fields: Sequence[Field]) -> str:
             lines += [f"    <Choice value={quoteattr(label)}/>" for label in labels]
             lines.append("  </Choices>")
         elif field.type in (pa.int64(), pa.float64()):
-            lines.append(f'  <Number name={name} toName="{_SHOWN}"/>')
+            lines.append(f'  <Number name={name} toName="{_SHOWN}"{_limits(field)}/>')
         else:
             lines.append(f'  <TextArea name={name} toName="{_SHOWN}" editable="true" maxSubmissions="1" rows="4"/>')
     return "\n".join([*lines, "</View>", ""])
+
+
+def _limits(field: Field) -> str:
+    """The attributes of a `Number` that keep people within the schema, as far as it has such."""
+    schema = without_null(field.schema, field.root) or {}
+    whole = field.type == pa.int64()
+    values = [
+        value for value in schema.get("enum", [schema["const"]] if "const" in schema else []) if value is not None
+    ]
+    low, high = _number(schema, "minimum"), _number(schema, "maximum")
+    if whole:  # bounds that are no whole numbers are those of the whole numbers between them
+        above, below = _number(schema, "exclusiveMinimum"), _number(schema, "exclusiveMaximum")
+        lows = [math.ceil(low)] if low is not None else []
+        lows += [math.floor(above) + 1] if above is not None else []
+        highs = [math.floor(high)] if high is not None else []
+        highs += [math.ceil(below) - 1] if below is not None else []
+        low, high = max(lows, default=None), min(highs, default=None)
+    if values:
+        low, high = min(values), max(values)
+    step = schema.get("multipleOf", 1 if whole else None)
+    given = {"min": low, "max": high, "step": step}
+    return "".join(f' {name}="{json.dumps(value)}"' for name, value in given.items() if value is not None)
+
+
+def _number(schema: Mapping[str, Any], key: str) -> float | None:
+    """None too where the key is a boolean, as exclusiveMinimum is in old drafts."""
+    value = schema.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

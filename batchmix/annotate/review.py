@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -11,14 +13,17 @@ import pyarrow.compute as pc
 from batchmix.annotate import argilla, label_studio
 from batchmix.annotate.checks import certainty_of
 from batchmix.annotate.columns import AGREEMENT, CONFIDENCE, INVALID
-from batchmix.annotate.config import ReviewTool
-from batchmix.annotate.corrections import Corrections, write_corrections
+from batchmix.annotate.config import ReviewConfig, ReviewTool
+from batchmix.annotate.corrections import Corrections, of_run, write_corrections
 from batchmix.annotate.prompts import RowPrompts
 from batchmix.annotate.results import Results
 from batchmix.annotate.review_item import ReviewItem
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.redact import redact
+from batchmix.written_config import quoted, written_text
 
+_PLAIN = re.compile(r"[A-Za-z0-9_.:/+-]+")  # needs no quotes, neither for a shell nor for Hydra
 _TOOLS = {ReviewTool.label_studio: label_studio, ReviewTool.argilla: argilla}
 
 
@@ -40,16 +45,42 @@ def review(config: Config) -> None:
     fields = results.answer.fields
     if settings.action == "export":
         items = least_certain(results, settings.rows)
-        for line in tool.write(settings.path, items, fields, results.run["config"]["model"]["path"]):
-            print(line)
+        lines, answers = tool.write(settings.path, items, fields, results.run["config"]["model"]["path"])
+        keys = {"output.dir": config.output.dir, "review.path": answers}
+        if settings.tool is not ReviewConfig.tool:
+            keys["review.tool"] = settings.tool.value
+        for line in [*lines, _command("review import", keys)]:
+            print(redact(line))
     else:
         corrections: Corrections = tool.read(settings.path, fields)
         if not corrections:
             raise BatchmixError(f"review.path={settings.path}: has no answers of people yet")
-        write_corrections(settings.corrections, corrections)
-        print(
-            f"{len(corrections):,} rows reviewed: batchmix export export.corrections={settings.corrections} takes them"
-        )
+        known = of_run(corrections, results, f"review.path={settings.path}")
+        if not known:
+            raise BatchmixError(
+                f"review.path={settings.path}: none of its {len(corrections):,} rows is in output.dir={results.url};"
+                " give the output.dir that the review was exported from"
+            )
+        write_corrections(settings.corrections, known)
+        if lost := len(corrections) - len(known):
+            print(f"{lost:,} rows left out, which are not in output.dir={results.url}")
+        keys = {"output.dir": config.output.dir, "export.dir": _new_folder(config),
+                "export.corrections": settings.corrections}  # fmt: skip
+        print(f"{len(known):,} rows reviewed; for a data set with people's answers run")
+        print(redact(_command("export", keys)))
+
+
+def _command(job: str, keys: Mapping[str, str]) -> str:
+    """A command line that runs as it stands, but for secrets, which it does not show."""
+    texts = {key: written_text(key, value) for key, value in keys.items()}
+    overrides = [f"{key}={text}" if _PLAIN.fullmatch(text) else quoted(key, text) for key, text in texts.items()]
+    return " ".join(["batchmix", job, *overrides])
+
+
+def _new_folder(config: Config) -> str:
+    """A folder for the data set; export.dir where it is given."""
+    name = config.output.dir.rstrip("/").rpartition("/")[2]
+    return config.export.dir or ("dataset" if name != "dataset" else "dataset-reviewed")
 
 
 def least_certain(results: Results, num_rows: int) -> list[ReviewItem]:

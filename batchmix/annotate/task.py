@@ -17,6 +17,7 @@ import yaml
 
 from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Text
 from batchmix.annotate.config import AnnotateConfig
+from batchmix.annotate.misread import misread_enum
 from batchmix.config import Config
 from batchmix.config_checks import check
 from batchmix.config_files import load_yaml
@@ -94,7 +95,12 @@ def _json_schema(task: AnnotateConfig) -> Any:
         return _pydantic_schema(task.pydantic)
     schema = task.json_schema
     if isinstance(schema, str):
-        schema = _read(schema, "annotate.json_schema")
+        path = schema
+        schema = _read(path, "annotate.json_schema")
+        if not path.endswith(".json") and (
+            misread := misread_enum(Path(path).expanduser().read_text(encoding="utf-8"))
+        ):
+            raise BatchmixError(f"annotate.json_schema={path}: {misread}")
     if schema is not None and not isinstance(schema, dict):
         raise BatchmixError(f"annotate.json_schema={schema}: must be a mapping, or a file that holds one")
     return schema

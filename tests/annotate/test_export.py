@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmix.annotate.arrow_types import Field
+from batchmix.annotate.card import card
 from batchmix.annotate.checks import write_checks
+from batchmix.annotate.columns import annotation_columns
 from batchmix.annotate.config import AnnotateConfig, ExportConfig, ExportFormat
-from batchmix.annotate.corrections import read_corrections, write_corrections
+from batchmix.annotate.corrections import Correction, read_corrections, write_corrections
 from batchmix.annotate.export import _as_texts, export
 from batchmix.annotate.results import Results
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.output.columns import OutputColumns
 from batchmix.output.config import OutputConfig, OutputFormat
 
 SCHEMA = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "tags": {"type": "array", "items": {"type": "string"}},
@@ -160,6 +164,17 @@ def test_a_card_without_a_licence_says_so(tmp_path: Path) -> None:
     assert "nobody has stated it: `export.license`" in text
 
 
+def test_the_card_explains_every_column_of_batchmix(tmp_path: Path) -> None:
+    results = run(tmp_path / "run")
+    every = OutputColumns(pa.schema([("text", pa.string())]), token_ids=False, logprobs=False, choice_probabilities=True,
+                          guided_logprobs=True, annotations=annotation_columns(TASK)).schema  # fmt: skip
+    text = card(results, ExportConfig(), Counter(rows=1), every)
+    assert [line for line in text.splitlines() if line.endswith("| from the source data |")] == [
+        "| text | string | from the source data |"
+    ]
+    assert "| the model's probability of each choice, in the order of the choices |" in text
+
+
 def test_the_folder_loads_as_the_hub_would_load_it(tmp_path: Path) -> None:
     import datasets
 
@@ -215,6 +230,20 @@ def test_corrections_take_the_models_place(tmp_path: Path, capsys: pytest.Captur
     assert "- checked by people (`reviewed`): 2" in (folder / "README.md").read_text()
 
 
+def test_corrections_of_another_row_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    path = tmp_path / "corrections.jsonl"
+    path.write_text('{"row": 1, "id": "r2", "values": {"mood": "bad"}}\n')
+    with pytest.raises(
+        BatchmixError, match=r"export\.corrections=.*: 1 of 1 rows .* \(row 1 is 'r2' there and 'r1' in the run\)"
+    ):
+        do(tmp_path, corrections=str(path))
+    assert not (tmp_path / "set").exists()
+    path.write_text('{"row": 1, "id": "r1", "values": {"mood": "bad"}}\n')
+    rows = pq.read_table(do(tmp_path, corrections=str(path)) / "data/train-00000.parquet").to_pylist()
+    assert [row["mood"] for row in rows][1] == "bad"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -249,6 +278,39 @@ def test_a_data_set_has_a_folder_of_its_own(name: str, tmp_path: Path, monkeypat
     assert not (tmp_path / "run/data").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("README.md", "README.md"),
+        ("notes.txt", "notes.txt"),
+        ("data/rows.csv", "data/rows.csv"),
+        ("data/train-00001.parquet", "data/train-00001.parquet"),
+    ],
+)
+def test_a_folder_with_files_of_people_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    run(tmp_path / "run")
+    (tmp_path / "set/data").mkdir(parents=True)
+    (tmp_path / "set" / name).write_text("mine")
+    with pytest.raises(BatchmixError, match=f"set: holds {said}, which batchmix export did not write"):
+        do(tmp_path)
+    assert [path.name for path in (tmp_path / "set").rglob("*") if path.is_file()] == [Path(name).name]
+    assert (tmp_path / "set" / name).read_text() == "mine"
+
+
+def test_an_export_that_was_killed_may_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "run")
+
+    def killed(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batchmix.annotate.export.card", killed)
+        with pytest.raises(KeyboardInterrupt):
+            do(tmp_path)
+    assert (tmp_path / "set/README.md").read_text() == "Made by batchmix: the export is not finished.\n"
+    assert "- records: 5\n" in (do(tmp_path) / "README.md").read_text()
+
+
 def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:
     run(tmp_path / "run")
     (tmp_path / "run/.batchmix/SUCCESS").unlink()
@@ -258,6 +320,6 @@ def test_a_run_that_is_not_finished_is_not_handed_over(tmp_path: Path) -> None:
 
 def test_corrections_hold_every_character(tmp_path: Path) -> None:
     path, text = str(tmp_path / "corrections.jsonl"), "one\u2028line\x85\n\U0001f600"
-    corrections = {2: {"note": text}, 1: {"note": "b"}}
+    corrections = {2: Correction("t2", {"note": text}), 1: Correction(None, {"note": "b"})}
     write_corrections(path, corrections)
     assert read_corrections(path, [Field("note", pa.string())]) == corrections

@@ -52,7 +52,7 @@ def handed_over(run: str, place: str) -> None:
     assert "exact match with people's answers: 75.0%" in text
     for tool in ReviewTool:
         review(config(review=ReviewConfig(tool=tool, path=f"{place}/{tool.value}.json", rows=2)))
-    record = {"metadata": {"row": 1}, "responses": {"mood": [{"value": "good", "status": "submitted"}]}}
+    record = {"metadata": {"row": 1, "id": "r1"}, "responses": {"mood": [{"value": "good", "status": "submitted"}]}}
     storage, name = open_file(f"{place}/argilla.json/records.json", "x")
     storage.replace(name, lambda file: file.write(json.dumps([record]).encode()))
     for path in ("argilla.json", "argilla.json/records.json"):

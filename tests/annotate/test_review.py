@@ -5,23 +5,29 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from finished_runs import finished
 
 from batchmix.annotate import argilla, label_studio
 from batchmix.annotate.config import AnnotateConfig, ReviewConfig, ReviewTool
+from batchmix.annotate.corrections import Correction, check_value
 from batchmix.annotate.results import Results
 from batchmix.annotate.review import least_certain, review
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
+from batchmix.jobs.export import main as export_main
+from batchmix.jobs.review import main as review_main
 from batchmix.output.config import OutputConfig
 
 SCHEMA = {"type": "object", "properties": {
-    "mood": {"enum": ["good", "bad & <ugly>"]}, "urgent": {"type": "boolean"}, "score": {"type": "integer"},
+    "mood": {"enum": ["good", "bad & <ugly>"]}, "urgent": {"type": "boolean"},
+    "score": {"type": "integer", "minimum": 1, "maximum": 5},
     "Why Not": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}}}  # fmt: skip
 MODEL_SAYS = {"mood": "good", "urgent": True, "score": 3, "Why Not": 'say "why"', "tags": ["x"]}
 
@@ -47,7 +53,7 @@ PEOPLE_SAY = {"mood": "bad & <ugly>", "urgent": False, "score": 5, "Why Not": "b
 
 # A record as argilla.Dataset.to_disk writes it.
 EXPORTED_RECORD: dict[str, Any] = {
-    "id": "2", "fields": {"prompt": "p"}, "metadata": {"row": 2},
+    "id": "2", "fields": {"prompt": "p"}, "metadata": {"row": 2, "id": "r2"},
     "suggestions": {"mood": {"value": "good", "score": 0.9, "agent": "m"}},
     "responses": {
         "mood": [{"value": "bad & <ugly>", "user_id": "2cee6494-a904-4572-a759-09d7ec31d972"}],
@@ -114,6 +120,46 @@ def test_label_studio_takes_tasks_with_the_models_answers(results: Results, tmp_
         assert controls[result["from_name"]].tag.lower() == result["type"]
 
 
+@pytest.mark.parametrize(
+    ("schema", "attributes"),
+    [
+        ({"type": "integer", "minimum": 1, "maximum": 5}, {"min": "1", "max": "5", "step": "1"}),
+        ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 5.5}, {"min": "1", "max": "5", "step": "1"}),
+        ({"type": "integer", "multipleOf": 10}, {"step": "10"}),
+        ({"enum": [3, 1, 2]}, {"min": "1", "max": "3", "step": "1"}),
+        ({"anyOf": [{"$ref": "#/$defs/share"}, {"type": "null"}]}, {"min": "0", "max": "1.5"}),
+        ({"type": "number"}, {}),
+    ],
+)
+def test_numbers_have_the_limits_of_the_schema(tmp_path: Path, schema: Any, attributes: dict[str, str]) -> None:
+    whole = {
+        "type": "object",
+        "properties": {"n": schema},
+        "$defs": {"share": {"type": "number", "minimum": 0, "maximum": 1.5}},
+    }
+    task = AnnotateConfig(input="x", json_schema=whole)
+    do(finished(tmp_path / "run", task, [({"text": "a"}, ["?"])]), path=str(tmp_path / "tasks.json"))
+    (number,) = ElementTree.parse(tmp_path / "tasks.xml").getroot().iter("Number")
+    assert number.attrib == {"name": "n", "toName": "prompt_text", **attributes}
+
+
+def test_values_of_people_fit_schemas_behind_references(tmp_path: Path) -> None:
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    whole = {"type": "object", "properties": {"n": {"$ref": "#/$defs/share"}, "m": {"$ref": "#/$defs/share"}}, "required": ["m"],
+             "$defs": {"share": share}}  # fmt: skip
+    answer = finished(tmp_path / "run", AnnotateConfig(input="x", json_schema=whole), [({"text": "a"}, ["?"])]).answer
+    assert answer is not None
+    optional, required = answer.fields
+    assert check_value(optional, 0.5, "here") == 0.5
+    assert check_value(optional, None, "here") is None
+    with pytest.raises(
+        BatchmixError, match=r"^here: n=1\.5 does not fit the schema: 1\.5 is greater than the maximum of 1$"
+    ):
+        check_value(optional, 1.5, "here")
+    with pytest.raises(BatchmixError, match=r"^here: m=None does not fit the schema: None is not of type 'number'$"):
+        check_value(required, None, "here")
+
+
 def test_many_labels_are_a_menu(tmp_path: Path) -> None:
     labels = [f"l{number}" for number in range(200)]
     many = finished(tmp_path / "many", AnnotateConfig(input="x", choice=labels), [({"text": "a"}, ["l7"])])
@@ -126,7 +172,9 @@ def test_label_studios_export_is_read(results: Results, tmp_path: Path) -> None:
     assert results.answer is not None
     (tmp_path / "export.json").write_text(json.dumps([EXPORTED_TASK, {**EXPORTED_TASK, "annotations": []}]))
     do(results, action="import", path=str(tmp_path / "export.json"), corrections=str(tmp_path / "c.jsonl"))
-    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [{"row": 2, "values": PEOPLE_SAY}]
+    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [
+        {"row": 2, "id": "r2", "values": PEOPLE_SAY}
+    ]
 
 
 GOOD = {"from_name": "mood", "type": "choices", "value": {"choices": ["good"]}}
@@ -152,13 +200,13 @@ def test_what_people_left_out_is_no_answer(
     results: Results, tmp_path: Path, annotations: Any, mood: str | None
 ) -> None:
     path = tmp_path / "export.json"
-    path.write_text(json.dumps([{"data": {"row": 0}, "annotations": annotations}]))
+    path.write_text(json.dumps([{"data": {"row": 0, "id": "r0"}, "annotations": annotations}]))
     if mood is None:
         with pytest.raises(BatchmixError, match=r"export.json: has no answers of people yet$"):
             do(results, action="import", path=str(path), corrections=str(tmp_path / "c.jsonl"))
     else:
         assert results.answer is not None
-        assert label_studio.read(str(path), results.answer.fields) == {0: {"mood": mood}}
+        assert label_studio.read(str(path), results.answer.fields) == {0: Correction("r0", {"mood": mood})}
 
 
 @pytest.mark.parametrize(
@@ -167,11 +215,11 @@ def test_what_people_left_out_is_no_answer(
         {"data": None, "annotations": []},
         {"data": {"row": None}, "annotations": []},
         {"data": {"row": "x"}, "annotations": []},
-        {"data": {"row": 0}, "annotations": 5},
-        {"data": {"row": 0}, "annotations": [None]},
-        {"data": {"row": 0}, "annotations": [{"result": "x"}]},
-        {"data": {"row": 0}, "annotations": [{"result": [5]}]},
-        {"data": {"row": 0}, "annotations": [{"result": [{**GOOD, "value": {"text": [5]}}]}]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": 5},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [None]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [{"result": "x"}]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [{"result": [5]}]},
+        {"data": {"row": 0, "id": "r0"}, "annotations": [{"result": [{**GOOD, "value": {"text": [5]}}]}]},
     ],
 )
 def test_what_label_studio_does_not_write_is_one_line(results: Results, tmp_path: Path, task: Any) -> None:
@@ -189,11 +237,13 @@ def test_of_several_people_most_decide(results: Results, tmp_path: Path) -> None
         return {"result": [{"from_name": "mood", "type": "choices", "value": {"choices": [mood]}}]}
 
     task = {
-        "data": {"row": 0},
+        "data": {"row": 0, "id": "r0"},
         "annotations": [annotation("good"), annotation("bad & <ugly>"), annotation("bad & <ugly>")],
     }
     (tmp_path / "export.json").write_text(json.dumps([task]))
-    assert label_studio.read(str(tmp_path / "export.json"), results.answer.fields) == {0: {"mood": "bad & <ugly>"}}
+    assert label_studio.read(str(tmp_path / "export.json"), results.answer.fields) == {
+        0: Correction("r0", {"mood": "bad & <ugly>"})
+    }
 
 
 def test_argilla_takes_a_folder_and_gives_one_back(results: Results, tmp_path: Path) -> None:
@@ -209,7 +259,139 @@ def test_argilla_takes_a_folder_and_gives_one_back(results: Results, tmp_path: P
     assert records[1]["suggestions"]["field_3"]["value"] == 'say "why"'
     (folder / "records.json").write_text(json.dumps([EXPORTED_RECORD, records[0]]))
     do(results, action="import", tool=ReviewTool.argilla, path=str(folder), corrections=str(tmp_path / "c.jsonl"))
-    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [{"row": 2, "values": PEOPLE_SAY}]
+    assert [json.loads(line) for line in (tmp_path / "c.jsonl").open()] == [
+        {"row": 2, "id": "r2", "values": PEOPLE_SAY}
+    ]
+
+
+def said_of(*rows: tuple[int, str]) -> str:
+    """Label Studio's export in which a person calls each row, given with its id, good."""
+    return json.dumps([{"data": {"row": row, "id": id}, "annotations": [{"result": [GOOD]}]} for row, id in rows])
+
+
+def test_a_review_of_the_rows_in_another_order_is_refused(results: Results, tmp_path: Path) -> None:
+    export, corrections = tmp_path / "export.json", tmp_path / "c.jsonl"
+    export.write_text(said_of((0, "r0"), (1, "r2"), (2, "r1"), (9, "r9")))
+    with pytest.raises(BatchmixError) as caught:
+        do(results, action="import", path=str(export), corrections=str(corrections))
+    assert f"2 of 4 rows have another id in output.dir={results.url} (row 1 is 'r2' there and 'r1' in the run)" in str(
+        caught.value
+    )
+    assert not corrections.exists()
+
+
+def test_reviewed_rows_that_the_run_does_not_have_are_left_out(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, corrections = tmp_path / "export.json", tmp_path / "c.jsonl"
+    export.write_text(said_of((9, "r9")))
+    with pytest.raises(BatchmixError, match=r"none of its 1 rows is in output\.dir="):
+        do(results, action="import", path=str(export), corrections=str(corrections))
+    export.write_text(said_of((3, "r3"), (9, "r9"), (10, "r10")))
+    do(results, action="import", path=str(export), corrections=str(corrections))
+    assert "2 rows left out, which are not in output.dir=" in capsys.readouterr().out
+    assert [json.loads(line)["row"] for line in corrections.open()] == [3]
+
+
+def test_a_file_that_review_export_did_not_write_is_kept(results: Results, tmp_path: Path) -> None:
+    own = tmp_path / "tickets.csv"
+    own.write_text("text\nhello\n")
+    with pytest.raises(BatchmixError, match=r"tickets\.csv: is there and was not written by review export"):
+        do(results, path=str(own))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["tickets.csv"]
+    assert own.read_text() == "text\nhello\n"
+
+    answered = tmp_path / "answered.json"
+    answered.write_text(said_of((1, "r1")))
+    with pytest.raises(BatchmixError, match=r"answered\.json: is there and was not written by review export"):
+        do(results, path=str(answered))
+    assert answered.read_text() == said_of((1, "r1"))
+
+    (tmp_path / "page.xml").write_text("<html/>")
+    with pytest.raises(BatchmixError, match=r"page\.xml beside it is there and was not written by review export"):
+        do(results, path=str(tmp_path / "page.json"))
+    assert not (tmp_path / "page.json").exists()
+    with pytest.raises(BatchmixError, match=r"new\.xml is the labelling interface's"):
+        do(results, path=str(tmp_path / "new.xml"))
+
+
+@pytest.mark.parametrize("tool", list(ReviewTool))
+def test_a_review_that_nobody_answered_may_be_written_again(results: Results, tmp_path: Path, tool: ReviewTool) -> None:
+    for rows in (2, 3):
+        do(results, path=str(tmp_path / "review.json"), tool=tool, rows=rows)
+    name = "review.json/records.json" if tool is ReviewTool.argilla else "review.json"
+    assert len(json.loads((tmp_path / name).read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("records.json", json.dumps([EXPORTED_RECORD])),
+        ("records.json", "my records"),
+        (".argilla/settings.json", '{"guidelines": "mine"}'),
+    ],
+)
+def test_an_argilla_folder_of_people_is_kept(results: Results, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "folder/.argilla").mkdir(parents=True)
+    (tmp_path / "folder" / name).write_text(text)
+    with pytest.raises(BatchmixError, match="is there and is not as review export wrote it"):
+        do(results, path=str(tmp_path / "folder"), tool=ReviewTool.argilla)
+    assert (tmp_path / "folder" / name).read_text() == text
+    assert [path.name for path in (tmp_path / "folder").rglob("*") if path.is_file()] == [Path(name).name]
+
+
+def test_corrections_replace_earlier_corrections_alone(results: Results, tmp_path: Path) -> None:
+    export, corrections = tmp_path / "export.json", tmp_path / "c.jsonl"
+    export.write_text(said_of((1, "r1")))
+    corrections.write_text('{"text": "a row of the data"}\n')
+    for place in (export, corrections):
+        text = place.read_text()
+        with pytest.raises(BatchmixError, match="is there and is no file of corrections"):
+            do(results, action="import", path=str(export), corrections=str(place))
+        assert place.read_text() == text
+    corrections.write_text('{"row": 0, "values": {}}\n')
+    do(results, action="import", path=str(export), corrections=str(corrections))
+    assert [json.loads(line)["row"] for line in corrections.open()] == [1]
+
+
+def run_printed(out: str) -> None:
+    """The command of the last line, as a shell and Hydra read it, in this process."""
+    words = shlex.split(out.splitlines()[-1])
+    assert words[0] == "batchmix"
+    main = {"review": review_main, "export": export_main}[words[1]]
+    assert main(words[2:]) == 0
+
+
+@pytest.mark.parametrize("tool", list(ReviewTool))
+@pytest.mark.parametrize("name", ["run", "it's my, {run}=1 $HOME", "dataset"])
+def test_printed_commands_run(
+    name: str, tool: ReviewTool, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").rename(name)
+    do(Results(name), path=f"{name} r.json", tool=tool, rows=2)
+    if tool is ReviewTool.argilla:
+        Path(f"{name} r.json-answers").mkdir()
+        Path(f"{name} r.json-answers/records.json").write_text(json.dumps([EXPORTED_RECORD]))
+    else:
+        Path(f"{name} r-answers.json").write_text(said_of((2, "r2")))
+    run_printed(capsys.readouterr().out)
+    run_printed(capsys.readouterr().out)
+    folder = "dataset-reviewed" if name == "dataset" else "dataset"
+    rows = pq.read_table(Path(folder) / "data/train-00000.parquet").to_pylist()
+    assert [row["row"] for row in rows if row["reviewed"]] == [2]
+
+
+def test_printed_commands_have_no_secrets(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("batchmix.annotate.review.Results", lambda url: results)
+    secret = "s3://key:" + "pa55word" + "@host/run"
+    review(Config(output=OutputConfig(dir=secret), review=ReviewConfig(path=str(tmp_path / "tasks.json"))))
+    out = capsys.readouterr().out
+    assert "output.dir='s3://***@host/run'" in out
+    assert "pa55word" not in out
 
 
 def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path: Path) -> None:
@@ -219,9 +401,14 @@ def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path:
         {"value": "bad & <ugly>", "status": "submitted"},
         {"value": "good", "status": "discarded"},
     ]
-    record = {"metadata": {"row": 1}, "responses": {"mood": said, "score": [{"value": "1", "status": "draft"}]}}
+    record = {
+        "metadata": {"row": 1, "id": "r1"},
+        "responses": {"mood": said, "score": [{"value": "1", "status": "draft"}]},
+    }
     (tmp_path / "records.json").write_text(json.dumps([record]))
-    assert argilla.read(str(tmp_path / "records.json"), results.answer.fields) == {1: {"mood": "bad & <ugly>"}}
+    assert argilla.read(str(tmp_path / "records.json"), results.answer.fields) == {
+        1: Correction("r1", {"mood": "bad & <ugly>"})
+    }
 
 
 @pytest.mark.parametrize(
@@ -229,15 +416,23 @@ def test_drafts_and_discarded_responses_do_not_count(results: Results, tmp_path:
     [
         ("label_studio", '[{"row": 2, "mood": "good"}]', "task 1: is no task of Label Studio's JSON export (not JSON-MIN)"),
         ("label_studio", "[", "cannot be read"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": []}]', "has no answers of people yet"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "x", "value": {}}]}]}]', "x is no field of the answers"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "score", "value": {"text": "many"}}]}]}]',
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": []}]', "has no answers of people yet"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "x", "value": {}}]}]}]', "x is no field of the answers"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "score", "value": {"text": "many"}}]}]}]',
          "score='many' is no JSON of int64"),
-        ("label_studio", '[{"data": {"row": 1}, "annotations": [{"result": [{"from_name": "urgent", "value": {"choices": ["1"]}}]}]}]',
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "score", "value": {"number": 9}}]}]}]',
+         "task 1: score=9 does not fit the schema: 9 is greater than the maximum of 5"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "score", "value": {"number": 2.5}}]}]}]',
+         "task 1: score=2.5 does not fit the schema: 2.5 is not of type 'integer'"),
+        ("argilla", '[{"metadata": {"row": 1, "id": "r1"}, "responses": {"score": [{"value": "0"}]}}]',
+         "record 1: score=0 does not fit the schema: 0 is less than the minimum of 1"),
+        ("label_studio", '[{"data": {"row": 1, "id": "r1"}, "annotations": [{"result": [{"from_name": "urgent", "value": {"choices": ["1"]}}]}]}]',
          "urgent=1 must be bool"),
+        ("label_studio", '[{"data": {"row": 1}, "annotations": []}]', "task 1: has no data.id"),
         ("argilla", '[{"metadata": {}}]', "record 1: has no metadata.row"),
-        ("argilla", '[{"metadata": {"row": 1}, "responses": {"x": []}}]', "x is no question of ours; those are mood, urgent"),
-        ("argilla", '[{"metadata": {"row": 1}, "responses": {"mood": [{"value": "fine"}]}}]', "mood='fine' must be one of good, bad"),
+        ("argilla", '[{"metadata": {"row": 1}}]', "record 1: has no metadata.id"),
+        ("argilla", '[{"metadata": {"row": 1, "id": "r1"}, "responses": {"x": []}}]', "x is no question of ours; those are mood, urgent"),
+        ("argilla", '[{"metadata": {"row": 1, "id": "r1"}, "responses": {"mood": [{"value": "fine"}]}}]', "mood='fine' must be one of good, bad"),
     ],
 )  # fmt: skip
 def test_an_export_that_does_not_fit_is_refused(

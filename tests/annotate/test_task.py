@@ -14,6 +14,7 @@ from slow_cases import slow_after
 
 from batchmix.annotate.answer import Json
 from batchmix.annotate.config import AnnotateConfig
+from batchmix.annotate.misread import misread_labels
 from batchmix.annotate.task import answer_of, prepare
 from batchmix.config import Config
 from batchmix.errors import BatchmixError
@@ -151,6 +152,34 @@ def test_labels_that_are_swapped_must_be_choices() -> None:
         prepare(Config(annotate=task, data=data))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "annotate: {choice: ['010', '1e5', \"yes\", 8, 0, -1, a, 2024-01-02]}",
+        "annotate: {json_schema: {enum: ['yes', '010', true, False, 10, 0, 1.50, null]}}",
+        "annotate: {json_schema: schema.yaml}",
+        "annotate: 5",
+        "",
+    ],
+)
+def test_labels_that_are_what_they_seem_are_taken(text: str) -> None:
+    assert misread_labels(text) is None
+
+
+def test_labels_of_a_schema_file_are_what_they_seem(tmp_path: Path) -> None:
+    path = tmp_path / "schema.yaml"
+    path.write_text("properties: {code: {enum: [010, 011]}}")
+    task = AnnotateConfig(input="{{ text }}", json_schema=str(path))
+    with pytest.raises(
+        BatchmixError, match=r"schema\.yaml: properties\.code\.enum\[0\] is 8 to YAML, not the text '010'"
+    ):
+        prompt(task, {"text": "b"})
+    path.write_text("properties: {code: {enum: ['010', '011']}}")
+    assert '{"enum": ["010", "011"]}' in prompt(
+        AnnotateConfig(input="{{ text }}", instruction="Q", json_schema=str(path)), {"text": "b"}
+    )
+
+
 def test_a_template_beside_a_task_is_refused() -> None:
     with pytest.raises(BatchmixError, match=r"data\.template: a task makes the prompt"):
         prepare(Config(annotate=AnnotateConfig(input="x"), data=DataConfig(path="x", template="y")))
@@ -168,6 +197,14 @@ def test_a_stop_string_does_not_go_with_answers_of_a_form() -> None:
     [
         ("annotate: {input: x, choice: [a, yes]}", "task.yaml: annotate.choice[1] is True to YAML, not a text; put quotes around"),
         ("annotate: {input: x, choice: [1.50, 2]}", "task.yaml: annotate.choice[0] is 1.5 to YAML"),
+        ("annotate: {input: x, choice: ['9', 010, 011]}", "task.yaml: annotate.choice[1] is 8 to YAML, not a text; put quotes around"),
+        ("annotate: {input: x, choice: [1e5, a]}", "task.yaml: annotate.choice[0] is 100000.0 to YAML"),
+        ("annotate: {input: x, choice: [a, 12:30]}", "task.yaml: annotate.choice[1] is 750 to YAML"),
+        ("annotate: {input: x, json_schema: {enum: [yes, no]}}",
+         "task.yaml: annotate.json_schema.enum[0] is True to YAML, not the text 'yes'; put quotes around"),
+        ("annotate: {input: x, json_schema: {properties: {code: {anyOf: [{enum: [a, 007]}]}}}}",
+         "task.yaml: annotate.json_schema.properties.code.anyOf[0].enum[1] is 7 to YAML, not the text '007'"),
+        ("annotate: {input: x, json_schema: {properties: {on: {const: off}}}}", "properties.on.const is False to YAML, not the text 'off'"),
         ("annotate: {input: x, choice: {a: 1}}", "a mapping stands where a list belongs, which is written [a, b], or a list"),
         ("annotate: 5", "annotate=5: must be a group of keys, each with its value (in annotate/task.yaml)"),
     ],

@@ -1,0 +1,77 @@
+"""Labels that YAML takes for something else than they seem to be: 010 is the number 8, yes is true.
+
+A loaded file no longer has their text, so its nodes are looked at. What stands in quotes is a text, and fine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import yaml
+
+_INT, _BOOL, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("int", "bool", "float"))
+_POWER = re.compile(
+    r"[-+]?[0-9]+[eE][-+]?[0-9]+"
+)  # 1e5: a number to OmegaConf, which reads task files, but not to PyYAML
+_QUOTES = "put quotes around yes, no, on, off and numbers"
+
+
+def misread_labels(text: str) -> str | None:
+    """What is wrong with the labels of a task file in YAML, of `choice` and of any `enum` or `const` in `json_schema`."""
+    task = _value(yaml.compose(text, yaml.SafeLoader), "annotate")
+    choice = _value(task, "choice")
+    for number, label in enumerate(choice.value if isinstance(choice, yaml.SequenceNode) else []):
+        if isinstance(label, yaml.ScalarNode) and (label.tag in (_BOOL, _FLOAT) or _is_another_number(label)):
+            return f"annotate.choice[{number}] is {_meaning(label)} to YAML, not a text; {_QUOTES}"
+        if isinstance(label, yaml.ScalarNode) and label.style is None and _POWER.fullmatch(label.value):
+            return f"annotate.choice[{number}] is {float(label.value)} to YAML, not a text; {_QUOTES}"
+    return _misread(_value(task, "json_schema"), "annotate.json_schema")
+
+
+def misread_enum(text: str) -> str | None:
+    """The same of a JSON Schema in a YAML file of its own."""
+    return _misread(yaml.compose(text, yaml.SafeLoader), "")
+
+
+def _misread(schema: yaml.Node | None, where: str) -> str | None:
+    """Booleans and numbers may be meant, where they are written as JSON has them."""
+    for path, value in _allowed_values(schema, where, set()):
+        if (value.tag == _BOOL and value.value.lower() not in ("true", "false")) or _is_another_number(value):
+            return f"{path} is {_meaning(value)} to YAML, not the text {value.value!r}; {_QUOTES} where texts are meant"
+    return None
+
+
+def _allowed_values(node: yaml.Node | None, where: str, seen: set[int]) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """The scalars of each `enum` and `const`, with their paths. An alias is looked at once."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _allowed_values(item, f"{where}[{number}]", seen)
+        return
+    for key, value in node.value:
+        path = f"{where}.{key.value}" if where else str(key.value)
+        if key.value == "enum" and isinstance(value, yaml.SequenceNode):
+            for number, item in enumerate(value.value):
+                if isinstance(item, yaml.ScalarNode):
+                    yield f"{path}[{number}]", item
+        elif key.value == "const" and isinstance(value, yaml.ScalarNode):
+            yield path, value
+        else:
+            yield from _allowed_values(value, path, seen)
+
+
+def _value(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for name, value in reversed(pairs) if name.value == key), None)
+
+
+def _is_another_number(node: yaml.ScalarNode) -> bool:
+    """Whether it is an integer of another text: octal as 010 and 0o10, 0x10, 1_000, or 1:30, which is 90."""
+    return bool(node.tag == _INT and node.value != str(_meaning(node)))
+
+
+def _meaning(node: yaml.ScalarNode) -> object:
+    return yaml.constructor.SafeConstructor().construct_object(node)
