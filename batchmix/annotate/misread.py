@@ -1,12 +1,15 @@
-"""Labels that YAML takes for something else than they seem to be: 010 is the number 8, yes is true.
+"""What a task file says but hardly means.
 
-A loaded file no longer has their text, so its nodes are looked at. What stands in quotes is a text, and fine.
+YAML takes some labels for something else than they seem to be: 010 is the number 8, yes is true. A loaded file no longer has their
+text, so its nodes are looked at. What stands in quotes is a text, and fine. And a name in `required` may be a typo.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -32,6 +35,25 @@ def misread_labels(text: str) -> str | None:
 def misread_enum(text: str) -> str | None:
     """The same of a JSON Schema in a YAML file of its own."""
     return _misread(yaml.compose(text, yaml.SafeLoader), "")
+
+
+def undeclared(schema: Any, where: str = "annotate.json_schema") -> Iterator[str]:
+    """A line for each name in `required` that is none of the `properties` beside it."""
+    if isinstance(schema, list):
+        for number, item in enumerate(schema):
+            yield from undeclared(item, f"{where}[{number}]")
+    if not isinstance(schema, dict):
+        return
+    properties, required = schema.get("properties"), schema.get("required")
+    if isinstance(properties, dict) and isinstance(required, list):
+        for name in required:
+            if name not in properties:
+                near = difflib.get_close_matches(str(name), map(str, properties), 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                yield f"{where}.required names {name!r}, which is none of its properties{hint}"
+    for key, value in schema.items():
+        if key not in ("enum", "const", "default", "examples"):
+            yield from undeclared(value, f"{where}.{key}")
 
 
 def _misread(schema: yaml.Node | None, where: str) -> str | None:

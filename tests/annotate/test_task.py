@@ -180,6 +180,21 @@ def test_labels_of_a_schema_file_are_what_they_seem(tmp_path: Path) -> None:
     )
 
 
+def test_a_required_name_that_is_no_property_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    part = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["cty"]}
+    schema = {"type": "object", "properties": {"stars": {"type": "integer"}, "required": {"enum": ["yes", "no"]},
+                                               "places": {"type": "array", "items": part}}, "required": ["star", "places"]}  # fmt: skip
+    prompt(AnnotateConfig(input="{{ text }}", json_schema=schema), {"text": "b"})
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "annotate.json_schema.required names 'star', which is none of its properties; did you mean 'stars'?",
+        "annotate.json_schema.properties.places.items.required names 'cty', which is none of its properties; did you mean 'city'?",
+    ]
+    caplog.clear()
+    schema["required"], part["required"] = ["stars"], ["city"]
+    prompt(AnnotateConfig(input="{{ text }}", json_schema=schema), {"text": "b"})
+    assert not caplog.records
+
+
 def test_a_template_beside_a_task_is_refused() -> None:
     with pytest.raises(BatchmixError, match=r"data\.template: a task makes the prompt"):
         prepare(Config(annotate=AnnotateConfig(input="x"), data=DataConfig(path="x", template="y")))
