@@ -70,7 +70,9 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
             if said:
                 values[field.name] = settle(said)
         if values:
-            found[int(metadata["row"])] = Correction(str(metadata["id"]), values)
+            found[int(metadata["row"])] = Correction(
+                str(metadata["id"]), values, (record.get("fields") or {}).get("prompt")
+            )
     return found
 
 

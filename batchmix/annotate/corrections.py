@@ -26,10 +26,12 @@ REVIEWED = "reviewed"  # column: a person's answer stands here
 
 @dataclass(frozen=True)
 class Correction:
-    """What people said of a row. `id` is the row's own; None in files of earlier releases."""
+    """What people said of a row. `id` is the row's own; None in files of earlier releases. `prompt` is what they read, which the
+    file does not have."""
 
     id: str | None
     values: dict[str, Any]
+    prompt: str | None = None
 
 
 Corrections = dict[int, Correction]

@@ -73,7 +73,9 @@ def read(path: str, fields: Sequence[Field]) -> Corrections:
         names = list(dict.fromkeys(name for values in said for name in values))
         if names:
             found[int(data["row"])] = Correction(
-                str(data["id"]), {name: settle(values[name] for values in said if name in values) for name in names}
+                str(data["id"]),
+                {name: settle(values[name] for values in said if name in values) for name in names},
+                data.get("prompt"),
             )
     return found
 

@@ -1,12 +1,15 @@
-"""Labels that YAML takes for something else than they seem to be: 010 is the number 8, yes is true.
+"""What a task file says but hardly means.
 
-A loaded file no longer has their text, so its nodes are looked at. What stands in quotes is a text, and fine.
+YAML takes some labels for something else than they seem to be: 010 is the number 8, yes is true. A loaded file no longer has their
+text, so its nodes are looked at. What stands in quotes is a text, and fine. And a name in `required` may be a typo.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -14,7 +17,6 @@ _INT, _BOOL, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("int", "bool", "
 _POWER = re.compile(
     r"[-+]?[0-9]+[eE][-+]?[0-9]+"
 )  # 1e5: a number to OmegaConf, which reads task files, but not to PyYAML
-_QUOTES = "put quotes around yes, no, on, off and numbers"
 
 
 def misread_labels(text: str) -> str | None:
@@ -22,10 +24,9 @@ def misread_labels(text: str) -> str | None:
     task = _value(yaml.compose(text, yaml.SafeLoader), "annotate")
     choice = _value(task, "choice")
     for number, label in enumerate(choice.value if isinstance(choice, yaml.SequenceNode) else []):
-        if isinstance(label, yaml.ScalarNode) and (label.tag in (_BOOL, _FLOAT) or _is_another_number(label)):
-            return f"annotate.choice[{number}] is {_meaning(label)} to YAML, not a text; {_QUOTES}"
-        if isinstance(label, yaml.ScalarNode) and label.style is None and _POWER.fullmatch(label.value):
-            return f"annotate.choice[{number}] is {float(label.value)} to YAML, not a text; {_QUOTES}"
+        if isinstance(label, yaml.ScalarNode) and _becomes_another_text(label):
+            meaning = float(label.value) if _is_power(label) else _meaning(label)
+            return f"annotate.choice[{number}] is {meaning} to YAML, not a text; put quotes around yes, no, on, off and numbers"
     return _misread(_value(task, "json_schema"), "annotate.json_schema")
 
 
@@ -34,11 +35,30 @@ def misread_enum(text: str) -> str | None:
     return _misread(yaml.compose(text, yaml.SafeLoader), "")
 
 
+def undeclared(schema: Any, where: str = "annotate.json_schema") -> Iterator[str]:
+    """A line for each name in `required` that is none of the `properties` beside it."""
+    if isinstance(schema, list):
+        for number, item in enumerate(schema):
+            yield from undeclared(item, f"{where}[{number}]")
+    if not isinstance(schema, dict):
+        return
+    properties, required = schema.get("properties"), schema.get("required")
+    if isinstance(properties, dict) and isinstance(required, list):
+        for name in required:
+            if name not in properties:
+                near = difflib.get_close_matches(str(name), map(str, properties), 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                yield f"{where}.required names {name!r}, which is none of its properties{hint}"
+    for key, value in schema.items():
+        if key not in ("enum", "const", "default", "examples"):
+            yield from undeclared(value, f"{where}.{key}")
+
+
 def _misread(schema: yaml.Node | None, where: str) -> str | None:
     """Booleans and numbers may be meant, where they are written as JSON has them."""
     for path, value in _allowed_values(schema, where, set()):
         if (value.tag == _BOOL and value.value.lower() not in ("true", "false")) or _is_another_number(value):
-            return f"{path} is {_meaning(value)} to YAML, not the text {value.value!r}; {_QUOTES} where texts are meant"
+            return f"{path} is {_meaning(value)} to YAML, not the text {value.value!r}; put quotes around yes, no, on, off and numbers where texts are meant"
     return None
 
 
@@ -66,6 +86,14 @@ def _allowed_values(node: yaml.Node | None, where: str, seen: set[int]) -> Itera
 def _value(node: yaml.Node | None, key: str) -> yaml.Node | None:
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return next((value for name, value in reversed(pairs) if name.value == key), None)
+
+
+def _becomes_another_text(label: yaml.ScalarNode) -> bool:
+    return label.tag in (_BOOL, _FLOAT) or _is_another_number(label) or _is_power(label)
+
+
+def _is_power(node: yaml.ScalarNode) -> bool:
+    return node.style is None and _POWER.fullmatch(node.value) is not None
 
 
 def _is_another_number(node: yaml.ScalarNode) -> bool:

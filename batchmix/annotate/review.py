@@ -66,8 +66,26 @@ def review(config: Config) -> None:
             print(f"{lost:,} rows left out, which are not in output.dir={results.url}")
         keys = {"output.dir": config.output.dir, "export.dir": _new_folder(config),
                 "export.corrections": settings.corrections}  # fmt: skip
+        if other := _of_other_prompts(known, results):
+            print(
+                f"{other:,} rows have another prompt in output.dir={results.url}, and the ids are ordinals, which do not tell"
+                " whether they are the same rows: is it the output.dir that the review was exported from?"
+            )
         print(f"{len(known):,} rows reviewed; for a data set with people's answers run")
         print(redact(_command("export", keys)))
+
+
+def _of_other_prompts(corrections: Corrections, results: Results) -> int:
+    """How many rows whose id is their ordinal have another prompt in the run, white space aside."""
+    shown = {row: said.prompt for row, said in corrections.items() if said.prompt and said.id == str(row)}
+    if not shown:
+        return 0
+    prompts, wanted, found = RowPrompts(results), pa.array(list(shown), pa.int64()), 0
+    for table in results.batches():
+        for record in table.filter(pc.is_in(table["row"], value_set=wanted)).to_pylist():
+            prompt = prompts.of(record)  # empty where the output kept no columns to make it of
+            found += bool(prompt) and prompt.split() != str(shown[record["row"]]).split()
+    return found
 
 
 def _command(job: str, keys: Mapping[str, str]) -> str:

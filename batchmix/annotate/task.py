@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 
 from batchmix.annotate.answer import Answer, Choice, Invalid, Json, Pattern, Text
 from batchmix.annotate.config import AnnotateConfig
-from batchmix.annotate.misread import misread_enum
+from batchmix.annotate.misread import misread_enum, undeclared
 from batchmix.config import Config
 from batchmix.config_checks import check
 from batchmix.config_files import load_yaml
@@ -26,6 +27,7 @@ from batchmix.sampling import MAX_SCORED_CHOICES, SamplingConfig, StructuredOutp
 from batchmix.templates.messages import PromptError
 from batchmix.templates.template import RowTemplate
 
+_log = logging.getLogger(__name__)
 _SCHEMAS = ("choice", "regex", "json_schema", "pydantic")
 
 
@@ -48,6 +50,8 @@ def prepare(config: Config) -> Config:
     answer = answer_of(task)
     if answer is None:
         raise AssertionError("annotate.input is set")
+    for line in undeclared(task.json_schema):
+        _log.warning(line)
     data = dataclasses.replace(config.data, template=_template(task, answer))
     _check_swap(task, config)
     return check(dataclasses.replace(config, annotate=task, data=data, sampling=_guided(config.sampling, task)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from jinja2 import meta, nodes
 from batchmix.errors import BatchmixError
 from batchmix.templates.counted_jinja import CountedEnvironment, counted
 from batchmix.templates.messages import PromptError, check_text
+
+_WORDS = re.compile(r"\{\{[-+]?\s*(\w+(?: +\w+)+)\s*(?:\||[-+]?\}\})")  # printed as if they were one name
+_KEYWORDS = {"if", "else", "in", "is", "not", "and", "or"}
 
 
 class RowTemplate:
@@ -42,7 +46,7 @@ class RowTemplate:
         except UnicodeEncodeError:
             raise BatchmixError(f"{key} is not valid Unicode") from None
         except jinja2.TemplateSyntaxError as error:
-            raise BatchmixError(f"{key}, line {error.lineno}: {error.message}") from None
+            raise BatchmixError(f"{key}, line {error.lineno}: {error.message}{_hint(source, error.lineno)}") from None
         except RecursionError:
             raise BatchmixError(f"{key} is nested too deeply") from None
 
@@ -73,6 +77,15 @@ class RowTemplate:
         if not text and not self._may_be_empty:
             raise PromptError(f"{self._key} gives an empty text for this row")
         return check_text(text, f"the text of {self._key}")
+
+
+def _hint(source: str, line: int) -> str:
+    """What may be meant by a line that cannot be parsed: a column whose name has spaces."""
+    lines = re.split(r"\r\n|\r|\n", source)  # as Jinja counts them
+    for found in _WORDS.finditer("".join(lines[line - 1 : line])):
+        if not _KEYWORDS & set(found[1].split()):
+            return f"; if {found[1]!r} is a column, write row[{found[1]!r}]"
+    return ""
 
 
 def _row_items(tree: nodes.Template) -> frozenset[str] | None:

@@ -280,6 +280,30 @@ def test_a_review_of_the_rows_in_another_order_is_refused(results: Results, tmp_
     assert not corrections.exists()
 
 
+@pytest.mark.parametrize("tool", list(ReviewTool))
+def test_a_review_of_other_prompts_is_told_of_where_ids_are_ordinals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tool: ReviewTool
+) -> None:
+    def run(name: str, *texts: str) -> Results:
+        task = AnnotateConfig(input="x", choice=["good", "bad"], field="mood")
+        rows: list[tuple[dict[str, Any], list[str | None]]] = [({"text": text}, ["good"]) for text in texts]
+        return finished(tmp_path / name, task, rows, template="Judge {{ text }}", id="{row}")
+
+    first, second = run("first", "a", "b", "c"), run("second", "b", "a", "c")
+    folder = tmp_path / "review.json"
+    do(first, path=str(folder), tool=tool)
+    path = folder / "records.json" if tool is ReviewTool.argilla else folder
+    tasks = json.loads(path.read_text())
+    for task in tasks:
+        task["annotations"] = [{"result": [GOOD]}]
+        task["responses"] = {"mood": [{"value": "good"}]}
+    path.write_text(json.dumps(tasks))
+    for results, told in ((first, False), (second, True)):
+        capsys.readouterr()
+        do(results, action="import", path=str(folder), tool=tool, corrections=str(tmp_path / "c.jsonl"))
+        assert (f"2 rows have another prompt in output.dir={results.url}" in capsys.readouterr().out) == told
+
+
 def test_reviewed_rows_that_the_run_does_not_have_are_left_out(
     results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

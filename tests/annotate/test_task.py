@@ -133,6 +133,8 @@ def test_a_pydantic_class_gives_its_schema() -> None:
         ({"examples": [{"text": "a", "answer": "c"}], "choice": ["a"]}, "annotate.examples[0]: the answer 'c' is none of a"),
         ({"examples": [{"txt": "a", "answer": "a"}]}, "annotate.examples[0]: annotate.input fails on this row: 'text' is undefined"),
         ({"input": "{{ text"}, "annotate.input, line 1: unexpected end of template"),
+        ({"input": "a\n{{ text }}: {{ Review Text }}"}, "line 2: expected token 'end of print statement', got 'Text'; if 'Review Text' is a column, write row['Review Text']"),
+        ({"input": "a\r\rb {{ Review Text | upper }}"}, "; if 'Review Text' is a column, write row['Review Text']"),
         ({"instruction": "{% if %}"}, "annotate.instruction, line 1: "),
         ({"input": " "}, "annotate.input=: is empty"),
         ({"swap_labels": ["a", "b"], "choice": ["a", "b"]}, "annotate.swap_labels and data.swap_columns: give both"),
@@ -143,6 +145,13 @@ def test_a_task_that_cannot_work_is_refused(task: dict[str, Any], message: str) 
         prompt(AnnotateConfig(**{"input": "{{ text }}", **task}), {"text": "b"})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["{{ text", "{% if %}", "{{ text if }}", "{{ text not }}", "{{ row['a b'] c }}"])
+def test_other_mistakes_in_jinja_have_no_hint_of_columns(source: str) -> None:
+    with pytest.raises(BatchmixError) as caught:
+        RowTemplate(source)
+    assert "is a column" not in str(caught.value)
 
 
 def test_labels_that_are_swapped_must_be_choices() -> None:
@@ -178,6 +187,21 @@ def test_labels_of_a_schema_file_are_what_they_seem(tmp_path: Path) -> None:
     assert '{"enum": ["010", "011"]}' in prompt(
         AnnotateConfig(input="{{ text }}", instruction="Q", json_schema=str(path)), {"text": "b"}
     )
+
+
+def test_a_required_name_that_is_no_property_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    part = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["cty"]}
+    schema = {"type": "object", "properties": {"stars": {"type": "integer"}, "required": {"enum": ["yes", "no"]},
+                                               "places": {"type": "array", "items": part}}, "required": ["star", "places"]}  # fmt: skip
+    prompt(AnnotateConfig(input="{{ text }}", json_schema=schema), {"text": "b"})
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "annotate.json_schema.required names 'star', which is none of its properties; did you mean 'stars'?",
+        "annotate.json_schema.properties.places.items.required names 'cty', which is none of its properties; did you mean 'city'?",
+    ]
+    caplog.clear()
+    schema["required"], part["required"] = ["stars"], ["city"]
+    prompt(AnnotateConfig(input="{{ text }}", json_schema=schema), {"text": "b"})
+    assert not caplog.records
 
 
 def test_a_template_beside_a_task_is_refused() -> None:

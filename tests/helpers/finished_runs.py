@@ -29,6 +29,7 @@ def finished(
     logprobs: Sequence[float] | None = None,
     form: OutputFormat = OutputFormat.arrow,
     template: str | None = None,
+    id: str = "r{row}",
 ) -> Results:
     """A finished run of (columns, texts of the samples; None: the row could not be run), two rows a part."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ def finished(
     for start in range(0, len(rows), 2):
         completions = []
         for row, (values, texts) in list(enumerate(rows))[start : start + 2]:
-            prompt = Prompt(row, f"r{row}", values, [1, 2, 3], config.sampling)
+            prompt = Prompt(row, id.format(row=row), values, [1, 2, 3], config.sampling)
             for sample, text in enumerate(texts):
                 if text is None:
                     completions.append(Completion.failed(prompt, "no prompt", sample))
