@@ -20,6 +20,7 @@ from batchmix.output.finalize import (
     finalize,
     finalizing,
     is_finished,
+    missing_rows,
     open_leases,
     read_marker,
     read_markers,
@@ -148,6 +149,8 @@ class OutputFolder:
         expected = success(self._limit, self._output.order, self._parts)
         if not isinstance(state, dict) or any(state.get(key) != value for key, value in expected.items()):
             return False
+        if missing_rows(self.storage, len(self._parts.rows(self._parts.names()))):
+            return False  # a part was deleted, and an empty one taken in its place
         if "rows" not in state:  # of a release that took any number of errors
             return not too_many_errors(self._parts.totals(), self._max_error_share)
         return bool(state["error_rows"] <= self._max_error_share * state["rows"])

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 from processes import TICKETS, finish, read, start, wait_for
@@ -108,8 +109,15 @@ def test_status_and_finalize(tmp_path: Path, where: str) -> None:
         assert not (Path(out) / ".batchmix" / "SUCCESS").exists()
         lost.write_bytes(kept)
         finalize_folder(folder)
+        lost.unlink()
+        # As who takes over a lost worker leaves it.
+        lost.with_name("part-00009-000001.arrow").write_bytes(empty_of(kept))
+        again = job(data, out, 0, 1)
+        again.output.order = Order.input
+        generate(again)
+        assert status()[0] == 0
         assert [row for path in sorted(Path(out).glob("part-*")) for row in rows_of(path)] == list(range(8))
-        part = sorted(Path(out).glob("part-*"))[-1]
+        part = next(path for path in sorted(Path(out).glob("part-*")) if rows_of(path))
         (Path(out) / "part-00007-000099.arrow").write_bytes(part.read_bytes())
         with pytest.raises(BatchmixError, match="is there twice, in part-"):
             finalize_folder(folder)
@@ -129,6 +137,15 @@ def test_another_number_of_shards_counts_its_own_rows_as_done(tmp_path: Path, mo
     monkeypatch.setattr(pipeline, "Progress", Watched)
     generate(job(data, str(tmp_path / "out"), 1, 2))  # rows 1, 3, 5, 7
     assert begun[0][1] == 1
+
+
+def empty_of(part: bytes) -> bytes:
+    table = pa.ipc.open_file(part).read_all()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table[:0])
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def rows_of(path: Path) -> list[int]:
