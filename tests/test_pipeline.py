@@ -292,7 +292,8 @@ def test_what_is_not_ours_is_left_alone(tmp_path, rows):
         generate(job(tmp_path, tmp_path / "below"))
 
 
-def test_redo_replaces_the_cut_rows(tmp_path, rows):
+def test_redo_replaces_the_cut_rows(tmp_path, rows, caplog):
+    caplog.set_level("INFO")
     rows = rows[:12]
     data = write(tmp_path / "rows.jsonl", rows)
     out, longer = tmp_path / "out", {"temperature": 0.0, "max_tokens": 40}
@@ -309,6 +310,10 @@ def test_redo_replaces_the_cut_rows(tmp_path, rows):
     assert answers(out) == {key: fresh[key] if key in cut else before[key] for key in before}
     assert not (out / ".batchmix/redo").exists()
     generate(job(data, out, sampling=longer, output={"redo": Redo.length}))  # done before: nothing to do
+    for _ in range(2):
+        caplog.clear()
+        generate(job(data, out, sampling=longer, output={"redo": Redo.error}))
+        assert "no row ended with error: nothing is redone" in caplog.text
     generate(job(data, out, sampling=short))  # so is the first command
     assert len(answers(out)) == len(rows)
 

@@ -238,12 +238,18 @@ class Source:
 
 def _hint(wanted: Sequence[str], names: Sequence[str]) -> str:
     """What may be meant by columns none of which is there."""
-    if len(names) == 1 and (found := [mark for mark in ";\t|" if mark in names[0]]):
-        return f"; is it separated otherwise? data.csv_delimiter={found[0]!r}"
+    if separator := _separator(names):
+        return separator
     if "conversations" in names:
         return "; of ShareGPT's conversations: data.messages_column=conversations"
     near = {match for name in wanted for match in difflib.get_close_matches(name, names, 1)}
     return f"; is it {' or '.join(map(repr, sorted(near)))}?" if near else ""
+
+
+def _separator(names: Sequence[str]) -> str:
+    """What may be meant by a CSV file of one column whose name has another separator in it."""
+    found = [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]
+    return f"; is it separated otherwise? data.csv_delimiter={found[0]!r}" if found else ""
 
 
 def _require(name: str, key: str, file: str, names: Sequence[str]) -> None:
@@ -255,7 +261,7 @@ def _require(name: str, key: str, file: str, names: Sequence[str]) -> None:
             else repr(match)
             for match in near
         ]
-        hint = f"; did you mean {meant[0]}?" if meant else ""
+        hint = _separator(names) or (f"; did you mean {meant[0]}?" if meant else "")
         raise BatchmixError(f"{file}: no column {name!r} ({key}); it has {_listed(names)}{hint}")
 
 

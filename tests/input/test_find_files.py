@@ -188,6 +188,10 @@ def test_delimiters(tmp_path: Path, name: str) -> None:
     assert columns(tmp_path, csv_delimiter=";") == [{"prompt": "a,b", "lang": "de"}]
     make(tmp_path, {name: pack(b"prompt;lang\na;de\n")})
     assert error_of(tmp_path).endswith("its columns are prompt;lang; is it separated otherwise? data.csv_delimiter=';'")
+    named = error_of(tmp_path, template="{{ lang }}")
+    assert named.endswith(
+        "no column 'lang' (data.template); it has prompt;lang; is it separated otherwise? data.csv_delimiter=';'"
+    )
     make(tmp_path, {"b.csv": b"prompt\tlang\na\tde\n"})
     for tab in ("\t", "\\t"):
         assert columns(tmp_path / "b.csv", csv_delimiter=tab) == [{"prompt": "a", "lang": "de"}]
