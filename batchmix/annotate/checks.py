@@ -17,6 +17,7 @@ from batchmix.storage import Storage, find_json, write_json, written
 from batchmix.storage.bookkeeping import CHECKS
 
 NO_ANSWER = "(no answer)"
+_SHOWN_FOREIGN = 5  # gold values that are no label
 _MOST_CLASSES = 50  # an integer with more values is a number rather than a class
 _MOST_LABELS = 1000  # distinct values counted of a field
 _DISAGREEMENTS = 20
@@ -192,6 +193,13 @@ class _Counts:
         if hits := self._hits[field.name]:
             entry["exact_match"] = share_report(hits[True], hits.total())
         pairs = self._pairs[field.name]
+        foreign = Counter[str]()
+        for (gold, _), rows in pairs.items():
+            if field.labels and gold not in field.labels:
+                foreign[gold] += rows
+        if foreign:
+            entry["foreign_gold"] = dict(foreign.most_common(_SHOWN_FOREIGN))
+            entry["foreign_gold_rows"] = foreign.total()
         if pairs and len({label for pair in pairs for label in pair}) <= _MOST_CLASSES + 1:
             entry["agreement"] = agreement_report(pairs, resamples)
         return entry
@@ -251,6 +259,11 @@ def checks_text(checks: dict[str, Any]) -> str:
                          + (f", kappa {kappa:.3f}" if kappa is not None else ""))  # fmt: skip
             if not _gold_labels(agreement) & set(field["labels"]):
                 lines.append(f"  no gold value of {name} is one of its labels: is annotate.gold the right column?")
+            elif foreign := field.get("foreign_gold"):
+                lines.append(
+                    f"  gold values of {name} that are none of its labels, which count as wrong:"
+                    f" {field['foreign_gold_rows']:,} ({', '.join(f'{label!r} {n:,}' for label, n in foreign.items())})"
+                )
     if "calibration" in checks:
         lines.append(f"expected calibration error: {checks['calibration']['expected_calibration_error']['value']:.3f}")
     return "\n".join(lines)

@@ -70,7 +70,9 @@ def test_what_looks_wrong_is_said(tmp_path: Path) -> None:
     assert "rows without an answer (column error): 1, for example: no prompt" in text
     assert "no gold value of kind is one of its labels: is annotate.gold the right column?" in text
     rows[0] = ({"gold": "b"}, ["a"])
-    assert "right column" not in checks_text(check_results(finished(tmp_path / "b", task, rows), "gold", 100))
+    text = checks_text(check_results(finished(tmp_path / "b", task, rows), "gold", 100))
+    assert "right column" not in text
+    assert "gold values of kind that are none of its labels, which count as wrong: 1 ('8' 1)" in text
 
 
 def test_confidence_is_calibrated_against_gold(tmp_path: Path) -> None:
