@@ -33,6 +33,8 @@ class _Loaded:
 class ProcessPool(WorkerPool):
     """A worker for each of `engine.data_parallel_size`."""
 
+    _speaker: PoolWorker | None = None  # whose log is shown: all say the same, but for errors
+
     @property
     def _max_workers(self) -> int:
         return self._config.engine.data_parallel_size
@@ -44,9 +46,7 @@ class ProcessPool(WorkerPool):
             device = nth_device(select_device(config.engine).device, place * config.model.tensor_parallel_size)
             engine = dataclasses.replace(config.engine, device=str(device))
             name = f"data-parallel worker {place} of {size}"
-            process = Worker(
-                name, _serve, dataclasses.replace(config, engine=engine), self._model, place, trace_names[place]
-            )
+            process = Worker(name, _serve, dataclasses.replace(config, engine=engine), self._model, trace_names[place])
             worker = PoolWorker(process)
             self._workers.append(worker)
             self._all.append(worker)
@@ -62,7 +62,9 @@ class ProcessPool(WorkerPool):
                 if isinstance(message, BaseException):
                     self._failure = self._failure or message
                 elif isinstance(message, logging.LogRecord):
-                    logging.getLogger(message.name).handle(message)
+                    self._speaker = self._speaker or worker
+                    if worker is self._speaker or message.levelno >= logging.ERROR:
+                        logging.getLogger(message.name).handle(message)
                 elif isinstance(message, _Loaded):
                     self._accept(message.fingerprint)
                     worker.loaded = True
@@ -88,10 +90,10 @@ class ProcessPool(WorkerPool):
         worker.handle.kill()
 
 
-def _serve(parent: Parent, config: Config, model: str, place: int, trace_name: str) -> None:
+def _serve(parent: Parent, config: Config, model: str, trace_name: str) -> None:
     """What a worker does: it loads the model and answers what it is given, until None comes."""
     logging.getLogger().setLevel(logging.INFO)
-    logging.getLogger().addHandler(SendLog(parent, logging.INFO if place == 0 else logging.ERROR))  # all say the same
+    logging.getLogger().addHandler(SendLog(parent, logging.INFO))
     worker = EngineWorker(config, parent.send, trace_name)
     threading.Thread(target=_receive, args=(parent, worker), name="receive", daemon=True).start()
     with worker:

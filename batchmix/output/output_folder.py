@@ -126,14 +126,13 @@ class OutputFolder:
                 f"output.redo={redo.value}: only sampling.* may differ from the run in {url} ({'; '.join(differing)})"
             )
         wanted = RowSet()
-        if self._redo in done_before["redone"]:
-            _log.info("rows that ended with %s were redone with these settings before", redo.value)
-        elif not len(wanted := rows_to_redo(self._parts, redo)) and not self.storage.exists(REDO_RUN):
-            _log.info("no row ended with %s: nothing is redone", redo.value)
-        else:
+        if self._redo not in done_before["redone"]:
+            wanted = rows_to_redo(self._parts, redo)
             self.storage.make_folder(REDO)
             accept_run(self.storage, {**run, "identity": self._redo | new}, REDO_RUN)
             self.storage.delete_unfinished(self.folder, self._is_mine)
+        if not len(wanted):
+            _log.info("no row ended with %s that was not redone with these settings before", redo.value)
         redone = self._parts.rows(self._parts.names(self.folder))
         self.num_done = len(redone)
         return AllBut(wanted, redone)
