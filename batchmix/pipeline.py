@@ -34,16 +34,8 @@ from batchmix.records import InputRow
 from batchmix.signals import StopSignals
 from batchmix.stages import buffers_of
 
-_TRACKED = (
-    "model",
-    "data",
-    "sampling",
-    "engine",
-    "output",
-    "shard",
-    "cluster",
-    "annotate",
-)  # groups of a run's settings
+# Groups of settings that trackers show.
+_TRACKED = frozenset("model data sampling engine output shard cluster annotate".split())
 _log = logging.getLogger(__name__)
 
 
@@ -69,8 +61,10 @@ def generate(config: Config) -> None:
         assert source.num_rows is not None  # all have been read
         run.check_unchanged()
         summary = output.finish(source.num_rows)
-        others = "so are all others" if output.complete else "others are not"
-        print(summary.text() if summary else f"this shard is done, {others}")
+        if summary is not None:
+            print(summary.text())
+        else:
+            print(f"this shard is done, {'so are all others' if output.complete else 'others are not'}")
         print(f"the answers are in {output.storage.url}")
         check_errors(output.storage)
 

@@ -14,9 +14,8 @@ from typing import Any
 import yaml
 
 _INT, _BOOL, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("int", "bool", "float"))
-_POWER = re.compile(
-    r"[-+]?[0-9]+[eE][-+]?[0-9]+"
-)  # 1e5: a number to OmegaConf, which reads task files, but not to PyYAML
+# As 1e5: a number to OmegaConf, which reads task files, but not to PyYAML.
+_POWER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 
 
 def misread_labels(text: str) -> str | None:

@@ -59,13 +59,27 @@ STRUCTURED_NOT_THERE = {
 }
 
 
+class _KnownAttributes:
+    """A dataclass to whose objects nothing is added by a typo."""
+
+    _not_there: typing.ClassVar[Mapping[str, str]]  # vLLM's names, with what to use
+
+    if not typing.TYPE_CHECKING:  # with it, type checkers would let every name pass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """AttributeError for a name that is not there."""
+            refuse_attribute(type(self).__name__, name, self._not_there, self.__dataclass_fields__)
+            object.__setattr__(self, name, value)
+
+
 @dataclass(init=False)
-class StructuredOutputsParams:
+class StructuredOutputsParams(_KnownAttributes):
     """What the text may be: exactly one of json, regex, choice and json_object. The last two flags are batchmix's own.
 
     `json`: a JSON Schema, its text, or a pydantic class.
     """
 
+    _not_there = STRUCTURED_NOT_THERE
     json: str | Mapping[str, Any] | type | None
     regex: str | None
     choice: Sequence[str] | None
@@ -88,13 +102,6 @@ class StructuredOutputsParams:
         self.json, self.regex, self.choice, self.json_object = json, regex, choice, json_object
         self.score_choices, self.token_probabilities = score_choices, token_probabilities
         self.overrides()
-
-    if not typing.TYPE_CHECKING:  # with it, type checkers would let every name pass
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            """AttributeError for a name that is not there."""
-            refuse_attribute("StructuredOutputsParams", name, STRUCTURED_NOT_THERE, self.__dataclass_fields__)
-            object.__setattr__(self, name, value)
 
     def overrides(self) -> dict[str, Any]:
         """The keys of `sampling.structured_outputs`. ValueError where not exactly one says what the text may be."""
@@ -122,12 +129,13 @@ def _schema_of(cls: type) -> Any:
 
 
 @dataclass(init=False)
-class SamplingParams:
+class SamplingParams(_KnownAttributes):
     """How tokens are chosen. Names, order and defaults are vLLM's.
 
     ValueError for a value that no model can work with, TypeError for a name of vLLM's that is not there.
     """
 
+    _not_there = NOT_THERE
     n: int
     presence_penalty: float
     frequency_penalty: float
@@ -194,13 +202,6 @@ class SamplingParams:
         self.structured_outputs, self.logit_bias = structured_outputs, logit_bias
         self.allowed_token_ids = allowed_token_ids
         self.check()
-
-    if not typing.TYPE_CHECKING:  # with it, type checkers would let every name pass
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            """AttributeError for a name that is not there."""
-            refuse_attribute("SamplingParams", name, NOT_THERE, self.__dataclass_fields__)
-            object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """ValueError for a value that no model can work with."""

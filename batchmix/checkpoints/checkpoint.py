@@ -15,7 +15,7 @@ import torch
 
 from batchmix.checkpoints.config import ModelConfig, ModelFormat, OffloadMode
 from batchmix.checkpoints.prequantized import Packing, open_packing
-from batchmix.checkpoints.sources import TensorFiles, in_line
+from batchmix.checkpoints.sources import TensorFiles, first_line, in_line
 from batchmix.dtypes import Dtype, KVCacheDtype, Quantization
 from batchmix.errors import BatchmixError
 from batchmix.json_file import read_object, shown
@@ -178,7 +178,7 @@ def _download(model: ModelConfig, weights: bool) -> Path:
             commit = folder.name  # a branch can move meanwhile
             download(revision=commit, allow_patterns=patterns)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = unanswered or str(error).strip().splitlines()[0]
+        reason = unanswered or first_line(error)
         revision = f" at model.revision={model.revision}" if model.revision else ""
         raise BatchmixError(
             f"model.path={model.path}: neither a folder here nor to be had from the hub{revision} ({reason});"
@@ -203,7 +203,7 @@ def _unanswered(model: ModelConfig) -> str | None:
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):  # the download says which
         return None
     except Exception as error:  # those of its HTTP client, whichever that is
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     return None
 
 

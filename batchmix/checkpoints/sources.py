@@ -40,7 +40,7 @@ class SafetensorsFile:
             self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
-            reason = _cut_off(path) or f"is damaged or no safetensors file ({_first_line(error)})"
+            reason = _cut_off(path) or f"is damaged or no safetensors file ({first_line(error)})"
             raise BatchmixError(f"{path}: {reason}") from None
 
     def read(self, name: str) -> Tensor:
@@ -58,7 +58,7 @@ class PthFile:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # what a damaged pickle or zip raises is anything
             raise BatchmixError(
-                f"{path}: is damaged, cut off or no file of tensors saved by torch 1.6 or later ({_first_line(error)})"
+                f"{path}: is damaged, cut off or no file of tensors saved by torch 1.6 or later ({first_line(error)})"
             ) from None
         if not isinstance(state, dict):
             raise BatchmixError(f"{path}: holds a {type(state).__name__}, not tensors by name")
@@ -154,7 +154,8 @@ def in_line(name: str) -> str:
     return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
 

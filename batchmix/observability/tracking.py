@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -53,7 +52,6 @@ class Trackers:
         run = name if shard[1] == 1 else f"{name}, shard {shard[0]} of {shard[1]}"
         key = hashlib.sha256(json.dumps([run, dict(identity)], sort_keys=True).encode()).hexdigest()[:16]
         self._trackers: dict[str, Tracker] = {}
-        self._lock = threading.Lock()
         for service in report_to:
             self._trackers[service.name] = _open(service, run, key, config)
         if prometheus_file is not None:

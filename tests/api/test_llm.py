@@ -416,9 +416,9 @@ def test_wrong_arguments_of_a_call(llm: LLM) -> None:
         with pytest.raises(TypeError, match=f"^sampling_params: must be SamplingParams, not {type(wrong).__name__}$"):
             llm.generate(["a"], wrong)
     with pytest.raises(TypeError, match=r"^generate: prompt_token_ids is not there; give the token ids as the prompts"):
-        llm.generate(prompt_token_ids=[[1, 2]], sampling_params=GREEDY)  # type: ignore[call-overload]
+        llm.generate(prompt_token_ids=[[1, 2]], sampling_params=GREEDY)  # type: ignore[call-overload]  # as in old vLLM
     with pytest.raises(TypeError, match=r"^prompts must be text, .*, not NoneType"):
-        llm.generate()  # type: ignore[call-overload]
+        llm.generate()  # type: ignore[call-overload]  # is refused
     with pytest.raises(TypeError, match="for an iterator of prompts give one"):
         llm.generate(iter(["a"]), [GREEDY])
     with pytest.raises(TypeError, match="prompts must be text, token ids"):

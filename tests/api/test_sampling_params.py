@@ -98,17 +98,17 @@ def test_an_attribute_that_is_not_there_is_refused() -> None:
     with pytest.raises(
         AttributeError, match=r"^SamplingParams: there is no attribute temprature; did you mean temperature\?$"
     ):
-        params.temprature = 0  # type: ignore[attr-defined]
+        params.temprature = 0  # type: ignore[attr-defined]  # a typo
     with pytest.raises(AttributeError, match=r"^SamplingParams: bad_words is not there; use logit_bias"):
-        params.bad_words = ["a"]  # type: ignore[attr-defined]
+        params.bad_words = ["a"]  # type: ignore[attr-defined]  # not there
     structured = StructuredOutputsParams(regex="a")
     structured.regex = "b"
     with pytest.raises(
         AttributeError, match=r"^StructuredOutputsParams: there is no attribute regx; did you mean regex\?$"
     ):
-        structured.regx = "c"  # type: ignore[attr-defined]
+        structured.regx = "c"  # type: ignore[attr-defined]  # a typo
     with pytest.raises(AttributeError, match=r"^StructuredOutputsParams: grammar is not there; write it as a regex"):
-        structured.grammar = "root ::= x"  # type: ignore[attr-defined]
+        structured.grammar = "root ::= x"  # type: ignore[attr-defined]  # not there
     params.structured_outputs = structured
     for copied in (params.clone(), pickle.loads(pickle.dumps(params)), copy.copy(params)):
         assert copied == params

@@ -93,7 +93,7 @@ def values_of(svg: ElementTree.Element, anchor: str) -> list[tuple[float, float]
 
 
 def number_of(text: str) -> float:
-    digits, suffix = re.fullmatch(r"([\d,.]+(?:e[+-]?\d+)?)([kMGT]?)", text).groups()  # type: ignore[union-attr]
+    digits, suffix = re.fullmatch(r"([\d,.]+(?:e[+-]?\d+)?)([kMGT]?)", text).groups()  # type: ignore[union-attr]  # fails where it is no number
     return float(digits.replace(",", "")) * SUFFIXES[suffix]
 
 
